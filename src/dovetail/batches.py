@@ -1,0 +1,284 @@
+"""Every record on the training path: packed, never padded.
+
+Responsible for: what crosses function boundaries between sampling, scoring and learning, with shapes, and how
+such a record is packed, moved and cut into micro-batches.
+Not responsible for: what the numbers mean (maths/), or where they come from (rlhf/, data/).
+
+Shapes: T packed tokens (all sequences end to end), S sequences, A action tokens, P preference pairs.
+
+Every per-token column is aligned with the token it speaks of: `logprobs_T[t]` is the log-probability of token t
+given those before it in its sequence, `values_T[t]` the value of the state in which token t was chosen. The
+first token of a sequence has no such number; its entry is 0 and its mask is False.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+PackedT = TypeVar("PackedT", bound="PackedBatch")
+
+
+@dataclass(frozen=True, slots=True)
+class SummedLoss:
+    """A loss not yet normalised: one place divides by the global count (training/step.py)."""
+
+    total: Tensor
+    """Scalar, differentiable: the sum over the counted tokens or pairs."""
+    count: Tensor
+    """Scalar: how many tokens, pairs or sequences `total` sums over."""
+    stats: Mapping[str, Tensor] = field(default_factory=dict)
+    """Other sums over the same tokens, by name, to be reported divided by the same count."""
+
+
+class MicroBatchable(Protocol):
+    """A batch that gradient accumulation can cut."""
+
+    @property
+    def num_targets(self) -> float:
+        """What the summed loss is divided by: action tokens, pairs, ..., known before the forward pass."""
+        ...
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the whole batch."""
+        ...
+
+    def micro_batches(self, max_tokens: int) -> list[Any]:
+        """Cut into parts of at most `max_tokens` tokens (a single longer unit stays whole)."""
+        ...
+
+    def to(self, device: torch.device) -> Any:
+        """The same record on another device."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedBatch:
+    """Sequences end to end, with the tokens that count marked."""
+
+    token_ids_T: Tensor
+    """int64 [T]."""
+    cu_seqlens_S1: Tensor
+    """int32 [S + 1]: sequence s is token_ids_T[cu_seqlens_S1[s]:cu_seqlens_S1[s + 1]]."""
+    lengths: tuple[int, ...]
+    """The same lengths on the host, so that nothing waits for the device to learn a shape."""
+    mask_T: Tensor
+    """bool [T]: True = a token the loss counts (an assistant token, an action)."""
+    num_targets: float
+    """How many tokens of `mask_T` are True, on the host."""
+
+    def __post_init__(self) -> None:
+        expect_same_length(self)
+        if len(self.lengths) + 1 != self.cu_seqlens_S1.numel() or sum(self.lengths) != self.token_ids_T.numel():
+            raise ValueError("lengths, cu_seqlens_S1 and token_ids_T contradict each other")
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.lengths)
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def max_length(self) -> int:
+        return max(self.lengths)
+
+    def position_ids_T(self) -> Tensor:
+        """int64 [T]: 0, 1, 2, ... restarting with each sequence."""
+        lengths_S = (self.cu_seqlens_S1[1:] - self.cu_seqlens_S1[:-1]).long()
+        starts_T = self.cu_seqlens_S1[:-1].long().repeat_interleave(lengths_S, output_size=self.num_tokens)
+        return torch.arange(self.num_tokens, device=self.token_ids_T.device) - starts_T
+
+    def last_index_S(self) -> Tensor:
+        """int64 [S]: the index in T of each sequence's last token."""
+        return self.cu_seqlens_S1[1:].long() - 1
+
+    def to(self: PackedT, device: torch.device) -> PackedT:
+        return replace(self, **{name: column.to(device, non_blocking=True) for name, column in tensors_of(self)})
+
+    def token_index_T(self, index: Sequence[int]) -> Tensor:
+        """int64: where the tokens of the given sequences lie in this batch's T, in that order."""
+        starts = cumulative(self.lengths)
+        picked = [torch.arange(starts[i], starts[i + 1]) for i in index]
+        return (torch.cat(picked) if picked else torch.zeros(0, dtype=torch.long)).to(self.token_ids_T.device)
+
+    def sequences(self: PackedT, index: Sequence[int]) -> PackedT:
+        """The given sequences, in that order. The only place that re-packs."""
+        lengths = tuple(self.lengths[i] for i in index)
+        index_T = self.token_index_T(index)
+        index_S = torch.tensor(list(index), dtype=torch.long, device=self.token_ids_T.device)
+        columns: dict[str, Any] = {}
+        for name, column in tensors_of(self):
+            if name.endswith("_T"):
+                columns[name] = column[index_T]
+            elif name.endswith("_S"):
+                columns[name] = column[index_S]
+        columns["cu_seqlens_S1"] = torch.tensor(cumulative(lengths), dtype=torch.int32, device=index_T.device)
+        num_targets = float(columns["mask_T"].sum())
+        return replace(self, lengths=lengths, num_targets=num_targets, **columns)
+
+    def micro_batches(self: PackedT, max_tokens: int) -> list[PackedT]:
+        """Parts of at most `max_tokens` tokens, balanced; a sequence longer than that is a part of its own."""
+        return [self.sequences(index) for index in balanced_parts(self.lengths, max_tokens)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollout(PackedBatch):
+    """Prompts with the answers the actor sampled for them; `mask_T` marks the sampled tokens (the actions)."""
+
+    sampled_logprobs_T: Tensor
+    """float32 [T]: log-probability of each action under the generator, at the sampling temperature."""
+    finished_S: Tensor
+    """bool [S]: True = the answer ended with a stop token; False = it was cut off by the length limit."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Experience(PackedBatch):
+    """One PPO iteration's sampled and scored answers; `mask_T` marks the actions."""
+
+    old_logprobs_T: Tensor
+    """float32 [T]: under the actor before the update, temperature applied."""
+    reference_logprobs_T: Tensor
+    """float32 [T]: under the frozen reference, temperature applied."""
+    old_values_T: Tensor
+    """float32 [T]: the critic's, at sampling time, for the clipped value loss and explained variance."""
+    rewards_T: Tensor
+    """float32 [T]: per-token reward, KL penalty included, score on the last action."""
+    advantages_T: Tensor
+    """float32 [T]: normalised over the actions of the whole batch."""
+    returns_T: Tensor
+    """float32 [T]: target of the critic: advantages before normalisation + old values."""
+    scores_S: Tensor
+    """float32 [S]: what the reward model or function said of each answer, before clipping and penalties."""
+    finished_S: Tensor
+    """bool [S]: False = the answer was cut off by the length limit."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankedBatch(PackedBatch):
+    """Answers to prompts with the preference pairs among them; one group = all answers to one prompt.
+
+    `mask_T` is True on the last token of each answer, where its score is read.
+    """
+
+    group_sizes: tuple[int, ...]
+    """Answers of each prompt, in order: sequences g_0, then g_1, ... ; sums to S."""
+    chosen_P: Tensor
+    """int64 [P]: sequence index of the preferred answer."""
+    rejected_P: Tensor
+    """int64 [P]: sequence index of the other answer."""
+    margin_P: Tensor
+    """float32 [P]: how much better by the source's own account, 0 where it does not say."""
+    weight_P: Tensor
+    """float32 [P]: 1 / (pairs of the same prompt), so that each prompt counts once (InstructGPT, eq. 1)."""
+
+    def micro_batches(self, max_tokens: int) -> list[RankedBatch]:
+        """Parts of at most `max_tokens` tokens; the answers of one prompt stay together."""
+        starts = cumulative(self.group_sizes)
+        group_tokens = [sum(self.lengths[a:b]) for a, b in zip(starts, starts[1:], strict=False)]
+        return [self.groups(part) for part in balanced_parts(group_tokens, max_tokens)]
+
+    def groups(self, index: Sequence[int]) -> RankedBatch:
+        """The given prompts with all their answers and pairs."""
+        starts = cumulative(self.group_sizes)
+        kept = [s for g in index for s in range(starts[g], starts[g + 1])]
+        device = self.token_ids_T.device
+        new_of_old_S = torch.full((self.num_sequences,), -1, dtype=torch.long, device=device)
+        new_of_old_S[torch.tensor(kept, device=device)] = torch.arange(len(kept), device=device)
+        inside_P = new_of_old_S[self.chosen_P] >= 0
+        weight_P = self.weight_P[inside_P]
+        packed = replace(
+            self,
+            chosen_P=new_of_old_S[self.chosen_P[inside_P]],
+            rejected_P=new_of_old_S[self.rejected_P[inside_P]],
+            margin_P=self.margin_P[inside_P],
+            weight_P=weight_P,
+            group_sizes=tuple(self.group_sizes[g] for g in index),
+        )
+        return replace(PackedBatch.sequences(packed, kept), num_targets=float(weight_P.sum()))
+
+
+def pack(sequences: Sequence[Sequence[int]], masks: Sequence[Sequence[bool]]) -> PackedBatch:
+    """Lay token id lists end to end. `masks` marks the tokens the loss counts; first tokens never count."""
+    lengths = tuple(len(ids) for ids in sequences)
+    if not lengths or min(lengths) == 0:
+        raise ValueError("cannot pack an empty batch or an empty sequence")
+    mask = [bool(m) and i > 0 for row in masks for i, m in enumerate(row)]
+    return PackedBatch(
+        token_ids_T=torch.tensor([i for ids in sequences for i in ids], dtype=torch.long),
+        cu_seqlens_S1=torch.tensor(cumulative(lengths), dtype=torch.int32),
+        lengths=lengths,
+        mask_T=torch.tensor(mask, dtype=torch.bool),
+        num_targets=float(sum(mask)),
+    )
+
+
+def pack_ranked(
+    groups: Sequence[Sequence[Sequence[int]]], pairs: Sequence[Sequence[tuple[int, int, float]]]
+) -> RankedBatch:
+    """Pack the answers (prompt included) of several prompts with their preference pairs.
+
+    groups: for each prompt, the token ids of each answer. pairs: for each prompt, (better, worse, margin) with
+    indices into its answers.
+    """
+    sequences = [ids for group in groups for ids in group]
+    packed = pack(sequences, [[i == len(ids) - 1 for i in range(len(ids))] for ids in sequences])
+    starts = cumulative([len(group) for group in groups])
+    flat = [(starts[g] + a, starts[g] + b, m, 1 / len(own)) for g, own in enumerate(pairs) for a, b, m in own]
+    return RankedBatch(
+        **{name: getattr(packed, name) for name in ("token_ids_T", "cu_seqlens_S1", "lengths", "mask_T")},
+        num_targets=float(sum(1 for own in pairs if own)),
+        group_sizes=tuple(len(group) for group in groups),
+        chosen_P=torch.tensor([p[0] for p in flat], dtype=torch.long),
+        rejected_P=torch.tensor([p[1] for p in flat], dtype=torch.long),
+        margin_P=torch.tensor([p[2] for p in flat], dtype=torch.float32),
+        weight_P=torch.tensor([p[3] for p in flat], dtype=torch.float32),
+    )
+
+
+def balanced_parts(sizes: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Indices in parts whose sizes sum to at most `max_tokens`, as few and as even as greedy packing gives.
+
+    Longest first into the least full part that still has room; every index occurs once, parts keep input order.
+    """
+    order = sorted(range(len(sizes)), key=lambda i: -sizes[i])
+    num_parts = max(1, -(-sum(sizes) // max_tokens))
+    parts: list[list[int]] = [[] for _ in range(num_parts)]
+    used = [0] * num_parts
+    for i in order:
+        target = min(range(len(parts)), key=used.__getitem__)
+        if parts[target] and used[target] + sizes[i] > max_tokens:
+            parts.append([])
+            used.append(0)
+            target = len(parts) - 1
+        parts[target].append(i)
+        used[target] += sizes[i]
+    return [sorted(part) for part in parts if part]
+
+
+def cumulative(lengths: Sequence[int]) -> list[int]:
+    """[0, l_0, l_0 + l_1, ...]."""
+    out = [0]
+    for length in lengths:
+        out.append(out[-1] + length)
+    return out
+
+
+def tensors_of(record: Any) -> list[tuple[str, Tensor]]:
+    """The tensor fields of a record, by name."""
+    named = ((column.name, getattr(record, column.name)) for column in fields(record))
+    return [(name, value) for name, value in named if isinstance(value, Tensor)]
+
+
+def expect_same_length(record: Any) -> None:
+    """Raise ValueError unless all columns that share a shape suffix (_T, _S, _P) have one length."""
+    for suffix in ("_T", "_S", "_P"):
+        lengths = {name: len(value) for name, value in tensors_of(record) if name.endswith(suffix)}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"columns of different length: {lengths}")

@@ -1,0 +1,1 @@
+"""Frozen configuration values. Imports no torch."""

@@ -1,0 +1,121 @@
+"""Where the rows come from, how they become records, and which stage sees which.
+
+Responsible for: the settings of the data layer. Not responsible for: reading (data/sources.py).
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+
+from dovetail.config.frozen import FrozenModel
+
+
+class SourceConfig(FrozenModel):
+    """One table of rows and the columns to take from it.
+
+    Give the columns of one form; what a source can serve follows from them:
+    `messages` or `prompt` + `response` (demonstrations), `prompt` alone (prompts), `chosen` + `rejected`
+    with or without `prompt` (comparisons), `answers` + `preference` or `scores` or `ranks` (k-way
+    comparisons), `text` (plain text).
+    """
+
+    path: str
+    """A registered name (rm-static), a file (.json .jsonl .jsonl.gz .parquet .csv), a folder saved with
+    `save_to_disk`, or a hub name."""
+    name: str | None = None
+    """Configuration of a hub data set."""
+    split: str = "train"
+    """Split of a hub or saved data set."""
+    weight: Annotated[float, Field(gt=0)] | None = None
+    """Share in the blend, relative to the other sources. Without weights every row is used once per epoch."""
+    messages: str | None = None
+    """Column holding a list of chat messages, each with `role` and `content` (or `from` and `value`)."""
+    prompt: str | None = None
+    """Column holding the prompt: text, an Anthropic transcript, or a list of messages."""
+    response: str | None = None
+    """Column holding the demonstrated answer."""
+    chosen: str | None = None
+    """Column holding the preferred answer, or the whole transcript or message list that ends with it."""
+    rejected: str | None = None
+    """Column holding the other answer, in the same form as `chosen`."""
+    answers: tuple[str, ...] | str | None = None
+    """Columns holding one answer each, or one column holding a list of answers."""
+    preference: str | None = None
+    """Column naming the better of two `answers`: `preference_values` tells how."""
+    preference_values: tuple[Any, Any] = (1, 2)
+    """Values of `preference` that mean the first and the second answer; a number nearer to the one or the
+    other counts for it, the middle is a tie."""
+    scores: tuple[str, ...] | str | None = None
+    """Columns with one number per answer, or one column with a list: higher is better."""
+    ranks: tuple[str, ...] | str | None = None
+    """As `scores`, lower is better."""
+    margin: str | None = None
+    """Column with how much better the chosen answer is (Llama 2, section 3.2.2); used by the ranking loss."""
+    text: str | None = None
+    """Column with plain text, for pretraining and mixture training."""
+    system: str | None = None
+    """Column with a system message, put before the prompt."""
+    transcript: bool = False
+    """The text columns hold Anthropic transcripts: "\\n\\nHuman: ...\\n\\nAssistant: ..."."""
+    limit: PositiveInt | None = None
+    """Use only this many rows: those with the smallest row hash, so the choice is stable."""
+    held_out: bool | None = None
+    """True: all rows are held out for evaluation. False: none. By default `held_out_fraction` of them."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_short_string(cls, value: Any) -> Any:
+        """`name`, `file.jsonl` or `name:weight`, as written in recipes and on the command line."""
+        if not isinstance(value, str):
+            return value
+        path, _, weight = value.rpartition(":")
+        return {"path": path, "weight": weight} if path and _is_number(weight) else {"path": value}
+
+
+class DataConfig(FrozenModel):
+    """The blend, its split over the three stages, and what to do with rows that do not fit."""
+
+    blend: tuple[SourceConfig, ...] = ()
+    """Sources of all three stages. In YAML and on the command line an item may be a short string,
+    `name`, `file.jsonl` or `name:weight`."""
+    stage_split: tuple[
+        Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]
+    ] = (2, 4, 4)
+    """Shares of the rows that supervised fine-tuning, reward model and PPO see, disjointly, by a hash of the
+    row's content: the same row always lands in the same stage (DeepSpeed-Chat: 2,4,4)."""
+    sft_only: tuple[SourceConfig, ...] = ()
+    """Sources used by supervised fine-tuning alone, in full."""
+    pretraining: tuple[SourceConfig, ...] = ()
+    """Plain text for mixture training (PPO-ptx), with a `text` column."""
+    held_out_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.02
+    """Share of the rows, by row hash, kept from training and used for evaluation."""
+    max_eval_rows: PositiveInt = 256
+    """At most this many held-out rows are used at each evaluation."""
+    max_tokens: PositiveInt = 512
+    """Longest prompt + answer in tokens; longer rows are handled by `too_long`."""
+    max_prompt_tokens: PositiveInt = 256
+    """Longest prompt in tokens for PPO; longer ones are handled by `too_long`."""
+    too_long: Literal["drop", "truncate_left", "error"] = "drop"
+    """Rows that are too long: leave out (counted and reported), cut the oldest part of the prompt away, or
+    stop. An answer is never cut."""
+    bad_rows: Literal["strict", "skip"] = "strict"
+    """Rows that cannot be read: stop at the first with file, line and reason, or leave out, count and
+    report."""
+    seed: NonNegativeInt = 0
+    """Seed of the blend and the order of rows."""
+    cache_dir: str | None = None
+    """Folder of the token cache; by default `dovetail` in the user's cache folder. Keyed by content."""
+
+    @model_validator(mode="after")
+    def _some_stage_sees_rows(self) -> "DataConfig":
+        if sum(self.stage_split) <= 0:
+            raise ValueError("stage_split has no positive share; give at least one stage rows, such as 2,4,4")
+        return self
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

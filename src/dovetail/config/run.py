@@ -1,0 +1,70 @@
+"""One whole run: models, data, the three stages, and where the results go.
+
+Responsible for: the root of the configuration. Not responsible for: YAML and overrides (config/load.py).
+"""
+
+from typing import Literal
+
+from pydantic import NonNegativeInt, PositiveInt, model_validator
+
+from dovetail.config.data import DataConfig
+from dovetail.config.frozen import FrozenModel
+from dovetail.config.model import ModelConfig, Precision
+from dovetail.config.stages import PpoConfig, RewardConfig, SftConfig
+
+StageName = Literal["sft", "reward", "ppo"]
+
+
+class TrackingConfig(FrozenModel):
+    """Where metrics go beside `metrics.jsonl`."""
+
+    tensorboard: bool = True
+    """Write TensorBoard event files to `RUN/tensorboard`."""
+    wandb_project: str | None = None
+    """Also send metrics to this Weights & Biases project (needs `pip install wandb`)."""
+    print_every: PositiveInt = 10
+    """Steps between printed lines when the output is not a terminal."""
+
+
+class RunConfig(FrozenModel):
+    """Everything that decides a run's result."""
+
+    actor: ModelConfig
+    """The model to be trained into an assistant."""
+    reward_model: ModelConfig | None = None
+    """Where the reward model starts: a causal LM, or a finished reward model. Default: the actor's model."""
+    data: DataConfig = DataConfig()
+    """Sources, split and limits."""
+    sft: SftConfig = SftConfig()
+    """Stage 1."""
+    reward: RewardConfig = RewardConfig()
+    """Stage 2."""
+    ppo: PpoConfig = PpoConfig()
+    """Stage 3."""
+    stages: tuple[StageName, ...] = ("sft", "reward", "ppo")
+    """Which stages run. One that is left out must have finished before in the same output folder, or is
+    replaced by the pretrained model itself."""
+    output_dir: str
+    """Folder of the run: resolved config, metrics, checkpoints, final models."""
+    seed: NonNegativeInt = 0
+    """Seed of everything random: initial heads, order, sampling."""
+    precision: Precision = "auto"
+    """bf16 where the device computes in it, fp16 with loss scaling on older cards, else fp32."""
+    device: str = "auto"
+    """cuda, cpu, or auto = the first GPU if there is one."""
+    num_gpus: PositiveInt = 1
+    """GPUs of the run. More than one is not there yet."""
+    tracking: TrackingConfig = TrackingConfig()
+    """Where metrics go."""
+
+    @model_validator(mode="after")
+    def _one_gpu(self) -> "RunConfig":
+        if self.num_gpus > 1:
+            raise ValueError(
+                f"num_gpus = {self.num_gpus}: training on several GPUs is not there yet; set num_gpus to 1"
+            )
+        return self
+
+    def reward_start(self) -> ModelConfig:
+        """The model that stage 2 starts from when it does not start from the SFT model."""
+        return self.reward_model or self.actor

@@ -1,0 +1,151 @@
+"""How each of the three stages trains.
+
+Responsible for: the settings of supervised fine-tuning, reward model and PPO. Not responsible for: the loops.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from dovetail.config.frozen import FrozenModel
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class OptimizerConfig(FrozenModel):
+    """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) with float32 master weights, and its schedule."""
+
+    learning_rate: NonNegativeFloat = 1e-5
+    """Peak learning rate. Full weights: about 1e-5; LoRA adapters: 1e-4 to 5e-4."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the decay after warm-up, per optimiser step."""
+    warmup_steps: NonNegativeInt = 0
+    """Optimiser steps over which the rate rises linearly from 0."""
+    final_fraction: Fraction = 0.0
+    """Where the decay ends, as a fraction of the peak rate."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled decay per step, times the rate. Norms, biases and the scalar head are exempt."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    """Adam's moment decay rates (InstructGPT, appendix C: 0.9, 0.95)."""
+    eps: PositiveFloat = 1e-8
+    """Adam's epsilon; OpenAI's RLHF code uses 1e-5 in PPO."""
+    max_grad_norm: PositiveFloat = 1.0
+    """The gradient of the whole batch is scaled down to this norm, per model."""
+
+
+class StageConfig(FrozenModel):
+    """What all stages share."""
+
+    batch_size: PositiveInt = 32
+    """Sequences (SFT), prompts (reward model) or answers (PPO) per optimiser step or rollout."""
+    micro_batch_tokens: PositiveInt = 8192
+    """Tokens of one forward and backward pass. Halved, and said so, when a step runs out of memory. The
+    result does not depend on it: losses are normalised over the whole batch."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third slower."""
+    eval_every: PositiveInt = 50
+    """Optimiser steps (SFT, reward model) or rollouts (PPO) between evaluations on held-out rows."""
+    save_every: PositiveInt = 100
+    """Steps or rollouts between checkpoints; the end of a stage is always saved."""
+    keep_checkpoints: PositiveInt = 2
+    """How many of the newest checkpoints stay on disk."""
+    max_steps: PositiveInt | None = None
+    """Stop after this many optimiser steps (SFT, reward model) or rollouts (PPO). By default `epochs`
+    decides; in PPO, one pass over the prompts."""
+
+
+class SftConfig(StageConfig):
+    """Stage 1: supervised fine-tuning on demonstrations (InstructGPT, section 3.5)."""
+
+    epochs: PositiveFloat = 1.0
+    """Passes over the demonstrations; the predecessor's sixteen over-fit from the second on."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """Optimiser and schedule."""
+
+
+class RewardConfig(StageConfig):
+    """Stage 2: the reward model on ranked answers (InstructGPT, equation 1)."""
+
+    epochs: PositiveFloat = 1.0
+    """Passes over the comparisons; more than one over-fits (InstructGPT, appendix C.2)."""
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=2e-5)
+    """Optimiser and schedule."""
+    start_from: Literal["model", "sft"] = "model"
+    """Begin at `reward_model.path`, or at the finished SFT model of this run."""
+
+
+class SamplingConfig(FrozenModel):
+    """How answers are drawn in PPO. The same temperature divides the logits in every log-probability."""
+
+    temperature: PositiveFloat = 1.0
+    """Divides the logits, in sampling and in training alike."""
+    max_new_tokens: PositiveInt = 256
+    """An answer that has not ended by then is cut off and penalised by `missing_end_penalty`."""
+
+
+class PpoConfig(StageConfig):
+    """Stage 3: PPO (Schulman et al. 2017, arXiv:1707.06347) as in InstructGPT, section 3.5 and appendix C."""
+
+    batch_size: PositiveInt = 64
+    """Answers per rollout."""
+    minibatches: PositiveInt = 1
+    """Optimiser steps per epoch over one rollout."""
+    ppo_epochs: PositiveInt = 1
+    """Passes over each rollout."""
+    sampling: SamplingConfig = SamplingConfig()
+    """How answers are drawn."""
+    actor_optimizer: OptimizerConfig = OptimizerConfig(learning_rate=9.65e-6, warmup_steps=10, eps=1e-5)
+    """Actor's optimiser; warm-up counts optimiser steps."""
+    critic_optimizer: OptimizerConfig = OptimizerConfig(learning_rate=9e-6, warmup_steps=10, eps=1e-5)
+    """Critic's optimiser."""
+    critic_warmup_rollouts: NonNegativeInt = 2
+    """Rollouts in which only the critic learns, so that the first advantages mean something."""
+    kl_coefficient: NonNegativeFloat = 0.05
+    """Weight of the per-token penalty log p_actor - log p_reference in the reward (beta; InstructGPT:
+    0.02)."""
+    kl_target: PositiveFloat | None = None
+    """Nats per answer: adapt `kl_coefficient` towards it (Ziegler et al. 2019, arXiv:1909.08593, section
+    2.2)."""
+    kl_horizon: PositiveInt = 10_000
+    """Answers over which the adaptive coefficient reacts."""
+    kl_limit: PositiveFloat = 20.0
+    """Nats per answer: `ppo/best` is the model with the highest held-out reward among those below this."""
+    kl_stop: PositiveFloat | None = 50.0
+    """Nats per answer above which the run stops with a diagnosis."""
+    ratio_clip: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """PPO epsilon: the probability ratio is clipped to [1 - ratio_clip, 1 + ratio_clip]."""
+    value_clip: PositiveFloat | None = 0.2
+    """The new value is clipped to within this of the old one in the value loss; null = no clipping."""
+    gamma: Fraction = 1.0
+    """Discount per token."""
+    gae_lambda: Fraction = 0.95
+    """GAE lambda (Schulman et al. 2016, arXiv:1506.02438)."""
+    score_clip: PositiveFloat | None = 5.0
+    """Scores are clipped to [-score_clip, score_clip] before the KL penalty is added; null = no clipping."""
+    missing_end_penalty: float | None = None
+    """Score of an answer that was cut off, in place of the model's own; null = 1 below the lowest score of
+    the batch."""
+    whiten_rewards: bool = False
+    """Divide per-token rewards by their standard deviation over the batch, keeping the mean, before GAE."""
+    ema_decay: Fraction = 0.992
+    """Decay per optimiser step of the float32 average of the actor (`ppo/model_ema`)."""
+    ptx_coefficient: NonNegativeFloat = 0.0
+    """Weight of the pretraining loss per token beside the PPO loss per token, in the same optimiser step. The
+    paper's 27.8 is for its own normalisation. Needs `data.pretraining`."""
+    ptx_batch_size: PositiveInt = 16
+    """Texts of mixture training per optimiser step."""
+    reward_function: str | None = None
+    """`package.module:function` or `file.py:function` scoring answers instead of the reward model."""
+    reward_function_weight: PositiveFloat | None = None
+    """Add the function's score, times this, to the reward model's, instead of replacing it."""
+    print_samples_every: PositiveInt = 10
+    """Rollouts between printed sample answers, which are also kept in `ppo/samples.jsonl`."""
+
+    @model_validator(mode="after")
+    def _minibatches_divide(self) -> "PpoConfig":
+        if self.batch_size % self.minibatches:
+            raise ValueError(
+                f"batch_size = {self.batch_size} is not divisible by minibatches = {self.minibatches}; "
+                f"set batch_size to {-(-self.batch_size // self.minibatches) * self.minibatches}"
+            )
+        return self

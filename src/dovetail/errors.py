@@ -1,0 +1,49 @@
+"""The errors a user can meet. Each says what was found, why it is wrong, and what to do.
+
+Responsible for: the exception tree below. The command line prints `message` and `hint`, never a traceback.
+Not responsible for: our own mistakes, which are assertions and keep their traceback.
+
+    DovetailError
+    ├── ConfigError          a setting, recipe or override is wrong
+    ├── DataError            a file, row or column cannot be used
+    ├── ModelError           a model or tokenizer cannot be loaded or used
+    ├── CheckpointError      a checkpoint or run folder is damaged, foreign or cannot be written
+    ├── GenerationError      a request cannot be generated
+    └── TrainingStopped      a run that was stopped on purpose (NaN loss, KL run-away), with a diagnosis
+"""
+
+
+class DovetailError(Exception):
+    """A problem the user can solve; `hint` says how."""
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message}\nhint: {self.hint}" if self.hint else self.message
+
+
+class ConfigError(DovetailError):
+    """A setting, recipe or override is wrong."""
+
+
+class DataError(DovetailError):
+    """A file, row or column cannot be used."""
+
+
+class ModelError(DovetailError):
+    """A model or tokenizer cannot be loaded or used."""
+
+
+class CheckpointError(DovetailError):
+    """A checkpoint or run folder is damaged, belongs to another run, or cannot be written."""
+
+
+class GenerationError(DovetailError):
+    """A request cannot be generated: too long, empty, or more than the cache can hold."""
+
+
+class TrainingStopped(DovetailError):
+    """A run stopped on purpose, with what was seen and what to change."""
