@@ -1,0 +1,11 @@
+"""Generation inside the trainer's process, on the training modules' own parameters.
+
+Responsible for: the package's public names.
+Not responsible for: training, or what the generated tokens are used for.
+"""
+
+from dovetail.engine.answers import Completion, FinishReason
+from dovetail.engine.hybrid import Generate, HybridEngine
+from dovetail.engine.sampling import Sampling
+
+__all__ = ["Completion", "FinishReason", "Generate", "HybridEngine", "Sampling"]

@@ -1,0 +1,191 @@
+"""One model, two modes: generate with the very parameters that training updates.
+
+Responsible for: entering and leaving the generating mode, and turning requests into completions.
+Not responsible for: the generation loop (paged.py), attention (decode.py, prefill.py), the draw
+(sampling.py).
+
+    engine = HybridEngine(model)
+    with engine.generating() as generate:
+        completions = generate(prompts, Sampling(max_new_tokens=64), seeds=seeds)
+
+Inside the block the model is in evaluation mode, its attention is ours and the KV arena is alive; afterwards,
+and after an exception, everything is as it was. No weight is copied, and no cache outlives its block: a
+parameter changed between two blocks is what the second one uses.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Protocol
+
+import torch
+
+from dovetail.engine.answers import Answer, Completion, DecodeText, Listener, OnToken, expect_usable
+from dovetail.engine.kv_cache import KVShape
+from dovetail.engine.modules import (
+    PackedModules,
+    context_of,
+    evaluation_mode,
+    expect_causal_lm,
+    vocabulary_of,
+)
+from dovetail.engine.padded import generate_padded
+from dovetail.engine.paged import Limits, PagedGeneration
+from dovetail.engine.sampling import Sampling
+from dovetail.errors import GenerationError
+from dovetail.model.attention import why_not_packed
+from dovetail.model.forward import plain_model
+
+_PADDED_BATCH = 32
+
+
+class Generate(Protocol):
+    """What `generating()` hands out."""
+
+    def __call__(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling | Sequence[Sampling],
+        *,
+        seeds: Sequence[int],
+        on_token: OnToken | None = None,
+        decode_text: DecodeText | None = None,
+    ) -> list[Completion]:
+        """Answer every prompt. `sampling`: one for all, or one each.
+
+        The answer to one request depends on weights, prompt, sampling and seed alone, whatever runs beside it
+        (up to rounding: another batch may add up in another order).
+        """
+        ...
+
+
+class HybridEngine:
+    """Generation for one causal language model, plain or wrapped by peft."""
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        device: torch.device | None = None,
+        max_running: int = 256,
+        max_prefill_tokens: int = 8192,
+        max_cache_tokens: int | None = None,
+    ) -> None:
+        """See `Limits` for the numbers; `device`: where the parameters are, unless given."""
+        self._wrapped = model
+        self.model = plain_model(model)
+        expect_causal_lm(self.model)
+        self._device = device
+        self._limits = Limits(max_running, max_prefill_tokens, max_cache_tokens)
+        self.modules = PackedModules(self.model)
+        self.vocabulary = vocabulary_of(self.model)
+        self.context = context_of(self.model)
+        self._shapes: dict[torch.dtype, KVShape | None] = {}
+        self._warned: set[str] = set()
+        self._is_generating = False
+        self.num_preempted = 0
+        """How often an answer had to give its pages back and start again, in the last call."""
+
+    @contextmanager
+    def generating(self) -> Iterator[Generate]:
+        """Evaluation mode, our attention, KV arena; all undone at the end of the block."""
+        assert not self._is_generating, "generating() is not re-entrant"
+        self._is_generating = True
+        session = _Session(self)
+        try:
+            with evaluation_mode(self._wrapped), session.attention():
+                yield session
+        finally:
+            session.close()
+            self._is_generating = False
+
+    def paged_generation(self) -> PagedGeneration | None:
+        """A new generation loop without arena yet; None if this model must take the padded way."""
+        device = self._device or next(self.model.parameters()).device
+        dtype = next(self.model.parameters()).dtype
+        reason = why_not_packed(self.model)
+        if reason is None and dtype not in self._shapes:
+            self._shapes[dtype] = self.modules.kv_shape()
+        shape = self._shapes.get(dtype)
+        if shape is None:
+            reason = (
+                reason or f"{type(self.model).__name__} has layers that are not attention over plain keys"
+            )
+            self.warn_once(f"{reason}: generation falls back to padded batches, which is right but slower")
+            return None
+        return PagedGeneration(self.modules, shape, device, self._limits)
+
+    def warn_once(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(message, stacklevel=3)
+
+
+class _Session:
+    """The `generate` of one `generating()` block."""
+
+    def __init__(self, engine: HybridEngine) -> None:
+        self._engine = engine
+        self._paged = engine.paged_generation()
+        self._is_open = True
+
+    def attention(self) -> AbstractContextManager[None]:
+        """The attention this way of generating needs."""
+        return nullcontext() if self._paged is None else self._engine.modules.our_attention()
+
+    def close(self) -> None:
+        """Free the arena."""
+        self._paged = None
+        self._is_open = False
+
+    def __call__(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling | Sequence[Sampling],
+        *,
+        seeds: Sequence[int],
+        on_token: OnToken | None = None,
+        decode_text: DecodeText | None = None,
+    ) -> list[Completion]:
+        """See `Generate`."""
+        assert self._is_open, "generate() outlived its `with engine.generating()` block"
+        settings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
+        listener = Listener(on_token, decode_text)
+        answers = [
+            Answer(index, tuple(prompt), setting, seed, setting.max_new_tokens)
+            for index, (prompt, setting, seed) in enumerate(zip(prompts, settings, seeds, strict=True))
+        ]
+        for answer in answers:
+            expect_usable(
+                answer, vocabulary=self._engine.vocabulary, context=self._engine.context, listener=listener
+            )
+        self._cap(answers, self._engine.context, "the model's context")
+        if answers:
+            self._run(answers, listener)
+        return [answer.completion() for answer in answers]
+
+    def _run(self, answers: list[Answer], listener: Listener) -> None:
+        if self._paged is None:
+            with torch.no_grad():
+                generate_padded(self._engine.model, answers, listener, batch_size=_PADDED_BATCH)
+            return
+        capacity = self._paged.reserve(answers)
+        for answer in answers:
+            if (length := len(answer.prompt)) >= capacity:
+                raise GenerationError(
+                    f"request {answer.index}: the prompt has {length} tokens, the KV cache holds {capacity}",
+                    hint="shorten it, raise max_cache_tokens, or free memory on the device",
+                )
+        self._cap(answers, capacity, "the KV cache")
+        self._engine.num_preempted = self._paged.run(answers, listener)
+
+    def _cap(self, answers: list[Answer], limit: int | None, what: str) -> None:
+        """Shorten what would outgrow the limit; such answers end with "length"."""
+        for answer in answers:
+            if limit is not None and answer.max_tokens > limit:
+                answer.max_new_tokens = limit - len(answer.prompt)
+                self._engine.warn_once(
+                    f"answers that would outgrow {what} of {limit} tokens are cut off there"
+                )

@@ -1,0 +1,56 @@
+"""How large the KV arena may be, and getting it.
+
+Responsible for: what memory is free, and an arena as large as wanted or as large as fits.
+Not responsible for: what is stored in it (kv_cache.py).
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+
+import torch
+
+from dovetail.engine.kv_cache import KVArena, KVShape
+from dovetail.errors import GenerationError
+
+_USABLE = 0.8
+"""Of the free memory; the rest is for activations of the prefill."""
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that can still be had on the device, the allocator's own reserve included."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        available = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable"))
+        return int(available.split()[1]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+def allocate_arena(shape: KVShape, wanted_pages: int, device: torch.device) -> KVArena:
+    """An arena of `wanted_pages`, or of what fits, down to a single page; sequences then take turns."""
+    num_pages = max(1, min(wanted_pages, int(_USABLE * free_bytes(device)) // shape.page_bytes))
+    while True:
+        try:
+            return KVArena(shape, num_pages, device)
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            if num_pages == 1:
+                raise GenerationError(
+                    f"no memory for one page of the KV cache ({shape.page_bytes} bytes) on {device}",
+                    hint="free memory on the device, or use a smaller model or precision",
+                ) from error
+        num_pages //= 2
+        warnings.warn(
+            f"KV cache: out of memory, trying {num_pages} pages; fewer answers run at once", stacklevel=2
+        )
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """The CPU allocator raises a plain RuntimeError that only its words tell apart."""
+    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)

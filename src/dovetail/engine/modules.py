@@ -1,0 +1,122 @@
+"""The Hugging Face modules as the engine calls them: packed ids and positions in, next-token logits out.
+
+Responsible for: the forward call, the modes it needs (evaluation, our attention) and putting them back, and
+what a model's layers would cache, if they can be served this way at all.
+Not responsible for: attention (decode.py, prefill.py), or models that cannot (padded.py).
+
+A fused runner that reads the same parameters would stand where `PackedModules.next_logits` stands.
+
+Shapes: T packed tokens, S sequences, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dovetail.engine.kv_cache import KVShape
+from dovetail.errors import GenerationError
+from dovetail.model.attention import ATTENTION_NAME, Layout, use_packed_attention
+
+
+def vocabulary_of(model: PreTrainedModel) -> int:
+    """How many token ids the model can read."""
+    return int(model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
+
+
+def context_of(model: PreTrainedModel) -> int | None:
+    """The longest sequence the model can read, None where its config names no limit."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return int(limit) if limit else None
+
+
+@contextmanager
+def evaluation_mode(model: Any) -> Iterator[None]:
+    """Dropout off; afterwards every module is in the mode it was in, whatever happened."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+class PackedModules:
+    """A model whose attention goes through our registered function, hence over packed batches."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+
+    @contextmanager
+    def our_attention(self) -> Iterator[None]:
+        """The model attends through `layout.attend`; afterwards as before."""
+        before = self._model.config._attn_implementation
+        if before == ATTENTION_NAME:
+            yield
+            return
+        use_packed_attention(self._model)
+        try:
+            yield
+        finally:
+            self._model.set_attn_implementation(before)
+
+    def next_logits(
+        self, ids_T: Tensor, positions_T: Tensor, layout: Layout, last_S: Tensor | None = None
+    ) -> Tensor:
+        """Logits [S, V] of what follows the tokens `last_S` (all T if None); only these meet the head."""
+        output = self._model(
+            input_ids=ids_T[None],
+            position_ids=positions_T[None],
+            # transformers hands a mask of four dimensions through unread. Without one, its classes look for
+            # packed sequences in the positions themselves, which waits for the device in every forward.
+            attention_mask=torch.zeros(1, 1, 1, 1, device=ids_T.device),
+            use_cache=False,
+            layout=layout,
+            logits_to_keep=0 if last_S is None else last_S,
+        )
+        logits: Tensor = output.logits[0]
+        return logits
+
+    def kv_shape(self) -> KVShape | None:
+        """Keys and values of one token, learned by running one; None if a layer does not ask our attention.
+
+        Asking the modules and not the config proves for any architecture that each layer's attention is ours.
+        """
+        probe = _Probe()
+        device = next(self._model.parameters()).device
+        with torch.no_grad(), evaluation_mode(self._model), self.our_attention():
+            zero_T = torch.zeros(1, dtype=torch.long, device=device)
+            self.next_logits(zero_T, zero_T, probe)
+        num_layers = self._model.config.get_text_config().num_hidden_layers
+        if sorted(probe.shapes) != list(range(num_layers)) or len(set(probe.shapes.values())) != 1:
+            return None
+        heads, width, dtype = probe.shapes[0]
+        return KVShape(num_layers=num_layers, num_heads=heads, head_width=width, dtype=dtype)
+
+
+class _Probe:
+    """A layout for one token that notes what each layer would store."""
+
+    def __init__(self) -> None:
+        self.shapes: dict[int, tuple[int, int, torch.dtype]] = {}
+
+    def attend(self, module: Any, query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Tensor:
+        """Attention of a token to itself alone is its value."""
+        if key.shape == value.shape:
+            self.shapes[module.layer_idx] = (key.shape[1], key.shape[3], key.dtype)
+        return value.repeat_interleave(query.shape[1] // value.shape[1], dim=1).transpose(1, 2)
+
+
+def expect_causal_lm(model: PreTrainedModel) -> None:
+    """Raise GenerationError for models without a next-token head."""
+    if model.get_output_embeddings() is None:  # type: ignore[no-untyped-call]
+        raise GenerationError(
+            f"{type(model).__name__} has no language-model head, so it cannot generate",
+            hint="load it with AutoModelForCausalLM",
+        )

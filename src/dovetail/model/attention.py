@@ -1,0 +1,298 @@
+"""Attention over packed sequences, registered with transformers under the name "dovetail".
+
+Responsible for: the registered function, switching a model to it, and causal attention inside each sequence
+of a packed batch (flash attention on GPUs; elsewhere, and with soft-capped scores, a padded rectangle).
+Not responsible for: who calls the model (forward.py), or attention to cached keys (engine/).
+
+The one seam: every forward passes an object `layout`; whatever it is, its `attend` does the work. Training
+and scoring pass a `PackedLayout`; the engine passes layouts of its own that also keep keys and values.
+
+Attention dropout does not exist here (the loaders turn all dropout off).
+
+Shapes: T packed tokens, S sequences, L longest sequence, H query heads, G query heads per key head,
+K head width.
+"""
+
+from __future__ import annotations
+
+import inspect
+from functools import cache, cached_property
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from dovetail.batches import PackedBatch
+from dovetail.errors import ModelError
+
+ATTENTION_NAME = "dovetail"
+
+# Layers of any other kind (state spaces, convolutions, chunked attention) would mix the packed sequences.
+_PACKABLE_LAYERS = frozenset({"full_attention", "sliding_attention", "attention"})
+# What some classes hand to attention beyond the arguments below, and what would be wrong to leave out.
+_UNKNOWN_TERMS = ("position_bias", "s_aux")
+
+
+class Layout(Protocol):
+    """What a forward passes as `layout`."""
+
+    def attend(
+        self,
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scaling: float | None,
+        sliding_window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        """query [1, H, T, K], key and value [1, H / G, T, K] -> [1, T, H, K]."""
+        ...
+
+
+class PackedLayout:
+    """Where each sequence of one packed batch lies; made once per forward and shared by all layers."""
+
+    def __init__(self, cu_seqlens_S1: Tensor, lengths: tuple[int, ...]) -> None:
+        self.cu_seqlens_S1 = cu_seqlens_S1
+        self.lengths = lengths
+        self.max_length = max(lengths)
+        self._window_masks: dict[int, Tensor] = {}
+
+    @classmethod
+    def of(cls, batch: PackedBatch) -> PackedLayout:
+        """The layout of a batch, on its device."""
+        return cls(batch.cu_seqlens_S1, batch.lengths)
+
+    def attend(
+        self,
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scaling: float | None,
+        sliding_window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        """Causal attention within each sequence; a window counts the token itself."""
+        window = sliding_window if sliding_window is not None and sliding_window < self.max_length else None
+        if softcap is None and _flash_can(query, value):
+            return self._flash(query, key, value, scaling=scaling, window=window)
+        query_SHLK, key_SHLK, value_SHLK = self.padded(query), self.padded(key), self.padded(value)
+        mask_LL = None if window is None else self._window_mask(window)
+        if softcap is None:
+            out_SHLK = _sdpa(query_SHLK, key_SHLK, value_SHLK, scaling=scaling, mask_LL=mask_LL)
+        else:
+            allowed_LL = self._window_mask(self.max_length) if mask_LL is None else mask_LL
+            out_SHLK = _softcapped(
+                query_SHLK, key_SHLK, value_SHLK, scaling=scaling, softcap=softcap, allowed_LL=allowed_LL
+            )
+        return self.packed(out_SHLK)
+
+    def padded(self, x: Tensor) -> Tensor:
+        """[1, H, T, K] -> [S, H, L, K], sequences aligned left; the filling cannot reach real tokens."""
+        x_THK = x[0].transpose(0, 1)
+        if not self.is_rectangular:
+            x_THK = _Pad.apply(x_THK, *self.padding_indices)  # type: ignore[no-untyped-call]
+        x_SLHK = x_THK.view(len(self.lengths), self.max_length, *x_THK.shape[1:])
+        return x_SLHK.transpose(1, 2)
+
+    def packed(self, x_SHLK: Tensor) -> Tensor:
+        """[S, H, L, K] -> [1, T, H, K]: the inverse of `padded`."""
+        x_THK = x_SHLK.transpose(1, 2).flatten(0, 1)
+        if not self.is_rectangular:
+            x_THK = _Unpad.apply(x_THK, self.padding_indices[1])  # type: ignore[no-untyped-call]
+        return x_THK[None]
+
+    @cached_property
+    def is_rectangular(self) -> bool:
+        """Sequences of one length need no padding, hence no copies."""
+        return min(self.lengths) == self.max_length
+
+    @cached_property
+    def padding_indices(self) -> tuple[Tensor, Tensor]:
+        """(for each place of the padded rectangle, a token of its sequence; for each token, its place)."""
+        device = self.cu_seqlens_S1.device
+        starts_S = self.cu_seqlens_S1[:-1].long()
+        lengths_S = self.cu_seqlens_S1[1:].long() - starts_S
+        columns_L = torch.arange(self.max_length, device=device)
+        token_SL = starts_S[:, None] + torch.minimum(columns_L, lengths_S[:, None] - 1)
+        # Token t of sequence s sits in row s, column t - start of s.
+        first_place_S = torch.arange(len(self.lengths), device=device) * self.max_length - starts_S
+        num_tokens = sum(self.lengths)
+        place_T = first_place_S.repeat_interleave(lengths_S, output_size=num_tokens)
+        return token_SL.flatten(), place_T + torch.arange(num_tokens, device=device)
+
+    def _flash(
+        self, query: Tensor, key: Tensor, value: Tensor, *, scaling: float | None, window: int | None
+    ) -> Tensor:
+        from torch.nn.attention.varlen import varlen_attn
+
+        options: dict[str, Any] = {"scale": scaling, "window_size": (-1 if window is None else window - 1, 0)}
+        if query.shape[1] != key.shape[1] and _varlen_asks_for_grouping():
+            options["enable_gqa"] = True
+        query_THK, key_THK, value_THK = (x[0].transpose(0, 1) for x in (query, key, value))
+        bounds, longest = self.cu_seqlens_S1, self.max_length
+        out_THK = varlen_attn(query_THK, key_THK, value_THK, bounds, bounds, longest, longest, **options)
+        assert isinstance(out_THK, Tensor)  # a pair only if asked for
+        return out_THK[None]
+
+    def _window_mask(self, window: int) -> Tensor:
+        """bool [L, L], True = may look: the last `window` tokens, itself included."""
+        if window not in self._window_masks:
+            ones_LL = torch.ones(
+                self.max_length, self.max_length, dtype=torch.bool, device=self.cu_seqlens_S1.device
+            )
+            self._window_masks[window] = ones_LL.tril() & ones_LL.triu(1 - window)
+        return self._window_masks[window]
+
+
+def packed_attention(  # noqa: PLR0913 -- the signature is that of transformers
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    layout: Layout | None = None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls in every attention layer; masks and dropout are not looked at."""
+    if layout is None:
+        raise ModelError(
+            "a model that was switched to packed attention was called without a `layout`",
+            hint='call it through dovetail.model.forward, or model.set_attn_implementation("sdpa") first',
+        )
+    for name in _UNKNOWN_TERMS:
+        if others.get(name) is not None:
+            raise ModelError(f"{type(module).__name__} adds `{name}` to attention, which packing cannot do")
+    out = layout.attend(
+        module, query, key, value, scaling=scaling, sliding_window=sliding_window, softcap=softcap
+    )
+    return out, None
+
+
+def use_packed_attention(model: PreTrainedModel) -> None:
+    """Switch a model (not peft-wrapped) to the registered function; the saved config does not remember it."""
+    if model.config._attn_implementation != ATTENTION_NAME:
+        model.set_attn_implementation(ATTENTION_NAME)
+
+
+def why_not_packed(model: PreTrainedModel) -> str | None:
+    """Why a model cannot run over packed batches, None if it can."""
+    name = type(model).__name__
+    if not getattr(model, "_supports_attention_backend", False) or not model._can_set_attn_implementation():
+        return f"{name} keeps its own attention (it bypasses the attention registry)"
+    if getattr(model, "_is_stateful", False):
+        return f"{name} carries a state from token to token, which would leak between packed sequences"
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
+    if not kinds <= _PACKABLE_LAYERS:
+        return f"{name} has layers that mix packed sequences: {', '.join(sorted(kinds - _PACKABLE_LAYERS))}"
+    if any(name.rpartition(".")[2] == "sinks" for name, _ in model.named_parameters()):
+        return f"{name} has attention sinks"
+    return None
+
+
+def _flash_can(query: Tensor, value: Tensor) -> bool:
+    """Flash attention's own limits: half precision, a head width of up to 256 in steps of 8, one for all."""
+    width = query.shape[-1]
+    return (
+        query.is_cuda
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and width == value.shape[-1]
+        and width % 8 == 0
+        and width <= 256
+    )
+
+
+@cache
+def _varlen_asks_for_grouping() -> bool:
+    """Later versions of torch refuse fewer key heads than query heads unless told that it is meant."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
+def _sdpa(
+    query_SHLK: Tensor, key_SHLK: Tensor, value_SHLK: Tensor, *, scaling: float | None, mask_LL: Tensor | None
+) -> Tensor:
+    return scaled_dot_product_attention(
+        query_SHLK,
+        _for_each_query_head(key_SHLK, query_SHLK.shape[1]),
+        _for_each_query_head(value_SHLK, query_SHLK.shape[1]),
+        attn_mask=mask_LL,
+        is_causal=mask_LL is None,
+        scale=scaling,
+    )
+
+
+def _softcapped(
+    query_SHLK: Tensor,
+    key_SHLK: Tensor,
+    value_SHLK: Tensor,
+    *,
+    scaling: float | None,
+    softcap: float,
+    allowed_LL: Tensor,
+) -> Tensor:
+    """softmax(c * tanh(q k / c)) v, softmax in float32 at least (Gemma 2, arXiv:2408.00118, section 2)."""
+    scale = query_SHLK.shape[-1] ** -0.5 if scaling is None else scaling
+    keys = _for_each_query_head(key_SHLK, query_SHLK.shape[1])
+    scores_SHLL = torch.tanh(query_SHLK @ keys.transpose(2, 3) * (scale / softcap)) * softcap
+    scores_SHLL = scores_SHLL.masked_fill(~allowed_LL, -torch.inf)
+    float_type = torch.promote_types(scores_SHLL.dtype, torch.float32)
+    weights_SHLL = scores_SHLL.softmax(dim=-1, dtype=float_type).to(query_SHLK.dtype)
+    return weights_SHLL @ _for_each_query_head(value_SHLK, query_SHLK.shape[1])
+
+
+def _for_each_query_head(x_SHLK: Tensor, num_heads: int) -> Tensor:
+    """Key heads repeated so that each query head has its own (faster than SDPA's grouping on CPUs)."""
+    groups = num_heads // x_SHLK.shape[1]
+    return x_SHLK if groups == 1 else x_SHLK.repeat_interleave(groups, dim=1)
+
+
+class _Pad(torch.autograd.Function):
+    """Rows of a packed tensor laid out as a padded rectangle.
+
+    Backward is a plain gather and not index_select's scatter-add: the rows that fill the rectangle never reach
+    a real token, so their gradient is zero and need not be added (faster, and the same every time on GPUs).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, token_of_place: Tensor, place_of_token: Tensor) -> Tensor:
+        ctx.save_for_backward(place_of_token)
+        return x.index_select(0, token_of_place)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (place_of_token,) = ctx.saved_tensors
+        return grads[0].index_select(0, place_of_token), None, None
+
+
+class _Unpad(torch.autograd.Function):
+    """The real rows of a padded rectangle; backward leaves zeros in the places that only filled it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, place_of_token: Tensor) -> Tensor:
+        ctx.save_for_backward(place_of_token)
+        ctx.num_places = x.shape[0]
+        return x.index_select(0, place_of_token)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (place_of_token,) = ctx.saved_tensors
+        grad_x = grads[0].new_zeros(ctx.num_places, *grads[0].shape[1:])
+        return grad_x.index_copy_(0, place_of_token, grads[0]), None
+
+
+ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, packed_attention)
+ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, lambda *_, **__: None)

@@ -1,0 +1,34 @@
+"""Turn dropout off, for good.
+
+Responsible for: every place where transformers and peft keep a dropout probability.
+Not responsible for: evaluation mode. `model.train()` must not bring dropout back: in reinforcement learning the same
+tokens must get the same log-probability in every forward.
+"""
+
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Probability 0 in all dropout modules, in the plain numbers that attention and layers read, and in the config."""
+    for module in model.modules():
+        if isinstance(module, _DropoutNd):
+            module.p = 0.0
+        _zero_probabilities(vars(module))
+    for config in _configs(model):
+        _zero_probabilities(vars(config))
+
+
+def _zero_probabilities(attributes: dict[str, Any]) -> None:
+    """Modules and configs name them dropout, attention_dropout, attn_pdrop, layerdrop, hidden_dropout_prob, ..."""
+    for name, value in attributes.items():
+        is_probability = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if is_probability and ("dropout" in name or name.endswith(("pdrop", "layerdrop"))):
+            attributes[name] = 0.0
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    found = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    return list(found.values())

@@ -1,0 +1,145 @@
+"""Forward passes over packed batches: hidden states, log-probabilities, values, scores.
+
+Responsible for: calling a model's backbone on a packed batch and reading what each role needs off its hidden
+states.
+Not responsible for: attention itself (attention.py), the fused head (linear_logprobs.py), losses (maths/).
+
+A model here is a causal language model, or a scalar model (`...ForSequenceClassification` with one label:
+reward models and critics), plain or peft-wrapped.
+
+Shapes: T packed tokens, S sequences, A tokens whose mask is True, L longest sequence, D width.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, pad
+from transformers import PreTrainedModel
+
+from dovetail.batches import PackedBatch, RankedBatch
+from dovetail.errors import ModelError
+from dovetail.model.attention import ATTENTION_NAME, PackedLayout, use_packed_attention, why_not_packed
+from dovetail.model.linear_logprobs import head_of, linear_logprobs
+
+
+@dataclass(frozen=True, slots=True)
+class LogProbs:
+    """What a policy says of the tokens of a batch; 0 where the batch's mask is False."""
+
+    logprobs_T: Tensor
+    """float32 [T] (float64 for float64 models), differentiable."""
+    entropy_T: Tensor | None
+    """[T], nats, of the distribution each token was drawn from; without gradient. None if not asked for."""
+
+
+def hidden_states(model: Any, batch: PackedBatch) -> Tensor:
+    """[T, D]: the backbone's output, no head applied. Row t has seen its sequence up to and with token t."""
+    inner = plain_model(model)
+    reason = None if inner.config._attn_implementation == ATTENTION_NAME else why_not_packed(inner)
+    if reason is not None:
+        _warn_of_padding(reason)
+        return _padded_hidden_states(inner.base_model, batch)
+    use_packed_attention(inner)
+    output = inner.base_model(
+        input_ids=batch.token_ids_T[None],
+        position_ids=batch.position_ids_T()[None],
+        # transformers hands a mask of four dimensions through unread. Without one, its classes look for
+        # packed sequences in the positions themselves, which waits for the device in every forward.
+        attention_mask=torch.zeros(1, 1, 1, 1, device=batch.token_ids_T.device),
+        use_cache=False,
+        layout=PackedLayout.of(batch),
+    )
+    hidden_TD: Tensor = output.last_hidden_state[0]
+    return hidden_TD
+
+
+def token_logprobs(
+    model: Any, batch: PackedBatch, *, temperature: float = 1.0, with_entropy: bool = False
+) -> LogProbs:
+    """log p(token t | its sequence before it) where `mask_T` is True, logits divided by `temperature`."""
+    index_A = masked_index(batch)
+    hidden_TD = hidden_states(model, batch)
+    # Token t was chosen by the state that had seen everything up to t - 1.
+    logprobs_A, entropy_A = linear_logprobs(
+        hidden_TD.index_select(0, index_A - 1),
+        head_of(model),
+        batch.token_ids_T[index_A],
+        temperature=temperature,
+        with_entropy=with_entropy,
+    )
+    zeros_T = logprobs_A.new_zeros(batch.num_tokens)
+    return LogProbs(
+        logprobs_T=zeros_T.index_copy(0, index_A, logprobs_A),
+        entropy_T=None if entropy_A is None else zeros_T.index_copy(0, index_A, entropy_A),
+    )
+
+
+def token_values(model: Any, batch: PackedBatch) -> Tensor:
+    """[T], float32: value of the state in which token t was chosen; 0 for first tokens, chosen by nobody."""
+    scores_T = scalar_head(model, hidden_states(model, batch))
+    values_T = pad(scores_T[:-1], (1, 0))
+    return values_T.index_fill(0, batch.cu_seqlens_S1[:-1].long(), 0.0)
+
+
+def last_scores(model: Any, batch: PackedBatch) -> Tensor:
+    """[S], float32: scalar head at each sequence's last token, as `...ForSequenceClassification` reads it."""
+    return scalar_head(model, last_hidden_states(model, batch))
+
+
+def last_hidden_states(model: Any, batch: PackedBatch) -> Tensor:
+    """[S, D]: the hidden state of each sequence's last token."""
+    return hidden_states(model, batch).index_select(0, batch.last_index_S())
+
+
+def scalar_head(model: Any, hidden_ND: Tensor) -> Tensor:
+    """[N], float32 at least: one number per hidden state."""
+    score = getattr(plain_model(model), "score", None)
+    if score is None or score.weight.shape[0] != 1:
+        raise ModelError(
+            f"{type(plain_model(model)).__name__} has no head with one score",
+            hint="load it with dovetail.model.load.load_scalar_model",
+        )
+    float_type = torch.promote_types(hidden_ND.dtype, torch.float32)
+    bias = None if score.bias is None else score.bias.to(float_type)
+    scores_N: Tensor = linear(hidden_ND.to(float_type), score.weight.to(float_type), bias).squeeze(-1)
+    return scores_N
+
+
+def plain_model(model: Any) -> PreTrainedModel:
+    """The Hugging Face model inside a peft wrapper (its adapters stay in place), or the model itself."""
+    inner: PreTrainedModel = model.get_base_model() if hasattr(model, "peft_config") else model
+    return inner
+
+
+def masked_index(batch: PackedBatch) -> Tensor:
+    """int64 [A]: where `mask_T` is True."""
+    if isinstance(batch, RankedBatch) or not batch.mask_T.is_cuda:
+        return batch.mask_T.nonzero().squeeze(-1)
+    # The host knows how many there are, so nothing waits for the device.
+    return torch.nonzero_static(batch.mask_T, size=round(batch.num_targets)).squeeze(-1)
+
+
+def _padded_hidden_states(backbone: Any, batch: PackedBatch) -> Tensor:
+    """For classes with attention of their own: right-padded, so that default positions are right."""
+    token_of_place, place_of_token = PackedLayout.of(batch).padding_indices
+    shape = (batch.num_sequences, batch.max_length)
+    is_real = torch.zeros(shape[0] * shape[1], dtype=torch.long, device=token_of_place.device)
+    output = backbone(
+        input_ids=batch.token_ids_T[token_of_place].view(shape),
+        attention_mask=is_real.index_fill(0, place_of_token, 1).view(shape),
+        use_cache=False,
+    )
+    hidden_TD: Tensor = output.last_hidden_state.flatten(0, 1).index_select(0, place_of_token)
+    return hidden_TD
+
+
+@cache
+def _warn_of_padding(reason: str) -> None:
+    """Once for each reason."""
+    warnings.warn(f"{reason}: its batches are padded, which is slower", RuntimeWarning, stacklevel=4)

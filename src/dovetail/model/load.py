@@ -1,0 +1,226 @@
+"""Models from the hub, from Hugging Face folders and from GGUF files.
+
+Responsible for: causal language models and scalar models (reward models, critics), complete or not at all, with
+errors that say what to do. What comes out of here has no dropout.
+Not responsible for: tokenizers (text/tokenizer.py), adapters (lora.py), devices to choose (the caller).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from dovetail.errors import ModelError
+from dovetail.model.copies import copy_of
+from dovetail.model.dropout import disable_dropout
+from dovetail.model.linear_logprobs import head_of
+from dovetail.model.save import save_model
+from dovetail.model.scalar import scalar_model_from, with_scalar_head
+
+__all__ = [
+    "copy_of",
+    "disable_dropout",
+    "load_causal_lm",
+    "load_scalar_model",
+    "save_model",
+    "scalar_model_from",
+]
+
+_OTHER_HEADS = ("ForTokenClassification", "ForQuestionAnswering", "ForMaskedLM", "ForMultipleChoice")
+_SCALAR = "ForSequenceClassification"
+
+
+def load_causal_lm(
+    path: str | Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """A causal language model by hub name, folder, .gguf file, or folder with exactly one .gguf file.
+
+    Raises ModelError if it is not there, is of another kind, or lacks any weight.
+    """
+    name = _existing(path)
+    model = _read_causal_lm(name, dtype, revision=revision, trust_remote_code=trust_remote_code)
+    disable_dropout(model)
+    model.to(torch.device(device))  # type: ignore[arg-type]
+    _expect_known_head(model)
+    return model
+
+
+def load_scalar_model(
+    path: str | Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    seed: int,
+    pad_token_id: int | None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """A reward model or critic: a finished one with its head, or a language model with a head drawn from `seed`."""
+    name = _existing(path)
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    if _gguf_file(name) is None and _is_scalar(_read_config(name, options)):
+        auto: Any = AutoModelForSequenceClassification
+        model = _complete(auto, name, dtype, options)
+        if model.config.num_labels != 1:
+            raise ModelError(
+                f"{name} gives {model.config.num_labels} numbers per text; a reward model gives one",
+                hint="give a reward model, or a causal language model to start one from",
+            )
+        if pad_token_id is not None:
+            model.config.get_text_config().pad_token_id = pad_token_id
+    else:
+        causal_lm = _read_causal_lm(name, dtype, **options)
+        model = with_scalar_head(causal_lm, seed=seed, pad_token_id=pad_token_id)
+    disable_dropout(model)
+    model.to(torch.device(device))  # type: ignore[arg-type]
+    return model
+
+
+def _read_causal_lm(
+    name: str, dtype: torch.dtype, *, revision: str | None, trust_remote_code: bool
+) -> PreTrainedModel:
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    gguf = _gguf_file(name)
+    if gguf is not None:
+        return _complete(AutoModelForCausalLM, str(gguf.parent), dtype, {"gguf_file": gguf.name})
+    config = _read_config(name, options)
+    for architecture in config.architectures or ():
+        if architecture.endswith((*_OTHER_HEADS, _SCALAR)):
+            raise ModelError(
+                f"{name} is a {architecture}, not a causal language model",
+                hint="give a model that writes text, such as HuggingFaceTB/SmolLM2-135M",
+            )
+    return _complete(AutoModelForCausalLM, name, dtype, options)
+
+
+def _complete(auto_class: Any, name: str, dtype: torch.dtype, options: dict[str, Any]) -> PreTrainedModel:
+    """from_pretrained that fails where transformers would fill in random weights."""
+    with _explained(name), _quiet():
+        model, report = auto_class.from_pretrained(name, dtype=dtype, output_loading_info=True, **options)
+    missing = sorted(report["missing_keys"])
+    if missing:
+        listed = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise ModelError(
+            f"{name} has no weights for {listed}, which {type(model).__name__} needs",
+            hint="the folder is incomplete or of another kind of model; save or download it again",
+        )
+    complete: PreTrainedModel = model
+    return complete
+
+
+def _read_config(name: str, options: dict[str, Any]) -> Any:
+    with _explained(name), _quiet():
+        return AutoConfig.from_pretrained(name, **options)
+
+
+def _is_scalar(config: Any) -> bool:
+    return any(architecture.endswith(_SCALAR) for architecture in config.architectures or ())
+
+
+def _existing(path: str | Path) -> str:
+    """The path or hub name; refuses local paths that hold no model before anybody asks the hub for them."""
+    given, place = str(path), Path(path).expanduser()
+    if place.is_dir():
+        if not (place / "config.json").exists() and _gguf_file(str(place)) is None:
+            raise ModelError(
+                f"{given} holds no model: it has neither config.json nor a .gguf file",
+                hint=_what_lies_in(place),
+            )
+        return str(place)
+    looks_local = place.is_absolute() or given.startswith((".", "~")) or given.endswith(".gguf")
+    if not place.exists() and (looks_local or given.count("/") > 1):
+        raise ModelError(
+            f"{given} does not exist", hint="give a hub name, a Hugging Face folder or a .gguf file"
+        )
+    if place.is_file() and place.suffix != ".gguf":
+        raise ModelError(
+            f"{given} is a single file", hint="give the folder that holds config.json and the weights"
+        )
+    return str(place) if place.exists() else given
+
+
+def _what_lies_in(folder: Path) -> str:
+    if (folder / "adapter_config.json").exists():
+        return "it is a LoRA adapter: give the merged model's folder, beside it and without `_adapter`"
+    inside = sorted(child.name for child in folder.iterdir() if (child / "config.json").exists())
+    if inside:
+        return f"there are models inside it: {', '.join(str(folder / name) for name in inside[:3])}"
+    return "give a folder that `save_pretrained` wrote, with config.json and model.safetensors"
+
+
+def _gguf_file(name: str) -> Path | None:
+    """The GGUF file that `name` is or holds; folders with a config.json are read as such."""
+    place = Path(name)
+    if place.suffix == ".gguf" and place.is_file():
+        return place
+    if not place.is_dir() or (place / "config.json").exists():
+        return None
+    found = sorted(place.glob("*.gguf"))
+    if len(found) > 1:
+        raise ModelError(
+            f"{place} holds {len(found)} GGUF files: {', '.join(file.name for file in found)}",
+            hint=f"name the one to load, such as {found[0]}",
+        )
+    return found[0] if found else None
+
+
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """What transformers raises, as an error that names the model and the way out."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).strip().partition("\n")[0].split()) or type(error).__name__
+        if Path(name).exists():
+            hint = "the folder or file is damaged, incomplete or of a kind this version of transformers cannot read"
+            if "trust_remote_code" in str(error):
+                hint = "it ships its own code: set trust_remote_code if you trust its source"
+        else:
+            hint = (
+                "check the name on https://huggingface.co and the network; without one, download the model "
+                "elsewhere (`hf download NAME --local-dir FOLDER`) and give the folder; gated ones need `hf auth login`"
+            )
+        raise ModelError(f"{name} cannot be loaded: {reason}", hint=hint) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No reports and no bars of transformers: what matters in them is raised."""
+    level, had_bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if had_bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _expect_known_head(model: Any) -> None:
+    """Refuse a class whose head does more than we know of: its log-probabilities would be silently wrong."""
+    head = head_of(model)
+    ids = torch.arange(2, device=head.weight_VD.device)[None]
+    with torch.no_grad():
+        theirs = model(input_ids=ids, use_cache=False).logits[0].double()
+        ours = head.logits(model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]).double()
+    # Half precision rounds their logits; an unknown factor, cap or bias is far more than that.
+    if not torch.allclose(ours, theirs, rtol=0.05, atol=0.05 * float(theirs.abs().max())):
+        raise ModelError(
+            f"the head of {type(model).__name__} does more to its logits than dovetail knows",
+            hint="take another architecture, or report this one",
+        )

@@ -1,0 +1,67 @@
+"""A pad token for reward models, so that transformers reads their scores where we do.
+
+Responsible for: finding a token that can fill a batch and never ends a text, or making one.
+Not responsible for: our own forwards, which are packed and know no padding.
+
+`...ForSequenceClassification` reads the score at the last token that is not the pad token. Many tokenizers pad with
+the token that ends an answer; there it would read the score one token too early.
+"""
+
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from dovetail.model.copies import copy_of
+
+NEW_PAD = "<|pad|>"
+
+
+@dataclass(frozen=True, slots=True)
+class ScorePadding:
+    """What a reward model's folder says about padding."""
+
+    tokenizer: PreTrainedTokenizerBase
+    """A copy that pads with `token_id`."""
+    token_id: int
+    num_rows: int
+    """Rows that the embedding needs; more than the model has only where a token had to be added."""
+
+
+def padding_for_scores(
+    tokenizer: PreTrainedTokenizerBase, num_rows: int, stop_token_ids: Sequence[int]
+) -> ScorePadding:
+    """The tokenizer's own pad token if it never ends an answer, else another special token, else a new one."""
+    tokenizer = copy.deepcopy(tokenizer)
+    ends = {*stop_token_ids, tokenizer.eos_token_id}
+    for token in _candidates(tokenizer):
+        token_id = tokenizer.convert_tokens_to_ids(token)
+        if isinstance(token_id, int) and token_id not in ends and token_id < num_rows:
+            tokenizer.pad_token = token
+            return ScorePadding(tokenizer, token_id, num_rows)
+    # The next free id may have a row already: embeddings are often rounded up.
+    tokenizer.add_special_tokens({"pad_token": NEW_PAD})
+    token_id = int(tokenizer.convert_tokens_to_ids(NEW_PAD))
+    return ScorePadding(tokenizer, token_id, max(num_rows, token_id + 1))
+
+
+def with_rows(model: PreTrainedModel, num_rows: int) -> PreTrainedModel:
+    """A copy on the CPU with that many embedding rows; new ones are zero, and nothing attends to them."""
+    grown = copy_of(model, device=torch.device("cpu"))
+    old_rows = grown.get_input_embeddings().weight.shape[0]
+    with torch.random.fork_rng(devices=[]):
+        grown.resize_token_embeddings(num_rows, mean_resizing=False)
+    with torch.no_grad():
+        grown.get_input_embeddings().weight[old_rows:] = 0
+    return grown
+
+
+def _candidates(tokenizer: PreTrainedTokenizerBase) -> Iterable[str]:
+    """Special tokens, best first: pad, then what is named so, what says nothing, what only begins texts, others."""
+    special = [token for token in tokenizer.all_special_tokens if token is not None]
+    added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    named_pad = [token for token in [*special, *added] if "pad" in token.lower()]
+    own = (tokenizer.pad_token, *named_pad, tokenizer.unk_token, tokenizer.bos_token, *special, *added)
+    return [token for token in own if token is not None]

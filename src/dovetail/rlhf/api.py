@@ -1,0 +1,192 @@
+"""The API to build on: an engine that holds the models, a trainer that turns prompts into updates.
+
+Responsible for: the pieces an algorithm is made of (`generate`, `pack`, `logprobs`, `reference_logprobs`,
+`values`, `rewards`, `step_actor`), the two-call loop `generate_experience` / `train_rlhf`, and their state.
+Not responsible for: making the models (rlhf/build.py), data, evaluation, checkpoints on disk (stages/ppo.py).
+
+Shapes: T packed tokens, S sequences.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from dovetail.batches import PackedBatch, Rollout, SummedLoss
+from dovetail.config.stages import PpoConfig
+from dovetail.data.records import Message
+from dovetail.model.forward import token_logprobs
+from dovetail.rlhf.build import Setup, make_learners, make_roles
+from dovetail.rlhf.rewards import Answer, RewardFunction
+from dovetail.rlhf.rollout import Collected, collect, pack_rollout, sample_answers
+from dovetail.rlhf.update import UpdateReport, next_kl_coefficient, rate_at, update
+from dovetail.text.tokenizer import load_tokenizer
+from dovetail.training.step import StepReport, Term, gradient_step
+from dovetail.training.weights import load_trained, trained_weights
+
+Conversation = str | Sequence[Message]
+"""A prompt: a user's message as text, or chat messages ending with the user's."""
+
+
+class RLHFEngine:
+    """Actor, reference, critic and reward on one device, with what trains them.
+
+    actor_model: name, folder or module of a causal LM. critic_model: name, folder or module of a reward model;
+    the critic starts as a copy of it. None: the critic starts from the actor, and `reward` must be given.
+    tokenizer: the actor's; by default loaded from `actor_model`. total_steps: optimiser steps of the run, for the
+    schedules. reward: a function of the answers, in place of the reward model, or beside it if
+    `config.reward_function_weight` is set. setup: device, precision, seed, adapters.
+    Raises ConfigError if neither a reward model nor a function is given, ModelError if a model cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        *,
+        actor_model: str | PreTrainedModel,
+        critic_model: str | PreTrainedModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        total_steps: int,
+        config: PpoConfig | None = None,
+        reward: RewardFunction | None = None,
+        setup: Setup | None = None,
+    ) -> None:
+        self.config = config or PpoConfig()
+        self.setup = setup or Setup()
+        self.tokenizer = tokenizer or load_tokenizer(_name_of(actor_model))
+        self.roles = make_roles(actor_model, critic_model, self.tokenizer, reward, self.config, self.setup)
+        self.learners = make_learners(self.roles, self.config, total_steps=total_steps)
+
+    def generate(self, prompts: Sequence[Conversation], *, seed: int, greedy: bool = False) -> list[Answer]:
+        """One answer to each prompt, sampled (or greedy) by the actor as it is now."""
+        messages = [as_messages(prompt) for prompt in prompts]
+        return sample_answers(messages, self.roles, self.config.sampling, seed=seed, greedy=greedy)
+
+    def pack(self, answers: Sequence[Answer]) -> Rollout:
+        """Prompts and answers end to end on the device; `mask_T` marks the sampled tokens."""
+        return pack_rollout(answers).to(self.roles.device)
+
+    def rewards(self, answers: Sequence[Answer]) -> Tensor:
+        """float32 [S]: the score of each answer."""
+        return self.roles.score(answers).to(self.roles.device)
+
+    def logprobs(self, batch: PackedBatch) -> Tensor:
+        """float32 [T]: of the marked tokens under the actor, without gradient; 0 elsewhere."""
+        return self.roles.actor_logprobs(batch, temperature=self.config.sampling.temperature).logprobs_T
+
+    def reference_logprobs(self, batch: PackedBatch) -> Tensor:
+        """float32 [T]: of the marked tokens under the frozen reference; 0 elsewhere."""
+        return self.roles.reference_logprobs(batch, temperature=self.config.sampling.temperature)
+
+    def values(self, batch: PackedBatch) -> Tensor:
+        """float32 [T]: the critic's value of the state in which each token was chosen."""
+        return self.roles.values(batch)
+
+    def step_actor(self, batch: PackedBatch, loss_of: Callable[[Tensor, Any], Tensor]) -> StepReport:
+        """One optimiser step of the actor on a loss of your own.
+
+        `loss_of(logprobs_T, micro)` gets the differentiable float32 log-probabilities of the marked tokens of one
+        micro-batch (a part of `batch`, of the same class, with all its columns) and returns the *sum* of the loss
+        over them. The sum over all micro-batches is divided by the number of marked tokens of the whole batch.
+        """
+        temperature = self.config.sampling.temperature
+
+        def summed(micro: PackedBatch) -> SummedLoss:
+            logprobs_T = token_logprobs(self.roles.actor, micro, temperature=temperature).logprobs_T
+            return SummedLoss(loss_of(logprobs_T, micro), micro.mask_T.sum())
+
+        optimizer = self.config.actor_optimizer
+        report = gradient_step(
+            self.roles.actor,
+            self.learners.actor,
+            [Term(batch, summed)],
+            max_grad_norm=optimizer.max_grad_norm,
+            budget=self.roles.budget,
+            learning_rate=rate_at(self.learners, optimizer),
+            device=self.roles.device,
+        )
+        self.learners.ema.update()
+        self.learners.step += 1
+        return report
+
+    def state_dict(self) -> dict[str, Any]:
+        """Trained weights, optimisers, EMA and step: with PPOTrainer's, all that the next step depends on."""
+        return {
+            "actor": trained_weights(self.roles.actor),
+            "critic": trained_weights(self.roles.critic),
+            "actor_optimizer": self.learners.actor.state_dict(),
+            "critic_optimizer": self.learners.critic.state_dict(),
+            "ema": self.learners.ema.state_dict(),
+            "step": self.learners.step,
+            "budget": self.roles.budget.tokens,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict()`, bit for bit."""
+        load_trained(self.roles.actor, state["actor"])
+        load_trained(self.roles.critic, state["critic"])
+        self.learners.actor.load_state_dict(state["actor_optimizer"])
+        self.learners.critic.load_state_dict(state["critic_optimizer"])
+        self.learners.ema.load_state_dict(state["ema"])
+        self.learners.step = state["step"]
+        self.roles.budget.tokens = state["budget"]
+
+
+class PPOTrainer:
+    """The two calls of a PPO loop, and what they remember between them: the iteration and the KL coefficient."""
+
+    def __init__(self, engine: RLHFEngine, *, config: PpoConfig | None = None) -> None:
+        self.engine = engine
+        self.config = config or engine.config
+        self.iteration = 0
+        self.kl_coefficient = self.config.kl_coefficient
+
+    def generate_experience(self, prompts: Sequence[Conversation]) -> Collected:
+        """Sample an answer to each prompt and score it: everything `train_rlhf` needs."""
+        messages = [as_messages(prompt) for prompt in prompts]
+        seed = self.engine.setup.seed * 1_000_003 + self.iteration
+        return collect(messages, self.engine.roles, self.config, kl_coefficient=self.kl_coefficient, seed=seed)
+
+    def train_rlhf(
+        self, collected: Collected, *, next_texts: Callable[[int], PackedBatch] | None = None
+    ) -> tuple[float, float]:
+        """Update actor and critic; returns (actor loss, critic loss). `update` returns the whole report."""
+        report = self.update(collected, next_texts=next_texts)
+        return report.actor_loss, report.critic_loss
+
+    def update(
+        self, collected: Collected, *, next_texts: Callable[[int], PackedBatch] | None = None
+    ) -> UpdateReport:
+        """As `train_rlhf`, with everything there is to report; moves the KL controller and the iteration on."""
+        report = update(
+            collected.experience,
+            self.engine.roles,
+            self.engine.learners,
+            self.config,
+            seed=self.engine.setup.seed * 1_000_003 + self.iteration,
+            train_actor=self.iteration >= self.config.critic_warmup_rollouts,
+            next_texts=next_texts,
+        )
+        self.kl_coefficient = next_kl_coefficient(self.kl_coefficient, collected, self.config)
+        self.iteration += 1
+        return report
+
+    def state_dict(self) -> dict[str, Any]:
+        """The iteration, the KL coefficient, and the engine's state."""
+        own = {"iteration": self.iteration, "kl_coefficient": self.kl_coefficient}
+        return own | {"engine": self.engine.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict()`, bit for bit."""
+        self.iteration = state["iteration"]
+        self.kl_coefficient = state["kl_coefficient"]
+        self.engine.load_state_dict(state["engine"])
+
+
+def as_messages(prompt: Conversation) -> list[Message]:
+    """A plain string is one user message."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+
+
+def _name_of(model: str | PreTrainedModel) -> str:
+    return model if isinstance(model, str) else str(model.config._name_or_path)

@@ -1,0 +1,188 @@
+"""Make the roles of PPO and their optimisers from names, folders or modules.
+
+Responsible for: who is a copy of whom, which tokenizer scores, which weights learn.
+Not responsible for: reading weights (model/load.py), using the roles (rlhf/roles.py).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from dovetail.config.model import LoraConfig
+from dovetail.config.stages import OptimizerConfig, PpoConfig
+from dovetail.engine.hybrid import HybridEngine
+from dovetail.errors import ConfigError
+from dovetail.model.copies import copy_of
+from dovetail.model.dropout import disable_dropout
+from dovetail.model.load import load_causal_lm, load_scalar_model
+from dovetail.model.scalar import scalar_model_from
+from dovetail.model.lora import add_lora
+from dovetail.rlhf.rewards import (
+    FunctionScorer,
+    RewardFunction,
+    RewardModelScorer,
+    Scorer,
+    SumScorer,
+    load_reward_function,
+)
+from dovetail.rlhf.roles import Roles
+from dovetail.rlhf.update import Learners
+from dovetail.text.chat_format import ChatFormat
+from dovetail.text.tokenizer import load_tokenizer
+from dovetail.training.ema import Ema
+from dovetail.training.memory import TokenBudget
+from dovetail.training.optim import Optimizer, build_optimizer
+from dovetail.training.placement import resolve_device, resolve_dtype
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setup:
+    """Where and how the models are made."""
+
+    device: str = "auto"
+    precision: str = "auto"
+    seed: int = 0
+    actor_lora: LoraConfig | None = None
+    critic_lora: LoraConfig | None = None
+    reward_tokenizer: PreTrainedTokenizerBase | None = None
+    """The reward model's, when it is passed in as a module and has one of its own."""
+
+
+def make_roles(
+    actor_model: str | PreTrainedModel,
+    critic_model: str | PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase,
+    reward: RewardFunction | None,
+    config: PpoConfig,
+    setup: Setup,
+) -> Roles:
+    """Actor, reference, critic and scorer; dropout off everywhere, all but actor and critic frozen."""
+    device = resolve_device(setup.device)
+    dtype = resolve_dtype(setup.precision, device)
+    chat = ChatFormat(tokenizer)
+    budget = TokenBudget(config.micro_batch_tokens)
+    actor = load_causal_lm(actor_model, dtype=dtype, device=device) if isinstance(actor_model, str) else actor_model
+    disable_dropout(actor)
+    reward_model, reward_chat = _reward_model(critic_model, chat, dtype, device, setup)
+    # A critic reads the actor's tokens: with another tokenizer it cannot start from the reward model.
+    if reward_model is not None and reward_chat is None:
+        critic = copy_of(reward_model)
+    else:
+        critic = scalar_model_from(actor, seed=setup.seed, pad_token_id=tokenizer.pad_token_id)
+    reference = None if setup.actor_lora else _frozen(copy_of(actor))
+    score = _scorer(reward_model, reward_chat, reward, config, budget, device)
+    actor = _trainable(actor, setup.actor_lora, config, seed=setup.seed)
+    critic = _trainable(critic, setup.critic_lora, config, seed=setup.seed + 1)
+    return Roles(
+        actor=actor,
+        critic=critic,
+        reference=reference,
+        score=score,
+        chat=chat,
+        engine=HybridEngine(actor, device=device),
+        device=device,
+        budget=budget,
+    )
+
+
+def make_learners(roles: Roles, config: PpoConfig, *, total_steps: int) -> Learners:
+    """Optimisers with float32 master weights, and the moving average of the actor."""
+    actor = optimizer_for(roles.actor, config.actor_optimizer)
+    return Learners(
+        actor=actor,
+        critic=optimizer_for(roles.critic, config.critic_optimizer),
+        ema=Ema(roles.actor, decay=config.ema_decay, optimizer=actor),
+        total_steps=total_steps,
+    )
+
+
+def optimizer_for(model: PreTrainedModel, settings: OptimizerConfig) -> Optimizer:
+    """AdamW over the trainable weights of `model`."""
+    return build_optimizer(
+        model,
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        betas=settings.betas,
+        eps=settings.eps,
+    )
+
+
+def same_tokens(one: ChatFormat, other: ChatFormat) -> bool:
+    """Whether the two turn any conversation into the same token ids."""
+    probe = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Héllo, what is 12 x 7?\n"},
+        {"role": "assistant", "content": "84."},
+    ]
+    same_vocabulary = one.tokenizer.get_vocab().items() <= other.tokenizer.get_vocab().items()
+    return bool(same_vocabulary and one.conversation(probe[1:]) == other.conversation(probe[1:]))
+
+
+def _reward_model(
+    critic_model: str | PreTrainedModel | None,
+    chat: ChatFormat,
+    dtype: torch.dtype,
+    device: torch.device,
+    setup: Setup,
+) -> tuple[PreTrainedModel | None, ChatFormat | None]:
+    """The frozen reward model, and its chat format if that is not the actor's."""
+    if critic_model is None:
+        return None, None
+    if isinstance(critic_model, str):
+        tokenizer = setup.reward_tokenizer or load_tokenizer(critic_model)
+        model = load_scalar_model(
+            critic_model, dtype=dtype, device=device, seed=setup.seed, pad_token_id=tokenizer.pad_token_id
+        )
+    else:
+        tokenizer, model = setup.reward_tokenizer or chat.tokenizer, critic_model
+    disable_dropout(model)
+    own_chat = ChatFormat(tokenizer)
+    return _frozen(model), None if same_tokens(chat, own_chat) else own_chat
+
+
+def _scorer(
+    reward_model: PreTrainedModel | None,
+    reward_chat: ChatFormat | None,
+    reward: RewardFunction | None,
+    config: PpoConfig,
+    budget: TokenBudget,
+    device: torch.device,
+) -> Scorer:
+    function: Scorer | None = None
+    if reward is not None:
+        function = FunctionScorer(reward, getattr(reward, "__name__", "reward"))
+    elif config.reward_function is not None:
+        function = load_reward_function(config.reward_function)
+    if reward_model is None and function is None:
+        raise ConfigError(
+            "PPO has neither a reward model nor a reward function",
+            hint="train stage 2 first, give reward_model.path, or set ppo.reward_function=module:function",
+        )
+    if reward_model is None or (function is not None and config.reward_function_weight is None):
+        assert function is not None
+        return function
+    model_scorer = RewardModelScorer(reward_model, budget, device, reward_chat)
+    if function is None:
+        return model_scorer
+    assert config.reward_function_weight is not None
+    return SumScorer(model_scorer, function, config.reward_function_weight)
+
+
+def _frozen(model: PreTrainedModel) -> PreTrainedModel:
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def _trainable(
+    model: PreTrainedModel, lora: LoraConfig | None, config: PpoConfig, *, seed: int
+) -> PreTrainedModel:
+    """All weights, or adapters that leave the loaded weights as they are."""
+    model.requires_grad_(lora is None)
+    if lora is not None:
+        model = add_lora(
+            model, rank=lora.rank, alpha=lora.alpha, dropout=0.0, target_modules=lora.target_modules, seed=seed
+        )
+    if config.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model.train()  # dropout stays off (disable_dropout); checkpointing works in this mode alone

@@ -1,0 +1,92 @@
+"""The four roles of PPO and what each of them answers.
+
+Responsible for: holding actor, reference, critic and scorer, and their no-grad forwards over a packed batch.
+Not responsible for: gradients (rlhf/update.py), sampling (engine/), building models from names (rlhf/api.py).
+
+Shapes: T packed tokens, S sequences.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dovetail.batches import PackedBatch, balanced_parts
+from dovetail.engine.hybrid import HybridEngine
+from dovetail.model.forward import LogProbs, token_logprobs, token_values
+from dovetail.model.lora import adapter_disabled
+from dovetail.rlhf.rewards import Scorer
+from dovetail.text.chat_format import ChatFormat
+from dovetail.training.memory import TokenBudget, retry_on_out_of_memory
+
+BatchT = TypeVar("BatchT", bound=PackedBatch)
+
+
+@dataclass(slots=True, kw_only=True)
+class Roles:
+    """Who plays what. With LoRA the reference is the actor with its adapters off: no second model."""
+
+    actor: PreTrainedModel
+    critic: PreTrainedModel
+    reference: PreTrainedModel | None
+    """A frozen copy of the actor; None = the actor without its adapters."""
+    score: Scorer
+    chat: ChatFormat
+    engine: HybridEngine
+    """Generates with the actor's own parameters."""
+    device: torch.device
+    budget: TokenBudget
+    """Tokens of one forward pass, shared by scoring and training so that both pack alike."""
+
+    def actor_logprobs(self, batch: PackedBatch, *, temperature: float) -> LogProbs:
+        """float32 [T] log-probabilities and entropies of the marked tokens under the actor as it is now."""
+
+        def forward(part: PackedBatch) -> tuple[Tensor, Tensor]:
+            found = token_logprobs(self.actor, part, temperature=temperature, with_entropy=True)
+            assert found.entropy_T is not None
+            return found.logprobs_T, found.entropy_T
+
+        logprobs_T, entropy_T = self._over_tokens(batch, forward)
+        return LogProbs(logprobs_T=logprobs_T, entropy_T=entropy_T)
+
+    def reference_logprobs(self, batch: PackedBatch, *, temperature: float) -> Tensor:
+        """float32 [T] log-probabilities of the marked tokens under the reference."""
+        with self._reference() as model:
+            return self._over_tokens(
+                batch, lambda part: (token_logprobs(model, part, temperature=temperature).logprobs_T,)
+            )[0]
+
+    def values(self, batch: PackedBatch) -> Tensor:
+        """float32 [T] critic's value of the state in which each token was chosen."""
+        return self._over_tokens(batch, lambda part: (token_values(self.critic, part),))[0]
+
+    @contextmanager
+    def _reference(self) -> Iterator[PreTrainedModel]:
+        frozen = self.reference
+        with nullcontext() if frozen is not None else adapter_disabled(self.actor):
+            yield frozen if frozen is not None else self.actor
+
+    @torch.no_grad()
+    def _over_tokens(
+        self, batch: PackedBatch, forward: Callable[[PackedBatch], Sequence[Tensor]]
+    ) -> list[Tensor]:
+        return retry_on_out_of_memory(lambda: over_tokens(batch, forward, self.budget.tokens), self.budget)
+
+
+def over_tokens(
+    batch: PackedBatch, forward: Callable[[PackedBatch], Sequence[Tensor]], max_tokens: int
+) -> list[Tensor]:
+    """Run `forward` over micro-batches and lay its [T] columns back in the order of `batch`."""
+    columns: list[Tensor] = []
+    for index in balanced_parts(batch.lengths, max_tokens):
+        index_T = batch.token_index_T(index)
+        found = forward(batch.sequences(index))
+        if not columns:
+            columns = [torch.zeros(batch.num_tokens, dtype=c.dtype, device=c.device) for c in found]
+        for column, part in zip(columns, found, strict=True):
+            column[index_T] = part
+    return columns

@@ -1,0 +1,204 @@
+"""Turn prompts into scored experience for one PPO iteration.
+
+Responsible for: sampling answers, scoring them with actor, reference, critic and reward, shaping the per-token
+reward, and the advantages.
+Not responsible for: gradients (rlhf/update.py), the equations (maths/), how sampling is fast (engine/).
+
+Shapes: T packed tokens, S sequences (one answer each), A actions (tokens the actor chose).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dovetail.batches import Experience, Rollout, pack
+from dovetail.config.stages import PpoConfig, SamplingConfig
+from dovetail.data.records import Message
+from dovetail.engine.hybrid import HybridEngine
+from dovetail.engine.sampling import Sampling
+from dovetail.maths.gae import gae
+from dovetail.maths.masked import masked_mean, normalise, scale_to_unit_std
+from dovetail.maths.rewards import clip_scores, per_token_rewards, replace_missing_end
+from dovetail.maths.value_loss import explained_variance
+from dovetail.rlhf.rewards import Answer
+from dovetail.rlhf.roles import Roles
+from dovetail.text.chat_format import ChatFormat
+
+
+@dataclass(frozen=True, slots=True)
+class Collected:
+    """One iteration's answers as text and as experience, with what there is to report about them."""
+
+    answers: list[Answer]
+    experience: Experience
+    kl_nats_per_answer: float
+    stats: dict[str, float]
+
+
+def collect(
+    prompts: Sequence[Sequence[Message]], roles: Roles, config: PpoConfig, *, kl_coefficient: float, seed: int
+) -> Collected:
+    """Sample one answer to each prompt and turn them into experience."""
+    answers = sample_answers(prompts, roles, config.sampling, seed=seed)
+    return score_answers(answers, roles, config, kl_coefficient=kl_coefficient)
+
+
+def score_answers(
+    answers: list[Answer], roles: Roles, config: PpoConfig, *, kl_coefficient: float
+) -> Collected:
+    """What actor, reference, critic and reward say of the answers, as experience to learn from.
+
+    The old log-probabilities come from the training forward, not from the generator: with a learning rate of 0
+    the probability ratio is then 1, whatever the generator's kernels round.
+    """
+    rollout = pack_rollout(answers).to(roles.device)
+    temperature = config.sampling.temperature
+    actor = roles.actor_logprobs(rollout, temperature=temperature)
+    reference_T = roles.reference_logprobs(rollout, temperature=temperature)
+    values_T = roles.values(rollout)
+    scores_S = roles.score(answers).to(roles.device)
+    rewards_T = shape_rewards(rollout, actor.logprobs_T, reference_T, scores_S, config, kl_coefficient)
+    experience = with_advantages(rollout, actor.logprobs_T, reference_T, values_T, rewards_T, scores_S, config)
+    stats = rollout_stats(experience, rollout, actor.entropy_T)
+    return Collected(answers, experience, stats["ppo/kl_nats_per_answer"], stats)
+
+
+def sample_answers(
+    prompts: Sequence[Sequence[Message]],
+    roles: Roles,
+    sampling: SamplingConfig,
+    *,
+    seed: int,
+    greedy: bool = False,
+) -> list[Answer]:
+    """One answer to each prompt. Answer i depends on (weights, prompt i, seed, i) alone."""
+    prompt_ids = [roles.chat.prompt_ids(messages) for messages in prompts]
+    how = Sampling(
+        temperature=0.0 if greedy else sampling.temperature,
+        max_new_tokens=sampling.max_new_tokens,
+        stop_token_ids=roles.chat.stop_token_ids,
+    )
+    return complete(prompt_ids, prompts, roles.engine, roles.chat, how, seed=seed)
+
+
+def complete(
+    prompt_ids: Sequence[Sequence[int]],
+    prompts: Sequence[Sequence[Message]],
+    engine: HybridEngine,
+    chat: ChatFormat,
+    how: Sampling,
+    *,
+    seed: int,
+) -> list[Answer]:
+    """Generate and decode one answer to each tokenised prompt."""
+    with engine.generating() as generate:
+        completions = generate(prompt_ids, how, seeds=request_seeds(seed, len(prompt_ids)))
+    return [
+        Answer(
+            messages=tuple(messages),
+            text=chat.decode(completion.token_ids),
+            prompt_ids=tuple(ids),
+            answer_ids=tuple(completion.token_ids),
+            logprobs=tuple(completion.logprobs),
+            finished=completion.finish_reason == "stop",
+        )
+        for messages, ids, completion in zip(prompts, prompt_ids, completions, strict=True)
+    ]
+
+
+def request_seeds(seed: int, count: int) -> list[int]:
+    """A seed for each request, different for every (seed, index)."""
+    return [(seed * 1_000_003 + index * 7919 + 17) % (2**63 - 1) for index in range(count)]
+
+
+def pack_rollout(answers: Sequence[Answer]) -> Rollout:
+    """Prompts and answers end to end, with the sampled tokens marked as actions."""
+    sequences = [[*a.prompt_ids, *a.answer_ids] for a in answers]
+    masks = [[False] * len(a.prompt_ids) + [True] * len(a.answer_ids) for a in answers]
+    packed = pack(sequences, masks)
+    sampled_A = torch.tensor([p for a in answers for p in a.logprobs], dtype=torch.float32)
+    return Rollout(
+        token_ids_T=packed.token_ids_T,
+        cu_seqlens_S1=packed.cu_seqlens_S1,
+        lengths=packed.lengths,
+        mask_T=packed.mask_T,
+        num_targets=packed.num_targets,
+        sampled_logprobs_T=torch.zeros(packed.num_tokens).masked_scatter(packed.mask_T, sampled_A),
+        finished_S=torch.tensor([a.finished for a in answers], dtype=torch.bool),
+    )
+
+
+def shape_rewards(
+    rollout: Rollout, logprobs_T: Tensor, reference_T: Tensor, scores_S: Tensor, config: PpoConfig, beta: float
+) -> Tensor:
+    """Score (clipped; replaced where the answer never ended) at the last action, minus the KL penalty per token."""
+    clipped_S = clip_scores(scores_S, config.score_clip)
+    clipped_S = replace_missing_end(clipped_S, rollout.finished_S, config.missing_end_penalty)
+    rewards_T = per_token_rewards(
+        logprobs_T, reference_T, clipped_S, rollout.mask_T, rollout.last_index_S(), kl_coefficient=beta
+    )
+    return scale_to_unit_std(rewards_T, rollout.mask_T) if config.whiten_rewards else rewards_T
+
+
+def with_advantages(
+    rollout: Rollout,
+    logprobs_T: Tensor,
+    reference_T: Tensor,
+    values_T: Tensor,
+    rewards_T: Tensor,
+    scores_S: Tensor,
+    config: PpoConfig,
+) -> Experience:
+    """GAE over the actions alone, the critic's targets, and advantages normalised over the whole rollout."""
+    mask_T = rollout.mask_T
+    advantages_A = gae(
+        rewards_T[mask_T], values_T[mask_T], cumulative_actions_S1(rollout), gamma=config.gamma, lam=config.gae_lambda
+    )
+    advantages_T = torch.zeros_like(values_T).masked_scatter(mask_T, advantages_A)
+    return Experience(
+        token_ids_T=rollout.token_ids_T,
+        cu_seqlens_S1=rollout.cu_seqlens_S1,
+        lengths=rollout.lengths,
+        mask_T=mask_T,
+        num_targets=rollout.num_targets,
+        old_logprobs_T=logprobs_T,
+        reference_logprobs_T=reference_T,
+        old_values_T=values_T,
+        rewards_T=rewards_T,
+        advantages_T=normalise(advantages_T, mask_T),
+        returns_T=(advantages_T + values_T).masked_fill(~mask_T, 0.0),
+        scores_S=scores_S,
+        finished_S=rollout.finished_S,
+    )
+
+
+def cumulative_actions_S1(rollout: Rollout) -> Tensor:
+    """int64 [S + 1]: bounds of each answer among the actions."""
+    counted_T1 = torch.cat([rollout.mask_T.new_zeros(1, dtype=torch.long), rollout.mask_T.long().cumsum(0)])
+    return counted_T1[rollout.cu_seqlens_S1.long()]
+
+
+def rollout_stats(experience: Experience, rollout: Rollout, entropy_T: Tensor | None) -> dict[str, float]:
+    """What one looks at first when a run goes wrong; one wait for the device."""
+    mask_T = experience.mask_T
+    gap_T = (experience.old_logprobs_T - rollout.sampled_logprobs_T).masked_fill(~mask_T, 0.0).abs()
+    penalty_T = (experience.old_logprobs_T - experience.reference_logprobs_T).masked_fill(~mask_T, 0.0)
+    num_sequences = experience.num_sequences
+    assert entropy_T is not None
+    named = {
+        "ppo/score_mean": experience.scores_S.mean(),
+        "ppo/score_std": experience.scores_S.std(unbiased=False),
+        "ppo/reward_per_answer": experience.rewards_T.sum() / num_sequences,
+        "ppo/kl_nats_per_answer": penalty_T.sum() / num_sequences,
+        "ppo/entropy_nats_per_token": masked_mean(entropy_T, mask_T),
+        "ppo/answer_tokens": mask_T.sum() / num_sequences,
+        "ppo/cut_off_fraction": 1.0 - experience.finished_S.float().mean(),
+        "ppo/value_mean": masked_mean(experience.old_values_T, mask_T),
+        "ppo/explained_variance": explained_variance(experience.old_values_T, experience.returns_T, mask_T),
+        "rollout/logprob_gap_mean": masked_mean(gap_T, mask_T),
+        "rollout/logprob_gap_max": gap_T.max(),
+    }
+    numbers = torch.stack([value.float() for value in named.values()]).tolist()
+    return dict(zip(named, numbers, strict=True))

@@ -1,0 +1,219 @@
+"""Conversations as tokens, and which of them the assistant wrote: the only place that knows role markers.
+
+Responsible for: prompts, conversations with their loss mask, answers, stop tokens and decoding, for any chat
+template; a Human/Assistant template for tokenizers without one.
+Not responsible for: loading the tokenizer (tokenizer.py), length limits (data/tokenize.py).
+
+What holds for every template:
+
+- prompt_ids(m) + answer_ids(a) == conversation(m + [a])[0]: training sees what generation sees.
+- prompt_ids(m) is what `tokenizer.apply_chat_template(m, add_generation_prompt=True)` gives, except that an
+  earlier answer stands as it was sampled: behind its own prompt, with no token merged across the border.
+- A conversation ends with the assistant's end-of-turn token; what templates print after it (a line break in
+  ChatML) opens the next turn.
+- Text of a message is text, even if it reads `<|im_end|>`: only the template makes special tokens.
+- A template that rewrites earlier turns (one that removes their reasoning) gives them as generation would see
+  them. They are context then, and the mask marks the last turn alone.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import re
+from collections.abc import Sequence
+from functools import cached_property
+
+import jinja2
+from transformers import PreTrainedTokenizerBase
+
+from dovetail.errors import DataError, ModelError
+from dovetail.text.encoding import Encoder, Passage, special_token_texts
+from dovetail.text.turn_shape import HOLE, Turn, learn_shape, turn_of
+
+DEFAULT_TEMPLATE = (
+    r"{%- for message in messages -%}"
+    r"{%- if message['role'] == 'system' -%}{{- message['content'] -}}"
+    r"{%- elif message['role'] == 'user' -%}{{- '\n\nHuman: ' + message['content'] -}}"
+    r"{%- else -%}{{- '\n\nAssistant: ' + message['content'] + eos_token -}}{%- endif -%}"
+    r"{%- endfor -%}"
+    r"{%- if add_generation_prompt -%}{{- '\n\nAssistant:' -}}{%- endif -%}"
+)
+"""For tokenizers without a chat template: Anthropic's transcripts, each answer ended by the end-of-text
+token."""
+
+_FIRST_TOKEN = r"{{- bos_token -}}"
+
+_HOLES = re.compile(HOLE.format("([0-9]+)"))
+
+
+class ChatFormat:
+    """How one tokenizer writes conversations. `tokenizer.chat_template` always holds the template in use."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str | None = None) -> None:
+        chosen = template or tokenizer.chat_template or default_template(tokenizer)
+        if chosen != tokenizer.chat_template:
+            tokenizer = copy.copy(tokenizer)  # the caller's tokenizer keeps its template
+            tokenizer.chat_template = chosen
+        self.tokenizer = tokenizer
+        self._encoder = Encoder(tokenizer)
+        specials = special_token_texts(tokenizer)
+        self._special = re.compile("|".join(map(re.escape, specials))) if specials else None
+        self._takes_system = self._renders([turn_of("system", "s"), turn_of("user", "u")])
+        self._shape = learn_shape(tokenizer, self._render)
+        self._end_id = self._encoder.one(self._shape.end_token)[-1]
+
+    def prompt_ids(self, messages: Sequence[Turn]) -> list[int]:
+        """Tokens of a conversation up to where the assistant is to speak."""
+        return self.encode_prompts([messages])[0]
+
+    def conversation(self, messages: Sequence[Turn]) -> tuple[list[int], list[bool]]:
+        """Tokens of a conversation that ends with an answer, and which of them the assistant wrote."""
+        return self.encode_conversations([messages])[0]
+
+    def answer_ids(self, text: str) -> list[int]:
+        """Tokens of an answer, end-of-turn token included."""
+        return self.encode_answers([text])[0]
+
+    @property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        """The tokens that end an answer: the template's end-of-turn token, and the tokenizer's end of
+        text."""
+        eos = self.tokenizer.eos_token_id
+        return tuple(dict.fromkeys(i for i in (self._end_id, eos) if isinstance(i, int)))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Changes with everything that decides the tokens of a conversation."""
+        tokenizer = self.tokenizer
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        vocabulary = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
+        specials = sorted(tokenizer.special_tokens_map.items())
+        parts = (vocabulary, repr(tokenizer.chat_template), repr(specials))
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of an answer, without special tokens: decode(answer_ids(text)) == text."""
+        kept = list(ids)
+        while kept and kept[-1] in self.stop_token_ids:
+            kept.pop()
+        text = str(self.tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        before_end = self._shape.end.removesuffix(self._shape.end_token)
+        return text.removeprefix(self._shape.lead).removesuffix(before_end)
+
+    def encode_prompts(self, rows: Sequence[Sequence[Turn]]) -> list[list[int]]:
+        """`prompt_ids` of many conversations at once, which is much faster."""
+        encoded = self._encoder.many([self._prompt(messages) for messages in rows])
+        return [[i for piece in pieces for i in piece] for pieces in encoded]
+
+    def encode_conversations(self, rows: Sequence[Sequence[Turn]]) -> list[tuple[list[int], list[bool]]]:
+        """`conversation` of many conversations at once."""
+        layouts = []
+        for messages in rows:
+            if not messages or messages[-1]["role"] != "assistant":
+                raise ValueError("a conversation ends with an assistant's turn; for others use prompt_ids")
+            layouts.append([*self._prompt(messages[:-1]), *self._answer(messages[-1]["content"])])
+        out = []
+        for layout, pieces in zip(layouts, self._encoder.many(layouts), strict=True):
+            ids = [i for piece in pieces for i in piece]
+            owners = zip(layout, pieces, strict=True)
+            out.append((ids, [passage.is_answer for passage, piece in owners for _ in piece]))
+        return out
+
+    def encode_answers(self, texts: Sequence[str]) -> list[list[int]]:
+        """`answer_ids` of many answers at once."""
+        encoded = self._encoder.many([self._answer(text) for text in texts])
+        return [[i for piece in pieces for i in piece] for pieces in encoded]
+
+    def _answer(self, content: str) -> list[Passage]:
+        shape = self._shape
+        text = shape.lead + self._stripped(content)
+        if self._has_special(content):
+            quoted = Passage(text, behind=shape.tail, is_answer=True, is_quoted=True)
+            return [quoted, Passage(shape.end, is_answer=True)]
+        return [Passage(text + shape.end, behind=shape.tail, is_answer=True)]
+
+    def _prompt(self, messages: Sequence[Turn]) -> list[Passage]:
+        """The passages of a prompt: stretches of template and users' text, with the answers between them."""
+        turns = self._fold_system(messages)
+        has_special = [self._has_special(turn["content"]) for turn in turns]
+        holes = [i for i, turn in enumerate(turns) if turn["role"] == "assistant" or has_special[i]]
+        holed = [turn_of(t["role"], HOLE.format(i)) if i in holes else t for i, t in enumerate(turns)]
+        rendered = self._render(holed)
+        passages = self._fill(_HOLES.split(rendered), turns, holes)
+        if passages is not None and not holes:
+            return passages
+        native = self._render(turns)
+        filled = _HOLES.sub(lambda hole: self._stripped(turns[int(hole[1])]["content"]), rendered)
+        # Special tokens in somebody's text are worse than reasoning that stays in an earlier turn.
+        if passages is not None and (filled == native or any(has_special)):
+            return passages
+        return [Passage(native + self._shape.header)]
+
+    def _fill(self, parts: list[str], turns: Sequence[Turn], holes: list[int]) -> list[Passage] | None:
+        """Passages of a rendered prompt split at its holes; None if the template did something else with
+        them."""
+        if [int(i) for i in parts[1::2]] != holes:
+            return None
+        shape, stretches = self._shape, parts[0::2]
+        stretches[-1] += shape.header
+        passages: list[Passage] = []
+        behind = ""
+        for index, stretch, following in zip(holes, stretches, range(1, len(stretches)), strict=False):
+            is_answer = turns[index]["role"] == "assistant"
+            if is_answer:
+                if not stretch.endswith(shape.lead) or not stretches[following].startswith(shape.printed_end):
+                    return None
+                stretch = stretch[: len(stretch) - len(shape.lead)]
+                stretches[following] = stretches[following][len(shape.printed_end) :]
+            passages.append(Passage(stretch, behind=behind))
+            content = self._stripped(turns[index]["content"])
+            passages += self._answer(content) if is_answer else [Passage(content, is_quoted=True)]
+            behind = shape.end_token if is_answer else ""
+        return [*passages, Passage(stretches[-1], behind=behind)]
+
+    def _stripped(self, content: str) -> str:
+        return content.strip() if self._shape.strips else content
+
+    def _has_special(self, text: str) -> bool:
+        return self._special is not None and self._special.search(text) is not None
+
+    def _fold_system(self, messages: Sequence[Turn]) -> list[Turn]:
+        """For templates that refuse a system message: put it in front of the first user's message."""
+        turns = list(messages)
+        if self._takes_system or len(turns) < 2 or turns[0]["role"] != "system" or turns[1]["role"] != "user":
+            return turns
+        return [turn_of("user", f"{turns[0]['content']}\n\n{turns[1]['content']}"), *turns[2:]]
+
+    def _render(self, turns: Sequence[Turn], generation: bool = True) -> str:
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    [dict(turn) for turn in turns], tokenize=False, add_generation_prompt=generation
+                )
+            )
+        except jinja2.TemplateSyntaxError as error:
+            raise ModelError(
+                f"the chat template is not valid Jinja: line {error.lineno}: {error.message}",
+                hint="correct the template, or leave chat_template away to use the tokenizer's own",
+            ) from error
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+            roles = ", ".join(turn["role"] for turn in turns)
+            raise DataError(
+                f"the chat template refuses a conversation of the turns {roles}: {error}",
+                hint="change these rows, or set chat_template to one that takes them",
+            ) from error
+
+    def _renders(self, turns: Sequence[Turn]) -> bool:
+        try:
+            self._render(turns)
+        except DataError:
+            return False
+        return True
+
+
+def default_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Human/Assistant, with the beginning-of-text token in front where this tokenizer puts one."""
+    bos = tokenizer.bos_token_id
+    starts_with_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+    return _FIRST_TOKEN + DEFAULT_TEMPLATE if starts_with_bos else DEFAULT_TEMPLATE

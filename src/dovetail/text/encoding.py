@@ -1,0 +1,86 @@
+"""Text to token ids, piece by piece, as if the pieces had been encoded together.
+
+Responsible for: encoding a passage behind another without a token across the border and without the extra
+space that some tokenizers put before a text; special tokens that are only quoted; many passages in one
+call.
+Not responsible for: which passages there are (chat_format.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """One stretch of text with tokens of its own."""
+
+    text: str
+    behind: str = ""
+    """Text that stands before it: encoded too, so that spaces come out right, then taken off."""
+    is_answer: bool = False
+    """The assistant wrote it."""
+    is_quoted: bool = False
+    """Special tokens in it are plain text."""
+
+
+class Encoder:
+    """Encodes passages with one tokenizer, which is never asked to add special tokens by itself."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._behind: dict[tuple[str, bool], list[int]] = {}
+
+    def one(self, text: str) -> list[int]:
+        """Tokens of a text, special tokens recognised."""
+        return self._encode([text], is_quoted=False)[0]
+
+    def many(self, rows: Sequence[Sequence[Passage]]) -> list[list[list[int]]]:
+        """For each row, the tokens of each passage. Equal passages are encoded once."""
+        wanted = dict.fromkeys(passage for row in rows for passage in row)
+        ids: dict[Passage, list[int]] = {}
+        for is_quoted in (False, True):
+            chosen = [passage for passage in wanted if passage.is_quoted == is_quoted]
+            joined = self._encode([passage.behind + passage.text for passage in chosen], is_quoted=is_quoted)
+            for passage, whole in zip(chosen, joined, strict=True):
+                ids[passage] = self._without(passage, whole)
+        return [[ids[passage] for passage in row] for row in rows]
+
+    def _without(self, passage: Passage, whole: list[int]) -> list[int]:
+        """The tokens of the passage alone. Where a token crosses the border, the passage is encoded by
+        itself."""
+        if not passage.behind:
+            return whole
+        key = (passage.behind, passage.is_quoted)
+        if key not in self._behind:
+            self._behind[key] = self._encode([passage.behind], is_quoted=passage.is_quoted)[0]
+        front = self._behind[key]
+        if whole[: len(front)] == front:
+            return whole[len(front) :]
+        return self._encode([passage.text], is_quoted=passage.is_quoted)[0]
+
+    def _encode(self, texts: list[str], *, is_quoted: bool) -> list[list[int]]:
+        if not texts:
+            return []
+        encoded = self._tokenizer(
+            texts,
+            add_special_tokens=False,
+            return_attention_mask=False,
+            split_special_tokens=is_quoted,
+            verbose=False,
+        )
+        return [list(ids) for ids in encoded["input_ids"]]
+
+
+def special_token_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The texts that a tokenizer reads as special tokens, longest first."""
+    texts = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return sorted({*texts, *tokenizer.all_special_tokens}, key=len, reverse=True)
+
+
+def added_token_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """All texts that were added to the vocabulary whole, special or not, longest first."""
+    return sorted({token.content for token in tokenizer.added_tokens_decoder.values()}, key=len, reverse=True)

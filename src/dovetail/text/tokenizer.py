@@ -1,0 +1,96 @@
+"""Load a tokenizer by hub name, folder or GGUF file.
+
+Responsible for: finding it, giving it the chat template the user asked for, and errors that say what to do.
+Not responsible for: what a conversation looks like in tokens (chat_format.py).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import cast
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from dovetail.errors import ModelError
+
+
+def load_tokenizer(
+    path: str | Path,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    chat_template: str | None = None,
+) -> PreTrainedTokenizerBase:
+    """The tokenizer at `path`: a hub name, a Hugging Face folder, a .gguf file, or a folder with one .gguf
+    file.
+
+    chat_template: a Jinja template, or a file with one, that takes the place of the tokenizer's own.
+    """
+    place = Path(path).expanduser()
+    _check_place(place, str(path))
+    options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    gguf = gguf_file(place)
+    try:
+        if gguf is not None:
+            tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name, **options)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(str(place) if place.exists() else str(path), **options)
+    except Exception as error:  # a dozen kinds, from OSError to ImportError; all mean the same to the user
+        raise _cannot_load(str(path), place, error) from error
+    if chat_template is not None:
+        tokenizer.chat_template = read_template(chat_template)
+    return cast(PreTrainedTokenizerBase, tokenizer)
+
+
+def gguf_file(place: Path) -> Path | None:
+    """The GGUF file that `place` is or holds; None for an ordinary Hugging Face folder or a hub name."""
+    if place.suffix == ".gguf":
+        return place
+    if not place.is_dir() or any(
+        (place / name).exists() for name in ("tokenizer_config.json", "tokenizer.json")
+    ):
+        return None
+    found = sorted(place.glob("*.gguf"))
+    if len(found) > 1:
+        raise ModelError(
+            f"{place} holds {len(found)} GGUF files: {', '.join(file.name for file in found)}",
+            hint=f"name the one to load, such as {found[0]}",
+        )
+    return found[0] if found else None
+
+
+def read_template(template: str) -> str:
+    """The template itself: what is in the file if `template` names one, else the text as given."""
+    if "{" in template:
+        return template
+    try:
+        return Path(template).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(
+            f"chat_template = {template!r} is neither a Jinja template nor a readable file: {error}",
+            hint="give a template with {{ ... }} in it, or the path of a .jinja file in UTF-8",
+        ) from error
+
+
+def _check_place(place: Path, given: str) -> None:
+    """Refuse what can only be a local path and is not there, before anything asks the hub for it."""
+    is_local = place.is_absolute() or given.startswith((".", "~")) or given.endswith(".gguf")
+    if (is_local or given.count("/") > 1) and not place.exists():
+        raise ModelError(f"{given}: there is no such file or folder", hint="check the path of the model")
+
+
+def _cannot_load(given: str, place: Path, error: Exception) -> ModelError:
+    reason = str(error).strip().partition("\n")[0] or type(error).__name__
+    if place.is_dir():
+        hint = (
+            "the folder needs tokenizer.json (or the model's own tokenizer files) and tokenizer_config.json; "
+            "save them with tokenizer.save_pretrained(folder)"
+        )
+    elif place.is_file():
+        hint = "give a Hugging Face folder or a .gguf file that is whole; download it again if it was cut off"
+    else:
+        hint = (
+            "check the name on https://huggingface.co; without network, give a local folder; "
+            "for a gated model, log in with `hf auth login` first"
+        )
+    return ModelError(f"the tokenizer of {given} cannot be loaded: {reason}", hint=hint)

@@ -1,0 +1,98 @@
+"""What a chat template prints around an answer, learnt by rendering a conversation with a hole in it.
+
+Responsible for: where an answer begins and ends in a template. Not responsible for: tokens (chat_format.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from dovetail.errors import ModelError
+from dovetail.text.encoding import added_token_texts, special_token_texts
+
+Turn = Mapping[str, str]
+"""A chat message: `role` (system, user or assistant) and `content`."""
+
+HOLE = "\ue000{}\ue001"
+"""Stands for a content while a template is rendered: private-use characters, which no template touches."""
+
+
+@dataclass(frozen=True, slots=True)
+class TurnShape:
+    """What stands around an answer."""
+
+    header: str
+    """Opens the assistant's turn where the template has no generation prompt; belongs to the prompt."""
+    lead: str
+    """White space between the generation prompt and the answer; belongs to the answer."""
+    end: str
+    """Ends an answer, up to and with the end-of-turn token; belongs to the answer."""
+    printed_end: str
+    """As much of `end` as the template itself prints: all, or nothing where it is only our eos token."""
+    end_token: str
+    """The last token of `end`."""
+    tail: str
+    """The end of every generation prompt: what an answer is encoded behind."""
+    strips: bool
+    """The template strips white space around contents."""
+
+
+def learn_shape(
+    tokenizer: PreTrainedTokenizerBase, render: Callable[[Sequence[Turn], bool], str]
+) -> TurnShape:
+    """Probe a template. `render` takes turns and whether to add the generation prompt."""
+    hole = HOLE.format(0)
+    user = turn_of("user", "u")
+    prompt, without_flag = render([user], True), render([user], False)
+    before, found, after = render([user, turn_of("assistant", hole)], False).partition(hole)
+    if not found:
+        raise ModelError(
+            "the chat template does not print what the assistant says",
+            hint="set chat_template to one that prints message['content'] of every role",
+        )
+    gap = before.removeprefix(prompt) if before.startswith(prompt) else ""
+    # Anything but white space is either the header of a template without a generation prompt, or a block for
+    # reasoning that the template puts before the last answer: the model is to decide on that one by itself.
+    header = gap if gap.strip() and prompt == without_flag else ""
+    end, end_token = _end_of_turn(after, tokenizer)
+    padded = render([user, turn_of("assistant", f" {hole} ")], False)
+    return TurnShape(
+        header=header,
+        lead="" if gap.strip() else gap,
+        end=end or end_token,
+        printed_end=end,
+        end_token=end_token,
+        tail=_common_suffix(prompt + header, render([turn_of("user", "v")], True) + header),
+        strips=f" {hole} " not in padded,
+    )
+
+
+def turn_of(role: str, content: str) -> dict[str, str]:
+    """A chat message."""
+    return {"role": role, "content": content}
+
+
+def _end_of_turn(after: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """What ends an answer in the template, up to the first special token, and that token."""
+    for candidates in (special_token_texts(tokenizer), added_token_texts(tokenizer)):
+        found = [(after.find(token), token) for token in candidates if token.strip() and token in after]
+        if found:
+            place, token = min(found, key=lambda pair: (pair[0], -len(pair[1])))
+            return after[: place + len(token)], token
+    eos = tokenizer.eos_token
+    if not isinstance(eos, str):
+        raise ModelError(
+            "the tokenizer has no end-of-text token, and the template ends answers with no special token",
+            hint="set eos_token in the tokenizer's tokenizer_config.json, so that answers can end",
+        )
+    return "", eos
+
+
+def _common_suffix(one: str, other: str) -> str:
+    length = 0
+    while length < min(len(one), len(other)) and one[-1 - length] == other[-1 - length]:
+        length += 1
+    return one[len(one) - length :]

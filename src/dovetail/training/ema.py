@@ -1,0 +1,80 @@
+"""The averaged copy of a trained model.
+
+Responsible for: an exponential moving average of the trained weights in float32, and lending it to the model.
+Not responsible for: when to update (once per optimiser step), saving a model folder (model/load.py).
+
+Why float32: a step of the average is (1 - decay) times a step of training, below bf16's resolution; an
+average kept in bf16 never moves.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from dovetail.errors import CheckpointError
+from dovetail.training.optim import Optimizer
+from dovetail.training.weights import trained_weights
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+class Ema:
+    """average <- decay * average + (1 - decay) * weight, for every trainable weight.
+
+    optimizer: where the full-precision weights are, if the model computes in bf16 or fp16.
+    """
+
+    def __init__(self, model: nn.Module, *, decay: float, optimizer: Optimizer | None = None) -> None:
+        self.decay = decay
+        self._weights = optimizer.weights if optimizer is not None else lambda: trained_weights(model)
+        self._averages = {name: _full_precision(weight).clone() for name, weight in self._weights().items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move towards the weights as they are now."""
+        weights = [_full_precision(weight) for weight in self._weights().values()]
+        torch._foreach_lerp_(list(self._averages.values()), weights, 1.0 - self.decay)
+
+    @torch.no_grad()
+    def copy_to(self, model: nn.Module) -> None:
+        """Overwrite the model's trainable weights, rounded to its precision."""
+        for name, parameter in model.named_parameters():
+            if name in self._averages:
+                parameter.copy_(self._averages[name])
+
+    @contextmanager
+    def applied_to(self, model: ModelT) -> Iterator[ModelT]:
+        """Within the block the model is the average; afterwards its own weights are back, bit for bit."""
+        own = {name: p.detach().clone() for name, p in model.named_parameters() if name in self._averages}
+        self.copy_to(model)
+        try:
+            yield model
+        finally:
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    if name in own:
+                        parameter.copy_(own[name])
+
+    def state_dict(self) -> dict[str, Any]:
+        """The averages, float32: references, not copies."""
+        return {"averages": dict(self._averages)}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict()`, bit for bit. Raises CheckpointError if it is of other weights."""
+        saved: Mapping[str, Tensor] = state["averages"]
+        if saved.keys() != self._averages.keys():
+            different = sorted(saved.keys() ^ self._averages.keys())
+            raise CheckpointError(
+                f"moving average of another model: {different[0]} is on one side only",
+                hint="resume with the model and adapters that the run began with",
+            )
+        for name, average in self._averages.items():
+            average.copy_(saved[name])
+
+
+def _full_precision(weight: Tensor) -> Tensor:
+    return weight if weight.dtype in (torch.float32, torch.float64) else weight.float()

@@ -1,0 +1,89 @@
+"""Work that does not fit in memory is done in smaller parts.
+
+Responsible for: telling an out-of-memory error from others, halving the tokens of a micro-batch, trying
+again.
+Not responsible for: cutting a batch (batches.py), what is done with a part.
+"""
+
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+from dovetail.errors import TrainingStopped
+from dovetail.telemetry.log import warn
+
+R = TypeVar("R")
+
+# The CPU allocator, cuBLAS and the CUDA driver raise plain RuntimeErrors; these are their words.
+_MARKS = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "not enough memory")
+
+
+@dataclass(slots=True)
+class TokenBudget:
+    """Tokens of one forward and backward pass. Shared by all that run on a device, halved for all."""
+
+    tokens: int
+
+    def __post_init__(self) -> None:
+        if self.tokens < 1:
+            raise ValueError(f"a micro-batch of {self.tokens} tokens holds nothing")
+
+
+def retry_on_out_of_memory(
+    attempt: Callable[[], R],
+    budget: TokenBudget,
+    *,
+    clean_up: Callable[[], None] | None = None,
+    unit_tokens: Callable[[], Sequence[int]] | None = None,
+) -> R:
+    """`attempt()`, which reads `budget.tokens`; while it runs out of memory, halve the budget and try again.
+
+    clean_up: undoes a failed attempt, so that a later one gives what a first one would have given.
+    unit_tokens: the sizes of the units that cannot be cut (sequences). Asked after a failure: with them the
+    budget is halved from what was really used, and the retries end as soon as halving cannot help.
+    Raises TrainingStopped when one unit alone does not fit.
+    """
+    while True:
+        try:
+            return attempt()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = str(error).split("\n")[0]
+        # Here, outside the except block, the traceback is gone and with it the frames that held activations.
+        if clean_up is not None:
+            clean_up()
+        _release_cached_memory()
+        _halve(budget, unit_tokens() if unit_tokens else None, reason)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an accelerator, the CPU allocator or Python found no memory."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(mark in str(error) for mark in _MARKS)
+
+
+def _halve(budget: TokenBudget, unit_tokens: Sequence[int] | None, reason: str) -> None:
+    longest = max(unit_tokens) if unit_tokens else 1
+    used = min(budget.tokens, sum(unit_tokens)) if unit_tokens else budget.tokens
+    if used <= longest:
+        what = f"one sequence of {longest} tokens" if unit_tokens else "a micro-batch of one sequence"
+        raise TrainingStopped(
+            f"{what} does not fit in memory ({reason})",
+            hint="turn on activation_checkpointing, lower data.max_tokens or ppo.sampling.max_new_tokens, "
+            "train LoRA adapters (actor.lora), or use a smaller model",
+        )
+    warn(
+        f"out of memory: micro-batches halved from {used} to {used // 2} tokens; results do not depend on it"
+    )
+    budget.tokens = used // 2
+
+
+def _release_cached_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

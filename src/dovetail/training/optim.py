@@ -1,0 +1,260 @@
+"""AdamW with float32 master weights.
+
+Responsible for: which weights decay, float32 copies of weights that compute in bf16 or fp16, accumulating
+their gradients in float32, the update, and all of that as a state that resumes bit for bit.
+Not responsible for: when to step, clipping, skipping (training/step.py), the learning rate
+(training/schedule.py).
+
+Why masters: bf16 has 8 bits of mantissa, so a weight of 1 cannot move by less than 0.004, and RLHF's
+updates are a thousand times smaller. The masters move; the model's own weights are their rounded image.
+"""
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
+from torch.utils.hooks import RemovableHandle
+
+from dovetail.errors import CheckpointError, ModelError, TrainingStopped
+from dovetail.training.loss_scale import LossScaler
+from dovetail.training.memory import is_out_of_memory
+
+_LOW_PRECISION = (torch.bfloat16, torch.float16)
+
+
+@dataclass(slots=True, eq=False)
+class _Slot:
+    """One trained parameter and what AdamW keeps of it."""
+
+    parameter: nn.Parameter
+    weight: Tensor
+    """What is updated: the float32 master, or the parameter itself."""
+    step: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    has_master: bool
+    master_gradient: Tensor | None = None
+    """float32, accumulated over micro-batches; only with a master."""
+
+    def gradient(self) -> Tensor | None:
+        return self.master_gradient if self.has_master else self.parameter.grad
+
+    def take_gradient(self, parameter: Tensor) -> None:
+        """Called by autograd when the parameter's gradient is complete: move it to float32 and free it."""
+        assert parameter.grad is not None
+        if self.master_gradient is None:
+            self.master_gradient = parameter.grad.float()
+        else:
+            self.master_gradient.add_(parameter.grad)
+        parameter.grad = None
+
+
+class Optimizer:
+    """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101, algorithm 2) over a model's trainable weights.
+
+    All state is allocated here, so that no step can fail half-way for want of memory. Weight decay leaves out
+    vectors (norms, biases) and the scalar head `score`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        learning_rate: float,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+    ) -> None:
+        self.learning_rate = learning_rate
+        self.skipped_in_a_row = 0
+        """Steps left out since the last one taken; counted by training/step.py."""
+        self._betas = betas
+        self._eps = eps
+        self._slots = {name: _slot_of(p) for name, p in model.named_parameters() if p.requires_grad}
+        if not self._slots:
+            raise ModelError(
+                f"{type(model).__name__} has no trainable weights",
+                hint="leave requires_grad on for the weights to be trained, or add LoRA adapters",
+            )
+        decayed = [slot for name, slot in self._slots.items() if _decays(name, slot.parameter)]
+        others = [slot for name, slot in self._slots.items() if not _decays(name, slot.parameter)]
+        self._groups = (
+            [(decayed, weight_decay), (others, 0.0)] if weight_decay else [([*decayed, *others], 0.0)]
+        )
+        with_master = [slot for slot in self._slots.values() if slot.has_master]
+        self._images = [slot.parameter for slot in with_master]
+        self._masters = [slot.weight for slot in with_master]
+        hooks = [_on_gradient(slot.parameter, slot.take_gradient) for slot in with_master]
+        # A later optimiser of the same model must find the gradients untouched.
+        weakref.finalize(self, _remove, hooks).atexit = False
+        # float32 adapters on an fp16 base get their gradients through fp16 activations
+        is_fp16 = any(parameter.dtype == torch.float16 for parameter in model.parameters())
+        self.scaler = LossScaler() if is_fp16 else None
+        """Present when the model computes in fp16."""
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        """The rate of the coming steps."""
+        self.learning_rate = learning_rate
+
+    def zero_grad(self) -> None:
+        """Forget and free all gradients."""
+        for slot in self._slots.values():
+            slot.parameter.grad = None
+            slot.master_gradient = None
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Name -> accumulated gradient, of the weights that have one; float32 for those with masters."""
+        found = ((name, slot.gradient()) for name, slot in self._slots.items())
+        return {name: gradient for name, gradient in found if gradient is not None}
+
+    def grad_norm(self) -> Tensor:
+        """Scalar on the device: the 2-norm over all gradients of the model."""
+        gradients = list(self.gradients().values())
+        if not gradients:
+            return torch.zeros(())
+        norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        return norm
+
+    def scale_grads(self, factor: float) -> None:
+        """Multiply all gradients."""
+        if factor != 1.0:
+            torch._foreach_mul_(list(self.gradients().values()), factor)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Update the weights that have a gradient; the model's own become the masters, rounded."""
+        for slots, weight_decay in self._groups:
+            self._update([slot for slot in slots if slot.gradient() is not None], weight_decay)
+        self._write_images()
+
+    def weights(self) -> dict[str, Tensor]:
+        """Name -> the weight in full precision: the master where there is one. References, not copies."""
+        return {name: slot.weight.detach() for name, slot in self._slots.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors (references, not copies) and plain values: masters, moments, counts; full-precision weights
+        that have no master belong to the model's own state."""
+        return {
+            "parameters": {name: _state_of(slot) for name, slot in self._slots.items()},
+            "learning_rate": self.learning_rate,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "scaler": self.scaler.state_dict() if self.scaler else None,
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict()`, bit for bit. Raises CheckpointError if it is of other weights."""
+        saved: Mapping[str, Mapping[str, Tensor]] = state["parameters"]
+        for name, slot in self._slots.items():
+            for key, tensor in _state_of(slot).items():
+                tensor.copy_(_matching(saved, name, key, tensor))
+        if len(saved) != len(self._slots):
+            surplus = sorted(saved.keys() - self._slots.keys())
+            raise _foreign(f"the checkpoint also trains {surplus[0]}, which this model does not")
+        self._write_images()
+        self.learning_rate = float(state["learning_rate"])
+        self.skipped_in_a_row = int(state["skipped_in_a_row"])
+        if self.scaler and state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+
+    def _update(self, slots: Sequence[_Slot], weight_decay: float) -> None:
+        if not slots:
+            return
+        adamw(
+            [slot.weight for slot in slots],
+            [gradient for slot in slots if (gradient := slot.gradient()) is not None],
+            [slot.exp_avg for slot in slots],
+            [slot.exp_avg_sq for slot in slots],
+            [],
+            [slot.step for slot in slots],
+            fused=True,  # one kernel over all tensors, also on the CPU, where it is ten times as fast
+            amsgrad=False,
+            beta1=self._betas[0],
+            beta2=self._betas[1],
+            lr=self.learning_rate,
+            weight_decay=weight_decay,
+            eps=self._eps,
+            maximize=False,
+        )
+
+    def _write_images(self) -> None:
+        if self._images:
+            torch._foreach_copy_([image.data for image in self._images], self._masters)
+
+
+def build_optimizer(
+    model: nn.Module,
+    *,
+    learning_rate: float,
+    weight_decay: float = 0.0,
+    betas: tuple[float, float] = (0.9, 0.95),
+    eps: float = 1e-8,
+) -> Optimizer:
+    """`Optimizer`, with a clear error when its state does not fit. Raises ModelError if nothing is
+    trainable."""
+    settings: dict[str, Any] = {"weight_decay": weight_decay, "betas": betas, "eps": eps}
+    try:
+        return Optimizer(model, learning_rate=learning_rate, **settings)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        num_weights = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        raise TrainingStopped(
+            f"the optimiser's state for {num_weights:,} trained weights, about "
+            f"{num_weights * 12 / 2**30:.1f} GiB, does not fit in memory",
+            hint="train LoRA adapters (actor.lora.rank=64), or use a smaller model or a larger device",
+        ) from error
+
+
+def _decays(name: str, parameter: Tensor) -> bool:
+    """A reward model's head is called `score` in every Hugging Face class; peft adds its own names around
+    it."""
+    return parameter.ndim >= 2 and "score" not in name.split(".")
+
+
+def _slot_of(parameter: nn.Parameter) -> _Slot:
+    has_master = parameter.dtype in _LOW_PRECISION
+    weight = parameter.detach().float() if has_master else parameter
+    return _Slot(
+        parameter=parameter,
+        weight=weight,
+        step=torch.zeros((), dtype=torch.float32, device=weight.device),
+        exp_avg=torch.zeros_like(weight, requires_grad=False),
+        exp_avg_sq=torch.zeros_like(weight, requires_grad=False),
+        has_master=has_master,
+    )
+
+
+def _state_of(slot: _Slot) -> dict[str, Tensor]:
+    state = {"step": slot.step, "exp_avg": slot.exp_avg, "exp_avg_sq": slot.exp_avg_sq}
+    return state | {"master": slot.weight} if slot.has_master else state
+
+
+def _matching(saved: Mapping[str, Mapping[str, Tensor]], name: str, key: str, tensor: Tensor) -> Tensor:
+    found = saved[name].get(key) if name in saved else None
+    if found is None:
+        raise _foreign(f"the checkpoint has no {key} of {name}")
+    if found.shape != tensor.shape:
+        raise _foreign(f"{name} has shape {tuple(found.shape)} in the checkpoint, {tuple(tensor.shape)} here")
+    return found
+
+
+def _foreign(what: str) -> CheckpointError:
+    return CheckpointError(
+        f"optimiser state of another model: {what}",
+        hint="resume with the model, adapters and precision of the run, or give another output_dir",
+    )
+
+
+def _on_gradient(parameter: nn.Parameter, take: Callable[[Tensor], None]) -> RemovableHandle:
+    handle: RemovableHandle = parameter.register_post_accumulate_grad_hook(take)  # type: ignore[no-untyped-call]
+    return handle
+
+
+def _remove(hooks: Sequence[RemovableHandle]) -> None:
+    for hook in hooks:
+        hook.remove()

@@ -1,0 +1,37 @@
+"""Which device, and which dtype on it.
+
+Responsible for: turning the settings `device` and `precision` into what torch takes.
+"""
+
+import torch
+
+from dovetail.errors import ConfigError
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is the first GPU if there is one. Raises ConfigError if the device is not there."""
+    if name == "auto":
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"device = {name!r} is not a device", hint="use auto, cpu, cuda or cuda:N"
+        ) from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            f"device = {name!r}, but torch {torch.__version__} finds no GPU",
+            hint="use device=cpu, or install a torch that matches the driver; `dovetail doctor` tells more",
+        )
+    return device
+
+
+def resolve_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """`auto`: bf16 on GPUs that compute in it, fp16 on older ones, float32 on the CPU."""
+    if precision != "auto":
+        return _DTYPES[precision]
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16

@@ -1,0 +1,115 @@
+"""Which configuration a run folder belongs to.
+
+Responsible for: the file `config.yaml`, its fingerprint, and naming the settings in which two configurations
+differ. Not responsible for: the folder (run_folder.py), what the settings mean (config/).
+
+These may differ between two starts of one run, because the result does not depend on them (but for
+rounding, in the case of `micro_batch_tokens`):
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dovetail.errors import CheckpointError
+from dovetail.training.disk import write_atomically
+
+MAY_CHANGE = (
+    "output_dir",
+    "device",
+    "stages",
+    "tracking.*",
+    "data.cache_dir",
+    "*.micro_batch_tokens",
+    "*.save_every",
+    "*.keep_checkpoints",
+    "*.print_samples_every",
+)
+"""Patterns of dotted keys."""
+
+SHOWN = 8
+"""Differences listed in an error; more are counted."""
+
+_FINGERPRINT = "# fingerprint: "
+
+
+def write_identity(path: Path, config: Mapping[str, Any]) -> None:
+    """Write the resolved configuration with the fingerprint of what decides the result."""
+    body = yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True, width=110)
+    head = (
+        f"# The resolved configuration of this run. Written by dovetail; edits are noticed.\n{_FINGERPRINT}"
+    )
+    write_atomically(path, f"{head}{fingerprint(config)}\n{body}")
+
+
+def expect_same_identity(path: Path, config: Mapping[str, Any]) -> None:
+    """Raise CheckpointError, listing the settings, unless `path` was written for the same configuration."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        saved = yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read: {error}", hint="give another output_dir, or restore the file"
+        ) from error
+    if not isinstance(saved, dict) or f"{_FINGERPRINT}{fingerprint(saved)}\n" not in text:
+        raise CheckpointError(
+            f"{path} was edited after the run began: its fingerprint does not match its contents",
+            hint="undo the edit to go on with the run, or give another output_dir for the new settings",
+        )
+    found = differences(saved, config)
+    if found:
+        listed = "".join(f"\n  {line}" for line in found[:SHOWN])
+        more = f"\n  and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+        raise CheckpointError(
+            f"{path.parent} belongs to a run with another configuration:{listed}{more}",
+            hint="give another output_dir, or the settings of that run to go on with it",
+        )
+
+
+def fingerprint(config: Mapping[str, Any]) -> str:
+    """SHA-256 of the settings that decide the result, independent of their order."""
+    canonical = json.dumps(sorted(_deciding(config).items()), sort_keys=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def differences(saved: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
+    """One line for each deciding setting that differs: `ppo.gamma: 1.0 in the folder, 0.9 now`."""
+    old, new = _deciding(saved), _deciding(given)
+    return [
+        f"{key}: {_show(old, key)} in the folder, {_show(new, key)} now"
+        for key in dict.fromkeys([*new, *old])
+        if key not in old or key not in new or old[key] != new[key]
+    ]
+
+
+def _deciding(config: Mapping[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    _flatten(_plain(config), "", flat)
+    return {key: value for key, value in flat.items() if not any(fnmatchcase(key, p) for p in MAY_CHANGE)}
+
+
+def _flatten(value: Any, key: str, flat: dict[str, Any]) -> None:
+    """Dotted keys; a list of plain values is one setting, a list of mappings is numbered."""
+    if isinstance(value, dict) and value:
+        for name, item in value.items():
+            _flatten(item, f"{key}.{name}" if key else str(name), flat)
+    elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        for i, item in enumerate(value):
+            _flatten(item, f"{key}[{i}]", flat)
+    else:
+        flat[key] = value
+
+
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """As JSON sees it: tuples are lists, keys are strings."""
+    plain: dict[str, Any] = json.loads(json.dumps(config, default=str))
+    return plain
+
+
+def _show(flat: Mapping[str, Any], key: str) -> str:
+    return json.dumps(flat[key], ensure_ascii=False) if key in flat else "not set"
