@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dovetail.maths.ranking import pairwise_accuracy, ranking_loss
+from dovetail.maths.ranking import ranking_loss, won_pairs
 from tests.maths.strategies import columns, cut, property_test, reordered, tensor
 from tests.tolerance import assert_near
 
@@ -67,12 +67,12 @@ def test_low_precision_scores_are_widened_before_the_difference():
 def test_accuracy_counts_wins_and_half_the_ties(case):
     (chosen, rejected), _ = case
     points = [1.0 if c > r else 0.5 if c == r else 0.0 for c, r in zip(chosen, rejected, strict=True)]
-    assert_near(pairwise_accuracy(tensor(chosen), tensor(rejected)), sum(points) / len(points))
+    assert_near(won_pairs(tensor(chosen), tensor(rejected)).mean(), sum(points) / len(points))
 
 
 def test_a_model_that_scores_everything_alike_is_at_chance():
-    assert pairwise_accuracy(torch.ones(7), torch.ones(7)) == 0.5
+    assert won_pairs(torch.ones(7), torch.ones(7)).tolist() == [0.5] * 7
 
 
 def test_accuracy_without_pairs_is_zero():
-    assert pairwise_accuracy(torch.zeros(0), torch.zeros(0)) == 0
+    assert won_pairs(torch.zeros(0), torch.zeros(0)).numel() == 0

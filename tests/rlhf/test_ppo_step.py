@@ -9,52 +9,14 @@ import copy
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import PreTrainedModel
 
-from dovetail.config.stages import OptimizerConfig, PpoConfig, SamplingConfig
+from dovetail.config.stages import OptimizerConfig
 from dovetail.rlhf.api import PPOTrainer, RLHFEngine
-from dovetail.rlhf.build import Setup
 from dovetail.rlhf.rollout import Collected
-from tests.fakes import TINY, byte_tokenizer, tiny_model
+from tests.rlhf.tiny import PROMPTS, tiny_config, tiny_engine
 
-PROMPTS = ["Hi", "What is two plus two?", "Name a colour.", "Go on, tell me more about it", "x", "Why?"]
 BETA, CLIP, VALUE_CLIP, LAMBDA, TEMPERATURE = 0.1, 0.2, 0.2, 0.9, 0.7
-
-
-def config_with(**changes: object) -> PpoConfig:
-    given = {
-        "batch_size": len(PROMPTS),
-        "sampling": SamplingConfig(temperature=TEMPERATURE, max_new_tokens=12),
-        "kl_coefficient": BETA,
-        "ratio_clip": CLIP,
-        "value_clip": VALUE_CLIP,
-        "gae_lambda": LAMBDA,
-        "score_clip": None,
-        "missing_end_penalty": -1.0,
-        "critic_warmup_rollouts": 0,
-        "actor_optimizer": OptimizerConfig(learning_rate=1e-3, schedule="constant"),
-        "critic_optimizer": OptimizerConfig(learning_rate=1e-3, schedule="constant"),
-    }
-    return PpoConfig(**{**given, **changes})
-
-
-def tiny_reward_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
-    config = TINY[name]()
-    config.num_labels = 1
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(3)
-        return AutoModelForSequenceClassification.from_config(config).to(dtype).eval()
-
-
-def tiny_engine(name: str, config: PpoConfig, dtype: torch.dtype = torch.float32) -> RLHFEngine:
-    return RLHFEngine(
-        actor_model=tiny_model(name, dtype=dtype),
-        critic_model=tiny_reward_model(name, dtype),
-        tokenizer=byte_tokenizer(),
-        total_steps=10,
-        config=config,
-        setup=Setup(device="cpu"),
-    )
 
 
 class ByDefinition:
@@ -120,7 +82,7 @@ class ByDefinition:
 def test_one_update_equals_the_equations_as_printed(
     name: str, dtype: torch.dtype, tolerance: float, micro_batch_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = config_with(micro_batch_tokens=micro_batch_tokens)
+    config = tiny_config(micro_batch_tokens=micro_batch_tokens)
     engine = tiny_engine(name, config, dtype)
     trainer = PPOTrainer(engine)
     collected = trainer.generate_experience(PROMPTS)
@@ -155,7 +117,7 @@ def record_gradients(engine: RLHFEngine, monkeypatch: pytest.MonkeyPatch) -> dic
 
 def test_a_learning_rate_of_zero_gives_ratio_one_and_no_kl() -> None:
     tiny_rate = OptimizerConfig(learning_rate=0.0, schedule="constant")
-    config = config_with(actor_optimizer=tiny_rate, critic_optimizer=tiny_rate, ppo_epochs=2)
+    config = tiny_config(actor_optimizer=tiny_rate, critic_optimizer=tiny_rate, ppo_epochs=2)
     trainer = PPOTrainer(tiny_engine("llama", config))
     for _ in range(2):
         collected = trainer.generate_experience(PROMPTS)
@@ -167,7 +129,7 @@ def test_a_learning_rate_of_zero_gives_ratio_one_and_no_kl() -> None:
 
 def test_another_packing_changes_the_ratio_by_rounding_alone() -> None:
     tiny_rate = OptimizerConfig(learning_rate=0.0, schedule="constant")
-    config = config_with(actor_optimizer=tiny_rate, critic_optimizer=tiny_rate, minibatches=3)
+    config = tiny_config(actor_optimizer=tiny_rate, critic_optimizer=tiny_rate, minibatches=3)
     trainer = PPOTrainer(tiny_engine("gpt2", config))
     report = trainer.update(trainer.generate_experience(PROMPTS))
     assert report.stats["ppo/clipped_fraction"] == 0.0

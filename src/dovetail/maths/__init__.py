@@ -21,7 +21,7 @@ from dovetail.maths.logprobs import entropy_of, logprobs_of
 from dovetail.maths.masked import masked_mean, masked_sum, normalise, scale_to_unit_std, zero_outside
 from dovetail.maths.policy_loss import PolicyLoss, clipped_policy_loss
 from dovetail.maths.precision import at_least_float32
-from dovetail.maths.ranking import pairwise_accuracy, ranking_loss
+from dovetail.maths.ranking import ranking_loss, won_pairs
 from dovetail.maths.rewards import clip_scores, per_token_rewards, replace_missing_end
 from dovetail.maths.value_loss import ValueLoss, clipped_value_loss, explained_variance
 
@@ -44,7 +44,7 @@ __all__ = [
     "masked_mean",
     "masked_sum",
     "normalise",
-    "pairwise_accuracy",
+    "won_pairs",
     "per_token_rewards",
     "ranking_loss",
     "replace_missing_end",

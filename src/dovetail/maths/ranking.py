@@ -27,12 +27,10 @@ def ranking_loss(chosen_P: Tensor, rejected_P: Tensor, margin_P: Tensor, weight_
     return -(weight_P * logsigmoid(difference_P)).sum()
 
 
-def pairwise_accuracy(chosen_P: Tensor, rejected_P: Tensor) -> Tensor:
-    """Share of pairs in which the chosen answer scores higher, a tie counting half; a scalar, 0 without
-    pairs.
+def won_pairs(chosen_P: Tensor, rejected_P: Tensor) -> Tensor:
+    """[P]: 1 where the chosen answer scores higher, a half for a tie, else 0; its weighted mean is the accuracy.
 
     Half, so that a model that scores everything alike is at chance and not at 0.
     """
     chosen_P, rejected_P = at_least_float32(chosen_P), at_least_float32(rejected_P)
-    won_P = torch.where(chosen_P == rejected_P, 0.5, (chosen_P > rejected_P).to(chosen_P.dtype))
-    return won_P.sum() / max(won_P.numel(), 1)
+    return torch.where(chosen_P == rejected_P, 0.5, (chosen_P > rejected_P).to(chosen_P.dtype))

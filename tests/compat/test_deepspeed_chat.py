@@ -1,0 +1,120 @@
+"""The predecessor's two loops, with only the import changed."""
+
+import random
+from argparse import Namespace
+
+import torch
+
+from dovetail.compat.deepspeed_chat import (
+    DeepSpeedPPOTrainer,
+    DeepSpeedPPOTrainerUnsupervised,
+    DeepSpeedRLHFEngine,
+    MiniDataset,
+    moving_average,
+)
+from tests.fakes import byte_tokenizer, tiny_model
+from tests.rlhf.tiny import PROMPTS, tiny_reward_model
+
+
+def arguments(**changes: object) -> Namespace:
+    given = {
+        "max_answer_seq_len": 8,
+        "max_prompt_seq_len": 64,
+        "actor_learning_rate": 1e-3,
+        "critic_learning_rate": 1e-3,
+        "actor_weight_decay": 0.0,
+        "critic_weight_decay": 0.0,
+        "lr_scheduler_type": "cosine",
+        "num_warmup_steps": 0,
+        "ppo_epochs": 2,
+        "enable_ema": True,
+        "seed": 5,
+        "dtype": "fp32",
+        "actor_lora_dim": 0,
+        "critic_lora_dim": 0,
+        "generation_batches": 1,
+        "per_device_training_batch_size": 3,
+        "actor_zero_stage": 2,
+        "unsup_coef": 0.5,
+    }
+    return Namespace(**{**given, **changes})
+
+
+def tiny(args: Namespace) -> DeepSpeedRLHFEngine:
+    return DeepSpeedRLHFEngine(
+        actor_model_name_or_path=tiny_model(),
+        critic_model_name_or_path=tiny_reward_model("llama"),
+        tokenizer=byte_tokenizer(),
+        num_total_iters=10,
+        args=args,
+    )
+
+
+def prompt_batch(engine: DeepSpeedRLHFEngine) -> dict[str, torch.Tensor]:
+    chat, pad = engine.engine.roles.chat, engine.tokenizer.pad_token_id
+    rows = [chat.prompt_ids([{"role": "user", "content": text}]) for text in PROMPTS]
+    width = max(map(len, rows))
+    return {
+        "prompt": torch.tensor([[pad] * (width - len(row)) + row for row in rows]),
+        "prompt_att_mask": torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows]),
+    }
+
+
+def test_the_loop_of_the_announcement_runs() -> None:
+    args = arguments()
+    engine = tiny(args)
+    trainer = DeepSpeedPPOTrainer(engine=engine, args=args)
+    before = engine.actor.get_input_embeddings().weight.detach().clone()
+    prompt_train_dataloader = [prompt_batch(engine)] * 2
+    for batch in prompt_train_dataloader:
+        out = trainer.generate_experience(batch)
+        actor_loss, critic_loss = trainer.train_rlhf(out)
+        assert torch.isfinite(actor_loss) and torch.isfinite(critic_loss)
+    assert not torch.equal(before, engine.actor.get_input_embeddings().weight)
+
+
+def test_the_loop_of_main_py_runs() -> None:
+    args = arguments()
+    rlhf_engine = tiny(args)
+    trainer = DeepSpeedPPOTrainerUnsupervised(rlhf_engine, args)
+    exp_mini_dataset = MiniDataset(args.generation_batches, args.per_device_training_batch_size)
+    unsup_mini_dataset = MiniDataset(args.generation_batches, args.per_device_training_batch_size)
+    text = torch.randint(0, 250, (6, 20), generator=torch.Generator().manual_seed(0))
+    average_before = {k: v.clone() for k, v in rlhf_engine.actor_ema.state_dict()["averages"].items()}
+    for step in range(2):
+        batch_prompt = prompt_batch(rlhf_engine)
+        out = trainer.generate_experience(batch_prompt["prompt"], batch_prompt["prompt_att_mask"], step)
+        exp_dataset = exp_mini_dataset.add(out)
+        unsup_dataset = unsup_mini_dataset.add({"input_ids": text, "attention_mask": torch.ones_like(text)})
+        assert exp_dataset is not None and len(exp_dataset) == 2
+        inner_iter, average_reward = 0, 0.0
+        for _ in range(args.ppo_epochs):
+            for exp_data, unsup_data in zip(exp_dataset, unsup_dataset, strict=True):
+                actor_loss, critic_loss = trainer.train_rlhf(exp_data)
+                average_reward += exp_data["rewards"].mean().item()
+                unsup_loss = trainer.train_unsupervised(unsup_data, args.unsup_coef)
+                inner_iter += 1
+                moving_average(rlhf_engine.actor, rlhf_engine.actor_ema, zero_stage=args.actor_zero_stage)
+                assert all(torch.isfinite(x) for x in (actor_loss, critic_loss, unsup_loss))
+            random.Random(step).shuffle(exp_dataset)
+        assert inner_iter == 4
+    average = rlhf_engine.actor_ema.state_dict()["averages"]
+    assert all(tensor.dtype == torch.float32 for tensor in average.values())
+    assert any(not torch.equal(average[name], average_before[name]) for name in average)
+
+
+def test_the_padded_dictionary_holds_the_packed_experience() -> None:
+    args = arguments()
+    engine = tiny(args)
+    trainer = DeepSpeedPPOTrainer(engine, args)
+    out = trainer.generate_experience(prompt_batch(engine))
+    experience = trainer._packed(out)
+    roles = engine.engine.roles
+    expected_T = roles.actor_logprobs(experience, temperature=1.0).logprobs_T
+    torch.testing.assert_close(experience.old_logprobs_T, expected_T)
+    torch.testing.assert_close(experience.old_values_T[experience.mask_T], roles.values(experience)[experience.mask_T])
+    width = out["prompts"].shape[1]
+    for row, answer in enumerate(out["input_ids"][:, width:]):
+        real = out["attention_mask"][row, width:].bool()
+        assert answer[real].numel() >= 1
+        assert out["logprobs"].shape == (len(PROMPTS), out["input_ids"].shape[1] - 1)

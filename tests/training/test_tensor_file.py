@@ -1,0 +1,60 @@
+import io
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load
+
+from dovetail.training.tensor_file import num_bytes, read_tensors, write_tensors
+
+EVERY_KIND = {
+    "scalar": torch.tensor(3.5),
+    "empty": torch.zeros(0, 4),
+    "turned": torch.arange(12.0).reshape(3, 4).T,
+    "slice": torch.arange(10)[::3],
+    "bool": torch.tensor([True, False, True]),
+    "generator": torch.Generator().manual_seed(1).get_state(),
+    **{
+        str(dtype).removeprefix("torch."): torch.tensor([1, 2, 100], dtype=dtype)
+        for dtype in (
+            torch.float64,
+            torch.float16,
+            torch.bfloat16,
+            torch.int64,
+            torch.int32,
+            torch.int16,
+            torch.int8,
+        )
+    },
+}
+
+
+def test_the_library_reads_every_kind_of_tensor_back_bit_for_bit(tmp_path: Path) -> None:
+    path = tmp_path / "tensors.safetensors"
+    with path.open("wb") as file:
+        write_tensors(file, EVERY_KIND)
+    for found in (read_tensors(path), load(path.read_bytes())):
+        assert found.keys() == EVERY_KIND.keys()
+        for name, tensor in EVERY_KIND.items():
+            assert found[name].dtype == tensor.dtype
+            assert torch.equal(found[name], tensor)
+    with safe_open(path, framework="pt") as opened:
+        assert set(opened.keys()) == set(EVERY_KIND)
+
+
+def test_parameters_can_be_written(tmp_path: Path) -> None:
+    file = io.BytesIO()
+    write_tensors(file, {"weight": torch.nn.Parameter(torch.ones(2, 2))})
+    assert torch.equal(load(file.getvalue())["weight"], torch.ones(2, 2))
+
+
+def test_no_tensors_make_a_valid_file() -> None:
+    file = io.BytesIO()
+    write_tensors(file, {})
+    assert load(file.getvalue()) == {}
+
+
+@pytest.mark.parametrize(("tensor", "size"), [(torch.zeros(3, 5).bfloat16(), 30), (torch.zeros(()), 4)])
+def test_sizes_are_those_of_the_elements(tensor: torch.Tensor, size: int) -> None:
+    assert num_bytes(tensor) == size
