@@ -12,14 +12,20 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    BloomConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
+    MistralConfig,
     OPTConfig,
+    Phi3Config,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen3Config,
 )
 
 END = "<|end|>"
@@ -67,6 +73,16 @@ def _qwen2() -> Qwen2Config:
                        tie_word_embeddings=True)  # fmt: skip
 
 
+_WINDOW = 4  # far below the lengths that tests use
+
+
+def _grouped(config_class: type[PretrainedConfig], **changes: object) -> PretrainedConfig:
+    """The shape of `_llama` in one of its many relatives."""
+    shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                 num_key_value_heads=2, head_dim=8, max_position_embeddings=512, initializer_range=0.2)  # fmt: skip
+    return config_class(**{**_SHARED, **shape, **changes})
+
+
 TINY: dict[str, Callable[[], PretrainedConfig]] = {
     "opt": _opt,
     "opt-post-norm": lambda: _opt(do_layer_norm_before=False, word_embed_proj_dim=16),
@@ -74,15 +90,40 @@ TINY: dict[str, Callable[[], PretrainedConfig]] = {
     "gpt-neox": _neox,
     "llama": _llama,
     "qwen2": _qwen2,
+    "qwen3": lambda: _grouped(Qwen3Config),
+    "phi3": lambda: _grouped(Phi3Config),
+    "mistral": lambda: _grouped(MistralConfig, sliding_window=_WINDOW),
+    "gemma2": lambda: _grouped(
+        Gemma2Config,
+        sliding_window=_WINDOW,
+        query_pre_attn_scalar=8,
+        attn_logit_softcapping=2.0,
+        final_logit_softcapping=3.0,
+    ),
+    "gemma3": lambda: _grouped(
+        Gemma3TextConfig,
+        sliding_window=_WINDOW,
+        query_pre_attn_scalar=8,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
 }
-"""Name -> configuration. `opt-post-norm` has OPT-350M's shape: post-norm, no final norm, projected embeddings."""
+"""Name -> configuration. `opt-post-norm` has OPT-350M's shape: post-norm, no final norm, projected embeddings;
+mistral and the gemmas have sliding windows."""
+
+PADDED: dict[str, Callable[[], PretrainedConfig]] = {
+    "bloom": lambda: BloomConfig(**_SHARED, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.2),
+}
+"""The same for classes that keep their own attention: they warn, and run over padded batches."""
 
 
 def tiny_model(name: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A tiny random causal LM in evaluation mode, reproducible whatever ran before."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(TINY[name]())
+        config = (TINY | PADDED)[name]()
+        # The default, SDPA, leaves out soft caps without a word; eager does its softmax in float32.
+        attention = "eager" if getattr(config, "attn_logit_softcapping", None) else None
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
         for parameter in model.parameters():  # biases and norms too: a forgotten one must show
             parameter.data += 0.05 * torch.randn_like(parameter)
     return model.to(dtype).eval()

@@ -74,5 +74,5 @@ def test_a_model_that_scores_everything_alike_is_at_chance():
     assert won_pairs(torch.ones(7), torch.ones(7)).tolist() == [0.5] * 7
 
 
-def test_accuracy_without_pairs_is_zero():
+def test_no_pairs_give_no_points():
     assert won_pairs(torch.zeros(0), torch.zeros(0)).numel() == 0

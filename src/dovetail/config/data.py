@@ -3,11 +3,14 @@
 Responsible for: the settings of the data layer. Not responsible for: reading (data/sources.py).
 """
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from dovetail.config.frozen import FrozenModel
+
+_FORM_COLUMNS = ("messages", "prompt", "chosen", "answers", "text")
 
 
 class SourceConfig(FrozenModel):
@@ -16,7 +19,10 @@ class SourceConfig(FrozenModel):
     Give the columns of one form; what a source can serve follows from them:
     `messages` or `prompt` + `response` (demonstrations), `prompt` alone (prompts), `chosen` + `rejected`
     with or without `prompt` (comparisons), `answers` + `preference` or `scores` or `ranks` (k-way
-    comparisons), `text` (plain text).
+    comparisons), `text` (plain text). Without any of them, columns of these names are looked for.
+
+    A column is a name, or a path into nested values: `question.full_text`, `passages[0].text`,
+    `completions[].text` (a list of all), `rejected?` (may be absent).
     """
 
     path: str
@@ -24,10 +30,13 @@ class SourceConfig(FrozenModel):
     `save_to_disk`, or a hub name."""
     name: str | None = None
     """Configuration of a hub data set."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub data set; `refs/convert/parquet` for sets that come with a script."""
     split: str = "train"
     """Split of a hub or saved data set."""
     weight: Annotated[float, Field(gt=0)] | None = None
-    """Share in the blend, relative to the other sources. Without weights every row is used once per epoch."""
+    """Share in the blend, relative to the other sources, whatever their sizes; 1 where only others have one.
+    Without any weights every row is used once per epoch."""
     messages: str | None = None
     """Column holding a list of chat messages, each with `role` and `content` (or `from` and `value`)."""
     prompt: str | None = None
@@ -43,8 +52,10 @@ class SourceConfig(FrozenModel):
     preference: str | None = None
     """Column naming the better of two `answers`: `preference_values` tells how."""
     preference_values: tuple[Any, Any] = (1, 2)
-    """Values of `preference` that mean the first and the second answer; a number nearer to the one or the
-    other counts for it, the middle is a tie."""
+    """Values of `preference` that mean the first and the second answer; a number between them counts for the
+    nearer one, the middle is a tie."""
+    tie_values: tuple[Any, ...] = ("tie", 0)
+    """Further values of `preference` that mean that neither answer is better."""
     scores: tuple[str, ...] | str | None = None
     """Columns with one number per answer, or one column with a list: higher is better."""
     ranks: tuple[str, ...] | str | None = None
@@ -57,8 +68,15 @@ class SourceConfig(FrozenModel):
     """Column with a system message, put before the prompt."""
     transcript: bool = False
     """The text columns hold Anthropic transcripts: "\\n\\nHuman: ...\\n\\nAssistant: ..."."""
+    transcript_names: tuple[str, str] = ("Human", "Assistant")
+    """Names of user and assistant in transcripts. These two stand behind a blank line; others, such as
+    USER and ASSISTANT, behind any white space."""
+    remove: str | None = None
+    """Regular expression whose matches are taken out of answers, such as marks of citations."""
     limit: PositiveInt | None = None
     """Use only this many rows: those with the smallest row hash, so the choice is stable."""
+    stages: tuple[Literal["sft", "reward", "ppo"], ...] | None = None
+    """Give all rows to each of these stages, instead of dividing them by `data.stage_split`."""
     held_out: bool | None = None
     """True: all rows are held out for evaluation. False: none. By default `held_out_fraction` of them."""
 
@@ -70,6 +88,46 @@ class SourceConfig(FrozenModel):
             return value
         path, _, weight = value.rpartition(":")
         return {"path": path, "weight": weight} if path and _is_number(weight) else {"path": value}
+
+    def names_columns(self) -> bool:
+        """Whether the source says what its columns hold; else they are guessed from common names."""
+        return any(getattr(self, name) is not None for name in (*_FORM_COLUMNS, "response", "rejected"))
+
+    @model_validator(mode="after")
+    def _columns_make_one_form(self) -> "SourceConfig":
+        for problem, is_so in (
+            ("response needs prompt: name the column that it answers", self.response and not self.prompt),
+            (
+                "chosen and rejected need each other: name both columns",
+                bool(self.chosen) != bool(self.rejected),
+            ),
+            ("answers needs prompt: name the column that they answer", self.answers and not self.prompt),
+            ("margin belongs to chosen and rejected, or answers", self.margin and not self._compares()),
+        ):
+            if is_so:
+                raise ValueError(problem)
+        forms = [
+            name for name in ("messages", "response", "chosen", "answers", "text") if getattr(self, name)
+        ]
+        if len(forms) > 1:
+            raise ValueError(f"{' and '.join(forms)} are different forms of rows: name the columns of one")
+        judged = [name for name in ("preference", "scores", "ranks") if getattr(self, name)]
+        if len(judged) != (1 if self.answers else 0):
+            named = " and ".join(judged) or "none of them"
+            raise ValueError(f"answers go with one of preference, scores and ranks; here with {named}")
+        return self
+
+    @model_validator(mode="after")
+    def _patterns_are_patterns(self) -> "SourceConfig":
+        if self.remove is not None:
+            try:
+                re.compile(self.remove)
+            except re.error as error:
+                raise ValueError(f"remove = {self.remove!r} is no regular expression: {error}") from error
+        return self
+
+    def _compares(self) -> bool:
+        return self.chosen is not None or self.answers is not None
 
 
 class DataConfig(FrozenModel):
@@ -83,10 +141,11 @@ class DataConfig(FrozenModel):
     ] = (2, 4, 4)
     """Shares of the rows that supervised fine-tuning, reward model and PPO see, disjointly, by a hash of the
     row's content: the same row always lands in the same stage (DeepSpeed-Chat: 2,4,4)."""
-    sft_only: tuple[SourceConfig, ...] = ()
-    """Sources used by supervised fine-tuning alone, in full."""
     pretraining: tuple[SourceConfig, ...] = ()
     """Plain text for mixture training (PPO-ptx), with a `text` column."""
+    split_by: Literal["row", "prompt"] = "row"
+    """What the hash of the split is taken of. prompt: all answers to one prompt stay together, so that none of
+    them is held out while another is learnt from; use it where prompts occur many times."""
     held_out_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.02
     """Share of the rows, by row hash, kept from training and used for evaluation."""
     max_eval_rows: PositiveInt = 256

@@ -134,8 +134,8 @@ class DecodeLayout:
     def _mask(self, window: int | None) -> Tensor:
         """[B, 1, N x 64]: 0 where the new token may look, else the most negative number.
 
-        Not -inf, because it is made by multiplication and 0 x -inf is NaN; its weight is exactly 0 as well. One
-        mask a step serves all layers that share the window.
+        Not -inf: the mask is made by multiplication, and 0 x -inf is NaN. The weight is exactly 0 either way.
+        One mask a step serves all layers that share the window.
         """
         if window not in self._masks:
             hidden_BL = self._pages.offsets_L >= self._lengths_B1

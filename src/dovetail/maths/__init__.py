@@ -44,10 +44,10 @@ __all__ = [
     "masked_mean",
     "masked_sum",
     "normalise",
-    "won_pairs",
     "per_token_rewards",
     "ranking_loss",
     "replace_missing_end",
     "scale_to_unit_std",
+    "won_pairs",
     "zero_outside",
 ]

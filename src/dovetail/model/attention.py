@@ -264,7 +264,7 @@ class _Pad(torch.autograd.Function):
     """Rows of a packed tensor laid out as a padded rectangle.
 
     Backward is a plain gather and not index_select's scatter-add: the rows that fill the rectangle never reach
-    a real token, so their gradient is zero and need not be added (faster, and the same every time on GPUs).
+    a real token, so their gradient is zero and need not be added: faster, and the same every time on GPUs.
     """
 
     @staticmethod

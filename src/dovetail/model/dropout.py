@@ -1,8 +1,8 @@
 """Turn dropout off, for good.
 
 Responsible for: every place where transformers and peft keep a dropout probability.
-Not responsible for: evaluation mode. `model.train()` must not bring dropout back: in reinforcement learning the same
-tokens must get the same log-probability in every forward.
+Not responsible for: evaluation mode. `model.train()` must not bring dropout back: in reinforcement learning the
+same tokens must get the same log-probability in every forward.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Probability 0 in all dropout modules, in the plain numbers that attention and layers read, and in the config."""
+    """Probability 0 in dropout modules, in the plain numbers that attention and layers read, and in the config."""
     for module in model.modules():
         if isinstance(module, _DropoutNd):
             module.p = 0.0

@@ -6,9 +6,9 @@ Not responsible for: which texts to centre on.
 Ouyang et al. 2022 (arXiv:2203.02155), section 3.5: the reward model is given a bias such that the labelers'
 demonstrations have mean score 0 before PPO. Without a bias in the head there are two ways to get it:
 - The backbone ends in a LayerNorm with a bias b: b' = b - c w / (w w), which moves every score by exactly -c.
-- Otherwise w' = w - c u, with u h as near to 1 as it can be for the hidden states h of the demonstrations: among all
-  u with mean(u h) = 1 the one whose u h varies least, u = K m / (m K m) with m the mean of h and K the inverse of
-  its ridge-regularised covariance.
+- Otherwise w' = w - c u, with u h as near to 1 as it can be for the hidden states h of the demonstrations: among
+  all u with mean(u h) = 1 the one whose u h varies least, u = K m / (m K m) with m the mean of h and K the
+  inverse of its ridge-regularised covariance.
 
 Shapes: N demonstrations, D width of the hidden states.
 """
@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dovetail.batches import pack
 from dovetail.errors import ModelError
-from dovetail.model.forward import plain_model, scalar_head
+from dovetail.model.forward import hidden_states, plain_model, scalar_head
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,14 +32,15 @@ class Centring:
     mean_after: float
     """Over the same demonstrations, with the weights as rounded to the model's precision."""
     disturbance: float
-    """Standard deviation of u h - 1: each score moved by c times (1 + that), at random. 0 where it is exact."""
+    """Standard deviation of u h over the demonstrations: a score moves by -c (1 +- that). 0 where exact."""
 
 
 @torch.no_grad()
 def centre_on(model: Any, hidden_ND: Tensor, scores_N: Tensor) -> Centring:
     """Shift the scalar model's scores so that those of the demonstrations have mean 0.
 
-    hidden_ND: hidden states at the last tokens of the demonstrations (forward.last_hidden_states); scores_N: theirs.
+    hidden_ND: hidden states at the last tokens of the demonstrations (forward.last_hidden_states).
+    scores_N: the scores there (forward.scalar_head).
     """
     if len(hidden_ND) == 0:
         raise ModelError("there are no demonstrations to centre the scores on")
@@ -58,7 +60,7 @@ def centre_on(model: Any, hidden_ND: Tensor, scores_N: Tensor) -> Centring:
 
 
 def final_layer_norm(model: Any) -> nn.LayerNorm | None:
-    """The LayerNorm whose output is the backbone's, found by running two tokens; None if something else is last."""
+    """The LayerNorm that gives the backbone's output, found by running two tokens; None if another module does."""
     backbone = plain_model(model).base_model
     outputs: list[tuple[nn.LayerNorm, Tensor]] = []
     hooks = [
@@ -77,9 +79,6 @@ def final_layer_norm(model: Any) -> nn.LayerNorm | None:
 
 
 def _two_tokens(model: Any) -> Tensor:
-    from dovetail.batches import pack
-    from dovetail.model.forward import hidden_states
-
     device = next(model.parameters()).device
     return hidden_states(model, pack([[0, 1]], [[False, False]]).to(device))
 
@@ -100,11 +99,12 @@ def _nearest_to_one(hidden_ND: Tensor) -> Tensor:
         raise ModelError(
             "the hidden states of the demonstrations are all zero: their scores cannot be centred"
         )
-    return direction_D / scale
+    unit_D: Tensor = direction_D / scale
+    return unit_D
 
 
 def _score_parameter(model: Any) -> Tensor:
     """The head's weight in use: peft trains a copy of its own."""
-    score: Any = plain_model(model).score  # type: ignore[union-attr]
+    score: Any = plain_model(model).score
     weight: Tensor = score.weight
     return weight

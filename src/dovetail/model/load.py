@@ -1,7 +1,7 @@
 """Models from the hub, from Hugging Face folders and from GGUF files.
 
-Responsible for: causal language models and scalar models (reward models, critics), complete or not at all, with
-errors that say what to do. What comes out of here has no dropout.
+Responsible for: causal language models and scalar models (reward models, critics), complete or not at all,
+with errors that say what to do. What comes out of here has no dropout.
 Not responsible for: tokenizers (text/tokenizer.py), adapters (lora.py), devices to choose (the caller).
 """
 
@@ -67,7 +67,10 @@ def load_scalar_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """A reward model or critic: a finished one with its head, or a language model with a head drawn from `seed`."""
+    """A reward model or critic: a finished one with its head, or a language model plus a head drawn from `seed`.
+
+    pad_token_id: for the config; None keeps what a finished one has.
+    """
     name = _existing(path)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     if _gguf_file(name) is None and _is_scalar(_read_config(name, options)):
@@ -186,13 +189,14 @@ def _explained(name: str) -> Iterator[None]:
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).strip().partition("\n")[0].split()) or type(error).__name__
         if Path(name).exists():
-            hint = "the folder or file is damaged, incomplete or of a kind this version of transformers cannot read"
+            hint = "it is damaged, incomplete, or of a kind that this version of transformers cannot read"
             if "trust_remote_code" in str(error):
                 hint = "it ships its own code: set trust_remote_code if you trust its source"
         else:
             hint = (
                 "check the name on https://huggingface.co and the network; without one, download the model "
-                "elsewhere (`hf download NAME --local-dir FOLDER`) and give the folder; gated ones need `hf auth login`"
+                "elsewhere (`hf download NAME --local-dir FOLDER`) and give the folder; "
+                "gated models need `hf auth login`"
             )
         raise ModelError(f"{name} cannot be loaded: {reason}", hint=hint) from error
 
@@ -201,14 +205,14 @@ def _explained(name: str) -> Iterator[None]:
 def _quiet() -> Iterator[None]:
     """No reports and no bars of transformers: what matters in them is raised."""
     level, had_bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
         transformers_logging.set_verbosity(level)
         if had_bars:
-            transformers_logging.enable_progress_bar()
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _expect_known_head(model: Any) -> None:

@@ -3,8 +3,8 @@
 Responsible for: putting adapters on a model, running it without them (the reference policy), merging them.
 Not responsible for: saving (save.py), dropout of the base model (dropout.py).
 
-Adapters live in the precision of the weights they adapt; their float32 master copies live in the optimizer, as those
-of all other weights do (training/optim.py).
+Adapters live in the precision of the weights they adapt; their float32 master copies live in the optimizer, as
+those of all other weights do (training/optim.py).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def add_lora(
     target_modules: str | Sequence[str] = ALL_LINEAR,
     seed: int,
 ) -> Any:
-    """The model with adapters on the named linear layers of its backbone, or on all of them; the rest is frozen.
+    """The model with adapters on the named linear layers of its backbone, or on all; the rest is frozen.
 
     The new weights are drawn from `seed`. A scalar model's head stays trainable, in a copy of its own.
     """
@@ -50,7 +50,7 @@ def add_lora(
     settings = LoraConfig(
         task_type=TaskType.SEQ_CLS if is_scalar else TaskType.CAUSAL_LM,
         r=rank,
-        lora_alpha=alpha,
+        lora_alpha=alpha,  # type: ignore[arg-type]
         lora_dropout=dropout,
         target_modules=list(targets),
         modules_to_save=["score"] if is_scalar else None,

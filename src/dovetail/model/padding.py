@@ -3,13 +3,14 @@
 Responsible for: finding a token that can fill a batch and never ends a text, or making one.
 Not responsible for: our own forwards, which are packed and know no padding.
 
-`...ForSequenceClassification` reads the score at the last token that is not the pad token. Many tokenizers pad with
-the token that ends an answer; there it would read the score one token too early.
+`...ForSequenceClassification` reads the score at the last token that is not the pad token. Many tokenizers pad
+with the token that ends an answer; there it would read the score one token too early.
 """
 
 import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -33,7 +34,7 @@ class ScorePadding:
 def padding_for_scores(
     tokenizer: PreTrainedTokenizerBase, num_rows: int, stop_token_ids: Sequence[int]
 ) -> ScorePadding:
-    """The tokenizer's own pad token if it never ends an answer, else another special token, else a new one."""
+    """The tokenizer's own pad token if it never ends an answer; else another special token; else a new one."""
     tokenizer = copy.deepcopy(tokenizer)
     ends = {*stop_token_ids, tokenizer.eos_token_id}
     for token in _candidates(tokenizer):
@@ -43,23 +44,25 @@ def padding_for_scores(
             return ScorePadding(tokenizer, token_id, num_rows)
     # The next free id may have a row already: embeddings are often rounded up.
     tokenizer.add_special_tokens({"pad_token": NEW_PAD})
-    token_id = int(tokenizer.convert_tokens_to_ids(NEW_PAD))
+    token_id = tokenizer.convert_tokens_to_ids(NEW_PAD)
+    assert isinstance(token_id, int)
     return ScorePadding(tokenizer, token_id, max(num_rows, token_id + 1))
 
 
 def with_rows(model: PreTrainedModel, num_rows: int) -> PreTrainedModel:
     """A copy on the CPU with that many embedding rows; new ones are zero, and nothing attends to them."""
-    grown = copy_of(model, device=torch.device("cpu"))
+    grown: Any = copy_of(model, device=torch.device("cpu"))
     old_rows = grown.get_input_embeddings().weight.shape[0]
     with torch.random.fork_rng(devices=[]):
         grown.resize_token_embeddings(num_rows, mean_resizing=False)
     with torch.no_grad():
         grown.get_input_embeddings().weight[old_rows:] = 0
-    return grown
+    resized: PreTrainedModel = grown
+    return resized
 
 
 def _candidates(tokenizer: PreTrainedTokenizerBase) -> Iterable[str]:
-    """Special tokens, best first: pad, then what is named so, what says nothing, what only begins texts, others."""
+    """Special tokens, best first: pad, what is named so, what says nothing, what only begins texts, the rest."""
     special = [token for token in tokenizer.all_special_tokens if token is not None]
     added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
     named_pad = [token for token in [*special, *added] if "pad" in token.lower()]

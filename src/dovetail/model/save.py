@@ -1,7 +1,7 @@
 """Final models as folders that anybody can load without us.
 
-Responsible for: Hugging Face folders of models and tokenizers, written aside and then renamed; merged models and
-adapters of LoRA runs; what a reward model's folder needs for transformers to read scores at the right token.
+Responsible for: Hugging Face folders of models and tokenizers, written aside and then renamed; merged models
+and adapters of LoRA runs; what a reward model's folder needs for transformers to read scores at the right token.
 Not responsible for: checkpoints of running stages (training/checkpoint.py).
 """
 
@@ -36,9 +36,10 @@ def save_model(
 ) -> None:
     """Write `model` and `tokenizer` so that the Auto classes of transformers load them.
 
-    dtype: of the weights on disk, by default as they are. stop_token_ids: what ends an answer (default: the
-    tokenizer's eos), for the generation config. A model with LoRA adapters is saved merged, and its adapter in
-    `<folder>_adapter`. An earlier folder of that name is replaced only when the new one is complete.
+    dtype: of the weights on disk, by default as they are.
+    stop_token_ids: what ends an answer, for the generation config; by default the tokenizer's eos.
+    A model with LoRA adapters is saved merged, and its adapter in `<folder>_adapter`. An earlier folder of that
+    name is replaced only when the new one is complete.
     """
     folder = Path(folder)
     stops = tuple(stop_token_ids or ([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]))

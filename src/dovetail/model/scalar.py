@@ -1,9 +1,9 @@
-"""Scalar models, the shape of reward models and critics: a language model's backbone with one number per token.
+"""Scalar models, the shape of reward models and critics: a language model's backbone, one number per token.
 
 Responsible for: making one from a causal language model.
 Not responsible for: reading them from disk (load.py), using them (forward.py), centring them (heads.py).
 
-They are transformers' own `...ForSequenceClassification` classes with one label, so that anybody can load them.
+They are transformers' own `...ForSequenceClassification` classes with one label, so anybody can load them.
 
 Shapes: D width of the hidden states.
 """
@@ -24,11 +24,9 @@ def scalar_model_from(causal_lm: Any, *, seed: int, pad_token_id: int | None) ->
 
     The head is drawn from N(0, 1 / (D + 1)), as in Stiennon et al. 2020 (arXiv:2009.01325) and InstructGPT.
     """
-    plain = causal_lm
-    if hasattr(causal_lm, "peft_config"):
-        plain = copy_of(causal_lm).unload()
-        return with_scalar_head(plain, seed=seed, pad_token_id=pad_token_id)
-    return with_scalar_head(copy_of(plain), seed=seed, pad_token_id=pad_token_id)
+    copied = copy_of(causal_lm)
+    plain = copied.unload() if hasattr(causal_lm, "peft_config") else copied
+    return with_scalar_head(plain, seed=seed, pad_token_id=pad_token_id)
 
 
 def with_scalar_head(causal_lm: PreTrainedModel, *, seed: int, pad_token_id: int | None) -> PreTrainedModel:
@@ -38,7 +36,7 @@ def with_scalar_head(causal_lm: PreTrainedModel, *, seed: int, pad_token_id: int
     config.pad_token_id = pad_token_id
     config.get_text_config().pad_token_id = pad_token_id
     model = _skeleton(config)
-    backbone = causal_lm.base_model
+    backbone: Any = causal_lm.base_model
     if type(model.base_model) is not type(backbone):
         raise ModelError(
             f"{type(model).__name__} is built on {type(model.base_model).__name__}, "
@@ -48,7 +46,7 @@ def with_scalar_head(causal_lm: PreTrainedModel, *, seed: int, pad_token_id: int
     # The backbone's own config must be the model's: both say which attention runs.
     for module in backbone.modules():
         if getattr(module, "config", None) is causal_lm.config:
-            module.config = config
+            module.config = config  # type: ignore[assignment]
     score: Any = model.score
     like = next(backbone.parameters())
     score.weight = nn.Parameter(
@@ -56,20 +54,23 @@ def with_scalar_head(causal_lm: PreTrainedModel, *, seed: int, pad_token_id: int
     )
     if score.bias is not None:
         score.bias = nn.Parameter(torch.zeros(1, device=like.device, dtype=like.dtype))
-    return model.train(causal_lm.training)
+    model.train(causal_lm.training)
+    return model
 
 
 def new_score_weight(width: int, *, seed: int) -> torch.Tensor:
     """[1, D], float32, drawn on the CPU so that every device gets the same numbers."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(1, width, generator=generator) / (width + 1) ** 0.5
+    std: float = (width + 1) ** -0.5
+    return torch.randn(1, width, generator=generator) * std
 
 
 def _skeleton(config: Any) -> PreTrainedModel:
     """A scalar model without memory behind its weights."""
     try:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            model: PreTrainedModel = AutoModelForSequenceClassification.from_config(config)
+            auto: Any = AutoModelForSequenceClassification
+            model: PreTrainedModel = auto.from_config(config)
     except ValueError as error:
         raise ModelError(
             f"transformers has no sequence-classification class for {config.model_type}, "

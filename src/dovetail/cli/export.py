@@ -1,0 +1,163 @@
+"""`dovetail export`: one model of a run, or an adapter, as a plain Hugging Face folder.
+
+Responsible for: finding the model, merging adapters, writing the folder. Not responsible for: the format of
+model folders and checkpoints (model/load.py, training/checkpoint.py).
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from dovetail.cli.model_path import model_folder
+from dovetail.config.load import check, read_recipe
+from dovetail.config.run import RunConfig
+from dovetail.errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
+
+Which = Literal["sft", "reward", "ppo", "ema", "best"]
+
+
+def export(
+    path: Annotated[
+        str, typer.Argument(help="A run folder, a model folder, or a folder with a peft adapter.")
+    ],
+    to: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],
+    which: Annotated[
+        Which | None, typer.Option(help="Model of a run. By default ppo, else sft.", show_default=False)
+    ] = None,
+    from_checkpoint: Annotated[
+        bool, typer.Option("--from-checkpoint", help="From the stage's newest checkpoint, finished or not.")
+    ] = False,
+    dtype: Annotated[
+        Literal["bf16", "fp16", "fp32"], typer.Option(help="Precision of the written weights.")
+    ] = "bf16",
+) -> None:
+    """Write a model that any Hugging Face program can load: adapters merged, tokenizer and chat template
+    beside it.
+
+    dovetail export runs/opt-13b my-chat-model
+    dovetail export runs/opt-13b reward --which reward --dtype fp32
+    dovetail export runs/opt-13b half-way --which sft --from-checkpoint
+    """
+    if to.exists():
+        raise ModelError(f"{to} exists already", hint="give a new folder, or remove it first")
+    import torch  # here and not above: help need not wait for it
+
+    precision = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
+    from dovetail.model.load import save_model
+    from dovetail.text.chat_format import ChatFormat
+
+    if from_checkpoint:
+        model, tokenizer = from_run_checkpoint(Path(path), which or "ppo")
+    else:
+        model, tokenizer = finished(Path(path).expanduser(), path, which, precision)
+    chat = ChatFormat(tokenizer)
+    save_model(model, chat.tokenizer, to, dtype=precision, stop_token_ids=chat.stop_token_ids)
+    typer.echo(f"written: {to}")
+
+
+def finished(folder: Path, name: str, which: Which | None, dtype: "torch.dtype") -> tuple[Any, Any]:
+    """Model and tokenizer of a finished stage, a model folder or an adapter folder."""
+    if (folder / "adapter_config.json").is_file():
+        return merged_adapter(folder, dtype)
+    if which is None:
+        return loaded(model_folder(name), dtype)
+    from dovetail.training.run_folder import RunFolder
+
+    model = RunFolder(folder).model(which)
+    if not model.is_dir():
+        raise ModelError(
+            f"{folder} has no finished {which} model",
+            hint=f"finish it: dovetail train {folder}/config.yaml, or add --from-checkpoint",
+        )
+    return loaded(str(model), dtype)
+
+
+def loaded(path: str, dtype: "torch.dtype") -> tuple[Any, Any]:
+    """A causal LM or reward model with its tokenizer."""
+    import torch
+
+    from dovetail.model.load import load_causal_lm
+    from dovetail.text.tokenizer import load_tokenizer
+
+    if _is_reward_model(Path(path)):
+        return _scalar(path, dtype, seed=0)
+    return load_causal_lm(path, dtype=dtype, device=torch.device("cpu")), load_tokenizer(path)
+
+
+def merged_adapter(folder: Path, dtype: "torch.dtype") -> tuple[Any, Any]:
+    """The adapter's base model with the adapter merged in."""
+    from peft import PeftConfig, PeftModel
+
+    base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+    if not base:
+        raise ModelError(
+            f"{folder}/adapter_config.json does not name its base model",
+            hint="set base_model_name_or_path there to the model the adapter was trained on",
+        )
+    model, tokenizer = loaded(str(base), dtype)
+    return PeftModel.from_pretrained(model, str(folder)).merge_and_unload(), tokenizer
+
+
+def from_run_checkpoint(folder: Path, which: Which) -> tuple[Any, Any]:
+    """The model of a stage as its newest checkpoint has it."""
+    from dovetail.training.checkpoint import Checkpoints
+    from dovetail.training.run_folder import RunFolder
+    from dovetail.training.weights import load_trained
+
+    if which not in ("sft", "reward", "ppo"):
+        raise ModelError(f"{which} cannot be taken from a checkpoint", hint="--which sft, reward or ppo")
+    run = RunFolder(folder)
+    found = Checkpoints(run.checkpoints(which)).latest()
+    if found is None:
+        raise ModelError(
+            f"{run.checkpoints(which)} has no checkpoint", hint="the first comes after save_every steps"
+        )
+    step, state = found
+    config = check(*read_recipe(run.config))
+    model, tokenizer = _beginning(run, config, which)
+    load_trained(model, state["engine"]["actor"] if which == "ppo" else state["model"])
+    typer.echo(f"{which} after step {step}", err=True)
+    return model, tokenizer
+
+
+def _beginning(run: Any, config: RunConfig, which: Which) -> tuple[Any, Any]:
+    """What the stage began with: base weights, and fresh adapters where it trains them."""
+    import torch
+
+    from dovetail.model.lora import add_lora
+
+    settings = config.actor if which != "reward" else config.reward_start()
+    after_sft = which == "ppo" or (which == "reward" and config.reward.start_from == "sft")
+    path = str(run.model("sft")) if after_sft and run.is_done("sft") else settings.path
+    if which == "reward":
+        model, tokenizer = _scalar(path, torch.float32, seed=config.seed)
+    else:
+        model, tokenizer = loaded(path, torch.float32)
+    if settings.lora is not None:
+        lora = settings.lora
+        model = add_lora(
+            model, rank=lora.rank, alpha=lora.alpha, dropout=0.0, target_modules=lora.target_modules, seed=0
+        )
+    return model, tokenizer
+
+
+def _scalar(path: str, dtype: "torch.dtype", *, seed: int) -> tuple[Any, Any]:
+    import torch
+
+    from dovetail.model.load import load_scalar_model
+    from dovetail.text.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(path)
+    model = load_scalar_model(
+        path, dtype=dtype, device=torch.device("cpu"), seed=seed, pad_token_id=tokenizer.pad_token_id
+    )
+    return model, tokenizer
+
+
+def _is_reward_model(folder: Path) -> bool:
+    file = folder / "config.json"
+    return file.is_file() and "ForSequenceClassification" in file.read_text(encoding="utf-8")

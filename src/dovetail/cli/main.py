@@ -1,0 +1,81 @@
+"""`dovetail`: the commands, their help, and what a user sees when something is wrong.
+
+Responsible for: the command tree, list-valued flags, errors as message and hint, exit codes (0 done, 1
+stopped by a mistake of ours, 2 by one the user can repair, 130 by Ctrl-C). Not responsible for: what a
+command does (the modules beside this file).
+"""
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+import dovetail
+from dovetail.cli import chat, data, demo, doctor, export, train
+from dovetail.cli.flag_lists import repeat_flags
+from dovetail.errors import DovetailError
+
+HELP = """From a pretrained language model to a chat model trained with human feedback.
+
+Three stages, after InstructGPT: supervised fine-tuning on demonstrations (sft), a reward model from
+comparisons (reward), and PPO against it (ppo). [bold]train[/bold] runs all three; a finished stage is skipped
+when you run the same command again, a half-finished one goes on where it was.
+"""
+EPILOG = """Begin here:
+  dovetail demo                                  the whole system in minutes, no GPU, no downloads
+  dovetail train opt-1.3b --dry-run              what a recipe would do, every setting spelt out
+  dovetail train opt-1.3b data.blend='\\[my_pairs.jsonl]'
+  dovetail chat runs/opt-1.3b                    talk to the result"""
+
+app = typer.Typer(
+    name="dovetail",
+    help=HELP,
+    epilog=EPILOG.replace("\n", "\n\n"),
+    rich_markup_mode="rich",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+TRAINING = "Train"
+RESULTS = "Use the result"
+LOOKING = "Look before and after"
+
+app.command("train", rich_help_panel=TRAINING)(train.train)
+app.command("sft", rich_help_panel=TRAINING)(train.sft)
+app.command("reward", rich_help_panel=TRAINING)(train.reward)
+app.command("ppo", rich_help_panel=TRAINING)(train.ppo)
+app.command("demo", rich_help_panel=TRAINING)(demo.demo)
+app.command("chat", rich_help_panel=RESULTS)(chat.chat)
+app.command("export", rich_help_panel=RESULTS)(export.export)
+app.command("doctor", rich_help_panel=LOOKING)(doctor.doctor)
+data_app = typer.Typer(no_args_is_help=True, help="Look at the data as the model will see it.")
+data_app.command("preview")(data.preview)
+app.add_typer(data_app, name="data", rich_help_panel=LOOKING)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"dovetail {dovetail.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Options of `dovetail` itself; the commands do the work."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command and leave the process with its exit code."""
+    argv = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        app(repeat_flags(argv))
+    except DovetailError as error:
+        typer.secho(f"error: {error.message}", fg="red", err=True)
+        if error.hint:
+            typer.echo(f"hint: {error.hint}", err=True)
+        sys.exit(2)

@@ -1,0 +1,144 @@
+"""From what was typed to a RunConfig: recipe, flags of the one-line script, overrides.
+
+Responsible for: picking a recipe for a model, and what each flag means as a setting.
+Not responsible for: reading and checking (config/load.py), running.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dovetail.config.load import load, parse_value
+from dovetail.config.recipes import recipe_for
+from dovetail.config.run import RunConfig, StageName
+from dovetail.errors import ConfigError
+
+STAGES: dict[str, StageName] = {
+    "1": "sft",
+    "2": "reward",
+    "3": "ppo",
+    "sft": "sft",
+    "reward": "reward",
+    "ppo": "ppo",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Flags:
+    """What the flags of `dovetail train` and `train.py` were set to."""
+
+    actor_model: str | None = None
+    reward_model: str | None = None
+    data: Sequence[str] = ()
+    output_dir: str | None = None
+    step: Sequence[str] = ()
+    seed: int | None = None
+    num_gpus: int | None = None
+    num_nodes: int = 1
+    deployment_type: str | None = None
+    zero_stages: Sequence[int] = ()
+
+
+@dataclass(slots=True)
+class Resolved:
+    """A checked configuration, and what to tell the user about how it came to be."""
+
+    config: RunConfig
+    notes: list[str] = field(default_factory=list)
+
+
+def resolve(recipe: str | None, overrides: Sequence[str], flags: Flags) -> Resolved:
+    """Recipe first, then flags, then overrides; without a recipe one is picked for the actor."""
+    if recipe is not None and "=" in recipe and not Path(recipe).is_file():
+        overrides, recipe = [recipe, *overrides], None
+    notes = _expect_one_gpu(flags)
+    actor = _full_name(flags.actor_model)
+    if recipe is None:
+        if actor is None:
+            raise ConfigError(
+                "neither a recipe nor a model was given",
+                hint="dovetail train opt-1.3b, or my_recipe.yaml, or --actor-model facebook/opt-1.3b",
+            )
+        recipe, reason = recipe_for(actor)
+        notes.append(f"recipe {recipe} for {actor}: {reason}")
+    return Resolved(load(recipe, overrides, _settings(flags, actor)), notes)
+
+
+def _settings(flags: Flags, actor: str | None) -> dict[str, tuple[str, Any]]:
+    settings: dict[str, tuple[str, Any]] = {}
+    if actor is not None:
+        settings["actor.path"] = ("--actor-model", actor)
+        settings["output_dir"] = (
+            "--actor-model",
+            f"runs/{Path(actor).stem if Path(actor).is_file() else Path(actor).name}",
+        )
+    if flags.reward_model is not None:
+        settings["reward_model.path"] = ("--reward-model", _full_name(flags.reward_model))
+    if flags.data:
+        settings |= _data_settings(flags.data)
+    if flags.step:
+        settings["stages"] = ("--step", [_stage(step) for step in flags.step])
+    for name, value in (("output_dir", flags.output_dir), ("seed", flags.seed), ("num_gpus", flags.num_gpus)):
+        if value is not None:
+            settings[name] = (f"--{name.replace('_', '-')}", value)
+    return settings
+
+
+def _data_settings(items: Sequence[str]) -> dict[str, tuple[str, Any]]:
+    """Items are names, files, `name:weight`, `{path: ..., chosen: ...}`, or a YAML file of sources or data
+    settings."""
+    blend: list[Any] = []
+    settings: dict[str, tuple[str, Any]] = {}
+    for item in items:
+        if Path(item).suffix in (".yaml", ".yml"):
+            values = _read_sources(item)
+            if isinstance(values, dict) and "path" not in values:
+                settings |= {f"data.{key}": (item, value) for key, value in values.items() if key != "blend"}
+                values = values.get("blend", [])
+            blend += values if isinstance(values, list) else [values]
+        elif item.startswith("{"):
+            blend.append(parse_value(item, f"--data {item}"))
+        else:
+            blend.append(item)
+    return {"data.blend": ("--data", blend), **settings}
+
+
+def _read_sources(file: str) -> Any:
+    if not Path(file).is_file():
+        raise ConfigError(f"--data {file}: no such file", hint="give a YAML file that lists the sources")
+    try:
+        return parse_value(Path(file).read_text(encoding="utf-8"), file)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--data {file}: not UTF-8 text", hint="save it as UTF-8") from error
+
+
+def _stage(step: str) -> StageName:
+    if step not in STAGES:
+        raise ConfigError(f"--step {step}: no such stage", hint="1 or sft, 2 or reward, 3 or ppo")
+    return STAGES[step]
+
+
+def _full_name(model: str | None) -> str | None:
+    """DeepSpeed-Chat's short names, such as 1.3b, mean OPT models."""
+    if model is not None and re.fullmatch(r"\d+(\.\d+)?[bm]", model) and not Path(model).exists():
+        return f"facebook/opt-{model}"
+    return model
+
+
+def _expect_one_gpu(flags: Flags) -> list[str]:
+    """Notes on flags that mean nothing on one GPU; an error for those that ask for more."""
+    if flags.num_nodes > 1 or flags.deployment_type in ("single_node", "multi_node"):
+        raise ConfigError(
+            "training on several GPUs or machines is not there yet",
+            hint="leave out --num-nodes and --deployment-type, or set --deployment-type single_gpu",
+        )
+    if flags.deployment_type not in (None, "single_gpu"):
+        raise ConfigError(
+            f"--deployment-type {flags.deployment_type}: no such type",
+            hint="single_gpu, single_node or multi_node",
+        )
+    if any(stage > 0 for stage in flags.zero_stages):
+        return ["ZeRO stages divide models over GPUs; on one GPU they change nothing"]
+    return []

@@ -1,0 +1,247 @@
+"""`dovetail train`, `sft`, `reward` and `ppo`: run the stages of a recipe.
+
+Responsible for: flags and their help, the dry run, and the line that says what to do next.
+Not responsible for: settings (run_settings.py), the stages themselves (stages/).
+"""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dovetail.cli.run_settings import STAGES, Flags, Resolved, resolve
+from dovetail.config.load import dump
+from dovetail.config.run import RunConfig, StageName
+
+if TYPE_CHECKING:
+    from dovetail.training.run_folder import RunFolder
+
+MODELS = "Models and data"
+RUN = "The run"
+FROM_DEEPSPEED = "For people who come from DeepSpeed-Chat"
+
+Recipe = Annotated[
+    str | None,
+    typer.Argument(
+        help="A recipe file, or the name of one that comes with Dovetail (opt-1.3b, qwen3-0.6b ...). "
+        "Left out with --actor-model: the one nearest to the model.",
+        show_default=False,
+    ),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        help="Settings to change, setting=value, the value in YAML: ppo.kl_coefficient=0.02 "
+        "actor.lora.rank=128 data.blend='\\[rm-static:2, my_pairs.jsonl:1]'",
+        show_default=False,
+    ),
+]
+ActorModel = Annotated[
+    str | None,
+    typer.Option(
+        help="Model to train: hub name, folder or .gguf file.", rich_help_panel=MODELS, show_default=False
+    ),
+]
+RewardModel = Annotated[
+    str | None,
+    typer.Option(
+        help="Where the reward model starts: as --actor-model, or a finished reward model.",
+        rich_help_panel=MODELS,
+        show_default=False,
+    ),
+]
+Data = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="One or more sources: a registered or hub name, a file, name:weight, "
+        "'{path: pairs.jsonl, chosen: a, rejected: b}', or a YAML file that lists sources.",
+        rich_help_panel=MODELS,
+        show_default=False,
+    ),
+]
+OutputDir = Annotated[
+    str | None,
+    typer.Option(help="Folder of the run. By default runs/NAME.", rich_help_panel=RUN, show_default=False),
+]
+Seed = Annotated[
+    int | None, typer.Option(help="Seed of everything random.", rich_help_panel=RUN, show_default=False)
+]
+NumGpus = Annotated[
+    int | None,
+    typer.Option(help="GPUs; more than one is not there yet.", rich_help_panel=RUN, show_default=False),
+]
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run", help="Print every setting and what would run; touch nothing.", rich_help_panel=RUN
+    ),
+]
+Step = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Stages to run, such as: --step 1 2 3. By default all.", rich_help_panel=RUN, show_default=False
+    ),
+]
+
+
+def train(
+    recipe: Recipe = None,
+    overrides: Overrides = None,
+    actor_model: ActorModel = None,
+    reward_model: RewardModel = None,
+    data: Data = None,
+    output_dir: OutputDir = None,
+    step: Step = None,
+    seed: Seed = None,
+    num_gpus: NumGpus = None,
+    dry_run: DryRun = False,
+    num_nodes: Annotated[int, typer.Option(help="Machines; 1.", rich_help_panel=FROM_DEEPSPEED)] = 1,
+    deployment_type: Annotated[
+        str | None, typer.Option(help="single_gpu.", rich_help_panel=FROM_DEEPSPEED, show_default=False)
+    ] = None,
+    actor_zero_stage: Annotated[
+        int, typer.Option(help="Changes nothing on one GPU.", rich_help_panel=FROM_DEEPSPEED)
+    ] = 0,
+    reward_zero_stage: Annotated[
+        int, typer.Option(help="Changes nothing on one GPU.", rich_help_panel=FROM_DEEPSPEED)
+    ] = 0,
+) -> None:
+    """Run all three stages: supervised fine-tuning, reward model, PPO.
+
+    The same command again skips finished stages and resumes a half-finished one.
+
+      dovetail train opt-1.3b
+      dovetail train my_recipe.yaml ppo.kl_coefficient=0.02 output_dir=runs/try2
+      dovetail train --actor-model facebook/opt-1.3b --reward-model facebook/opt-350m --data rm-static
+    """
+    flags = Flags(
+        actor_model=actor_model,
+        reward_model=reward_model,
+        data=data or (),
+        output_dir=output_dir,
+        step=step or (),
+        seed=seed,
+        num_gpus=num_gpus,
+        num_nodes=num_nodes,
+        deployment_type=deployment_type,
+        zero_stages=(actor_zero_stage, reward_zero_stage),
+    )
+    carry_out(resolve(recipe, overrides or (), flags), dry_run=dry_run)
+
+
+def sft(
+    recipe: Recipe = None,
+    overrides: Overrides = None,
+    actor_model: ActorModel = None,
+    data: Data = None,
+    output_dir: OutputDir = None,
+    seed: Seed = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Stage 1 alone: supervised fine-tuning on demonstrations; leaves RUN/sft/model.
+
+    dovetail sft opt-1.3b data.blend='\\[my_chats.jsonl]'
+    """
+    flags = Flags(actor_model=actor_model, data=data or (), output_dir=output_dir, seed=seed, step=("sft",))
+    carry_out(resolve(recipe, overrides or (), flags), dry_run=dry_run)
+
+
+def reward(
+    recipe: Recipe = None,
+    overrides: Overrides = None,
+    actor_model: ActorModel = None,
+    reward_model: RewardModel = None,
+    data: Data = None,
+    output_dir: OutputDir = None,
+    seed: Seed = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Stage 2 alone: a reward model from comparisons; leaves RUN/reward/model.
+
+    dovetail reward opt-1.3b data.blend='\\[{path: pairs.csv, prompt: question, chosen: good, rejected: bad}]'
+    """
+    flags = Flags(
+        actor_model=actor_model or reward_model,
+        reward_model=reward_model,
+        data=data or (),
+        output_dir=output_dir,
+        seed=seed,
+        step=("reward",),
+    )
+    carry_out(resolve(recipe, overrides or (), flags), dry_run=dry_run)
+
+
+def ppo(
+    recipe: Recipe = None,
+    overrides: Overrides = None,
+    actor_model: ActorModel = None,
+    reward_model: RewardModel = None,
+    data: Data = None,
+    output_dir: OutputDir = None,
+    seed: Seed = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Stage 3 alone: PPO against the reward model of the run, a finished one, or a Python function.
+
+    dovetail ppo opt-1.3b                                     after dovetail sft and dovetail reward
+    dovetail ppo opt-1.3b ppo.reward_function=my_file.py:score
+    """
+    flags = Flags(
+        actor_model=actor_model,
+        reward_model=reward_model,
+        data=data or (),
+        output_dir=output_dir,
+        seed=seed,
+        step=("ppo",),
+    )
+    carry_out(resolve(recipe, overrides or (), flags), dry_run=dry_run)
+
+
+def carry_out(resolved: Resolved, *, dry_run: bool) -> None:
+    """Run what was asked for, or only say what would run."""
+    for note in resolved.notes:
+        typer.echo(note, err=True)
+    if dry_run:
+        typer.echo(dump(resolved.config))
+        typer.echo("\n".join(f"# {line}" for line in plan(resolved.config)))
+        return
+    from dovetail.stages import pipeline  # here and not above: it imports torch
+
+    try:
+        pipeline.run(resolved.config)
+    except KeyboardInterrupt:
+        typer.echo("\nstopped; the same command goes on from the last checkpoint", err=True)
+        raise typer.Exit(130) from None
+    if "ppo" in resolved.config.stages or "sft" in resolved.config.stages:
+        typer.echo(f"talk to it: dovetail chat {resolved.config.output_dir}")
+
+
+def plan(config: RunConfig) -> list[str]:
+    """What each stage would do if it ran now, from what lies in the output folder."""
+    from dovetail.training.run_folder import RunFolder
+    from dovetail.training.run_identity import expect_same_identity
+
+    folder = RunFolder(config.output_dir)
+    if folder.config.exists():
+        expect_same_identity(folder.config, config.model_dump(mode="json"))
+    reward_start = "the SFT model" if config.reward.start_from == "sft" else config.reward_start().path
+    titles: dict[StageName, str] = {
+        "sft": f"supervised fine-tuning of {config.actor.path}",
+        "reward": f"reward model from {reward_start}",
+        "ppo": f"PPO, {config.ppo.batch_size} answers a rollout",
+    }
+    states = {name: _state(folder, name, name in config.stages) for name in titles}
+    width = max(map(len, titles.values()))
+    numbers = {name: number for number, name in STAGES.items() if number.isdigit()}
+    lines = [f"stage {numbers[name]}  {title:<{width}}  {states[name]}" for name, title in titles.items()]
+    return [*lines, f"results in {config.output_dir}; nothing was written"]
+
+
+def _state(folder: "RunFolder", stage: StageName, wanted: bool) -> str:
+    if folder.is_done(stage):
+        return "finished before: skipped"
+    if not wanted:
+        return "not asked for"
+    begun = folder.checkpoints(stage)
+    if begun.is_dir() and any(begun.glob("step-*")):
+        return "goes on from its last checkpoint"
+    return "runs"

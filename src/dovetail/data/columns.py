@@ -1,0 +1,127 @@
+"""Find a value in a row by the name that a configuration gives.
+
+Responsible for: column names, paths into nested values (`a.b`, `a[0]`, `a[].b` for all items, `a?` for a
+value that may be absent), and errors that name what the row has instead.
+Not responsible for: what values mean (conversations.py, forms.py).
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+_STEP = re.compile(r"\.?([^.\[\]]+)|\[(\d*)\]")
+
+
+class BadRowError(Exception):
+    """A row that cannot be used, and why. Becomes a DataError with its place, or is counted and skipped."""
+
+    def __init__(self, reason: str, hint: str | None = None) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.hint = hint
+
+
+def value_of(row: Mapping[str, Any], column: str) -> Any:
+    """The value under a column name or path; None where an optional one (`name?`) is absent or null."""
+    path, is_optional = (column[:-1], True) if column.endswith("?") else (column, False)
+    try:
+        value = row[path] if path in row else _walk(row, path)
+    except (KeyError, IndexError, TypeError):
+        if is_optional:
+            return None
+        raise _missing(row, path) from None
+    if value is None and not is_optional:
+        raise BadRowError(f"{path} is null", hint=f"repair the row, or write {path}? if it may be absent")
+    return value
+
+
+def text_of(row: Mapping[str, Any], column: str) -> str:
+    """A value that must be text; a number, as CSV or JSON may give it, counts as its digits."""
+    return as_text(value_of(row, column), column)
+
+
+def as_text(value: Any, column: str) -> str:
+    """The value as text, or a BadRowError that says what it is."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)
+    raise BadRowError(f"{column} should be text, but is {describe(value)}")
+
+
+def number_of(value: Any, column: str) -> float:
+    """The value as a finite number, or a BadRowError that says what it is."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise BadRowError(f"{column} should be a number, but is {describe(value)}") from None
+    if not math.isfinite(number):
+        raise BadRowError(f"{column} should be a finite number, but is {number}")
+    return number
+
+
+def list_of(row: Mapping[str, Any], columns: tuple[str, ...] | str) -> list[Any]:
+    """One value per column, or the list that one column holds (as JSON, in CSV files)."""
+    if not isinstance(columns, str):
+        return [value_of(row, column) for column in columns]
+    value = parsed(value_of(row, columns))
+    if not isinstance(value, list):
+        raise BadRowError(
+            f"{columns} should be a list, but is {describe(value)}",
+            hint="or give one column per answer: [a, b]",
+        )
+    return value
+
+
+def parsed(value: Any) -> Any:
+    """A list or object that a text holds as JSON; anything else as it is. Tuples and arrays become lists."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            return json.loads(value)
+        except ValueError:
+            return value
+    if not isinstance(value, (str, list, Mapping)) and hasattr(value, "__iter__"):
+        return list(value)
+    return value
+
+
+def describe(value: Any) -> str:
+    """A value in a few words, for errors."""
+    shown = repr(value)
+    shown = shown if len(shown) <= 60 else f"{shown[:60]}..."
+    kinds = {str: "the text", list: "a list:", dict: "an object:", bool: "", type(None): ""}
+    return f"{kinds.get(type(value), type(value).__name__)} {shown}".strip()
+
+
+def _walk(row: Mapping[str, Any], path: str) -> Any:
+    steps = [(match[1], match[2]) for match in _STEP.finditer(path)]
+    return _descend(row, steps)
+
+
+def _descend(value: Any, steps: list[tuple[str, str]]) -> Any:
+    for position, (name, index) in enumerate(steps):
+        if name:
+            value = value[name]
+        elif index:
+            value = value[int(index)]
+        else:
+            rest = steps[position + 1 :]
+            items = zip(*value.values(), strict=True) if isinstance(value, Mapping) else value
+            if isinstance(value, Mapping):  # a table kept as columns, as `datasets` stores lists of objects
+                return [_descend(dict(zip(value, item, strict=True)), rest) for item in items]
+            return [_descend(item, rest) for item in items]
+    return value
+
+
+def _missing(row: Mapping[str, Any], path: str) -> BadRowError:
+    close = difflib.get_close_matches(path, list(row), n=1)
+    has = ", ".join(row) or "nothing"
+    return BadRowError(
+        f"there is no column {path}; the row has {has}",
+        hint=f"did you mean {close[0]}?" if close else "name one of these columns in the source",
+    )

@@ -1,0 +1,105 @@
+"""Show rows as the model will see them: every token, and which of them it learns from.
+
+Responsible for: what `dovetail data preview` prints, in colour on a terminal, with [[ ]] elsewhere.
+Not responsible for: the command (cli/), reading rows (blend.py), or cutting long ones (tokenize.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.text import Text as Styled
+
+from dovetail.config.data import DataConfig
+from dovetail.data.blend import load_stage
+from dovetail.data.records import Comparison, Demonstration, Kind, Prompt, Record, Text
+from dovetail.data.split import unit_interval
+from dovetail.text.chat_format import ChatFormat
+
+LEARNT, CONTEXT, TITLE = "green", "dim", "bold"
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """One token sequence, printable by rich: stretches of text, each learnt from or not."""
+
+    title: str
+    stretches: tuple[tuple[str, bool], ...]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        if not console.is_terminal:
+            yield Styled(str(self))
+            return
+        text = Styled(f"{self.title}\n", style=TITLE)
+        for stretch, is_learnt in self.stretches:
+            text.append(stretch, style=f"not bold {LEARNT if is_learnt else CONTEXT}")
+        yield text.append("\n")
+
+    def __str__(self) -> str:
+        body = "".join(f"[[{text}]]" if is_learnt else text for text, is_learnt in self.stretches)
+        return f"{self.title}\n{body}\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Lines:
+    """The report of the rows, printable by rich."""
+
+    lines: tuple[str, ...]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield Styled(str(self), style=CONTEXT)
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines) + "\n"
+
+
+def preview(config: DataConfig, chat: ChatFormat, stage: Kind, count: int = 3) -> list[Shown | Lines]:
+    """The report of a stage's rows and `count` of them, always the same: print them with a rich Console.
+
+    What is learnt from is marked: in sft and text the tokens of the loss; in reward the answers that are
+    compared, whose last token carries the score; in ppo nothing, since the answers are yet to be sampled.
+    """
+    rows: Any = load_stage(config, stage, "train")
+    chosen = sorted(rows.records, key=lambda record: unit_interval(record.row_id, "preview"))[:count]
+    limit = config.max_prompt_tokens if stage == "ppo" else config.max_tokens
+    shown: list[Shown | Lines] = [Lines(tuple(rows.report.lines()))]
+    for number, record in enumerate(chosen, start=1):
+        head = f"{stage} row {number} of {len(chosen)}, {record.source}"
+        for name, ids, mask in sequences_of(record, chat):
+            counts = f"{len(ids)} tokens, {sum(mask)} marked"
+            fate = f", longer than {limit}: {config.too_long}" if len(ids) > limit and stage != "text" else ""
+            shown.append(Shown(f"{head}{name}: {counts}{fate}", tuple(_stretches(ids, mask, chat))))
+    return shown
+
+
+def sequences_of(record: Record, chat: ChatFormat) -> Iterator[tuple[str, list[int], list[bool]]]:
+    """The token sequences of a row: a name for each, its tokens, and which are marked."""
+    if isinstance(record, Demonstration):
+        ids, mask = chat.conversation(record.messages)
+        yield "", ids, mask
+    elif isinstance(record, Prompt):
+        ids = chat.prompt_ids(record.messages)
+        yield "", ids, [False] * len(ids)
+    elif isinstance(record, Comparison):
+        prompt = chat.prompt_ids(record.messages)
+        for index, text in enumerate(record.answers):
+            worse = [str(b + 1) for a, b, _ in record.better_than if a == index]
+            name = f", answer {index + 1} of {len(record.answers)}"
+            answer = chat.answer_ids(text)
+            mask = [False] * len(prompt) + [True] * len(answer)
+            yield f"{name}, better than {', '.join(worse)}" if worse else name, prompt + answer, mask
+    elif isinstance(record, Text):
+        (ids,) = chat.encode_texts([record.text])
+        yield "", ids, [True] * len(ids)
+
+
+def _stretches(ids: Sequence[int], mask: Sequence[bool], chat: ChatFormat) -> Iterator[tuple[str, bool]]:
+    for is_learnt, group in groupby(zip(ids, mask, strict=True), key=lambda pair: pair[1]):
+        yield (
+            chat.tokenizer.decode([token for token, _ in group], clean_up_tokenization_spaces=False),
+            is_learnt,
+        )

@@ -1,0 +1,122 @@
+"""The kinds of rows that stages learn from, as text.
+
+Responsible for: what a row is, and a hash of its content.
+Not responsible for: where it comes from (sources.py), or tokens (tokenize.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Literal, TypedDict
+
+Kind = Literal["sft", "reward", "ppo", "text"]
+"""What a stage learns from: demonstrations, comparisons, prompts, plain text."""
+
+Role = Literal["system", "user", "assistant"]
+
+
+class Message(TypedDict):
+    """One turn of a conversation."""
+
+    role: Role
+    content: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """A conversation up to where the assistant is to speak."""
+
+    messages: tuple[Message, ...]
+    row_id: str
+    """Hash of the row's content: the same wherever the row stands."""
+    source: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Demonstration:
+    """A conversation that ends with the assistant's turn; every assistant turn is to be imitated."""
+
+    messages: tuple[Message, ...]
+    row_id: str
+    source: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """A prompt with k answers and which is better than which."""
+
+    messages: tuple[Message, ...]
+    """The prompt."""
+    answers: tuple[str, ...]
+    better_than: tuple[tuple[int, int, float], ...]
+    """(better, worse, margin): indices into `answers`, and how much better by the source's own account, 0
+    where it does not say. Ties are absent."""
+    row_id: str
+    source: str
+
+    def best(self) -> int:
+        """The answer with the most wins less losses; the first of equals."""
+        balance = [0] * len(self.answers)
+        for better, worse, _ in self.better_than:
+            balance[better] += 1
+            balance[worse] -= 1
+        return max(range(len(balance)), key=balance.__getitem__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Text:
+    """Plain text, without turns."""
+
+    text: str
+    row_id: str
+    source: str
+
+
+Record = Prompt | Demonstration | Comparison | Text
+
+
+def content_hash(*parts: object) -> str:
+    """128 bits of the parts' content, in hex. Sources, line numbers and column names do not enter."""
+    canonical = json.dumps(parts, ensure_ascii=True, separators=(",", ":"), sort_keys=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:32]
+
+
+def kinds_of(record: Record) -> tuple[Kind, ...]:
+    """What a row can serve as."""
+    served: dict[type[Record], tuple[Kind, ...]] = {
+        Text: ("text",),
+        Prompt: ("ppo",),
+        Demonstration: ("sft", "ppo"),
+        Comparison: ("sft", "reward", "ppo"),
+    }
+    return served[type(record)]
+
+
+def as_demonstration(record: Record) -> Demonstration | None:
+    """What supervised fine-tuning takes from a row: of a comparison, the best answer."""
+    if isinstance(record, Demonstration):
+        return record
+    if isinstance(record, Comparison) and record.answers[record.best()].strip():
+        answer: Message = {"role": "assistant", "content": record.answers[record.best()]}
+        messages = (*record.messages, answer)
+        return Demonstration(messages=messages, row_id=record.row_id, source=record.source)
+    return None
+
+
+def as_prompt(record: Record) -> Prompt | None:
+    """What PPO takes from a row: the conversation before the last answer."""
+    if isinstance(record, Prompt):
+        return record
+    if isinstance(record, Comparison):
+        return Prompt(messages=record.messages, row_id=record.row_id, source=record.source)
+    if isinstance(record, Demonstration):
+        return Prompt(messages=record.messages[:-1], row_id=record.row_id, source=record.source)
+    return None
+
+
+def prompt_key(record: Record) -> str:
+    """Hash of the prompt alone: equal for all rows that answer the same one."""
+    prompt = as_prompt(record)
+    return record.row_id if prompt is None else content_hash(prompt.messages)

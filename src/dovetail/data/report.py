@@ -1,0 +1,98 @@
+"""What became of the rows: read, bad, used, left out, cut.
+
+Responsible for: the counts of each source for one stage, and lines that say them.
+Not responsible for: printing (telemetry/log.py does).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+MAX_SHOWN = 3
+"""So many of the bad rows of a source are quoted."""
+
+
+@dataclass(slots=True)
+class Tally:
+    """Counts while a source is read."""
+
+    read: int = 0
+    bad: int = 0
+    first_bad: list[str] = field(default_factory=list)
+
+    def count_bad(self, reason: str) -> None:
+        """One more row that cannot be used."""
+        self.bad += 1
+        if len(self.first_bad) < MAX_SHOWN:
+            self.first_bad.append(reason)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceCounts:
+    """What became of one source's rows in one stage."""
+
+    source: str
+    read: int = 0
+    """Rows in the table, of all stages."""
+    bad: int = 0
+    """Rows that could not be read as the source says, and were skipped."""
+    rows: int = 0
+    """Rows for this stage and part."""
+    unusable: int = 0
+    """Of these, rows without what the stage needs: comparisons that are all ties, empty best answers."""
+    too_long: int = 0
+    """Of these, rows left out for their length."""
+    truncated: int = 0
+    """Of these, rows whose prompt was cut from the left."""
+    first_bad: tuple[str, ...] = ()
+    """The first bad rows, with place and reason."""
+
+    @property
+    def used(self) -> int:
+        """Rows that the stage works with."""
+        return self.rows - self.unusable - self.too_long
+
+    def line(self) -> str:
+        """One line for people."""
+        parts = [f"{self.read:,} rows read"]
+        if self.bad:
+            parts.append(f"{self.bad:,} bad (skipped)")
+        parts.append(f"{self.rows:,} for this stage")
+        if self.unusable:
+            parts.append(f"{self.unusable:,} without anything to learn (left out)")
+        if self.too_long:
+            parts.append(f"{self.too_long:,} too long (left out)")
+        if self.truncated:
+            parts.append(f"{self.truncated:,} with the prompt cut from the left")
+        return f"{self.source}: {', '.join(parts)}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataReport:
+    """What became of all rows of one stage."""
+
+    stage: str
+    part: str
+    sources: tuple[SourceCounts, ...]
+
+    @property
+    def used(self) -> int:
+        """Rows that the stage works with, of all sources."""
+        return sum(counts.used for counts in self.sources)
+
+    def lines(self) -> list[str]:
+        """Lines to print: one a source, and the first bad rows below their source."""
+        out = []
+        for counts in self.sources:
+            out.append(f"{self.stage}/{self.part}  {counts.line()}")
+            out += [f"    skipped: {reason}" for reason in counts.first_bad]
+        return out
+
+    def with_lengths(self, too_long: Mapping[int, int], truncated: Mapping[int, int]) -> DataReport:
+        """The report with what tokenising added: counts by index of the source."""
+        counted = [
+            replace(counts, too_long=too_long.get(i, 0), truncated=truncated.get(i, 0))
+            for i, counts in enumerate(self.sources)
+        ]
+        return replace(self, sources=tuple(counted))

@@ -1,0 +1,128 @@
+"""One source: from its path to records.
+
+Responsible for: finding the table (file, folder or hub name), and what happens to rows that cannot be used:
+the first one stops (strict), or they are counted and skipped.
+Not responsible for: formats (tables.py, hub.py), columns (forms.py), stages (blend.py).
+"""
+
+from __future__ import annotations
+
+import difflib
+import heapq
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from dovetail.config.data import SourceConfig
+from dovetail.data.columns import BadRowError
+from dovetail.data.forms import record_of, with_guessed_columns
+from dovetail.data.hub import hub_rows, is_saved, saved_rows
+from dovetail.data.records import Record
+from dovetail.data.registry import short_names
+from dovetail.data.report import Tally
+from dovetail.data.tables import SUFFIXES, Placed, is_table, rows_of
+from dovetail.errors import DataError
+
+
+def read_source(source: SourceConfig, *, strict: bool = True, tally: Tally | None = None) -> Iterator[Record]:
+    """The records of one source (resolved: see registry.py), one at a time, in the order of the table.
+
+    strict: the first row that cannot be used is a DataError with its place. Else such rows are counted in
+    `tally`, and only a source without any good row is an error.
+    """
+    counts = Tally() if tally is None else tally
+    records = _records(source, strict=strict, counts=counts)
+    yield from records if source.limit is None else _smallest(records, source.limit)
+    if counts.read == 0:
+        raise DataError(
+            f"{source.path}: there are no rows in it", hint="check path, split and limit of the source"
+        )
+    if counts.read == counts.bad:
+        raise DataError(
+            f"{source.path}: none of its {counts.read:,} rows can be used; the first: {counts.first_bad[0]}",
+            hint="check the columns that the source names",
+        )
+
+
+def label_of(source: SourceConfig) -> str:
+    """What a source is called in reports."""
+    split = f" {source.split}" if source.split != "train" else ""
+    return f"{source.path}{f' {source.name}' if source.name else ''}{split}"
+
+
+def _records(source: SourceConfig, *, strict: bool, counts: Tally) -> Iterator[Record]:
+    label = label_of(source)
+    mapping: SourceConfig | None = None
+    for where, row in _rows(source):
+        counts.read += 1
+        try:
+            if isinstance(row, BadRowError):
+                raise row
+            if mapping is None:
+                mapping = with_guessed_columns(source, row)
+            record = record_of(row, mapping, label)
+        except BadRowError as error:
+            if strict:
+                raise _bad_row(where, error) from error
+            counts.count_bad(f"{where}: {error.reason}")
+        else:
+            yield record
+
+
+def _bad_row(where: str, error: BadRowError) -> DataError:
+    skip = "set data.bad_rows=skip to leave such rows out"
+    return DataError(f"{where}: {error.reason}", hint=f"{error.hint}; or {skip}" if error.hint else skip)
+
+
+def _smallest(records: Iterable[Record], limit: int) -> Iterator[Record]:
+    """The records with the smallest hashes, in their order; memory for no more than these."""
+    chosen = heapq.nsmallest(limit, enumerate(records), key=lambda item: (item[1].row_id, item[0]))
+    return iter([record for _, record in sorted(chosen, key=lambda item: item[0])])
+
+
+def _rows(source: SourceConfig) -> Iterator[Placed]:
+    """Rows with places that name the file: "rows.jsonl line 3"."""
+    path = Path(source.path).expanduser()
+    if path.is_file() and not is_table(path):
+        raise DataError(
+            f"{path}: a file of this kind cannot be read",
+            hint=f"the kinds are {' '.join(SUFFIXES)}, plain or .gz",
+        )
+    if path.is_file():
+        files = [path]
+    elif path.is_dir() and not is_saved(path):
+        files = _files_of_split(path, source.split)
+    else:
+        _expect_hub_name(path, source.path)
+        rows = saved_rows(path, source.split) if path.is_dir() else hub_rows(source)
+        return (Placed(f"{source.path} {place}", row) for place, row in rows)
+    return (Placed(f"{file} {place}", row) for file in files for place, row in rows_of(file))
+
+
+def _files_of_split(folder: Path, split: str) -> list[Path]:
+    """The tables of a folder that belong to a split: train.jsonl, train-00000-of-00002.parquet, data/train.csv."""
+    tables = sorted(file for place in (folder, folder / "data") for file in place.glob("*") if is_table(file))
+    chosen = [file for file in tables if file.name.split(".")[0].split("-")[0] == split]
+    if chosen:
+        return chosen
+    found = ", ".join(file.name for file in tables) or "no tables"
+    raise DataError(
+        f"{folder}: there is no table of the split {split} in it; it has {found}",
+        hint="name one file as path, or set split to the beginning of a file's name",
+    )
+
+
+def _expect_hub_name(path: Path, given: str) -> None:
+    """Refuse what is no folder and can be no hub name either, before anything asks the hub for it."""
+    if path.is_dir():
+        return
+    looks_local = is_table(path) or path.is_absolute() or given.startswith((".", "~")) or given.count("/") > 1
+    if not looks_local and given.count("/") == 1:
+        return
+    nearby = [str(file) for file in path.parent.glob("*")] if path.parent.is_dir() else []
+    close = difflib.get_close_matches(str(path), [*nearby, *short_names()], n=1)
+    raise DataError(
+        f"{given}: there is no such file{'' if looks_local else ', nor a data set registered under this name'}",
+        hint=f"did you mean {close[0]}?"
+        if close
+        else f"give a file, a folder, OWNER/NAME of a hub data set, or one of {', '.join(short_names())}",
+    )

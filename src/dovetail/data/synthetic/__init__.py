@@ -1,0 +1,35 @@
+"""An assistant data set made on the spot, whose quality can be computed: what the demo learns from.
+
+Responsible for: the public names. See families.py for the questions, answers.py for the mixed quality of the
+demonstrations, gold.py for the score.
+"""
+
+from dovetail.data.synthetic.answers import CAREFUL, MIXED, Answer, Habits, prefer, write_answer
+from dovetail.data.synthetic.dataset import Dataset, Demonstration, Sizes, TaskPrompt, dataset
+from dovetail.data.synthetic.gold import GoldScore, gold, gold_of
+from dovetail.data.synthetic.learner import new_model, small_llama
+from dovetail.data.synthetic.lookup import task_of
+from dovetail.data.synthetic.tasks import Task
+from dovetail.data.synthetic.tokenizer import train_tokenizer
+
+__all__ = [
+    "CAREFUL",
+    "MIXED",
+    "Answer",
+    "Dataset",
+    "Demonstration",
+    "GoldScore",
+    "Habits",
+    "Sizes",
+    "Task",
+    "TaskPrompt",
+    "dataset",
+    "gold",
+    "gold_of",
+    "new_model",
+    "prefer",
+    "small_llama",
+    "task_of",
+    "train_tokenizer",
+    "write_answer",
+]

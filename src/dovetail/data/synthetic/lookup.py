@@ -1,0 +1,36 @@
+"""From the words of a prompt back to the task it asks.
+
+Responsible for: the index that lets a reward function or an evaluation judge an answer from the prompt alone.
+Not responsible for: the score (gold.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+
+from dovetail.data.synthetic.families import all_tasks
+from dovetail.data.synthetic.tasks import Task
+from dovetail.data.synthetic.words import PREFIXES
+from dovetail.errors import DataError
+
+
+def task_of(messages: Sequence[Mapping[str, str]]) -> Task:
+    """The task that a prompt asks. System messages and a user's opening prefix do not matter."""
+    turns = tuple(message["content"] for message in messages if message["role"] != "system")
+    found = tasks_by_turns().get(turns)
+    for prefix in PREFIXES:
+        if found is None and turns and turns[0].startswith(prefix):
+            found = tasks_by_turns().get((turns[0][len(prefix) :], *turns[1:]))
+    if found is None:
+        raise DataError(
+            f"no generated task asks {' / '.join(turns)!r}",
+            hint="the gold score is defined for prompts of dovetail.data.synthetic alone",
+        )
+    return found
+
+
+@lru_cache(maxsize=1)
+def tasks_by_turns() -> Mapping[tuple[str, ...], Task]:
+    """Every task there is, by its turns."""
+    return {task.turns: task for task in all_tasks()}

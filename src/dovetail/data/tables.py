@@ -1,0 +1,191 @@
+"""Tables on disk as rows, each with the place where it stands.
+
+Responsible for: JSON, JSON lines, CSV, TSV, Parquet and Arrow files, plain or gzipped, and what is malformed in them.
+Not responsible for: hub names and saved data sets (hub.py), or what the columns hold (forms.py).
+
+Rows come one at a time: only a JSON file, which has no rows to stop at, is read whole.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from dovetail.data.columns import BadRowError, describe
+from dovetail.errors import DataError
+
+SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow")
+
+
+class Placed(NamedTuple):
+    """A row, or why there is none, and where: "line 3"."""
+
+    place: str
+    row: Mapping[str, Any] | BadRowError
+
+
+def is_table(path: Path) -> bool:
+    """Whether the name is that of a file we can read."""
+    return _suffix(path) in SUFFIXES
+
+
+def rows_of(file: Path) -> Iterator[Placed]:
+    """All rows of one file. DataError if the file as a whole cannot be read."""
+    readers = {
+        ".json": _json_rows,
+        ".jsonl": _json_lines,
+        ".ndjson": _json_lines,
+        ".csv": _csv_rows,
+        ".tsv": _csv_rows,
+        ".parquet": _parquet_rows,
+        ".arrow": _arrow_rows,
+    }
+    try:
+        yield from readers[_suffix(file)](file)
+    except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(
+            f"{file}: cannot be read: {error}", hint="check that the file is whole, in UTF-8, and readable"
+        ) from error
+
+
+def _suffix(path: Path) -> str:
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes[-1:] == [".gz"]:
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
+
+
+def _open(file: Path) -> IO[bytes]:
+    return gzip.open(file) if file.suffix.lower() == ".gz" else file.open("rb")  # type: ignore[return-value]
+
+
+def _json_lines(file: Path) -> Iterator[Placed]:
+    with _open(file) as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                yield Placed(f"line {number}", _json_row(line))
+
+
+def _json_row(line: bytes) -> Mapping[str, Any] | BadRowError:
+    try:
+        value = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        return BadRowError(f"not UTF-8 at byte {error.start + 1}", hint="save the file in UTF-8")
+    except json.JSONDecodeError as error:
+        return BadRowError(
+            f"not valid JSON: {error.msg} at column {error.colno}",
+            hint="each line must be one whole JSON object",
+        )
+    return _as_row(value)
+
+
+def _as_row(value: Any) -> Mapping[str, Any] | BadRowError:
+    if isinstance(value, dict):
+        return value
+    return BadRowError(f"a row should be an object with columns, but is {describe(value)}")
+
+
+def _json_rows(file: Path) -> Iterator[Placed]:
+    with _open(file) as stream:
+        text = stream.read().decode("utf-8-sig")
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data":  # JSON lines under the name of JSON, as many hub files are
+            yield from _json_lines(file)
+            return
+        where = f"line {error.lineno} column {error.colno}"
+        raise DataError(
+            f"{file} {where}: not valid JSON: {error.msg}",
+            hint="repair the file there; `python -m json.tool FILE` checks it",
+        ) from error
+    for number, item in enumerate(_items(value, file), start=1):
+        yield Placed(f"item {number}", _as_row(item))
+
+
+def _items(value: Any, file: Path) -> list[Any]:
+    """The rows of a JSON document: a list, or the only list of an object, or an object with one list a column."""
+    if isinstance(value, list):
+        return value
+    lists = (
+        {name: part for name, part in value.items() if isinstance(part, list)}
+        if isinstance(value, dict)
+        else {}
+    )
+    if len(lists) == 1 and all(isinstance(item, dict) for part in lists.values() for item in part):
+        return next(iter(lists.values()))
+    if lists and len(lists) == len(value) and len({len(part) for part in lists.values()}) == 1:
+        return [dict(zip(lists, items, strict=True)) for items in zip(*lists.values(), strict=True)]
+    raise DataError(
+        f"{file}: should hold a list of rows, but holds {describe(value)}",
+        hint='write [{"prompt": ..., "response": ...}, ...], or one object a line in a .jsonl file',
+    )
+
+
+def _csv_rows(file: Path) -> Iterator[Placed]:
+    csv.field_size_limit(
+        min(sys.maxsize, 2**31 - 1)
+    )  # the default of 128 KiB is less than a long conversation
+    with _open(file) as stream, io.TextIOWrapper(stream, encoding="utf-8-sig", newline="") as text:
+        table = csv.reader(text, delimiter="\t" if _suffix(file) == ".tsv" else ",", strict=True)
+        header = next(table, None)
+        if header is None:
+            return
+        line = table.line_num + 1
+        for cells in table:
+            if cells:
+                yield Placed(f"line {line}", _csv_row(header, cells))
+            line = table.line_num + 1
+
+
+def _csv_row(header: list[str], cells: list[str]) -> Mapping[str, Any] | BadRowError:
+    if len(cells) != len(header):
+        return BadRowError(
+            f"{len(cells)} cells under {len(header)} column names",
+            hint="put text with commas, quotes or line breaks in double quotes",
+        )
+    return dict(zip(header, cells, strict=True))
+
+
+def _parquet_rows(file: Path) -> Iterator[Placed]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.ParquetFile(file)
+        batches = table.iter_batches(batch_size=1_000)
+        yield from _from_batches(batches)
+    except pyarrow.ArrowInvalid as error:
+        raise DataError(
+            f"{file}: not a valid Parquet file: {error}", hint="download or write it again"
+        ) from error
+
+
+def _arrow_rows(file: Path) -> Iterator[Placed]:
+    import pyarrow
+
+    try:
+        with pyarrow.memory_map(str(file)) as source:
+            try:
+                yield from _from_batches(iter(pyarrow.ipc.open_stream(source)))
+            except pyarrow.ArrowInvalid:  # the other of the two formats with this name
+                whole = pyarrow.ipc.open_file(source)
+                yield from _from_batches(whole.get_batch(i) for i in range(whole.num_record_batches))
+    except pyarrow.ArrowInvalid as error:
+        raise DataError(
+            f"{file}: not a valid Arrow file: {error}", hint="download or write it again"
+        ) from error
+
+
+def _from_batches(batches: Iterator[Any]) -> Iterator[Placed]:
+    number = 0
+    for batch in batches:
+        for row in batch.to_pylist():
+            number += 1
+            yield Placed(f"row {number}", row)

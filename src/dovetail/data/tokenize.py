@@ -1,0 +1,283 @@
+"""Rows to tokens, within the length limits, once: later runs read them from the cache.
+
+Responsible for: the tokens of demonstrations, comparisons and plain text, what happens to rows that are too long,
+prompts that fit, and the counts of all that.
+Not responsible for: how a conversation becomes tokens (text/chat_format.py), files on disk (token_store.py).
+
+What is tokenised is stored under a hash of the rows' content, the tokenizer, the template and the limits: edit a
+row, and it is tokenised anew. Tokens are memory-mapped int32; a row becomes a Python list when it is asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dovetail.config.data import DataConfig
+from dovetail.data.blend import StageRows, blend_order
+from dovetail.data.records import Comparison, Demonstration, Message, Prompt, Record, Text
+from dovetail.data.report import DataReport
+from dovetail.data.shorten import shortened
+from dovetail.data.token_store import Columns, ColumnWriter, Facts, key_of, stored
+from dovetail.errors import DataError
+from dovetail.text.chat_format import ChatFormat
+
+CHUNK_ROWS = 512
+"""Rows that are tokenised together."""
+
+_DTYPES = {
+    "tokens": np.int32,  # of all sequences, end to end
+    "mask": np.bool_,  # of demonstrations alone, as long as `tokens`
+    "starts": np.int64,  # bounds of sequences in `tokens`
+    "rows": np.int64,  # bounds of rows in `starts`: the answers of a comparison are one row
+    "sources": np.int32,  # of each row, the index of its source
+    "better": np.int32,  # of each pair, indices of answers
+    "worse": np.int32,
+    "margins": np.float32,
+    "pairs": np.int64,  # bounds of rows in the three columns above
+}
+
+RecordT = TypeVar("RecordT", bound=Record)
+Pair = tuple[int, int, float]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedRows:
+    """Sequences and which of their tokens are to be learnt: rows[i] is (token ids, mask)."""
+
+    columns: Columns
+    order: NDArray[np.int64]
+    """Indices of stored rows: the rows of one epoch, weights applied."""
+    report: DataReport
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, index: int) -> tuple[list[int], list[bool]]:
+        row = int(self.order[index])
+        (ids,) = _sequences(self.columns, row)
+        if len(self.columns["mask"]) == 0:  # plain text: everything
+            return ids, [True] * len(ids)
+        start = self.columns["starts"][self.columns["rows"][row]]
+        return ids, self.columns["mask"][start : start + len(ids)].tolist()
+
+    def __iter__(self) -> Iterator[tuple[list[int], list[bool]]]:
+        return (self[i] for i in range(len(self)))
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedComparisons:
+    """Answers and which is better: rows[i] is (token ids of each answer, prompt included; pairs)."""
+
+    columns: Columns
+    order: NDArray[np.int64]
+    """Indices of stored rows: the rows of one epoch, weights applied."""
+    report: DataReport
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, index: int) -> tuple[list[list[int]], list[Pair]]:
+        row = int(self.order[index])
+        first, last = self.columns["pairs"][row : row + 2]
+        parts = [self.columns[name][first:last].tolist() for name in ("better", "worse", "margins")]
+        return _sequences(self.columns, row), list(zip(*parts, strict=True))
+
+    def __iter__(self) -> Iterator[tuple[list[list[int]], list[Pair]]]:
+        return (self[i] for i in range(len(self)))
+
+
+def tokenize_demonstrations(
+    rows: StageRows[Demonstration], chat: ChatFormat, config: DataConfig
+) -> TokenizedRows:
+    """Conversations with their loss masks: every assistant turn counts, its end-of-turn token included."""
+    return TokenizedRows(*_tokenized("demonstrations", rows, chat, config, _encode_demonstrations))
+
+
+def tokenize_comparisons(
+    rows: StageRows[Comparison], chat: ChatFormat, config: DataConfig
+) -> TokenizedComparisons:
+    """Every answer behind its prompt, and the pairs. A row with one answer that is too long is too long."""
+    return TokenizedComparisons(*_tokenized("comparisons", rows, chat, config, _encode_comparisons))
+
+
+def tokenize_texts(rows: StageRows[Text], chat: ChatFormat, config: DataConfig) -> TokenizedRows:
+    """Plain texts, each ended by the end-of-text token, in pieces of at most `max_tokens`; no text is lost."""
+    return TokenizedRows(*_tokenized("texts", rows, chat, config, _encode_texts))
+
+
+def fitting_prompts(rows: StageRows[Prompt], chat: ChatFormat, config: DataConfig) -> StageRows[Prompt]:
+    """The prompts of at most `max_prompt_tokens` tokens, cut to that where `too_long` says so."""
+    kept: list[Prompt] = []
+    source_of: list[int] = []
+    limit = _Limit(config.max_prompt_tokens, "max_prompt_tokens", config)
+    for chunk, sources in _chunks(rows):
+        for record, ids, source in zip(
+            chunk, chat.encode_prompts([r.messages for r in chunk]), sources, strict=True
+        ):
+            messages = limit.fit(record.messages, len(ids), 0, source, chat)
+            if messages is not None:
+                kept.append(replace(record, messages=messages))
+                source_of.append(source)
+    owners = np.array(source_of, dtype=np.int32)
+    report = rows.report.with_lengths(limit.too_long, limit.truncated)
+    _expect_some(len(kept), report, f"max_prompt_tokens = {limit.tokens}")
+    order = blend_order(owners, rows.weights, rows.seed)
+    return replace(rows, records=kept, source_of=owners, order=order, report=report)
+
+
+@dataclass(slots=True)
+class _Limit:
+    """The longest row, what happens to longer ones, and how many there were, by index of the source."""
+
+    tokens: int
+    name: str
+    config: DataConfig
+    too_long: Counter[int] = field(default_factory=Counter)
+    truncated: Counter[int] = field(default_factory=Counter)
+
+    def fit(
+        self, prompt: Sequence[Message], prompt_tokens: int, answer_tokens: int, source: int, chat: ChatFormat
+    ) -> tuple[Message, ...] | None:
+        """The prompt as it is, or shortened so that the answer fits behind it; None: the row is left out."""
+        num_tokens = prompt_tokens + answer_tokens
+        if num_tokens <= self.tokens:
+            return tuple(prompt)
+        if self.config.too_long == "error":
+            raise DataError(
+                f"a row has {num_tokens} tokens, more than {self.name} = {self.tokens}; it begins "
+                f"{prompt[0]['content'][:80]!r}",
+                hint=f"raise data.{self.name}, or set data.too_long to drop or truncate_left",
+            )
+        cut = None
+        if self.config.too_long == "truncate_left" and answer_tokens < self.tokens:
+            cut = shortened(prompt, self.tokens - answer_tokens, chat)
+        counter = self.too_long if cut is None else self.truncated
+        counter[source] += 1
+        return cut
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """One row as it is stored."""
+
+    sequences: Sequence[Sequence[int]]
+    mask: Sequence[bool] = ()
+    pairs: Sequence[Pair] = ()
+
+
+_Encode = Callable[[Sequence[RecordT], Sequence[int], ChatFormat, _Limit], Iterable[list[_Row]]]
+"""The rows that each record of a chunk becomes: one, none, or several."""
+
+
+def _encode_demonstrations(
+    chunk: Sequence[Demonstration], sources: Sequence[int], chat: ChatFormat, limit: _Limit
+) -> Iterator[list[_Row]]:
+    encoded = chat.encode_conversations([record.messages for record in chunk])
+    for record, (ids, mask), source in zip(chunk, encoded, sources, strict=True):
+        if len(ids) <= limit.tokens:
+            yield [_Row([ids], mask)]
+            continue
+        answer = record.messages[-1]
+        num_answer = len(chat.answer_ids(answer["content"]))
+        prompt = limit.fit(record.messages[:-1], len(ids) - num_answer, num_answer, source, chat)
+        if prompt is None:
+            yield []
+        else:
+            cut_ids, cut_mask = chat.conversation([*prompt, answer])
+            yield [_Row([cut_ids], cut_mask)]
+
+
+def _encode_comparisons(
+    chunk: Sequence[Comparison], sources: Sequence[int], chat: ChatFormat, limit: _Limit
+) -> Iterator[list[_Row]]:
+    prompts = chat.encode_prompts([record.messages for record in chunk])
+    answers = iter(chat.encode_answers([answer for record in chunk for answer in record.answers]))
+    for record, prompt_ids, source in zip(chunk, prompts, sources, strict=True):
+        own = [next(answers) for _ in record.answers]
+        messages = limit.fit(record.messages, len(prompt_ids), max(map(len, own)), source, chat)
+        if messages is None:
+            yield []
+        else:
+            front = prompt_ids if messages == record.messages else chat.prompt_ids(messages)
+            yield [_Row([front + ids for ids in own], pairs=record.better_than)]
+
+
+def _encode_texts(
+    chunk: Sequence[Text], sources: Sequence[int], chat: ChatFormat, limit: _Limit
+) -> Iterator[list[_Row]]:
+    for ids in chat.encode_texts([record.text for record in chunk]):
+        pieces = [ids[start : start + limit.tokens] for start in range(0, len(ids), limit.tokens)]
+        yield [_Row([piece]) for piece in pieces if len(piece) > 1]  # one token alone predicts nothing
+
+
+def _tokenized(
+    kind: str, rows: StageRows[RecordT], chat: ChatFormat, config: DataConfig, encode: _Encode[RecordT]
+) -> tuple[Columns, NDArray[np.int64], DataReport]:
+    """Stored rows with the order of one epoch and the report, from the cache if they are there."""
+
+    def write(writer: ColumnWriter) -> Facts:
+        limit = _Limit(config.max_tokens, "max_tokens", config)
+        ends = {"starts": 0, "rows": 0, "pairs": 0}
+        for name, end in ends.items():
+            writer.append(name, [end])
+        for chunk, sources in _chunks(rows):
+            for source, found in zip(sources, encode(chunk, sources, chat, limit), strict=True):
+                for row in found:
+                    _write_row(writer, row, source, ends)
+        return {"too_long": dict(limit.too_long), "truncated": dict(limit.truncated)}
+
+    columns, facts = stored(config.cache_dir, _key(kind, rows, chat, config), _DTYPES, write)
+    counts = [{int(source): n for source, n in facts[name].items()} for name in ("too_long", "truncated")]
+    report = rows.report.with_lengths(*counts)
+    _expect_some(len(columns["sources"]), report, f"max_tokens = {config.max_tokens}")
+    return columns, blend_order(columns["sources"], rows.weights, rows.seed), report
+
+
+def _write_row(writer: ColumnWriter, row: _Row, source: int, ends: dict[str, int]) -> None:
+    for ids in row.sequences:
+        ends["starts"] += len(ids)
+        writer.append("starts", [ends["starts"]])
+        writer.append("tokens", ids)
+    ends["rows"] += len(row.sequences)
+    ends["pairs"] += len(row.pairs)
+    writer.append("rows", [ends["rows"]])
+    writer.append("pairs", [ends["pairs"]])
+    writer.append("sources", [source])
+    writer.append("mask", row.mask)
+    for place, name in enumerate(("better", "worse", "margins")):
+        writer.append(name, [pair[place] for pair in row.pairs])
+
+
+def _sequences(columns: Columns, row: int) -> list[list[int]]:
+    first, last = columns["rows"][row : row + 2]
+    bounds = columns["starts"][first : last + 1]
+    return [columns["tokens"][a:b].tolist() for a, b in zip(bounds, bounds[1:], strict=False)]
+
+
+def _chunks(rows: StageRows[RecordT]) -> Iterator[tuple[list[RecordT], list[int]]]:
+    for start in range(0, len(rows.records), CHUNK_ROWS):
+        stop = start + CHUNK_ROWS
+        yield rows.records[start:stop], rows.source_of[start:stop].tolist()
+
+
+def _key(kind: str, rows: StageRows[RecordT], chat: ChatFormat, config: DataConfig) -> str:
+    content = hashlib.sha256()
+    for record in rows.records:
+        content.update(record.row_id.encode())
+    content.update(rows.source_of.tobytes())
+    return key_of(kind, content.hexdigest(), chat.fingerprint, config.max_tokens, config.too_long)
+
+
+def _expect_some(kept: int, report: DataReport, limit: str) -> None:
+    if kept == 0 and report.part == "train":
+        raise DataError(
+            f"no row of the stage {report.stage} fits {limit}: {'; '.join(report.lines())}",
+            hint="raise the limit, or set data.too_long=truncate_left",
+        )

@@ -1,0 +1,31 @@
+"""How well a language model predicts held-out answers.
+
+Responsible for: mean loss and perplexity over the marked tokens. Not responsible for: which rows are held out.
+
+Shapes: T packed tokens.
+"""
+
+import math
+
+import torch
+from transformers import PreTrainedModel
+
+from dovetail.batches import PackedBatch
+from dovetail.model.forward import token_logprobs
+
+
+@torch.no_grad()
+def language_model_quality(
+    model: PreTrainedModel, batch: PackedBatch | None, max_tokens: int, device: torch.device
+) -> dict[str, float]:
+    """Nats per marked token, and their exponential. Nothing where nothing is held out."""
+    if batch is None:
+        return {}
+    was_training = model.training
+    model.eval()
+    total = sum(
+        -token_logprobs(model, part.to(device)).logprobs_T.double().sum() for part in batch.micro_batches(max_tokens)
+    )
+    model.train(was_training)
+    loss = float(total) / batch.num_targets
+    return {"held_out_loss": loss, "held_out_perplexity": math.exp(min(loss, 700.0))}

@@ -1,0 +1,52 @@
+"""How often a reward model prefers what people preferred.
+
+Responsible for: pairwise accuracy and loss on held-out comparisons, and whether length alone explains the scores.
+Not responsible for: training (stages/reward.py).
+
+Shapes: S answers, P preference pairs.
+"""
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dovetail.batches import RankedBatch, balanced_parts
+from dovetail.maths.ranking import ranking_loss, won_pairs
+from dovetail.model.forward import last_scores
+
+
+@torch.no_grad()
+def reward_accuracy(
+    model: PreTrainedModel, batch: RankedBatch | None, max_tokens: int, device: torch.device
+) -> dict[str, float]:
+    """Accuracy (ties count half), ranking loss, mean and spread of the scores, correlation with length."""
+    if batch is None:
+        return {}
+    scores_S = scores_of(model, batch, max_tokens, device)
+    chosen_P, rejected_P = scores_S[batch.chosen_P], scores_S[batch.rejected_P]
+    weight_P = batch.weight_P
+    right = (won_pairs(chosen_P, rejected_P) * weight_P).sum() / weight_P.sum()
+    loss = ranking_loss(chosen_P, rejected_P, batch.margin_P, weight_P) / weight_P.sum()
+    lengths_S = torch.tensor(batch.lengths, dtype=torch.float32)
+    longer = (lengths_S[batch.chosen_P] > lengths_S[batch.rejected_P]).float().mean()
+    return {
+        "accuracy": float(right),
+        "held_out_loss": float(loss),
+        "score_mean": float(scores_S.mean()),
+        "score_std": float(scores_S.std(unbiased=False)),
+        "score_length_correlation": float(torch.corrcoef(torch.stack([scores_S, lengths_S]))[0, 1].nan_to_num()),
+        "longer_is_chosen": float(longer),
+    }
+
+
+@torch.no_grad()
+def scores_of(model: PreTrainedModel, batch: RankedBatch, max_tokens: int, device: torch.device) -> Tensor:
+    """float32 [S] on the CPU."""
+    was_training = model.training
+    model.eval()
+    scores_S = torch.zeros(batch.num_sequences)
+    for index in balanced_parts(batch.lengths, max_tokens):
+        part = batch.sequences(index).to(device)
+        scores_S[torch.tensor(index)] = last_scores(model, part).float().cpu()
+    model.train(was_training)
+    return scores_S

@@ -1,0 +1,203 @@
+"""The whole system at small scale: make data and a small model, train it through all stages, and measure it.
+
+Responsible for: the demo's data, its configuration and the order of work; the ordinary stages do the training.
+Not responsible for: the tasks and the gold score (data/synthetic/), the settings (recipes/), the table (cli/).
+"""
+
+import json
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from dovetail.batches import PackedBatch, pack
+from dovetail.config.run import RunConfig
+from dovetail.config.stages import SftConfig
+from dovetail.data.synthetic import (
+    Dataset,
+    Sizes,
+    TaskPrompt,
+    dataset,
+    gold_of,
+    new_model,
+    prefer,
+    small_llama,
+    train_tokenizer,
+    write_answer,
+)
+from dovetail.data.loader import BatchOrder
+from dovetail.data.synthetic.answers import Answer as WrittenAnswer
+from dovetail.engine.hybrid import HybridEngine
+from dovetail.engine.sampling import Sampling
+from dovetail.model.load import load_causal_lm
+from dovetail.model.save import save_model
+from dovetail.rlhf.rewards import Answer
+from dovetail.rlhf.rollout import complete
+from dovetail.rlhf.update import language_model_loss
+from dovetail.stages.context import Context, open_run
+from dovetail.stages.pipeline import run_stages
+from dovetail.stages.supervised import Task, fit, num_steps
+from dovetail.telemetry.log import say
+from dovetail.text.chat_format import ChatFormat
+from dovetail.text.tokenizer import load_tokenizer
+
+PARTS = ("truth", "politeness", "brevity", "clean")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DemoPlan:
+    """How large the demo is."""
+
+    run: RunConfig
+    """The three stages."""
+    sizes: Sizes
+    base: SftConfig | None
+    """How the base model is trained from random weights on plain text; None = the actor is a pretrained model."""
+    pairs_from_writers: float = 0.3
+    """Share of the compared answers that are demonstrations, not samples of the SFT model."""
+    label_mistakes: float = 0.07
+    """Share of the training pairs whose label is turned round, as people's are."""
+
+
+def run(plan: DemoPlan) -> dict[str, Any]:
+    """Everything from data to the measured models; returns the summary, which is also in `summary.json`."""
+    started = time.monotonic()
+    rows = dataset(plan.run.seed, plan.sizes)
+    with open_run(plan.run) as context:
+        rows.write(context.folder.path / "data")
+        if plan.base is not None:
+            make_base_model(rows, plan.base, context)
+        run_stages(replace(context, config=plan.run.model_copy(update={"stages": ("sft",)})))
+        make_pairs(rows, plan, context)
+        run_stages(context, judge=gold_judge)
+        seconds = time.monotonic() - started
+        context.folder.update_summary(measure(rows, plan, context) | {"seconds": {"total": seconds}})
+        return context.folder.read_summary()
+
+
+def make_base_model(rows: Dataset, settings: SftConfig, context: Context) -> None:
+    """A tokenizer, random weights, and the supervised loop over plain text, every token counted."""
+    folder = Path(context.config.actor.path)
+    if (folder / "config.json").exists():
+        say("base model: finished before, skipped")
+        return
+    say("base model: plain text, from random weights")
+    tokenizer = train_tokenizer([*rows.documents, *(m["content"] for row in rows.demonstrations for m in row.messages)])
+    model = new_model(small_llama(tokenizer), seed=context.config.seed).to(context.device, context.dtype)
+    texts = [[*tokenizer(text).input_ids, tokenizer.eos_token_id] for text in rows.documents]
+    order = BatchOrder(len(texts), settings.batch_size, context.config.seed)
+    task = Task(
+        stage="base",
+        model=model,
+        settings=settings,
+        optimizer=settings.optimizer,
+        total_steps=num_steps(settings, len(texts), settings.epochs),
+        batch_at=lambda step: pack_texts([texts[i] for i in order.batch(step)]),
+        loss_of=partial(language_model_loss, model),
+        evaluate=dict,
+    )
+    fit(task, context)
+    save_model(model, tokenizer, folder)
+
+
+def pack_texts(texts: Sequence[Sequence[int]]) -> PackedBatch:
+    """Plain text: every token but the first of each text counts."""
+    return pack(texts, [[True] * len(ids) for ids in texts])
+
+
+def make_pairs(rows: Dataset, plan: DemoPlan, context: Context) -> None:
+    """Two answers of the SFT model to each prompt, and which of them a labeller who knows the gold score prefers.
+
+    Training pairs have some writers' answers among them and some wrong labels; held-out pairs have neither.
+    """
+    folder = context.folder.path / "data"
+    if (folder / "held_out_pairs.jsonl").exists():
+        return
+    sample = sampler_of(context.folder.model("sft"), context)
+    rng = random.Random(f"pairs {plan.run.seed}")
+    held_out = [*rows.test, *rows.dev]
+    train = compare(rows.reward_prompts, sample, rng, plan.pairs_from_writers, plan.label_mistakes)
+    write_lines(folder / "pairs.jsonl", train)
+    write_lines(folder / "held_out_pairs.jsonl", compare(held_out, sample, rng, 0.0, 0.0))
+    say(f"pairs: {len(train)} for training")
+
+
+Sample = Callable[[Sequence[TaskPrompt], int, bool], list[Answer]]
+
+
+def compare(
+    prompts: Sequence[TaskPrompt], sample: Sample, rng: random.Random, from_writers: float, mistakes: float
+) -> list[dict[str, Any]]:
+    """Rows with `prompt`, `chosen` and `rejected`; ties are left out."""
+    found = []
+    for prompt, one, two in zip(prompts, sample(prompts, 1, False), sample(prompts, 2, False), strict=True):
+        pair = [WrittenAnswer(answer.text, answer.finished) for answer in (one, two)]
+        for i in range(2):
+            if rng.random() < from_writers:
+                pair[i] = WrittenAnswer(write_answer(prompt.task, rng))
+        choice = prefer(prompt.task, pair[0], pair[1], rng, mistakes=mistakes)
+        if choice is not None:
+            texts = [answer.text for answer in pair]
+            found.append({"prompt": prompt.messages, "chosen": texts[choice[0]], "rejected": texts[choice[1]]})
+    return found
+
+
+def sampler_of(model: Path, context: Context) -> Sample:
+    """Sampling from a finished model: (prompts, seed, greedy) -> answers."""
+    engine = HybridEngine(load_causal_lm(str(model), dtype=context.dtype, device=context.device), device=context.device)
+    chat = ChatFormat(load_tokenizer(str(model)))
+    settings = context.config.ppo.sampling
+
+    def sample(prompts: Sequence[TaskPrompt], seed: int, greedy: bool) -> list[Answer]:
+        how = Sampling(
+            temperature=0.0 if greedy else settings.temperature,
+            max_new_tokens=settings.max_new_tokens,
+            stop_token_ids=chat.stop_token_ids,
+        )
+        messages = [prompt.messages for prompt in prompts]
+        ids = [chat.prompt_ids(m) for m in messages]
+        return complete(ids, messages, engine, chat, how, seed=seed)
+
+    return sample
+
+
+def gold_judge(answers: Sequence[Answer]) -> Mapping[str, float]:
+    """Mean gold score of answers to the demo's own prompts, and of its parts."""
+    scores = [gold_of(answer.messages, answer.text, finished=answer.finished) for answer in answers]
+    parts = {f"gold_{part}": fmean(getattr(score, part) for score in scores) for part in PARTS}
+    return {"gold": fmean(score.total for score in scores)} | parts
+
+
+def measure(rows: Dataset, plan: DemoPlan, context: Context) -> dict[str, Any]:
+    """Gold score of base, SFT, PPO and EMA model on the test prompts, sampled and greedy."""
+    folder = context.folder
+    base = Path(plan.run.actor.path)
+    models = {"base": base, "sft": folder.model("sft"), "ppo": folder.model("ppo"), "ema": folder.model("ema")}
+    results: dict[str, Any] = {"gold": {}, "gold_greedy": {}, "parts": {}, "parts_greedy": {}, "samples": []}
+    for name, path in models.items():
+        sample = sampler_of(path, context)
+        for kind, greedy in (("", False), ("_greedy", True)):
+            answers = sample(rows.test, 99, greedy)
+            judged = dict(gold_judge(answers))
+            results["gold" + kind][name] = judged.pop("gold")
+            results["parts" + kind][name] = {part: judged[f"gold_{part}"] for part in PARTS}
+        write_lines(folder.path / "answers" / f"{name}.jsonl", [answer_row(a) for a in answers])
+    return results
+
+
+def answer_row(answer: Answer) -> dict[str, Any]:
+    """A greedy answer with its gold score, for the report."""
+    score = gold_of(answer.messages, answer.text, finished=answer.finished)
+    return {"messages": list(answer.messages), "answer": answer.text, "gold": score.total}
+
+
+def write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """A JSON-lines file, complete or not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    half = path.with_suffix(".half")
+    half.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    half.replace(path)

@@ -1,0 +1,227 @@
+"""The parts that stages are built from: tokenizer, rows, models, engine.
+
+Responsible for: turning a run's configuration into what a stage works with, and saying what it found.
+Not responsible for: the loops (sft.py, reward.py, ppo.py), reading (data/, model/load.py).
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Literal, TypeVar
+
+import torch
+from transformers import PreTrainedModel
+
+from dovetail.batches import PackedBatch, RankedBatch, pack, pack_ranked
+from dovetail.config.model import ModelConfig
+from dovetail.config.stages import StageConfig
+from dovetail.data.blend import load_stage
+from dovetail.data.loader import BatchOrder
+from dovetail.data.records import Message
+from dovetail.data.tokenize import (
+    TokenizedComparisons,
+    TokenizedRows,
+    fitting_prompts,
+    tokenize_comparisons,
+    tokenize_demonstrations,
+    tokenize_texts,
+)
+from dovetail.errors import ConfigError
+from dovetail.model.forward import last_hidden_states, scalar_head
+from dovetail.model.heads import centre_on
+from dovetail.model.load import load_causal_lm, load_scalar_model
+from dovetail.model.lora import add_lora
+from dovetail.rlhf.api import RLHFEngine
+from dovetail.rlhf.build import Setup
+from dovetail.stages.context import Context
+from dovetail.telemetry.log import say
+from dovetail.text.chat_format import ChatFormat
+from dovetail.text.tokenizer import load_tokenizer
+
+RowsT = TypeVar("RowsT", TokenizedRows, TokenizedComparisons)
+
+CENTRING_ROWS = 512
+"""Demonstrations whose mean score becomes 0: enough for a standard error of a twentieth of the spread."""
+
+Part = Literal["train", "held_out"]
+
+
+def chat_of(model: ModelConfig) -> ChatFormat:
+    """The chat format of a pretrained model."""
+    return ChatFormat(
+        load_tokenizer(
+            model.path,
+            revision=model.revision,
+            trust_remote_code=model.trust_remote_code,
+            chat_template=model.chat_template,
+        )
+    )
+
+
+def pack_rows(rows: TokenizedRows, index: Sequence[int]) -> PackedBatch:
+    """The given rows with their loss masks, end to end."""
+    picked = [rows[i] for i in index]
+    return pack([ids for ids, _ in picked], [mask for _, mask in picked])
+
+
+def pack_comparisons(rows: TokenizedComparisons, index: Sequence[int]) -> RankedBatch:
+    """The given prompts with all their answers and pairs, end to end."""
+    picked = [rows[i] for i in index]
+    return pack_ranked([answers for answers, _ in picked], [pairs for _, pairs in picked])
+
+
+def trainable_causal_lm(model: ModelConfig, settings: StageConfig, context: Context) -> PreTrainedModel:
+    """The pretrained actor, ready for gradients."""
+    loaded = load_causal_lm(
+        model.path,
+        dtype=context.dtype,
+        device=context.device,
+        revision=model.revision,
+        trust_remote_code=model.trust_remote_code,
+    )
+    return ready_to_train(loaded, model, settings, context)
+
+
+def ready_to_train(
+    loaded: PreTrainedModel, model: ModelConfig, settings: StageConfig, context: Context
+) -> PreTrainedModel:
+    """Adapters if asked for, activation checkpointing if asked for, training mode."""
+    if model.lora is not None:
+        loaded = add_lora(
+            loaded,
+            rank=model.lora.rank,
+            alpha=model.lora.alpha,
+            dropout=model.lora.dropout,
+            target_modules=model.lora.target_modules,
+            seed=context.config.seed,
+        )
+    if settings.activation_checkpointing:
+        loaded.gradient_checkpointing_enable({"use_reentrant": False})
+    return loaded.train()
+
+
+def actor_chat(context: Context) -> ChatFormat:
+    """The chat format of what PPO starts from: stage 1's result, or the pretrained actor."""
+    folder = context.folder
+    return ChatFormat(load_tokenizer(str(folder.model("sft")))) if folder.is_done("sft") else chat_of(context.config.actor)
+
+
+def rlhf_engine(context: Context, chat: ChatFormat, *, total_steps: int) -> RLHFEngine:
+    """Actor from stage 1 (or as pretrained), critic and reward from stage 2, with what trains them."""
+    config, folder = context.config, context.folder
+    return RLHFEngine(
+        actor_model=str(folder.model("sft")) if folder.is_done("sft") else config.actor.path,
+        critic_model=reward_model_path(context),
+        tokenizer=chat.tokenizer,
+        total_steps=total_steps,
+        config=config.ppo,
+        setup=Setup(
+            device=config.device,
+            precision=config.precision,
+            seed=config.seed,
+            actor_lora=config.actor.lora,
+            critic_lora=config.reward_model.lora if config.reward_model else None,
+        ),
+    )
+
+
+def reward_model_path(context: Context) -> str | None:
+    """Stage 2's result; else the configured model, if it is a finished reward model; None for a function alone."""
+    config, folder = context.config, context.folder
+    if folder.is_done("reward"):
+        return str(folder.model("reward"))
+    if config.ppo.reward_function is not None and config.ppo.reward_function_weight is None:
+        return None
+    if config.reward_model is None:
+        raise ConfigError(
+            f"PPO needs a reward model, and {folder.model('reward')} is not finished",
+            hint="run stage 2 first, or set reward_model.path to a finished one, or ppo.reward_function",
+        )
+    return config.reward_model.path
+
+
+def demonstration_rows(context: Context, chat: ChatFormat, part: Part) -> TokenizedRows:
+    """Demonstrations of stage 1, tokenised; says what became of the rows."""
+    data = context.config.data
+    rows = tokenize_demonstrations(load_stage(data, "sft", part), chat, data)
+    return _reported(rows)
+
+
+def comparison_rows(context: Context, chat: ChatFormat, part: Part) -> TokenizedComparisons:
+    """Comparisons of stage 2, tokenised; says what became of the rows."""
+    data = context.config.data
+    return _reported(tokenize_comparisons(load_stage(data, "reward", part), chat, data))
+
+
+def prompts_of(context: Context, chat: ChatFormat, part: Part) -> list[Sequence[Message]]:
+    """Prompts of stage 3 as messages, those that fit; says what became of the rows."""
+    data = context.config.data
+    prompts = fitting_prompts(load_stage(data, "ppo", part), chat, data)
+    for line in prompts.report.lines():
+        say(line)
+    return [prompt.messages for prompt in prompts]
+
+
+def pretraining_texts(context: Context, chat: ChatFormat) -> Callable[[int], PackedBatch] | None:
+    """For mixture training: the texts of an optimiser step. None where it is off."""
+    config, data = context.config.ppo, context.config.data
+    if config.ptx_coefficient == 0.0:
+        return None
+    if not data.pretraining:
+        raise ConfigError(
+            f"ppo.ptx_coefficient = {config.ptx_coefficient:g}, but data.pretraining names no plain text",
+            hint="list a source with a text column under data.pretraining, or set ppo.ptx_coefficient=0",
+        )
+    rows = _reported(tokenize_texts(load_stage(data, "text", "train"), chat, data))
+    order = BatchOrder(len(rows), min(config.ptx_batch_size, len(rows)), context.config.seed)
+    return lambda step: pack_rows(rows, order.batch(step))
+
+
+def reward_start(context: Context) -> tuple[ModelConfig, ChatFormat]:
+    """What stage 2 starts from, and the chat format of its tokenizer."""
+    config = context.config
+    start = config.reward_start()
+    if config.reward.start_from == "sft":
+        if not context.folder.is_done("sft"):
+            raise ConfigError(
+                f"reward.start_from = sft, but {context.folder.model('sft')} is not finished",
+                hint="run stage 1 first (dovetail sft), or set reward.start_from=model",
+            )
+        start = start.model_copy(update={"path": str(context.folder.model("sft")), "revision": None})
+    return start, chat_of(start)
+
+
+def trainable_scalar_model(start: ModelConfig, chat: ChatFormat, context: Context) -> PreTrainedModel:
+    """The reward model before training: backbone and a fresh head (or a finished reward model's)."""
+    model = load_scalar_model(
+        start.path,
+        dtype=context.dtype,
+        device=context.device,
+        seed=context.config.seed,
+        pad_token_id=chat.tokenizer.pad_token_id,
+        revision=start.revision,
+        trust_remote_code=start.trust_remote_code,
+    )
+    return ready_to_train(model, start, context.config.reward, context)
+
+
+@torch.no_grad()
+def centre_on_demonstrations(
+    model: PreTrainedModel, comparisons: TokenizedComparisons, context: Context
+) -> dict[str, float]:
+    """Shift the scores so that good answers have mean 0 (InstructGPT, section 3.5).
+
+    The best answer of each comparison is what a demonstration would be, and is there in every run.
+    """
+    rows = [comparisons[i] for i in range(min(len(comparisons), CENTRING_ROWS))]
+    best = [answers[pairs[0][0]] for answers, pairs in rows]
+    batch = pack(best, [[False] * len(ids) for ids in best])
+    model.eval()
+    parts = batch.micro_batches(context.config.reward.micro_batch_tokens)
+    hidden_ND = torch.cat([last_hidden_states(model, part.to(context.device)) for part in parts])
+    centring = centre_on(model, hidden_ND, scalar_head(model, hidden_ND))
+    return {"centred_by": centring.mean_before, "centring_disturbance": centring.disturbance}
+
+
+def _reported(rows: RowsT) -> RowsT:
+    for line in rows.report.lines():
+        say(line)
+    return rows

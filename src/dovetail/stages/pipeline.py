@@ -1,0 +1,47 @@
+"""All stages of a run in order: a finished one is skipped, a half-finished one goes on where it was.
+
+Responsible for: which stage runs, timing it, and `summary.json`. Not responsible for: what a stage does.
+"""
+
+import time
+from collections.abc import Callable
+
+from dovetail.config.run import RunConfig, StageName
+from dovetail.evaluation.answers import Judge
+from dovetail.stages import ppo, reward, sft
+from dovetail.stages.context import Context, StageReport, open_run
+from dovetail.telemetry.log import say
+
+TITLES: dict[StageName, str] = {
+    "sft": "stage 1: supervised fine-tuning",
+    "reward": "stage 2: reward model",
+    "ppo": "stage 3: PPO",
+}
+
+
+def run(config: RunConfig) -> None:
+    """Run the stages of `config.stages` in `config.output_dir`."""
+    with open_run(config) as context:
+        run_stages(context)
+
+
+def run_stages(context: Context, judge: Judge | None = None) -> None:
+    """Run the stages of an open run; `judge` gives PPO's held-out answers a second opinion."""
+    stages: dict[StageName, Callable[[Context], StageReport]] = {
+        "sft": sft.run,
+        "reward": reward.run,
+        "ppo": lambda context: ppo.run(context, judge),
+    }
+    for name, run_stage in stages.items():
+        if name not in context.config.stages:
+            continue
+        if context.folder.is_done(name):
+            say(f"{TITLES[name]}: finished before, skipped")
+            continue
+        say(TITLES[name])
+        start = time.monotonic()
+        report = run_stage(context)
+        seconds = time.monotonic() - start
+        context.folder.update_summary({name: {"steps": report.steps, **report.results}, "seconds": {name: seconds}})
+        context.folder.mark_done(name)
+        say(f"{TITLES[name]}: {report.steps} steps in {seconds:.0f} s -> {context.folder.model(name)}")

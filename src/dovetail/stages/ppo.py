@@ -1,0 +1,92 @@
+"""Stage 3: PPO against the reward model (InstructGPT, section 3.5 and appendix C).
+
+Responsible for: the loop: prompts -> collect -> update -> record -> evaluate -> save.
+Not responsible for: what experience is (batches.py, rlhf/rollout.py), the losses (rlhf/update.py, maths/).
+
+The tour of one step: this file, batches.py, rlhf/rollout.py, maths/, rlhf/update.py. See docs/a-ppo-step.md.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dovetail.data.loader import BatchOrder
+from dovetail.evaluation.answers import Judge, evaluate_answers
+from dovetail.model.copies import copy_of
+from dovetail.model.save import save_model
+from dovetail.rlhf.api import RLHFEngine
+from dovetail.rlhf.rollout import collect
+from dovetail.rlhf.update import next_kl_coefficient, update
+from dovetail.stages.context import Context, StageReport, resume
+from dovetail.stages.guard import Best, check_kl
+from dovetail.stages.parts import actor_chat, pretraining_texts, prompts_of, rlhf_engine
+from dovetail.stages.samples import SampleLog
+from dovetail.telemetry.timing import Stopwatch
+
+
+def run(context: Context, judge: Judge | None = None) -> StageReport:
+    """Train the actor against the reward model; leaves `ppo/model`, `ppo/model_ema` and `ppo/best`.
+
+    judge: a second opinion on held-out answers, such as a gold score, recorded beside the reward.
+    """
+    config, folder = context.config.ppo, context.folder
+    chat = actor_chat(context)
+    prompts, held_out = prompts_of(context, chat, "train"), prompts_of(context, chat, "held_out")
+    order = BatchOrder(len(prompts), config.batch_size, context.config.seed)
+    iterations = config.max_steps or max(1, len(prompts) // config.batch_size)
+    engine = rlhf_engine(context, chat, total_steps=iterations * config.ppo_epochs * config.minibatches)
+    roles, learners, beta = engine.roles, engine.learners, config.kl_coefficient
+    next_texts = pretraining_texts(context, chat)
+    best = Best(folder.model("best"), kl_limit=config.kl_limit)
+    checkpoints = context.checkpoints("ppo", config)
+
+    def load(state: Mapping[str, Any]) -> None:
+        nonlocal beta
+        engine.load_state_dict(state["engine"])
+        best.load_state_dict(state["best"])
+        beta = state["kl_coefficient"]
+
+    start = resume(checkpoints, load, "ppo")
+    samples = SampleLog(folder.samples, start=start, every=config.print_samples_every)
+    with (
+        context.metrics("ppo", start=start) as metrics,
+        context.progress("ppo", total=iterations, start=start) as progress,
+    ):
+        judged = evaluate_answers(held_out, engine, judge)
+        if start == 0:
+            metrics.record(0, judged.stats)
+            best.offer(judged.stats, engine, step=0)
+        for iteration in range(start, iterations):
+            watch, done = Stopwatch(), iteration + 1
+            seed = context.config.seed * 1_000_003 + iteration
+            with watch.phase("collect"):
+                batch = [prompts[i] for i in order.batch(iteration)]
+                collected = collect(batch, roles, config, kl_coefficient=beta, seed=seed)
+            with watch.phase("update"):
+                warm = iteration >= config.critic_warmup_rollouts
+                report = update(
+                    collected.experience, roles, learners, config, seed=seed, train_actor=warm, next_texts=next_texts
+                )
+            row = collected.stats | report.stats | watch.seconds("ppo") | {"ppo/kl_coefficient": beta}
+            beta = next_kl_coefficient(beta, collected, config)
+            if done % config.eval_every == 0 or done == iterations:
+                judged = evaluate_answers(held_out, engine, judge)
+                best.offer(judged.stats, engine, step=done)
+                row |= judged.stats
+            metrics.record(done, row)
+            samples.show_if_due(done, collected)
+            progress.advance({"score": row["ppo/score_mean"], "kl": row["ppo/kl_nats_per_answer"]})
+            check_kl(row, config, step=done)
+            if done % config.save_every == 0 or done == iterations:
+                state = {"engine": engine.state_dict(), "best": best.state_dict(), "kl_coefficient": beta}
+                checkpoints.save(done, state)
+    save_model(roles.actor, engine.tokenizer, folder.model("ppo"))
+    save_average(engine, folder.model("ema"))
+    return StageReport(iterations, {name.removeprefix("ppo/"): value for name, value in judged.stats.items()})
+
+
+def save_average(engine: RLHFEngine, folder: Path) -> None:
+    """The float32 moving average of the actor, as a float32 model folder of its own."""
+    averaged = copy_of(engine.roles.actor).cpu().float()
+    engine.learners.ema.copy_to(averaged)
+    save_model(averaged, engine.tokenizer, folder)

@@ -1,0 +1,62 @@
+"""Stage 2: the reward model on ranked answers (InstructGPT, section 3.5 and equation 1).
+
+Responsible for: model, comparisons, ranking loss and evaluation of the stage, and centring its scores.
+Not responsible for: gradient steps (training/step.py), reading rows (data/).
+
+Shapes: S answers, P preference pairs.
+"""
+
+from functools import partial
+
+from transformers import PreTrainedModel
+
+from dovetail.batches import RankedBatch, SummedLoss
+from dovetail.data.loader import BatchOrder
+from dovetail.evaluation.reward_accuracy import reward_accuracy
+from dovetail.maths.ranking import ranking_loss, won_pairs
+from dovetail.model.forward import last_scores
+from dovetail.model.save import save_model
+from dovetail.stages.context import Context, StageReport
+from dovetail.stages.parts import (
+    centre_on_demonstrations,
+    comparison_rows,
+    pack_comparisons,
+    reward_start,
+    trainable_scalar_model,
+)
+from dovetail.stages.supervised import Task, fit, num_steps
+
+
+def run(context: Context) -> StageReport:
+    """Fit the reward model to the comparisons and centre it on the demonstrations; leaves `reward/model`."""
+    config = context.config
+    start, chat = reward_start(context)
+    train = comparison_rows(context, chat, "train")
+    held_out = comparison_rows(context, chat, "held_out")
+    judged = pack_comparisons(held_out, range(len(held_out))) if len(held_out) else None
+    model = trainable_scalar_model(start, chat, context)
+    order = BatchOrder(len(train), config.reward.batch_size, config.seed)
+    total_steps = num_steps(config.reward, len(train), config.reward.epochs)
+    task = Task(
+        stage="reward",
+        model=model,
+        settings=config.reward,
+        optimizer=config.reward.optimizer,
+        total_steps=total_steps,
+        batch_at=lambda step: pack_comparisons(train, order.batch(step)),
+        loss_of=partial(pairwise_loss, model),
+        evaluate=lambda: reward_accuracy(model, judged, config.reward.micro_batch_tokens, context.device),
+    )
+    fit(task, context)
+    centring = centre_on_demonstrations(model, train, context)
+    save_model(model, chat.tokenizer, context.folder.model("reward"))
+    return StageReport(total_steps, {**task.evaluate(), **centring})
+
+
+def pairwise_loss(model: PreTrainedModel, micro: RankedBatch) -> SummedLoss:
+    """-log sigmoid(r_chosen - r_rejected - margin), each prompt's pairs together counting once."""
+    scores_S = last_scores(model, micro)
+    chosen_P, rejected_P = scores_S[micro.chosen_P], scores_S[micro.rejected_P]
+    total = ranking_loss(chosen_P, rejected_P, micro.margin_P, micro.weight_P)
+    right = (won_pairs(chosen_P, rejected_P) * micro.weight_P).sum()
+    return SummedLoss(total, micro.weight_P.sum(), {"train_accuracy": right.detach()})

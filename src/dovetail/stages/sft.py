@@ -1,0 +1,40 @@
+"""Stage 1: supervised fine-tuning on demonstrations (InstructGPT, section 3.5).
+
+Responsible for: model, rows, loss and evaluation of the stage; the whole path is here and in supervised.py.
+Not responsible for: gradient steps (training/step.py), reading rows (data/).
+"""
+
+from functools import partial
+
+from dovetail.data.loader import BatchOrder
+from dovetail.evaluation.held_out import language_model_quality
+from dovetail.model.save import save_model
+from dovetail.rlhf.update import language_model_loss
+from dovetail.stages.context import Context, StageReport
+from dovetail.stages.parts import chat_of, demonstration_rows, pack_rows, trainable_causal_lm
+from dovetail.stages.supervised import Task, fit, num_steps
+
+
+def run(context: Context) -> StageReport:
+    """Fit the actor to the demonstrations; leaves `sft/model`."""
+    config = context.config
+    chat = chat_of(config.actor)
+    train = demonstration_rows(context, chat, "train")
+    held_out = demonstration_rows(context, chat, "held_out")
+    judged = pack_rows(held_out, range(len(held_out))) if len(held_out) else None
+    model = trainable_causal_lm(config.actor, config.sft, context)
+    order = BatchOrder(len(train), config.sft.batch_size, config.seed)
+    total_steps = num_steps(config.sft, len(train), config.sft.epochs)
+    task = Task(
+        stage="sft",
+        model=model,
+        settings=config.sft,
+        optimizer=config.sft.optimizer,
+        total_steps=total_steps,
+        batch_at=lambda step: pack_rows(train, order.batch(step)),
+        loss_of=partial(language_model_loss, model),
+        evaluate=lambda: language_model_quality(model, judged, config.sft.micro_batch_tokens, context.device),
+    )
+    results = fit(task, context)
+    save_model(model, chat.tokenizer, context.folder.model("sft"))
+    return StageReport(total_steps, results)

@@ -1,0 +1,116 @@
+"""The loop that supervised fine-tuning and reward model share: one gradient step a batch.
+
+Responsible for: order of batches, steps, evaluation, checkpoints and resuming of a stage that learns from data.
+Not responsible for: the loss, the batches and the evaluation, which the stage passes in.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from dovetail.batches import MicroBatchable, SummedLoss
+from dovetail.config.stages import OptimizerConfig, StageConfig
+from dovetail.rlhf.build import optimizer_for
+from dovetail.stages.context import Context, resume
+from dovetail.training.memory import TokenBudget
+from dovetail.training.schedule import learning_rate_at
+from dovetail.training.step import StepReport, Term, gradient_step
+from dovetail.training.weights import load_trained, trained_weights
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """What a stage learns and how it is judged."""
+
+    stage: str
+    model: PreTrainedModel
+    settings: StageConfig
+    optimizer: OptimizerConfig
+    total_steps: int
+    batch_at: Callable[[int], MicroBatchable]
+    """The batch of a step: a pure function of it, so that a resumed run sees the same rows."""
+    loss_of: Callable[[Any], SummedLoss]
+    evaluate: Callable[[], Mapping[str, float]]
+
+
+def fit(task: Task, context: Context) -> Mapping[str, float]:
+    """Train to the end, from the newest checkpoint if there is one; returns the last evaluation."""
+    optimizer = optimizer_for(task.model, task.optimizer)
+    budget = TokenBudget(task.settings.micro_batch_tokens)
+    checkpoints = context.checkpoints(task.stage, task.settings)
+
+    def load(state: Mapping[str, Any]) -> None:
+        load_trained(task.model, state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        budget.tokens = state["budget"]
+
+    start = resume(checkpoints, load, task.stage)
+    results: Mapping[str, float] = {}
+    with (
+        context.metrics(task.stage, start=start) as metrics,
+        context.progress(task.stage, total=task.total_steps, start=start) as progress,
+    ):
+        for step in range(start, task.total_steps):
+            seed_step(context.config.seed, step)
+            report = gradient_step(
+                task.model,
+                optimizer,
+                [Term(task.batch_at(step), task.loss_of)],
+                max_grad_norm=task.optimizer.max_grad_norm,
+                budget=budget,
+                learning_rate=rate_of(task, step),
+                device=context.device,
+            )
+            row = step_row(task.stage, report)
+            done = step + 1
+            if done == task.total_steps or done % task.settings.eval_every == 0:
+                results = task.evaluate()
+                row |= {f"{task.stage}/{name}": value for name, value in results.items()}
+            metrics.record(done, row)
+            progress.advance({"loss": report.loss})
+            if done == task.total_steps or done % task.settings.save_every == 0:
+                state = {
+                    "model": trained_weights(task.model),
+                    "optimizer": optimizer.state_dict(),
+                    "budget": budget.tokens,
+                }
+                checkpoints.save(done, state)
+    return results or task.evaluate()
+
+
+def seed_step(seed: int, step: int) -> None:
+    """Dropout and NEFTune draw from torch's global generator: seeded anew each step, nothing is to be saved."""
+    torch.manual_seed(seed * 1_000_003 + step)
+
+
+def rate_of(task: Task, step: int) -> float:
+    """Learning rate of a step."""
+    return learning_rate_at(
+        step,
+        peak=task.optimizer.learning_rate,
+        schedule=task.optimizer.schedule,
+        warmup_steps=task.optimizer.warmup_steps,
+        total_steps=task.total_steps,
+        final_fraction=task.optimizer.final_fraction,
+    )
+
+
+def step_row(stage: str, report: StepReport) -> dict[str, float]:
+    """The metrics of one optimiser step."""
+    row = {
+        f"{stage}/loss": report.loss,
+        f"{stage}/grad_norm": report.grad_norm,
+        f"{stage}/learning_rate": report.learning_rate,
+        f"{stage}/tokens": float(report.num_tokens),
+        f"{stage}/skipped": float(report.skipped),
+    }
+    return row | {f"{stage}/{name.split('/')[-1]}": value for name, value in report.stats.items()}
+
+
+def num_steps(settings: StageConfig, rows: int, epochs: float) -> int:
+    """Optimiser steps of a stage: `epochs` passes over the rows, at most `max_steps`, at least 1."""
+    steps = max(1, round(rows * epochs / settings.batch_size))
+    return min(steps, settings.max_steps) if settings.max_steps else steps

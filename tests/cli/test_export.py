@@ -1,0 +1,111 @@
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from dovetail.cli.main import main
+from dovetail.config.load import dump, load
+from dovetail.model.load import load_scalar_model, save_model
+from dovetail.model.lora import add_lora
+from dovetail.training.checkpoint import Checkpoints
+from dovetail.training.run_folder import RunFolder
+from dovetail.training.weights import trained_weights
+from tests.fakes import byte_tokenizer, tiny_model
+
+IDS = torch.arange(1, 13)[None]
+
+
+def export(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as stopped:
+        main(["export", *arguments])
+    return int(stopped.value.code or 0)
+
+
+def logits(folder: Path) -> torch.Tensor:
+    with torch.no_grad():
+        return AutoModelForCausalLM.from_pretrained(folder)(IDS).logits
+
+
+def with_adapter(seed: int = 1) -> torch.nn.Module:
+    """A tiny model with an adapter that does something."""
+    model = add_lora(tiny_model("llama"), rank=2, alpha=2.0, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(generator=generator)
+    return model
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    save_model(tiny_model("llama"), byte_tokenizer(), tmp_path / "base")
+    return tmp_path / "base"
+
+
+def test_a_run_s_model_is_written_with_its_tokenizer(base: Path, tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    save_model(tiny_model("llama", seed=3), byte_tokenizer(), run.model("sft"))
+    assert export(str(run.path), str(tmp_path / "out"), "--dtype", "fp32") == 0
+    torch.testing.assert_close(logits(tmp_path / "out"), tiny_model("llama", seed=3)(IDS).logits)
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").decode([72, 105]) == byte_tokenizer().decode(
+        [72, 105]
+    )
+
+
+def test_a_reward_model_stays_one(base: Path, tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    model = load_scalar_model(base, dtype=torch.float32, device="cpu", seed=0, pad_token_id=257)
+    save_model(model, byte_tokenizer(), run.model("reward"))
+    assert export(str(run.path), str(tmp_path / "out"), "--which", "reward", "--dtype", "fp32") == 0
+    written = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(written(IDS).logits, model(IDS).logits)
+
+
+def test_an_adapter_is_merged_into_its_base(base: Path, tmp_path: Path) -> None:
+    model = with_adapter()
+    model.peft_config["default"].base_model_name_or_path = str(base)
+    model.save_pretrained(tmp_path / "adapter")
+    assert export(str(tmp_path / "adapter"), str(tmp_path / "out"), "--dtype", "fp32") == 0
+    torch.testing.assert_close(logits(tmp_path / "out"), model(IDS).logits)
+
+
+@pytest.mark.parametrize("which", ["sft", "ppo"])
+def test_a_checkpoint_of_a_half_finished_stage_can_be_had(base: Path, tmp_path: Path, which: str) -> None:
+    run = RunFolder(tmp_path / "run")
+    changes = [f"actor.path={base}", "actor.lora={rank: 2, alpha: 2}", f"output_dir={run.path}"]
+    run.path.mkdir()
+    run.config.write_text(dump(load("opt-125m", changes)))
+    model = with_adapter()
+    weights = trained_weights(model)
+    state = {"model": weights} if which == "sft" else {"engine": {"actor": weights}}
+    Checkpoints(run.checkpoints(which)).save(10, state)
+    arguments = (
+        str(run.path),
+        str(tmp_path / "out"),
+        "--which",
+        which,
+        "--from-checkpoint",
+        "--dtype",
+        "fp32",
+    )
+    assert export(*arguments) == 0
+    torch.testing.assert_close(logits(tmp_path / "out"), model(IDS).logits)
+
+
+def test_what_is_not_finished_or_not_there_is_said(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = RunFolder(tmp_path / "run")
+    run.path.mkdir()
+    run.config.write_text("")
+    out = str(tmp_path / "out")
+    assert export(str(run.path), out, "--which", "ppo") == 2
+    assert "has no finished ppo model" in capsys.readouterr().err
+    assert export(str(run.path), out, "--which", "ppo", "--from-checkpoint") == 2
+    assert "has no checkpoint" in capsys.readouterr().err
+    assert export(str(run.path), out, "--which", "ema", "--from-checkpoint") == 2
+    assert "cannot be taken from a checkpoint" in capsys.readouterr().err
+    assert export(str(base), str(base)) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert not Path(out).exists()

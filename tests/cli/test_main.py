@@ -1,0 +1,192 @@
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from dovetail import __version__
+from dovetail.cli.main import main
+from dovetail.config.load import load
+from dovetail.config.run import RunConfig
+from dovetail.errors import DataError
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a command in this process: exit code, stdout, stderr."""
+
+    def run_command(*arguments: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as stopped:
+            main(arguments)
+        captured = capsys.readouterr()
+        return int(stopped.value.code or 0), captured.out, captured.err
+
+    return run_command
+
+
+@pytest.fixture
+def pipeline(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
+    """Stands in for the stages: the configurations they were run with."""
+    ran: list[RunConfig] = []
+    module = ModuleType("dovetail.stages.pipeline")
+    module.run = ran.append  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "dovetail.stages.pipeline", module)
+    import dovetail.stages
+
+    monkeypatch.setattr(dovetail.stages, "pipeline", module, raising=False)
+    return ran
+
+
+COMMANDS = ["train", "sft", "reward", "ppo", "demo", "chat", "export", "doctor", "data", "data preview"]
+
+
+def test_help_lists_every_command(run: Run) -> None:
+    code, out, _ = run("--help")
+    assert code == 0
+    for command in COMMANDS:
+        assert command.split()[0] in out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(run: Run, command: str) -> None:
+    code, out, _ = run(*command.split(), "--help")
+    assert code == 0
+    assert "Usage:" in out
+
+
+def test_brackets_in_examples_survive_the_markup(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert "data.blend='[my_pairs.jsonl]'" in run("--help")[1]
+    assert "[rm-static:2, my_pairs.jsonl:1]" in run("train", "--help")[1]
+
+
+def test_the_version_is_the_package_s(run: Run) -> None:
+    assert run("--version")[:2] == (0, f"dovetail {__version__}\n")
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    script = (
+        "import sys\nfrom dovetail.cli.main import main\n"
+        "try:\n    main(['train', '--help'])\nexcept SystemExit:\n    pass\n"
+        "print([m for m in ('torch', 'transformers', 'datasets', 'peft') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_train_runs_all_stages_and_names_the_chat(run: Run, pipeline: list[RunConfig]) -> None:
+    code, out, _ = run("train", "opt-125m", "sft.epochs=2", "--output-dir", "runs/mine", "--seed", "3")
+    assert code == 0
+    assert pipeline == [load("opt-125m", ["sft.epochs=2", "output_dir=runs/mine", "seed=3"])]
+    assert "dovetail chat runs/mine" in out
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+def test_a_stage_runs_alone(run: Run, pipeline: list[RunConfig], stage: str) -> None:
+    assert run(stage, "opt-125m")[0] == 0
+    assert [config.stages for config in pipeline] == [(stage,)]
+
+
+def test_a_reward_model_alone_needs_no_actor(run: Run, pipeline: list[RunConfig]) -> None:
+    assert run("reward", "--reward-model", "facebook/opt-350m")[0] == 0
+    assert pipeline[0].reward_start().path == "facebook/opt-350m"
+
+
+def test_steps_are_given_as_a_list(run: Run, pipeline: list[RunConfig]) -> None:
+    run("train", "--actor-model", "350m", "--step", "1", "3", "--data", "a.jsonl", "b.jsonl:2", "seed=7")
+    assert pipeline[0].stages == ("sft", "ppo")
+    assert [source.path for source in pipeline[0].data.blend] == ["a.jsonl", "b.jsonl"]
+    assert pipeline[0].seed == 7
+
+
+def test_the_one_line_script_is_the_same_command(pipeline: list[RunConfig], run: Run) -> None:
+    command = ["--actor-model", "facebook/opt-1.3b", "--reward-model", "facebook/opt-350m", "--num-gpus", "1"]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "train.py", *command, "--dry-run"],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    run("train", *command)
+    text = done.stdout.partition("# stage 1")[0]
+    from dovetail.config.load import check, parse_value
+
+    assert check(parse_value(text, "dry run")) == pipeline[0]
+    assert "recipe opt-1.3b" in done.stderr
+
+
+def test_a_dry_run_prints_what_would_run_and_touches_nothing(
+    run: Run, pipeline: list[RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = run("train", "opt-125m", "--dry-run")
+    assert code == 0
+    assert "learning_rate: 2.0e-05" in out
+    assert out.count("  runs\n") == 3
+    assert not pipeline
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_tells_finished_and_begun_stages(run: Run, tmp_path: Path) -> None:
+    for folder in ("sft/model", "reward/checkpoints/step-00000010"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "sft" / "done").write_text("")
+    _, out, _ = run("train", "opt-125m", "--output-dir", str(tmp_path), "--step", "2", "--dry-run")
+    lines = [line for line in out.splitlines() if line.startswith("# stage")]
+    assert lines[0].endswith("finished before: skipped")
+    assert lines[1].endswith("goes on from its last checkpoint")
+    assert lines[2].endswith("not asked for")
+
+
+def test_an_error_is_message_and_hint_without_a_traceback(run: Run) -> None:
+    code, out, err = run("train", "opt-125m", "sft.epoch=1")
+    assert code == 2
+    assert out == ""
+    assert err.splitlines() == [
+        "error: override 'sft.epoch=1': sft.epoch is not a setting",
+        "hint: did you mean sft.epochs?",
+    ]
+
+
+def test_an_error_of_a_stage_is_shown_the_same_way(
+    run: Run, pipeline: list[RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(config: RunConfig) -> None:
+        raise DataError("pairs.jsonl line 7: not JSON", hint="repair the line")
+
+    monkeypatch.setattr(sys.modules["dovetail.stages.pipeline"], "run", fail)
+    assert run("train", "opt-125m") == (
+        2, "", "error: pairs.jsonl line 7: not JSON\nhint: repair the line\n",
+    )  # fmt: skip
+
+
+def test_ctrl_c_leaves_without_a_traceback(
+    run: Run, pipeline: list[RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(config: RunConfig) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["dovetail.stages.pipeline"], "run", interrupt)
+    code, _, err = run("train", "opt-125m")
+    assert code == 130
+    assert "Traceback" not in err
+    assert "goes on from the last checkpoint" in err
+
+
+def test_a_flag_that_does_not_exist_is_refused(run: Run) -> None:
+    code, _, err = run("train", "--actor-modle", "x")
+    assert code == 2
+    assert "--actor-model" in err
+
+
+def test_several_gpus_are_plainly_not_there_yet(run: Run, pipeline: list[RunConfig]) -> None:
+    code, _, err = run("train", "--actor-model", "1.3b", "--num-gpus", "8")
+    assert code == 2
+    assert "training on several GPUs is not there yet" in err
+    assert not pipeline

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+
+from dovetail.data.synthetic.answers import CAREFUL, MIXED, Answer, Habits, prefer, write_answer
+from dovetail.data.synthetic.families import all_tasks
+from dovetail.data.synthetic.gold import GoldScore, gold
+from dovetail.data.synthetic.tasks import Task
+
+TASKS = [task for task in all_tasks() if not task.is_courteous]
+
+
+def scores_of(habits: Habits, count: int = 400) -> list[GoldScore]:
+    rng = random.Random(3)
+    tasks = [rng.choice(TASKS) for _ in range(count)]
+    return [gold(task, write_answer(task, rng, habits)) for task in tasks]
+
+
+def test_the_same_seed_gives_the_same_answer() -> None:
+    assert write_answer(TASKS[0], random.Random(1)) == write_answer(TASKS[0], random.Random(1))
+
+
+@pytest.mark.parametrize(
+    ("flaw", "part", "value"),
+    [
+        ({"polite": 0.0, "rude": 1.0}, "politeness", 0.0),
+        ({"polite": 0.0}, "politeness", 0.5),
+        ({"one_filler": 1.0}, "brevity", 0.5),
+        ({"many_fillers": 1.0}, "brevity", 0.0),
+        ({"repeats": 1.0}, "clean", 0.0),
+        ({"cut": 1.0}, "clean", 0.0),
+        ({"errs": 1.0}, "truth", 0.0),
+        ({"evades": 1.0}, "truth", 0.0),
+    ],
+)
+def test_each_flaw_costs_the_part_it_is_meant_for(flaw: dict[str, float], part: str, value: float) -> None:
+    assert {getattr(score, part) for score in scores_of(replace(CAREFUL, **flaw))} == {value}
+
+
+def test_faults_of_manner_leave_the_truth_alone() -> None:
+    rude = replace(CAREFUL, polite=0.0, rude=1.0, many_fillers=1.0, repeats=1.0)
+    assert {score.truth for score in scores_of(rude)} == {1.0}
+
+
+def test_the_mixed_crowd_is_mostly_right_and_often_ill_mannered() -> None:
+    scores = scores_of(MIXED, count=3_000)
+    truth = sum(score.truth for score in scores) / len(scores)
+    manner = sum(score.manner for score in scores) / len(scores)
+    assert truth > 0.8
+    assert 0.45 < manner < 0.65
+
+
+def test_the_labeller_prefers_the_higher_gold_score_and_calls_equals_a_tie() -> None:
+    task = next(task for task in TASKS if task.family == "larger")
+    right, rude = Answer(f"Sure! {task.answers[0]}"), Answer(f"Ugh, again? {task.answers[0]}")
+    rng = random.Random(0)
+    assert prefer(task, right, rude, rng) == (0, 1)
+    assert prefer(task, rude, right, rng) == (1, 0)
+    assert prefer(task, right, Answer(f"Certainly! {task.answers[1]}"), rng) is None
+    assert prefer(task, right, replace(right, finished=False), rng) == (0, 1)
+
+
+def test_the_smallest_difference_of_gold_is_no_tie() -> None:
+    task = next(task for task in TASKS if task.family == "larger")
+    polite, plain = Answer(f"Sure! {task.answers[0]}"), Answer(task.answers[0])
+    assert prefer(task, polite, plain, random.Random(0)) == (0, 1)
+
+
+def test_the_labeller_errs_as_often_as_asked() -> None:
+    task: Task = TASKS[0]
+    right, rude, rng = (
+        Answer(f"Sure! {task.answers[0]}"),
+        Answer(f"Ugh, again? {task.answers[0]}"),
+        random.Random(5),
+    )
+    turned = sum(prefer(task, right, rude, rng, mistakes=0.2) == (1, 0) for _ in range(2_000))
+    assert abs(turned - 400) < 4 * (2_000 * 0.2 * 0.8) ** 0.5

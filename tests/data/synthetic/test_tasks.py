@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+
+from dovetail.data.synthetic.families import all_tasks
+from dovetail.data.synthetic.tasks import Task, is_held_out_key
+
+
+def test_every_task_is_a_conversation_that_the_user_opens_and_closes() -> None:
+    for task in all_tasks():
+        assert len(task.turns) % 2 == 1
+        roles = [message["role"] for message in task.messages()]
+        assert roles == ["user", "assistant"] * (len(roles) // 2) + ["user"]
+
+
+def test_no_two_tasks_ask_the_same_words() -> None:
+    counts = Counter(task.turns for task in all_tasks())
+    assert max(counts.values()) == 1
+
+
+def test_no_wrong_answer_is_also_accepted() -> None:
+    for task in all_tasks():
+        accepted = {*task.answers, *task.bare_answers}
+        assert task.wrong_answers
+        assert not accepted & set(task.wrong_answers), task.key
+
+
+def test_answers_agree_with_a_plain_reading_of_the_question() -> None:
+    for task in all_tasks():
+        if task.family == "larger":
+            numbers = [
+                int(word.strip(",.?")) for word in task.turns[0].split() if word.strip(",.?").isdigit()
+            ]
+            assert f"It is {max(numbers)}." in task.answers
+        elif task.family == "place":
+            words = task.turns[0].split(": ")[1].rstrip("?").split(", ")
+            assert f"It is {words[0] if 'first' in task.turns[0] else words[-1]}." in task.answers
+        elif task.family == "count":
+            assert f"There are {task.turns[0].count(',') + 1} words." in task.answers
+        elif task.family == "who has":
+            statement, question = task.turns[0].split(". ")
+            owners = dict(reversed(part.split(" has a ")) for part in statement.split(" and "))
+            assert f"It is {owners[question.split(' has a ')[1].rstrip('?')]}." in task.answers
+
+
+def test_about_an_eighth_of_each_kind_is_held_out_and_no_kind_is_left_without_either_part() -> None:
+    tasks = all_tasks()
+    share = sum(task.is_held_out for task in tasks) / len(tasks)
+    assert 0.09 < share < 0.15
+    for family in {task.family for task in tasks}:
+        own = [task for task in tasks if task.family == family]
+        assert any(task.is_held_out for task in own)
+        assert any(task.is_trainable for task in own)
+
+
+def test_what_is_held_out_follows_from_the_key_alone() -> None:
+    for key in ("larger/3/7", "greet/0/Tom", "told colour/cup/red/hat/blue"):
+        number = int(hashlib.sha256(key.encode()).hexdigest()[:8], 16)
+        assert is_held_out_key(key) == (number % 100 < 12)
+
+
+def test_a_task_whose_earlier_turns_give_away_a_held_out_question_is_not_trained_on() -> None:
+    held_out = {task.turns[0] for task in all_tasks() if task.family == "greet" and task.is_held_out}
+    assert held_out
+    for task in all_tasks():
+        if task.is_trainable:
+            assert not held_out & set(task.turns)
+
+
+def test_a_prefix_opens_the_first_turn_only() -> None:
+    task = Task(family="f", key="k", turns=("A?", "B.", "C?"), answers=("D.",), wrong_answers=("E.",))
+    assert [message["content"] for message in task.messages("Hi! ")] == ["Hi! A?", "B.", "C?"]

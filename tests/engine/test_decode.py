@@ -1,0 +1,113 @@
+"""Attention over pages against attention by definition, one sequence and one head at a time."""
+
+from __future__ import annotations
+
+import math
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from dovetail.engine.decode import DecodeLayout, PageMap
+from dovetail.engine.kv_cache import PAGE_TOKENS, KVArena, KVShape, pages_for
+
+CPU = torch.device("cpu")
+LAYER = SimpleNamespace(layer_idx=0)
+
+
+def attention_by_definition(
+    query: Tensor, keys: Tensor, values: Tensor, *, scaling: float, window: int | None, softcap: float | None
+) -> Tensor:
+    """softmax(q k) v for one head and the last token: query [K], keys and values [L, K]."""
+    first = 0 if window is None else max(0, len(keys) - window)
+    scores = [scaling * float(query @ key) for key in keys[first:]]
+    if softcap is not None:
+        scores = [softcap * math.tanh(score / softcap) for score in scores]
+    weights = [math.exp(score - max(scores)) for score in scores]
+    return sum((w / sum(weights) * v for w, v in zip(weights, values[first:], strict=True)), torch.zeros_like(query))
+
+
+@pytest.mark.parametrize("lengths", [[1], [64], [200], [3, 40, 64], [65, 1, 300, 64, 130]])
+@pytest.mark.parametrize("shuffled", [False, True])
+@pytest.mark.parametrize(
+    ("groups", "window", "softcap"), [(1, None, None), (3, None, None), (2, 70, None), (2, 5, 2.0), (1, None, 1.5)]
+)
+def test_paged_attention_is_attention(
+    lengths: list[int], shuffled: bool, groups: int, window: int | None, softcap: float | None
+) -> None:
+    generator = torch.Generator().manual_seed(1)
+    num_heads, width = 2, 8
+    num_pages = sum(pages_for(length) for length in lengths)
+    arena = KVArena(KVShape(1, num_heads, width, torch.float64), num_pages + 2, CPU)
+    arena.clear(list(range(num_pages + 2)))
+    order = list(range(num_pages))
+    if shuffled:
+        random.Random(2).shuffle(order)
+    tables = [[order.pop(0) for _ in range(pages_for(length))] for length in lengths]
+    history = [torch.randn(2, num_heads, length, width, generator=generator).double() for length in lengths]
+    for table, past in zip(tables, history, strict=True):
+        place = torch.arange(past.shape[2] - 1)
+        rows = arena.rows_of(torch.tensor(table)[place // PAGE_TOKENS], place % PAGE_TOKENS)
+        arena.write(0, past[0][None, :, :-1], past[1][None, :, :-1], rows)
+    last = torch.tensor(lengths) - 1
+    pages = torch.tensor([table[-1] for table in tables])
+    layout = DecodeLayout(
+        arena, PageMap(tables, CPU), arena.rows_of(pages, last % PAGE_TOKENS), torch.tensor(lengths)
+    )
+    query = torch.randn(1, num_heads * groups, len(lengths), width, generator=generator).double()
+    new = torch.stack([past[:, :, -1] for past in history], dim=2)
+    out = layout.attend(
+        LAYER, query, new[0][None], new[1][None], scaling=0.7, sliding_window=window, softcap=softcap
+    )
+    assert out.shape == (1, len(lengths), num_heads * groups, width)
+    for row, past in enumerate(history):
+        for head in range(num_heads * groups):
+            expected = attention_by_definition(
+                query[0, head, row],
+                past[0, head // groups],
+                past[1, head // groups],
+                scaling=0.7,
+                window=window,
+                softcap=softcap,
+            )
+            torch.testing.assert_close(out[0, row, head], expected)
+
+
+def test_what_lies_in_free_pages_and_beyond_the_last_token_cannot_matter() -> None:
+    def attend(garbage: float) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        arena = KVArena(KVShape(1, 1, 4, torch.float32), 3, CPU)
+        arena.clear([0, 1])
+        arena.tiles(0, 3)[0][2].fill_(float("nan"))
+        arena.tiles(0, 3)[1][2].fill_(float("nan"))
+        arena.tiles(0, 3)[0][1, 7:].fill_(garbage)
+        arena.tiles(0, 3)[1][1, 7:].fill_(garbage)
+        rows = arena.rows_of(torch.tensor([1]), torch.tensor([6]))
+        layout = DecodeLayout(arena, PageMap([[0, 1]], CPU), rows, torch.tensor([71]))
+        query, key, value = torch.randn(3, 1, 1, 1, 4, generator=generator)
+        return layout.attend(LAYER, query, key, value, scaling=None, sliding_window=None, softcap=None)
+
+    assert torch.equal(attend(0.0), attend(1e4))
+    assert attend(0.0).isfinite().all()
+
+
+def test_half_precision_scores_are_softmaxed_in_float32() -> None:
+    generator = torch.Generator().manual_seed(0)
+    arena = KVArena(KVShape(1, 1, 16, torch.bfloat16), 1, CPU)
+    arena.clear([0])
+    past = torch.randn(2, 1, 40, 16, generator=generator).bfloat16()
+    place = torch.arange(40)
+    arena.write(0, past[:1], past[1:], arena.rows_of(torch.zeros_like(place), place))
+    layout = DecodeLayout(arena, PageMap([[0]], CPU), arena.rows_of(place[:1], place[39:]), torch.tensor([40]))
+    query = torch.randn(1, 1, 1, 16, generator=generator).bfloat16()
+    out = layout.attend(
+        LAYER, query, past[:1, :, 39:], past[1:, :, 39:], scaling=None, sliding_window=None, softcap=None
+    )
+    assert out.dtype == torch.bfloat16
+    exact = torch.nn.functional.scaled_dot_product_attention(
+        query.double(), past[:1].double(), past[1:].double()
+    )
+    step = torch.finfo(torch.bfloat16).eps  # of the weights, which are below 1
+    torch.testing.assert_close(out[0], exact[0].bfloat16(), atol=step, rtol=step)

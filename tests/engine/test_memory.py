@@ -1,0 +1,63 @@
+"""Getting an arena when memory is short."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from dovetail.engine import memory
+from dovetail.engine.kv_cache import KVArena, KVShape
+from dovetail.errors import GenerationError
+
+SHAPE = KVShape(num_layers=1, num_heads=1, head_width=2, dtype=torch.float32)
+CPU = torch.device("cpu")
+
+
+def failing_above(limit: int, error: type[RuntimeError]) -> Any:
+    """An arena class whose allocation fails above so many pages."""
+
+    def allocate(shape: KVShape, num_pages: int, device: torch.device) -> KVArena:
+        if num_pages > limit:
+            raise error("DefaultCPUAllocator: can't allocate memory: you tried to allocate 7 bytes")
+        return KVArena(shape, num_pages, device)
+
+    return allocate
+
+
+def test_this_machine_has_free_memory() -> None:
+    assert memory.free_bytes(CPU) > 2**20
+
+
+def test_an_arena_is_as_large_as_wanted() -> None:
+    assert memory.allocate_arena(SHAPE, 7, CPU).num_pages == 7
+
+
+def test_an_arena_is_bounded_by_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "free_bytes", lambda _: 10 * SHAPE.page_bytes)
+    assert memory.allocate_arena(SHAPE, 100, CPU).num_pages == 8
+
+
+@pytest.mark.parametrize("error", [RuntimeError, torch.OutOfMemoryError])
+def test_a_failed_allocation_is_halved_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, error: type[RuntimeError]
+) -> None:
+    monkeypatch.setattr(memory, "KVArena", failing_above(5, error))
+    with pytest.warns(UserWarning, match="fewer answers run at once"):
+        assert memory.allocate_arena(SHAPE, 20, CPU).num_pages == 5
+
+
+def test_no_memory_for_one_page_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "KVArena", failing_above(0, torch.OutOfMemoryError))
+    with pytest.raises(GenerationError, match="no memory for one page"):
+        memory.allocate_arena(SHAPE, 1, CPU)
+
+
+def test_other_errors_are_not_taken_for_want_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> KVArena:
+        raise RuntimeError("invalid device")
+
+    monkeypatch.setattr(memory, "KVArena", broken)
+    with pytest.raises(RuntimeError, match="invalid device"):
+        memory.allocate_arena(SHAPE, 4, CPU)

@@ -1,0 +1,136 @@
+"""Packed attention against attention by definition, one query at a time in float64."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from dovetail.batches import pack
+from dovetail.errors import ModelError
+from dovetail.model.attention import PackedLayout, packed_attention, use_packed_attention, why_not_packed
+from tests.fakes import PADDED, TINY, tiny_model
+from tests.tolerance import assert_near
+
+LENGTHS = {"ragged": (5, 1, 9, 3), "equal": (4, 4, 4), "one": (11,)}
+NUM_HEADS, NUM_KEY_HEADS, WIDTH = 4, 2, 8
+
+
+def layout_of(lengths):
+    return PackedLayout.of(pack([[0] * n for n in lengths], [[False] * n for n in lengths]))
+
+
+def random_inputs(num_tokens, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(num_tokens)
+
+    def draw(heads):
+        # Laid out as in the models: [1, T, H, K] in memory, seen as [1, H, T, K].
+        drawn = torch.randn(1, num_tokens, heads, WIDTH, generator=generator, dtype=dtype)
+        return drawn.transpose(1, 2).requires_grad_()
+
+    return draw(NUM_HEADS), draw(NUM_KEY_HEADS), draw(NUM_KEY_HEADS)
+
+
+def by_definition(inputs, lengths, *, scaling, window=None, softcap=None):
+    """Each token looks at the last `window` tokens of its own sequence, itself included."""
+    query, key, value = (x[0] for x in inputs)
+    rows = []
+    start = 0
+    for length in lengths:
+        for t in range(start, start + length):
+            first = max(start, t + 1 - window) if window else start
+            for head in range(NUM_HEADS):
+                key_head = head // (NUM_HEADS // NUM_KEY_HEADS)
+                scores = key[key_head, first : t + 1] @ query[head, t] * scaling
+                if softcap:
+                    scores = softcap * torch.tanh(scores / softcap)
+                weights = scores.exp() / scores.exp().sum()
+                rows.append(weights @ value[key_head, first : t + 1])
+        start += length
+    return torch.stack(rows).view(1, sum(lengths), NUM_HEADS, WIDTH)
+
+
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+@pytest.mark.parametrize("window", [None, 1, 3, 100])
+@pytest.mark.parametrize("softcap", [None, 0.7])
+def test_packed_attention_and_its_gradient_are_those_of_the_definition(lengths, window, softcap):
+    inputs = random_inputs(sum(lengths))
+    slope = torch.randn(1, sum(lengths), NUM_HEADS, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    ours = layout_of(lengths).attend(None, *inputs, scaling=0.3, sliding_window=window, softcap=softcap)
+    wanted = by_definition(inputs, lengths, scaling=0.3, window=window, softcap=softcap)
+    assert_near(ours, wanted)
+    for got, expected in zip(
+        torch.autograd.grad(ours, inputs, slope), torch.autograd.grad(wanted, inputs, slope), strict=True
+    ):
+        assert_near(got, expected)
+
+
+def test_without_a_scale_scores_are_divided_by_the_root_of_the_head_width():
+    lengths = LENGTHS["ragged"]
+    inputs = random_inputs(sum(lengths))
+    for softcap in (None, 0.7):
+        ours = layout_of(lengths).attend(None, *inputs, scaling=None, sliding_window=None, softcap=softcap)
+        assert_near(ours, by_definition(inputs, lengths, scaling=1 / math.sqrt(WIDTH), softcap=softcap))
+
+
+def test_padding_goes_there_and_back():
+    layout = layout_of((2, 1, 3))
+    x = torch.arange(6.0)[None, None, :, None]
+    padded = layout.padded(x)
+    assert padded.shape == (3, 1, 3, 1)
+    rows = padded[:, 0, :, 0].tolist()
+    assert [rows[0][:2], rows[1][:1], rows[2]] == [[0.0, 1.0], [2.0], [3.0, 4.0, 5.0]]
+    assert layout.packed(padded).flatten().tolist() == x.flatten().tolist()
+
+
+def test_sequences_of_one_length_are_not_copied():
+    query, *_ = random_inputs(12)
+    layout = layout_of((4, 4, 4))
+    assert layout.padded(query).data_ptr() == query.data_ptr()
+
+
+def test_other_sequences_cannot_matter_even_if_they_are_poisoned():
+    inputs = random_inputs(7)
+    poisoned = [x.detach().clone() for x in inputs]
+    for x in poisoned:
+        x[:, :, 3:] = float("nan")
+    layout = layout_of((3, 4))
+    clean = layout.attend(None, *inputs, scaling=1.0, sliding_window=None, softcap=None)
+    dirty = layout.attend(None, *poisoned, scaling=1.0, sliding_window=None, softcap=None)
+    assert_near(dirty[:, :3], clean[:, :3])
+
+
+def test_any_layout_decides_what_attention_is():
+    query, key, value = random_inputs(3)
+    seen = {}
+    layout = SimpleNamespace(attend=lambda *given, **options: seen.update(options) or given[1])
+    out, weights = packed_attention(None, query, key, value, None, layout=layout, scaling=2.0, sliding_window=5)
+    assert out is query
+    assert weights is None
+    assert seen == {"scaling": 2.0, "sliding_window": 5, "softcap": None}
+
+
+def test_a_call_without_a_layout_says_how_to_call():
+    model = tiny_model("llama")
+    use_packed_attention(model)
+    with pytest.raises(ModelError, match=r"without a `layout`") as caught:
+        model(torch.tensor([[1, 2]]))
+    assert "set_attn_implementation" in caught.value.hint
+
+
+def test_a_term_that_packing_does_not_know_is_refused():
+    query, key, value = random_inputs(3)
+    with pytest.raises(ModelError, match="s_aux"):
+        packed_attention(torch.nn.Identity(), query, key, value, None, layout=layout_of((3,)), s_aux=query)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_the_tiny_models_can_be_packed(name):
+    assert why_not_packed(tiny_model(name)) is None
+
+
+def test_what_cannot_be_packed_is_told():
+    assert "keeps its own attention" in why_not_packed(tiny_model(*PADDED))
+    model = tiny_model("mistral")
+    model.config.layer_types = ["full_attention", "linear_attention"]
+    assert "linear_attention" in why_not_packed(model)

@@ -1,0 +1,150 @@
+"""Promises about the project as a whole: small files, no stubs, and text that stays true."""
+
+import ast
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+import dovetail
+from dovetail.cli.main import app
+from dovetail.cli.train import train
+from dovetail.config.load import check
+from dovetail.config.recipes import FOLDER, recipe_names
+from dovetail.config.yaml_source import read_yaml
+
+ROOT = Path(__file__).parent.parent
+SOURCES = [*sorted((ROOT / "src").rglob("*.py")), ROOT / "train.py"]
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+READMES = [ROOT / "README.md", ROOT / "README.zh-CN.md"]
+GUIDES = [*READMES, *sorted((ROOT / "docs").rglob("*.md"))]
+MOST_LINES = {"file": 400, "function": 60, "class": 200}
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def test_files_stay_small_enough_to_read() -> None:
+    lengths = {name(file): len(file.read_text(encoding="utf-8").splitlines()) for file in [*SOURCES, *TESTS]}
+    assert {file: length for file, length in lengths.items() if length > MOST_LINES["file"]} == {}
+
+
+def test_functions_and_classes_stay_small_enough_to_read() -> None:
+    lengths = {
+        f"{name(file)}:{node.lineno} {node.name}": ((node.end_lineno or 0) - node.lineno + 1, node)
+        for file in SOURCES
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+    }
+    most = {
+        where: MOST_LINES["class" if isinstance(node, ast.ClassDef) else "function"]
+        for where, (_, node) in lengths.items()
+    }
+    assert {where: length for where, (length, _) in lengths.items() if length > most[where]} == {}
+
+
+def test_every_module_says_what_it_is_for() -> None:
+    texts = {name(file): file.read_text(encoding="utf-8") for file in SOURCES}
+    assert [
+        file for file, text in texts.items() if text.strip() and not ast.get_docstring(ast.parse(text))
+    ] == []
+
+
+def test_nothing_is_promised_and_not_there() -> None:
+    promise = re.compile(r"NotImplementedError|\b(TODO|FIXME|XXX)\b|^\s*pass\s*$", re.MULTILINE)
+    assert [name(file) for file in SOURCES if promise.search(file.read_text(encoding="utf-8"))] == []
+
+
+def test_no_module_is_named_after_nothing() -> None:
+    vague = {"utils", "helpers", "common", "misc", "base", "manager"}
+    assert not [name(file) for file in SOURCES if file.stem in vague]
+
+
+def test_the_changelog_s_top_version_is_the_package_s() -> None:
+    versions = re.findall(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert versions[0] == dovetail.__version__
+
+
+def test_the_recipes_folder_shows_what_the_package_ships() -> None:
+    assert sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml")) == sorted(recipe_names())
+
+
+def test_recipes_name_registered_data() -> None:
+    registry = yaml.safe_load((ROOT / "src/dovetail/data/registry.yaml").read_text(encoding="utf-8"))
+    for recipe in FOLDER.glob("*.yaml"):
+        blend = yaml.safe_load(recipe.read_text(encoding="utf-8"))["data"]["blend"]
+        assert set(blend) <= set(registry), recipe.name
+
+
+def test_torch_is_pinned_once_and_within_the_package_s_range() -> None:
+    pins = (ROOT / "requirements/runtime.txt").read_text(encoding="utf-8")
+    assert re.findall(r"^torch==(.+)$", pins, re.MULTILINE) == ["2.13.0"]
+    for file in (ROOT / "requirements").glob("*.txt"):
+        for line in file.read_text(encoding="utf-8").splitlines():
+            assert re.match(r"#|-r |[A-Za-z0-9_.-]+==[0-9][^ ]*( ; python_version .*)?$", line), line
+
+
+def blocks(file: Path, language: str) -> list[str]:
+    return re.findall(
+        rf"^```{language}\n(.*?)^```", file.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    )
+
+
+def yaml_blocks() -> Iterator[tuple[str, str]]:
+    for file in GUIDES:
+        for index, block in enumerate(blocks(file, "yaml")):
+            yield f"{name(file)} block {index + 1}", block
+
+
+@pytest.mark.parametrize(("where", "block"), list(yaml_blocks()))
+def test_every_recipe_in_the_guides_loads(where: str, block: str) -> None:
+    assert check(read_yaml(block, where).values).actor.path
+
+
+def commands() -> Iterator[str]:
+    for file in GUIDES:
+        for block in blocks(file, "bash"):
+            yield from (line.split("#")[0].strip() for line in block.splitlines() if not line.startswith("#"))
+
+
+@pytest.mark.parametrize("command", sorted({command for command in commands() if command}))
+def test_every_command_in_the_guides_exists(command: str) -> None:
+    program, *arguments = command.split()
+    match program:
+        case "make":
+            targets = re.findall(
+                r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE
+            )
+            assert arguments[0] in targets
+        case "dovetail":
+            known = {c.name for c in app.registered_commands} | {g.name for g in app.registered_groups}
+            assert arguments[0] in known | {"--install-completion", "--help"}
+        case "python":
+            assert (ROOT / arguments[0]).is_file()
+            flags = {f"--{parameter.replace('_', '-')}" for parameter in train.__annotations__}
+            assert {argument for argument in arguments if argument.startswith("--")} <= flags
+        case _:
+            assert program in {"pip", "git", "cd"}
+
+
+@pytest.mark.parametrize("file", GUIDES, ids=name)
+def test_links_in_the_guides_lead_somewhere(file: Path) -> None:
+    for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", file.read_text(encoding="utf-8")):
+        assert (file.parent / target).exists(), target
+
+
+def test_both_readmes_show_the_same_commands() -> None:
+    english, chinese = (
+        [line for block in blocks(file, "bash") for line in block.splitlines()] for file in READMES
+    )
+    strip = re.compile(r"\s*#.*")
+    assert [strip.sub("", line) for line in english] == [strip.sub("", line) for line in chinese]
+
+
+def test_the_makefile_does_what_its_head_says() -> None:
+    done = subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "dovetail demo --model tiny --seed 0" in done.stdout

