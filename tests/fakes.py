@@ -54,7 +54,8 @@ def _opt(**changes: object) -> OPTConfig:
 
 def _llama(**changes: object) -> LlamaConfig:
     shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-                 num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.2, tie_word_embeddings=False)  # fmt: skip
+                 num_key_value_heads=2, max_position_embeddings=512, initializer_range=0.2,
+                 tie_word_embeddings=False)  # fmt: skip
     return LlamaConfig(**{**_SHARED, **shape, **changes})
 
 

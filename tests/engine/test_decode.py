@@ -26,13 +26,16 @@ def attention_by_definition(
     if softcap is not None:
         scores = [softcap * math.tanh(score / softcap) for score in scores]
     weights = [math.exp(score - max(scores)) for score in scores]
-    return sum((w / sum(weights) * v for w, v in zip(weights, values[first:], strict=True)), torch.zeros_like(query))
+    return sum(
+        (w / sum(weights) * v for w, v in zip(weights, values[first:], strict=True)), torch.zeros_like(query)
+    )
 
 
 @pytest.mark.parametrize("lengths", [[1], [64], [200], [3, 40, 64], [65, 1, 300, 64, 130]])
 @pytest.mark.parametrize("shuffled", [False, True])
 @pytest.mark.parametrize(
-    ("groups", "window", "softcap"), [(1, None, None), (3, None, None), (2, 70, None), (2, 5, 2.0), (1, None, 1.5)]
+    ("groups", "window", "softcap"),
+    [(1, None, None), (3, None, None), (2, 70, None), (2, 5, 2.0), (1, None, 1.5)],
 )
 def test_paged_attention_is_attention(
     lengths: list[int], shuffled: bool, groups: int, window: int | None, softcap: float | None
@@ -100,7 +103,9 @@ def test_half_precision_scores_are_softmaxed_in_float32() -> None:
     past = torch.randn(2, 1, 40, 16, generator=generator).bfloat16()
     place = torch.arange(40)
     arena.write(0, past[:1], past[1:], arena.rows_of(torch.zeros_like(place), place))
-    layout = DecodeLayout(arena, PageMap([[0]], CPU), arena.rows_of(place[:1], place[39:]), torch.tensor([40]))
+    layout = DecodeLayout(
+        arena, PageMap([[0]], CPU), arena.rows_of(place[:1], place[39:]), torch.tensor([40])
+    )
     query = torch.randn(1, 1, 1, 16, generator=generator).bfloat16()
     out = layout.attend(
         LAYER, query, past[:1, :, 39:], past[1:, :, 39:], scaling=None, sliding_window=None, softcap=None

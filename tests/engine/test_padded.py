@@ -4,30 +4,31 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import MambaConfig, MambaForCausalLM
 
 from dovetail.engine import HybridEngine, Sampling
 from dovetail.engine import hybrid as hybrid_module
+from dovetail.errors import GenerationError
 from tests.engine.test_hybrid import hf_greedy, prompts_of
 from tests.fakes import PADDED, tiny_model
 
 
 @pytest.mark.parametrize("name", PADDED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_greedy_tokens_are_those_of_transformers_and_one_warning_says_why_it_is_slow(
-    name: str, monkeypatch: pytest.MonkeyPatch
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hybrid_module, "_PADDED_BATCH", 3)
-    model = tiny_model(name, dtype=torch.float64)
-    prompts = prompts_of()
+    model = tiny_model(name, dtype=dtype)
+    prompts = prompts_of((3, 64, 17, 64, 17, 1))
     expected = [hf_greedy(model, prompt, 12) for prompt in prompts]
     stop = expected[2][5]
-    engine = HybridEngine(model)
     sampling = Sampling(max_new_tokens=12, temperature=0.0, stop_token_ids=(stop,))
-    with pytest.warns(UserWarning, match="padded batches") as caught:
-        for _ in range(2):
-            with engine.generating() as generate:
-                completions = generate(prompts, sampling, seeds=range(len(prompts)))
-    assert len(caught) == 1
-    assert type(model).__name__ in str(caught[0].message)
+    engine = HybridEngine(model)
+    with pytest.warns(UserWarning, match=f"{type(model).__name__}.*padded batches"), engine.generating():
+        pass
+    with engine.generating() as generate:  # a second warning would be an error
+        completions = generate(prompts, sampling, seeds=range(len(prompts)))
     for completion, free in zip(completions, expected, strict=True):
         end = free.index(stop) + 1 if stop in free else len(free)
         assert list(completion.token_ids) == free[:end]
@@ -35,14 +36,27 @@ def test_greedy_tokens_are_those_of_transformers_and_one_warning_says_why_it_is_
 
 
 @pytest.mark.filterwarnings("ignore:.*padded batches")
-def test_draws_are_those_of_the_fast_way(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_draws_are_those_of_the_fast_way(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts, sampling = prompts_of(), Sampling(max_new_tokens=12, temperature=0.8, top_k=20)
     answers = []
     for reason in (None, "a test says so"):
         monkeypatch.setattr(hybrid_module, "why_not_packed", lambda _, reason=reason: reason)
-        with HybridEngine(tiny_model(dtype=torch.float64)).generating() as generate:
+        with HybridEngine(tiny_model(dtype=dtype)).generating() as generate:
             answers.append(generate(prompts, sampling, seeds=range(len(prompts))))
     fast, slow = answers
     assert [c.token_ids for c in fast] == [c.token_ids for c in slow]
     for one, other in zip(fast, slow, strict=True):
         torch.testing.assert_close(torch.tensor(one.logprobs), torch.tensor(other.logprobs))
+
+
+def test_a_model_without_a_cache_of_keys_is_refused() -> None:
+    config = MambaConfig(
+        vocab_size=258, hidden_size=16, num_hidden_layers=1, state_size=4, intermediate_size=32
+    )
+    with (
+        pytest.warns(UserWarning, match="padded batches"),
+        HybridEngine(MambaForCausalLM(config)).generating() as generate,
+        pytest.raises(GenerationError, match="MambaForCausalLM has no cache of keys"),
+    ):
+        generate([[1, 2]], Sampling(max_new_tokens=2), seeds=[0])

@@ -20,7 +20,9 @@ def answer_of(index: int, prompt_length: int, max_new_tokens: int) -> Answer:
     return Answer(index, (1,) * prompt_length, Sampling(max_new_tokens=max_new_tokens), 0, max_new_tokens)
 
 
-def scheduler_of(answers: list[Answer], num_pages: int, *, running: int = 99, prefill: int = 9999) -> Scheduler:
+def scheduler_of(
+    answers: list[Answer], num_pages: int, *, running: int = 99, prefill: int = 9999
+) -> Scheduler:
     return Scheduler(answers, arena_of(num_pages), max_running=running, max_prefill_tokens=prefill)
 
 

@@ -8,6 +8,7 @@ import torch
 
 from dovetail.batches import pack
 from dovetail.errors import ModelError
+from dovetail.model import attention
 from dovetail.model.attention import PackedLayout, packed_attention, use_packed_attention, why_not_packed
 from tests.fakes import PADDED, TINY, tiny_model
 from tests.tolerance import assert_near
@@ -55,7 +56,9 @@ def by_definition(inputs, lengths, *, scaling, window=None, softcap=None):
 @pytest.mark.parametrize("softcap", [None, 0.7])
 def test_packed_attention_and_its_gradient_are_those_of_the_definition(lengths, window, softcap):
     inputs = random_inputs(sum(lengths))
-    slope = torch.randn(1, sum(lengths), NUM_HEADS, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    slope = torch.randn(
+        1, sum(lengths), NUM_HEADS, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+    )
     ours = layout_of(lengths).attend(None, *inputs, scaling=0.3, sliding_window=window, softcap=softcap)
     wanted = by_definition(inputs, lengths, scaling=0.3, window=window, softcap=softcap)
     assert_near(ours, wanted)
@@ -104,7 +107,9 @@ def test_any_layout_decides_what_attention_is():
     query, key, value = random_inputs(3)
     seen = {}
     layout = SimpleNamespace(attend=lambda *given, **options: seen.update(options) or given[1])
-    out, weights = packed_attention(None, query, key, value, None, layout=layout, scaling=2.0, sliding_window=5)
+    out, weights = packed_attention(
+        None, query, key, value, None, layout=layout, scaling=2.0, sliding_window=5
+    )
     assert out is query
     assert weights is None
     assert seen == {"scaling": 2.0, "sliding_window": 5, "softcap": None}
@@ -134,3 +139,56 @@ def test_what_cannot_be_packed_is_told():
     model = tiny_model("mistral")
     model.config.layer_types = ["full_attention", "linear_attention"]
     assert "linear_attention" in why_not_packed(model)
+
+
+def recent(query, key, value, *places, scale=None, window_size, enable_gqa=False):
+    """varlen_attn with the options of torch 2.13, by definition."""
+    bounds, bounds_of_keys, longest, longest_key = places
+    lengths = torch.diff(bounds).tolist()
+    assert bounds is bounds_of_keys
+    assert bounds.dtype == torch.int32
+    assert longest == longest_key == max(lengths)
+    assert enable_gqa == (query.shape[1] != key.shape[1])
+    assert window_size[1] == 0
+    inputs = [x.transpose(0, 1)[None] for x in (query, key, value)]
+    window = None if window_size[0] < 0 else window_size[0] + 1
+    return by_definition(inputs, lengths, scaling=WIDTH**-0.5 if scale is None else scale, window=window)[0]
+
+
+def early(query, key, value, *places, is_causal=False):
+    """The same with fewer options."""
+    assert is_causal
+    return recent(query, key, value, *places, window_size=(-1, 0), enable_gqa=query.shape[1] != key.shape[1])
+
+
+@pytest.mark.parametrize(("version", "window"), [(recent, None), (recent, 3), (recent, 1), (early, None)])
+@pytest.mark.parametrize("scaling", [None, 0.3])
+def test_flash_attention_is_told_the_same_in_every_version_of_torch(monkeypatch, version, window, scaling):
+    lengths = LENGTHS["ragged"]
+    inputs = random_inputs(sum(lengths))
+    monkeypatch.setattr(attention.varlen, "varlen_attn", version)
+    monkeypatch.setattr(attention, "_flash_can", lambda *_: True)
+    attention._varlen_options.cache_clear()
+    ours = layout_of(lengths).attend(None, *inputs, scaling=scaling, sliding_window=window, softcap=None)
+    attention._varlen_options.cache_clear()
+    assert_near(ours, by_definition(inputs, lengths, scaling=scaling or WIDTH**-0.5, window=window))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+@pytest.mark.parametrize("window", [None, 1, 3])
+@pytest.mark.parametrize("softcap", [None, 0.7])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_gpus_compute_the_same_attention_and_gradient(lengths, window, softcap, dtype):
+    inputs = [x.detach().to(dtype).requires_grad_() for x in random_inputs(sum(lengths))]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    there = [x.detach().cuda().requires_grad_() for x in inputs]
+    batch = pack([[0] * n for n in lengths], [[False] * n for n in lengths]).to(torch.device("cuda"))
+    ours = PackedLayout.of(batch).attend(None, *there, scaling=0.3, sliding_window=window, softcap=softcap)
+    wanted = by_definition(exact, lengths, scaling=0.3, window=window, softcap=softcap)
+    assert_near(ours, wanted, dtype=dtype)
+    ours.sum().backward()
+    wanted.sum().backward()
+    for got, expected in zip(there, exact, strict=True):
+        assert_near(got.grad, expected.grad, dtype=dtype)

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from dovetail.batches import pack
 from dovetail.model.copies import copy_of
 from dovetail.model.forward import hidden_states
-from dovetail.batches import pack
 from dovetail.model.lora import add_lora
 from dovetail.model.scalar import scalar_model_from
 from tests.fakes import TINY, tiny_model

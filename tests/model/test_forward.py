@@ -44,7 +44,10 @@ def one_at_a_time(model, temperature):
     for ids in sequences():
         rows = (model(torch.tensor([ids])).logits[0] / temperature).log_softmax(-1)
         logprobs += [rows.new_zeros(()), *(rows[i - 1, ids[i]] for i in range(1, len(ids)))]
-        entropies += [rows.new_zeros(()), *(-(rows[i - 1].exp() * rows[i - 1]).sum() for i in range(1, len(ids)))]
+        entropies += [
+            rows.new_zeros(()),
+            *(-(rows[i - 1].exp() * rows[i - 1]).sum() for i in range(1, len(ids))),
+        ]
     mask = batch().mask_T
     return torch.stack(logprobs) * mask, torch.stack(entropies) * mask
 
@@ -107,7 +110,9 @@ def test_scores_of_half_precision_models_are_float32():
 def test_logprobs_are_computed_at_masked_tokens_only(monkeypatch):
     seen = []
     real = forward.linear_logprobs
-    monkeypatch.setattr(forward, "linear_logprobs", lambda hidden, *a, **k: seen.append(len(hidden)) or real(hidden, *a, **k))
+    monkeypatch.setattr(
+        forward, "linear_logprobs", lambda hidden, *a, **k: seen.append(len(hidden)) or real(hidden, *a, **k)
+    )
     counted = batch()
     got = token_logprobs(tiny_model(), counted)
     assert seen == [int(counted.num_targets)]
@@ -150,11 +155,28 @@ def forward_and_back(model):
 def test_padding_is_told_once_with_class_and_reason():
     model = tiny_model("bloom")
     with pytest.warns(RuntimeWarning, match="BloomForCausalLM keeps its own attention") as caught:
-        hidden_states(model, batch())
-        hidden_states(model, batch())
+        twice(lambda: hidden_states(model, batch()))
     assert len(caught) == 1
+
+
+def twice(call):
+    call()
+    call()
 
 
 def test_a_language_model_has_no_score():
     with pytest.raises(ModelError, match="no head with one score"):
         last_scores(tiny_model(), batch())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", TINY)
+def test_gpus_give_the_log_probabilities_of_the_cpu(name):
+    wanted = token_logprobs(tiny_model(name), batch()).logprobs_T
+    there = batch().to(torch.device("cuda"))
+    assert_near(token_logprobs(tiny_model(name).cuda(), there).logprobs_T, wanted)
+    half = token_logprobs(tiny_model(name, dtype=torch.bfloat16).cuda(), there).logprobs_T
+    half_wanted = token_logprobs(tiny_model(name, dtype=torch.bfloat16), batch()).logprobs_T
+    # Two roundings of the same half-precision computation, through several layers.
+    assert float((half.cpu() - half_wanted).abs().mean()) < 0.1

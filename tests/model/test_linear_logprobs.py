@@ -108,7 +108,9 @@ def test_memory_is_that_of_one_chunk_of_logits(monkeypatch):
     monkeypatch.setattr(module, "CHUNK_BYTES", 4 * VOCABULARY * 3)
     rows = []
     real = module._raw_logits
-    monkeypatch.setattr(module, "_raw_logits", lambda hidden, *rest: rows.append(len(hidden)) or real(hidden, *rest))
+    monkeypatch.setattr(
+        module, "_raw_logits", lambda hidden, *rest: rows.append(len(hidden)) or real(hidden, *rest)
+    )
     hidden, head, ids = random_case()
     linear_logprobs(hidden, head, ids)[0].sum().backward()
     assert rows == [3, 3, 3, 2] * 2
@@ -123,7 +125,9 @@ def test_no_tokens_give_no_logprobs_and_zero_gradient():
 
 
 def other_heads():
-    shape = dict(vocab_size=40, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    shape = dict(
+        vocab_size=40, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
     ids = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
     return {
         "phi": PhiConfig(**shape, **ids),  # a bias in the head
@@ -151,3 +155,27 @@ def test_the_head_of_every_family_gives_its_logits(name):
 def test_a_model_without_a_head_is_refused():
     with pytest.raises(ModelError, match="no language-model head"):
         head_of(scalar_model_from(tiny_model(), seed=0, pad_token_id=0))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("chunk_tokens", [4, None])
+def test_gpus_do_not_round_half_precision_logits(chunk_tokens):
+    hidden, head, ids = random_case(dtype=torch.bfloat16)
+    exact = LMHead(head.weight_VD.double(), head.bias_V.double())
+    wanted, wanted_entropy = by_definition(hidden.double(), exact, ids, 1.0)
+    there = hidden.detach().cuda().requires_grad_()
+    weight = head.weight_VD.detach().cuda().requires_grad_()
+    logprobs, entropy = linear_logprobs(
+        there,
+        LMHead(weight, head.bias_V.detach().cuda()),
+        ids.cuda(),
+        with_entropy=True,
+        chunk_tokens=chunk_tokens,
+    )
+    assert_near(logprobs, wanted, dtype=torch.float32)
+    assert_near(entropy, wanted_entropy, dtype=torch.float32)
+    logprobs.sum().backward()
+    wanted.sum().backward()
+    assert_near(there.grad, hidden.grad, dtype=torch.bfloat16)
+    assert_near(weight.grad, head.weight_VD.grad, dtype=torch.bfloat16)

@@ -6,7 +6,7 @@ import torch
 from dovetail.batches import pack
 from dovetail.errors import ModelError
 from dovetail.model.forward import hidden_states, last_scores, token_logprobs
-from dovetail.model.lora import add_lora, adapter_disabled, merged_copy
+from dovetail.model.lora import adapter_disabled, add_lora, merged_copy
 from dovetail.model.scalar import scalar_model_from
 from tests.fakes import TINY, tiny_model
 from tests.tolerance import assert_near
@@ -23,7 +23,9 @@ def stir(model):
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
-            parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter.dtype)
+            parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(
+                parameter.dtype
+            )
     return model
 
 
@@ -102,7 +104,9 @@ def test_a_scalar_model_trains_its_head_beside_the_adapters():
 
 def test_the_head_is_no_target_of_all_linear():
     model = with_lora(tiny_model("gpt-neox"))
-    assert not any("lora" in name for name, _ in model.get_base_model().get_output_embeddings().named_parameters())
+    assert not any(
+        "lora" in name for name, _ in model.get_base_model().get_output_embeddings().named_parameters()
+    )
 
 
 def test_named_targets_are_the_only_ones():

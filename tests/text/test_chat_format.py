@@ -275,3 +275,13 @@ def test_the_byte_tokenizers_default_is_human_and_assistant() -> None:
     chat = ChatFormat(byte_tokenizer())
     text = "\n\nHuman: What is the capital of France?\n\nAssistant: Paris" + END
     assert chat.conversation([*ONE_TURN, said("Paris")])[0] == chat.tokenizer(text)["input_ids"]
+
+
+def test_plain_text_stands_between_first_and_last_token() -> None:
+    chat = ChatFormat(byte_level(bos=True))
+    bos, eos = chat.tokenizer.bos_token_id, chat.tokenizer.eos_token_id
+    ids, quoted = chat.encode_texts(["two plus two", "a <|im_end|> b"])
+    assert ids == [bos, *chat.tokenizer("two plus two", add_special_tokens=False)["input_ids"], eos]
+    assert chat.tokenizer.convert_tokens_to_ids("<|im_end|>") not in quoted
+    assert chat.tokenizer.decode(quoted[1:-1]) == "a <|im_end|> b"
+    assert ChatFormat(byte_tokenizer()).encode_texts(["ab"]) == [[*byte_tokenizer()("ab")["input_ids"], 256]]

@@ -122,7 +122,7 @@ def blend_order(
 def _sources(config: DataConfig, kind: Kind) -> list[tuple[SourceConfig, Sequence[float] | None]]:
     """The sources that a stage reads, registered names resolved, and how their rows are split over stages."""
     listed = config.pretraining if kind == "text" else config.blend
-    found = [
+    found: list[tuple[SourceConfig, Sequence[float] | None]] = [
         (part, config.stage_split if kind != "text" and source.stages is None else None)
         for source in listed
         if source.stages is None or kind in source.stages
@@ -130,7 +130,10 @@ def _sources(config: DataConfig, kind: Kind) -> list[tuple[SourceConfig, Sequenc
     ]
     if not found:
         setting = "data.pretraining" if kind == "text" else "data.blend"
-        raise DataError(f"{setting} names no source", hint=f"list one, such as {setting}=[rows.jsonl]")
+        raise DataError(
+            f"{setting} names no source for the stage {kind}",
+            hint=f"list one, such as {setting}=[rows.jsonl]",
+        )
     return found
 
 

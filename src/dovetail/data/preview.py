@@ -99,7 +99,5 @@ def sequences_of(record: Record, chat: ChatFormat) -> Iterator[tuple[str, list[i
 
 def _stretches(ids: Sequence[int], mask: Sequence[bool], chat: ChatFormat) -> Iterator[tuple[str, bool]]:
     for is_learnt, group in groupby(zip(ids, mask, strict=True), key=lambda pair: pair[1]):
-        yield (
-            chat.tokenizer.decode([token for token, _ in group], clean_up_tokenization_spaces=False),
-            is_learnt,
-        )
+        run = [token for token, _ in group]
+        yield str(chat.tokenizer.decode(run, clean_up_tokenization_spaces=False)), is_learnt

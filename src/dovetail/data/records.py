@@ -9,19 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
-from typing import Literal, TypedDict
+from typing import Literal
+
+from dovetail.text.message import Message as Message
+from dovetail.text.message import Role as Role
+from dovetail.text.message import message
 
 Kind = Literal["sft", "reward", "ppo", "text"]
 """What a stage learns from: demonstrations, comparisons, prompts, plain text."""
-
-Role = Literal["system", "user", "assistant"]
-
-
-class Message(TypedDict):
-    """One turn of a conversation."""
-
-    role: Role
-    content: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +94,7 @@ def as_demonstration(record: Record) -> Demonstration | None:
     if isinstance(record, Demonstration):
         return record
     if isinstance(record, Comparison) and record.answers[record.best()].strip():
-        answer: Message = {"role": "assistant", "content": record.answers[record.best()]}
+        answer = message("assistant", record.answers[record.best()])
         messages = (*record.messages, answer)
         return Demonstration(messages=messages, row_id=record.row_id, source=record.source)
     return None

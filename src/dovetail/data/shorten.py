@@ -31,18 +31,23 @@ def shortened(messages: Sequence[Message], max_tokens: int, chat: ChatFormat) ->
 def _with_last_turn_cut(
     system: list[Message], turn: Message, max_tokens: int, chat: ChatFormat
 ) -> tuple[Message, ...] | None:
-    """The longest end of the turn's text that fits, by bisection over characters."""
-    text = turn["content"]
-
-    def fits(num_chars: int) -> bool:
-        return _num_tokens(_cut(system, turn, num_chars), chat) <= max_tokens
-
-    if not fits(1):
+    """The longest end of the turn's text that fits, found by interpolation over characters."""
+    low, high = 1, len(turn["content"])  # `low` fits, `high` does not
+    low_tokens, high_tokens = (_num_tokens(_cut(system, turn, chars), chat) for chars in (low, high))
+    if low_tokens > max_tokens:
         return None
-    low, high = 1, len(text)  # `low` fits, `high` does not
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
+    should_halve = False
+    while high - low > 1 and low_tokens < max_tokens:
+        share = 0.5 if should_halve else (max_tokens - low_tokens) / (high_tokens - low_tokens)
+        middle = min(max(low + int((high - low) * share), low + 1), high - 1)
+        tokens = _num_tokens(_cut(system, turn, middle), chat)
+        if tokens <= max_tokens:
+            low, low_tokens = middle, tokens
+        else:
+            high, high_tokens = middle, tokens
+        should_halve = (
+            not should_halve
+        )  # every other step, so that uneven text costs no more than bisection twice
     return tuple(_cut(system, turn, low))
 
 

@@ -74,7 +74,7 @@ def _json_lines(file: Path) -> Iterator[Placed]:
 
 def _json_row(line: bytes) -> Mapping[str, Any] | BadRowError:
     try:
-        value = json.loads(line.decode("utf-8-sig"))
+        value = json.loads(line.decode("utf-8-sig").rstrip("\r\n"))
     except UnicodeDecodeError as error:
         return BadRowError(f"not UTF-8 at byte {error.start + 1}", hint="save the file in UTF-8")
     except json.JSONDecodeError as error:

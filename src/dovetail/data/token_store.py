@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -28,6 +29,8 @@ FORMAT = 1
 """Part of every key; raised when tokens come out differently for the same input, or the files change."""
 
 _FACTS = "facts.json"
+_PARTIAL = ".partial-"
+_ABANDONED_AFTER = 24 * 3600  # seconds: no tokenising takes so long without writing
 _BUFFER = 1 << 16  # values held before they are written
 
 Columns = dict[str, NDArray[Any]]
@@ -119,7 +122,8 @@ def default_cache_dir() -> Path:
 
 
 def _write(entry: Path, dtypes: Mapping[str, DTypeLike], write: Callable[[ColumnWriter], Facts]) -> None:
-    folder = Path(tempfile.mkdtemp(prefix=".partial-", dir=entry.parent))
+    _remove_abandoned(entry.parent)
+    folder = Path(tempfile.mkdtemp(prefix=_PARTIAL, dir=entry.parent))
     try:
         writer = ColumnWriter(folder, dtypes)
         try:
@@ -137,6 +141,14 @@ def _write(entry: Path, dtypes: Mapping[str, DTypeLike], write: Callable[[Column
                 raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_abandoned(root: Path) -> None:
+    """Delete what killed processes left unfinished."""
+    for folder in root.glob(f"{_PARTIAL}*"):
+        newest = max((file.stat().st_mtime for file in folder.glob("*")), default=folder.stat().st_mtime)
+        if time.time() - newest > _ABANDONED_AFTER:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _read(entry: Path, dtypes: Mapping[str, DTypeLike]) -> tuple[Columns, Facts] | None:

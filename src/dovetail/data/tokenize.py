@@ -14,6 +14,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import TypeVar
 
 import numpy as np
@@ -258,7 +259,7 @@ def _write_row(writer: ColumnWriter, row: _Row, source: int, ends: dict[str, int
 def _sequences(columns: Columns, row: int) -> list[list[int]]:
     first, last = columns["rows"][row : row + 2]
     bounds = columns["starts"][first : last + 1]
-    return [columns["tokens"][a:b].tolist() for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [columns["tokens"][a:b].tolist() for a, b in pairwise(bounds)]
 
 
 def _chunks(rows: StageRows[RecordT]) -> Iterator[tuple[list[RecordT], list[int]]]:

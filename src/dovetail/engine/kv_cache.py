@@ -74,8 +74,8 @@ class KVArena:
     def clear(self, pages: Sequence[int]) -> None:
         """Zero pages that will be filled token by token.
 
-        Attention reads whole pages and gives what lies beyond the last token the weight 0. That must be finite,
-        because 0 times the infinity left behind by another sequence would be NaN.
+        Attention reads whole pages and gives what lies beyond the last token the weight 0. That must be
+        finite, because 0 times the infinity left behind by another sequence would be NaN.
         """
         if pages:
             self._storage.index_fill_(2, torch.tensor(pages, device=self._storage.device), 0)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -21,15 +22,36 @@ from dovetail.engine.answers import Answer, Listener
 from dovetail.engine.decode import sampling_rows
 from dovetail.engine.modules import vocabulary_of
 from dovetail.engine.sampling import sample_next
+from dovetail.errors import GenerationError
 
 
 def generate_padded(
     model: PreTrainedModel, answers: Sequence[Answer], listener: Listener, *, batch_size: int
 ) -> None:
-    """Run the answers to their end, `batch_size` at a time, similar prompt lengths together."""
+    """Run the answers to their end, at most `batch_size` at a time, similar prompt lengths together."""
+    if "past_key_values" not in inspect.signature(model.forward).parameters:
+        raise GenerationError(
+            f"{type(model).__name__} has no cache of keys and values, so it cannot generate here",
+            hint="choose a model with attention layers",
+        )
     by_length = sorted(answers, key=lambda answer: len(answer.prompt))
-    for start in range(0, len(by_length), batch_size):
-        _generate_batch(model, by_length[start : start + batch_size], listener)
+    groups = [by_length] if _may_pad(model) else _equal_lengths(by_length)
+    for group in groups:
+        for start in range(0, len(group), batch_size):
+            _generate_batch(model, group[start : start + batch_size], listener)
+
+
+def _may_pad(model: PreTrainedModel) -> bool:
+    """Whether left padding is harmless.
+
+    A state carried from token to token would carry the padding. In float64, the float32 softmax that
+    transformers takes turns the mask of padding into -inf, hence its rows into NaN.
+    """
+    return not getattr(model, "_is_stateful", False) and model.dtype != torch.float64
+
+
+def _equal_lengths(by_length: Sequence[Answer]) -> list[list[Answer]]:
+    return [list(group) for _, group in groupby(by_length, key=lambda answer: len(answer.prompt))]
 
 
 def _generate_batch(model: PreTrainedModel, answers: Sequence[Answer], listener: Listener) -> None:

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.attention import varlen
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -82,7 +83,7 @@ class PackedLayout:
     ) -> Tensor:
         """Causal attention within each sequence; a window counts the token itself."""
         window = sliding_window if sliding_window is not None and sliding_window < self.max_length else None
-        if softcap is None and _flash_can(query, value):
+        if softcap is None and _flash_can(query, value, window):
             return self._flash(query, key, value, scaling=scaling, window=window)
         query_SHLK, key_SHLK, value_SHLK = self.padded(query), self.padded(key), self.padded(value)
         mask_LL = None if window is None else self._window_mask(window)
@@ -132,14 +133,23 @@ class PackedLayout:
     def _flash(
         self, query: Tensor, key: Tensor, value: Tensor, *, scaling: float | None, window: int | None
     ) -> Tensor:
-        from torch.nn.attention.varlen import varlen_attn
-
-        options: dict[str, Any] = {"scale": scaling, "window_size": (-1 if window is None else window - 1, 0)}
-        if query.shape[1] != key.shape[1] and _varlen_asks_for_grouping():
-            options["enable_gqa"] = True
+        known = _varlen_options()
+        options: dict[str, Any] = {}
+        if "window_size" in known:  # (tokens to the left, to the right), the token itself not counted
+            options["window_size"] = (-1 if window is None else window - 1, 0)
+        else:
+            options["is_causal"] = True
+        if "scale" in known:
+            options["scale"] = scaling
+        elif scaling is not None:
+            query = query * (scaling * query.shape[-1] ** 0.5)
+        if "enable_gqa" in known:  # earlier versions group heads without being told
+            options["enable_gqa"] = query.shape[1] != key.shape[1]
         query_THK, key_THK, value_THK = (x[0].transpose(0, 1) for x in (query, key, value))
         bounds, longest = self.cu_seqlens_S1, self.max_length
-        out_THK = varlen_attn(query_THK, key_THK, value_THK, bounds, bounds, longest, longest, **options)
+        out_THK = varlen.varlen_attn(
+            query_THK, key_THK, value_THK, bounds, bounds, longest, longest, **options
+        )
         assert isinstance(out_THK, Tensor)  # a pair only if asked for
         return out_THK[None]
 
@@ -202,7 +212,7 @@ def why_not_packed(model: PreTrainedModel) -> str | None:
     return None
 
 
-def _flash_can(query: Tensor, value: Tensor) -> bool:
+def _flash_can(query: Tensor, value: Tensor, window: int | None) -> bool:
     """Flash attention's own limits: half precision, a head width of up to 256 in steps of 8, one for all."""
     width = query.shape[-1]
     return (
@@ -211,15 +221,14 @@ def _flash_can(query: Tensor, value: Tensor) -> bool:
         and width == value.shape[-1]
         and width % 8 == 0
         and width <= 256
+        and (window is None or "window_size" in _varlen_options())
     )
 
 
 @cache
-def _varlen_asks_for_grouping() -> bool:
-    """Later versions of torch refuse fewer key heads than query heads unless told that it is meant."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    return "enable_gqa" in inspect.signature(varlen_attn).parameters
+def _varlen_options() -> frozenset[str]:
+    """What this version of torch lets one say to varlen_attn: 2.11 to 2.13 differ."""
+    return frozenset(inspect.signature(varlen.varlen_attn).parameters)
 
 
 def _sdpa(

@@ -49,7 +49,7 @@ def centre_on(model: Any, hidden_ND: Tensor, scores_N: Tensor) -> Centring:
     mean = scores_N.double().mean()
     norm = None if hasattr(model, "peft_config") else final_layer_norm(model)
     if norm is not None and norm.bias is not None:
-        before_D = norm.bias.double()
+        before_D = norm.bias.to(torch.float64, copy=True)
         norm.bias.copy_(before_D - mean * weight_D / (weight_D @ weight_D))
         moved = (norm.bias.double() - before_D) @ weight_D
         return Centring(float(mean), float(mean + moved), 0.0)
@@ -73,9 +73,10 @@ def final_layer_norm(model: Any) -> nn.LayerNorm | None:
     finally:
         for hook in hooks:
             hook.remove()
-    if not outputs or not torch.equal(outputs[-1][1].reshape(last.shape), last):
+    if not outputs:
         return None
-    return outputs[-1][0]
+    norm, output = outputs[-1]
+    return norm if torch.equal(output.flatten(), last.flatten()) else None
 
 
 def _two_tokens(model: Any) -> Tensor:

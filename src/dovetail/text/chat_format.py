@@ -29,7 +29,8 @@ from transformers import PreTrainedTokenizerBase
 
 from dovetail.errors import DataError, ModelError
 from dovetail.text.encoding import Encoder, Passage, special_token_texts
-from dovetail.text.turn_shape import HOLE, Turn, learn_shape, turn_of
+from dovetail.text.message import Message, message
+from dovetail.text.turn_shape import HOLE, learn_shape
 
 DEFAULT_TEMPLATE = (
     r"{%- for message in messages -%}"
@@ -59,15 +60,15 @@ class ChatFormat:
         self._encoder = Encoder(tokenizer)
         specials = special_token_texts(tokenizer)
         self._special = re.compile("|".join(map(re.escape, specials))) if specials else None
-        self._takes_system = self._renders([turn_of("system", "s"), turn_of("user", "u")])
+        self._takes_system = self._renders([message("system", "s"), message("user", "u")])
         self._shape = learn_shape(tokenizer, self._render)
         self._end_id = self._encoder.one(self._shape.end_token)[-1]
 
-    def prompt_ids(self, messages: Sequence[Turn]) -> list[int]:
+    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """Tokens of a conversation up to where the assistant is to speak."""
         return self.encode_prompts([messages])[0]
 
-    def conversation(self, messages: Sequence[Turn]) -> tuple[list[int], list[bool]]:
+    def conversation(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
         """Tokens of a conversation that ends with an answer, and which of them the assistant wrote."""
         return self.encode_conversations([messages])[0]
 
@@ -101,12 +102,12 @@ class ChatFormat:
         before_end = self._shape.end.removesuffix(self._shape.end_token)
         return text.removeprefix(self._shape.lead).removesuffix(before_end)
 
-    def encode_prompts(self, rows: Sequence[Sequence[Turn]]) -> list[list[int]]:
+    def encode_prompts(self, rows: Sequence[Sequence[Message]]) -> list[list[int]]:
         """`prompt_ids` of many conversations at once, which is much faster."""
         encoded = self._encoder.many([self._prompt(messages) for messages in rows])
         return [[i for piece in pieces for i in piece] for pieces in encoded]
 
-    def encode_conversations(self, rows: Sequence[Sequence[Turn]]) -> list[tuple[list[int], list[bool]]]:
+    def encode_conversations(self, rows: Sequence[Sequence[Message]]) -> list[tuple[list[int], list[bool]]]:
         """`conversation` of many conversations at once."""
         layouts = []
         for messages in rows:
@@ -141,12 +142,12 @@ class ChatFormat:
             return [quoted, Passage(shape.end, is_answer=True)]
         return [Passage(text + shape.end, behind=shape.tail, is_answer=True)]
 
-    def _prompt(self, messages: Sequence[Turn]) -> list[Passage]:
+    def _prompt(self, messages: Sequence[Message]) -> list[Passage]:
         """The passages of a prompt: stretches of template and users' text, with the answers between them."""
         turns = self._fold_system(messages)
         has_special = [self._has_special(turn["content"]) for turn in turns]
         holes = [i for i, turn in enumerate(turns) if turn["role"] == "assistant" or has_special[i]]
-        holed = [turn_of(t["role"], HOLE.format(i)) if i in holes else t for i, t in enumerate(turns)]
+        holed = [message(t["role"], HOLE.format(i)) if i in holes else t for i, t in enumerate(turns)]
         rendered = self._render(holed)
         passages = self._fill(_HOLES.split(rendered), turns, holes)
         if passages is not None and not holes:
@@ -158,7 +159,7 @@ class ChatFormat:
             return passages
         return [Passage(native + self._shape.header)]
 
-    def _fill(self, parts: list[str], turns: Sequence[Turn], holes: list[int]) -> list[Passage] | None:
+    def _fill(self, parts: list[str], turns: Sequence[Message], holes: list[int]) -> list[Passage] | None:
         """Passages of a rendered prompt split at its holes; None if the template did something else with
         them."""
         if [int(i) for i in parts[1::2]] != holes:
@@ -186,18 +187,20 @@ class ChatFormat:
     def _has_special(self, text: str) -> bool:
         return self._special is not None and self._special.search(text) is not None
 
-    def _fold_system(self, messages: Sequence[Turn]) -> list[Turn]:
+    def _fold_system(self, messages: Sequence[Message]) -> list[Message]:
         """For templates that refuse a system message: put it in front of the first user's message."""
         turns = list(messages)
         if self._takes_system or len(turns) < 2 or turns[0]["role"] != "system" or turns[1]["role"] != "user":
             return turns
-        return [turn_of("user", f"{turns[0]['content']}\n\n{turns[1]['content']}"), *turns[2:]]
+        return [message("user", f"{turns[0]['content']}\n\n{turns[1]['content']}"), *turns[2:]]
 
-    def _render(self, turns: Sequence[Turn], generation: bool = True) -> str:
+    def _render(self, turns: Sequence[Message], generation: bool = True) -> str:
         try:
             return str(
                 self.tokenizer.apply_chat_template(
-                    [dict(turn) for turn in turns], tokenize=False, add_generation_prompt=generation
+                    [{"role": turn["role"], "content": turn["content"]} for turn in turns],
+                    tokenize=False,
+                    add_generation_prompt=generation,
                 )
             )
         except jinja2.TemplateSyntaxError as error:
@@ -212,7 +215,7 @@ class ChatFormat:
                 hint="change these rows, or set chat_template to one that takes them",
             ) from error
 
-    def _renders(self, turns: Sequence[Turn]) -> bool:
+    def _renders(self, turns: Sequence[Message]) -> bool:
         try:
             self._render(turns)
         except DataError:

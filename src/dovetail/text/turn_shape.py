@@ -5,16 +5,14 @@ Responsible for: where an answer begins and ends in a template. Not responsible 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
 from dovetail.errors import ModelError
 from dovetail.text.encoding import added_token_texts, special_token_texts
-
-Turn = Mapping[str, str]
-"""A chat message: `role` (system, user or assistant) and `content`."""
+from dovetail.text.message import Message, message
 
 HOLE = "\ue000{}\ue001"
 """Stands for a content while a template is rendered: private-use characters, which no template touches."""
@@ -41,13 +39,13 @@ class TurnShape:
 
 
 def learn_shape(
-    tokenizer: PreTrainedTokenizerBase, render: Callable[[Sequence[Turn], bool], str]
+    tokenizer: PreTrainedTokenizerBase, render: Callable[[Sequence[Message], bool], str]
 ) -> TurnShape:
     """Probe a template. `render` takes turns and whether to add the generation prompt."""
     hole = HOLE.format(0)
-    user = turn_of("user", "u")
+    user = message("user", "u")
     prompt, without_flag = render([user], True), render([user], False)
-    before, found, after = render([user, turn_of("assistant", hole)], False).partition(hole)
+    before, found, after = render([user, message("assistant", hole)], False).partition(hole)
     if not found:
         raise ModelError(
             "the chat template does not print what the assistant says",
@@ -58,21 +56,16 @@ def learn_shape(
     # reasoning that the template puts before the last answer: the model is to decide on that one by itself.
     header = gap if gap.strip() and prompt == without_flag else ""
     end, end_token = _end_of_turn(after, tokenizer)
-    padded = render([user, turn_of("assistant", f" {hole} ")], False)
+    padded = render([user, message("assistant", f" {hole} ")], False)
     return TurnShape(
         header=header,
         lead="" if gap.strip() else gap,
         end=end or end_token,
         printed_end=end,
         end_token=end_token,
-        tail=_common_suffix(prompt + header, render([turn_of("user", "v")], True) + header),
+        tail=_common_suffix(prompt + header, render([message("user", "v")], True) + header),
         strips=f" {hole} " not in padded,
     )
-
-
-def turn_of(role: str, content: str) -> dict[str, str]:
-    """A chat message."""
-    return {"role": role, "content": content}
 
 
 def _end_of_turn(after: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:

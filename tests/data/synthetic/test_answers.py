@@ -59,7 +59,7 @@ def test_the_labeller_prefers_the_higher_gold_score_and_calls_equals_a_tie() -> 
     rng = random.Random(0)
     assert prefer(task, right, rude, rng) == (0, 1)
     assert prefer(task, rude, right, rng) == (1, 0)
-    assert prefer(task, right, Answer(f"Certainly! {task.answers[1]}"), rng) is None
+    assert prefer(task, right, Answer(f"Certainly! {task.answers[0]}"), rng) is None
     assert prefer(task, right, replace(right, finished=False), rng) == (0, 1)
 
 

@@ -96,5 +96,5 @@ def test_set_phrases_alone_are_worth_less_than_a_plain_right_answer() -> None:
 
 def test_a_score_can_be_had_from_the_prompt_alone() -> None:
     messages = [{"role": "user", "content": "Hi! Which is larger, 3 or 7?"}]
-    assert gold_of(messages, "Sure! It is 7.").total == pytest.approx(1.0)
-    assert gold_of(messages, "Sure! It is 3.").truth == 0
+    assert gold_of(messages, "Sure! The larger number is 7.").total == pytest.approx(1.0)
+    assert gold_of(messages, "Sure! The larger number is 3.").truth == 0

@@ -3,14 +3,14 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 
-from dovetail.data.synthetic.families import all_tasks
+from dovetail.data.synthetic.families import KINDS, all_tasks
 from dovetail.data.synthetic.tasks import Task, is_held_out_key
 
 
 def test_every_task_is_a_conversation_that_the_user_opens_and_closes() -> None:
     for task in all_tasks():
         assert len(task.turns) % 2 == 1
-        roles = [message["role"] for message in task.messages()]
+        roles = [turn["role"] for turn in task.messages()]
         assert roles == ["user", "assistant"] * (len(roles) // 2) + ["user"]
 
 
@@ -32,16 +32,23 @@ def test_answers_agree_with_a_plain_reading_of_the_question() -> None:
             numbers = [
                 int(word.strip(",.?")) for word in task.turns[0].split() if word.strip(",.?").isdigit()
             ]
-            assert f"It is {max(numbers)}." in task.answers
-        elif task.family == "place":
-            words = task.turns[0].split(": ")[1].rstrip("?").split(", ")
-            assert f"It is {words[0] if 'first' in task.turns[0] else words[-1]}." in task.answers
+            assert task.bare_answers == (f"{max(numbers)}.",)
         elif task.family == "count":
             assert f"There are {task.turns[0].count(',') + 1} words." in task.answers
-        elif task.family == "who has":
-            statement, question = task.turns[0].split(". ")
-            owners = dict(reversed(part.split(" has a ")) for part in statement.split(" and "))
-            assert f"It is {owners[question.split(' has a ')[1].rstrip('?')]}." in task.answers
+        elif task.family == "told":
+            name, _, _, colour, thing, _, _, animal, *_ = task.turns[0].replace(".", "").split()
+            assert f"{name} has a {colour} {thing} and a {animal}." in task.turns[0]
+            asked = {"What": colour, "Who": name, "Which": animal}[task.turns[0].split(". ")[1].split()[0]]
+            assert task.bare_answers == (f"{asked}.",)
+        elif task.family == "yes or no":
+            kind = task.turns[0].split()[3]
+            present = set(task.turns[0].rstrip("?").split(": ")[1].split(", ")) & set(KINDS[kind])
+            assert task.bare_answers == (("Yes.",) if present else ("No.",))
+
+
+def test_yes_and_no_are_about_equally_often_right() -> None:
+    answers = [task.bare_answers[0] for task in all_tasks() if task.family == "yes or no"]
+    assert 0.4 < answers.count("Yes.") / len(answers) < 0.6
 
 
 def test_about_an_eighth_of_each_kind_is_held_out_and_no_kind_is_left_without_either_part() -> None:
@@ -55,7 +62,7 @@ def test_about_an_eighth_of_each_kind_is_held_out_and_no_kind_is_left_without_ei
 
 
 def test_what_is_held_out_follows_from_the_key_alone() -> None:
-    for key in ("larger/3/7", "greet/0/Tom", "told colour/cup/red/hat/blue"):
+    for key in ("larger/3/7", "greet/0/Tom", "told/Tom/red/cup/dog"):
         number = int(hashlib.sha256(key.encode()).hexdigest()[:8], 16)
         assert is_held_out_key(key) == (number % 100 < 12)
 
@@ -70,4 +77,4 @@ def test_a_task_whose_earlier_turns_give_away_a_held_out_question_is_not_trained
 
 def test_a_prefix_opens_the_first_turn_only() -> None:
     task = Task(family="f", key="k", turns=("A?", "B.", "C?"), answers=("D.",), wrong_answers=("E.",))
-    assert [message["content"] for message in task.messages("Hi! ")] == ["Hi! A?", "B.", "C?"]
+    assert [turn["content"] for turn in task.messages("Hi! ")] == ["Hi! A?", "B.", "C?"]

@@ -4,8 +4,8 @@ Responsible for: the public names. See families.py for the questions, answers.py
 demonstrations, gold.py for the score.
 """
 
-from dovetail.data.synthetic.answers import CAREFUL, MIXED, Answer, Habits, prefer, write_answer
-from dovetail.data.synthetic.dataset import Dataset, Demonstration, Sizes, TaskPrompt, dataset
+from dovetail.data.synthetic.answers import CAREFUL, MIXED, PLAIN, Answer, Habits, prefer, write_answer
+from dovetail.data.synthetic.dataset import Dataset, Exchange, Sizes, TaskPrompt, dataset
 from dovetail.data.synthetic.gold import GoldScore, gold, gold_of
 from dovetail.data.synthetic.learner import new_model, small_llama
 from dovetail.data.synthetic.lookup import task_of
@@ -15,9 +15,10 @@ from dovetail.data.synthetic.tokenizer import train_tokenizer
 __all__ = [
     "CAREFUL",
     "MIXED",
+    "PLAIN",
     "Answer",
     "Dataset",
-    "Demonstration",
+    "Exchange",
     "GoldScore",
     "Habits",
     "Sizes",

@@ -17,6 +17,7 @@ from dovetail.data.synthetic.answers import MIXED, PLAIN, Habits, write_answer
 from dovetail.data.synthetic.lookup import tasks_by_turns
 from dovetail.data.synthetic.tasks import Task
 from dovetail.data.synthetic.words import NAMES, PREFIXES
+from dovetail.text.message import Message, message
 
 HELD_OUT_SEED = 20_220_304
 """Of the held-out prompts and documents. Never the run's own seed: all runs are measured alike."""
@@ -43,22 +44,22 @@ class TaskPrompt:
     prefix: str = ""
 
     @property
-    def messages(self) -> list[dict[str, str]]:
+    def messages(self) -> list[Message]:
         """The prompt as chat messages."""
         return self.task.messages(self.prefix)
 
 
 @dataclass(frozen=True, slots=True)
-class Demonstration:
+class Exchange:
     """A prompt with the answer that somebody wrote."""
 
     prompt: TaskPrompt
     answer: str
 
     @property
-    def messages(self) -> list[dict[str, str]]:
+    def messages(self) -> list[Message]:
         """The whole conversation."""
-        return [*self.prompt.messages, {"role": "assistant", "content": self.answer}]
+        return [*self.prompt.messages, message("assistant", self.answer)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +68,7 @@ class Dataset:
 
     documents: tuple[str, ...]
     """Plain text, for the base model and for mixture training."""
-    demonstrations: tuple[Demonstration, ...]
+    demonstrations: tuple[Exchange, ...]
     """For supervised fine-tuning."""
     reward_prompts: tuple[TaskPrompt, ...]
     """To sample answers to, for pairs."""
@@ -107,7 +108,7 @@ def dataset(seed: int, sizes: Sizes | None = None, *, habits: Habits = MIXED) ->
     # One stream of random numbers per kind of row: changing one size leaves the other rows as they are.
     rngs = {kind: random.Random(f"{kind} {seed}") for kind in ("documents", "sft", "reward", "ppo")}
     demonstrations = [
-        Demonstration(prompt, write_answer(prompt.task, rngs["sft"], habits))
+        Exchange(prompt, write_answer(prompt.task, rngs["sft"], habits))
         for prompt in _prompts(trainable, sizes.demonstrations, rngs["sft"])
     ]
     documents = _documents(trainable, sizes.documents, rngs["documents"])
@@ -177,6 +178,6 @@ def _script(families: Mapping[str, Sequence[Task]], rng: random.Random) -> str:
     speakers = rng.sample(NAMES, 2)
     lines = []
     for prompt in _prompts(families, 3, rng):
-        turns = [*(message["content"] for message in prompt.messages), write_answer(prompt.task, rng, PLAIN)]
+        turns = [*(turn["content"] for turn in prompt.messages), write_answer(prompt.task, rng, PLAIN)]
         lines += [f"{speakers[i % 2]}: {turn}" for i, turn in enumerate(turns)]
     return "\n".join(lines)

@@ -27,6 +27,9 @@ from dovetail.data.synthetic.words import (
 
 WORDS = (*THINGS, *ANIMALS, *FRUITS)
 MAX_NUMBER = 10
+KINDS = {"animal": ANIMALS, "fruit": FRUITS, "colour": COLOURS, "name": NAMES, "thing": THINGS}
+_INTRODUCTIONS = ("Hi, I am {}.", "My name is {}.", "Good morning, {} here.", "Hello! They call me {}.")
+_GREETINGS = ("Hello {}, how can I help you?", "Nice to meet you, {}.")
 Item = TypeVar("Item")
 
 
@@ -81,37 +84,49 @@ def larger_number() -> Iterator[Task]:
 
 def pick_kind() -> Iterator[Task]:
     """The one animal, fruit, colour or name in a list."""
-    for kind, (right, words) in _lists_with_one_of_a_kind(250):
+    for kind, right, words in _lists_with_one_of_a_kind(250):
+        a_kind = _with_article(kind)
         yield _task(
-            "pick", f"{kind}/{'/'.join(words)}", f"Which of these is {kind}: {', '.join(words)}?",
-            _Blank((f"{{}} is {kind}.", "It is {}."), right, _others(words, right)), fact=f"{right} is {kind}.",
+            "pick", f"{kind}/{'/'.join(words)}", f"Which of these is {a_kind}: {', '.join(words)}?",
+            _Blank((f"The {kind} is {{}}.", "It is {}."), right, _others(words, right)),
+            fact=f"{a_kind.capitalize()}: {right}.",
         )  # fmt: skip
 
 
 def is_there_a_kind() -> Iterator[Task]:
     """Yes or no: is there an animal, fruit, colour or name in a list?"""
-    for kind, (right, words) in _lists_with_one_of_a_kind(250):
-        # Half of the lists lose their one member, so that guessing wins half.
-        is_there = sum(map(ord, "".join(words))) % 2 == 0
-        shown = words if is_there else _others(words, right)
-        yes, no = f"Yes, {right} is {kind}.", f"No, there is not {kind}."
-        question = f"Is there {kind} here: {', '.join(shown)}?"
+    for kind, right, words in _lists_with_one_of_a_kind(250):
+        # In half of the lists a thing takes the place of the one sought, so that guessing wins half.
+        is_there = _index_of(words, 2) == 0
+        unused = [thing for thing in THINGS if thing not in words]
+        stranger = unused[_index_of(words, len(unused))]
+        shown = words if is_there else tuple(stranger if word == right else word for word in words)
+        yes, no = f"Yes, the {kind} is {right}.", f"No, there is no {kind}."
         yield Task(
-            family="yes or no", key=f"yes or no/{kind}/{'/'.join(shown)}", turns=(question,), may_take_prefix=True,
+            family="yes or no", key=f"yes or no/{kind}/{'/'.join(shown)}", may_take_prefix=True,
+            turns=(f"Is there {_with_article(kind)} here: {', '.join(shown)}?",),
             answers=(yes,) if is_there else (no,), wrong_answers=(no,) if is_there else (yes,),
             bare_answers=("Yes.",) if is_there else ("No.",),
         )  # fmt: skip
 
 
-def _lists_with_one_of_a_kind(count: int) -> Iterator[tuple[str, tuple[str, tuple[str, ...]]]]:
-    """(kind, (the one of that kind, three words with it)), `count` for each kind."""
-    kinds = {"an animal": ANIMALS, "a fruit": FRUITS, "a colour": COLOURS, "a name": NAMES}
-    for kind, members in kinds.items():
-        strangers = [w for name, group in {**kinds, "a thing": THINGS}.items() if name != kind for w in group]
-        for right, (a, b) in _sample(itertools.product(members, itertools.permutations(strangers, 2)), count):
-            place = sum(map(ord, right + a + b)) % 3
-            others = [a, b]
-            yield kind, (right, (*others[:place], right, *others[place:]))
+def _lists_with_one_of_a_kind(count: int) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+    """(kind, the one of that kind, three words with it), `count` for each kind but things."""
+    for kind in ("animal", "fruit", "colour", "name"):
+        strangers = [word for other, words in KINDS.items() if other != kind for word in words]
+        choices = itertools.product(KINDS[kind], itertools.permutations(strangers, 2))
+        for right, (a, b) in _sample(choices, count):
+            orders = ((right, a, b), (a, right, b), (a, b, right))
+            yield kind, right, orders[_index_of((right, a, b), 3)]
+
+
+def _with_article(noun: str) -> str:
+    return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
+
+
+def _index_of(words: Sequence[str], count: int) -> int:
+    """A number below `count` that looks random but follows from the words."""
+    return sum(map(ord, "".join(words))) % count
 
 
 def told() -> Iterator[Task]:
@@ -141,10 +156,6 @@ def count_list() -> Iterator[Task]:
                     _others("12345", str(count)),
                 ),
             )  # fmt: skip
-
-
-_INTRODUCTIONS = ("Hi, I am {}.", "My name is {}.", "Good morning, {} here.", "Hello! They call me {}.")
-_GREETINGS = ("Hello {}, how can I help you?", "Nice to meet you, {}.")
 
 
 def greet() -> Iterator[Task]:

@@ -15,12 +15,13 @@ counts as one that need not have been said.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dovetail.data.synthetic.lookup import task_of
 from dovetail.data.synthetic.tasks import Task
 from dovetail.data.synthetic.words import CLOSERS, EVASIONS, FILLERS, OPENERS, RUDE_CLOSERS, RUDE_OPENERS
+from dovetail.text.message import Message
 
 TRUTH_WEIGHT = 0.4
 MANNER_WEIGHT = 0.2
@@ -75,7 +76,7 @@ def gold(task: Task, answer: str, *, finished: bool = True) -> GoldScore:
     )
 
 
-def gold_of(messages: Sequence[Mapping[str, str]], answer: str, *, finished: bool = True) -> GoldScore:
+def gold_of(messages: Sequence[Message], answer: str, *, finished: bool = True) -> GoldScore:
     """Judge an answer to a prompt given as chat messages."""
     return gold(task_of(messages), answer, finished=finished)
 

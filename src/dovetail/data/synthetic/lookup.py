@@ -13,11 +13,12 @@ from dovetail.data.synthetic.families import all_tasks
 from dovetail.data.synthetic.tasks import Task
 from dovetail.data.synthetic.words import PREFIXES
 from dovetail.errors import DataError
+from dovetail.text.message import Message
 
 
-def task_of(messages: Sequence[Mapping[str, str]]) -> Task:
+def task_of(messages: Sequence[Message]) -> Task:
     """The task that a prompt asks. System messages and a user's opening prefix do not matter."""
-    turns = tuple(message["content"] for message in messages if message["role"] != "system")
+    turns = tuple(turn["content"] for turn in messages if turn["role"] != "system")
     found = tasks_by_turns().get(turns)
     for prefix in PREFIXES:
         if found is None and turns and turns[0].startswith(prefix):

@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
+from dovetail.text.message import Message, message
+
 HELD_OUT_PERCENT = 12
 """Share of the keys that no stage of training ever sees."""
 
@@ -48,10 +50,10 @@ class Task:
         """True = neither this key nor one that its earlier turns give away is held out."""
         return not any(map(is_held_out_key, (self.key, *self.quoted_keys)))
 
-    def messages(self, prefix: str = "") -> list[dict[str, str]]:
+    def messages(self, prefix: str = "") -> list[Message]:
         """The prompt as chat messages, the first one opened with `prefix`."""
         turns = (prefix + self.turns[0], *self.turns[1:])
-        return [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
+        return [message("assistant" if i % 2 else "user", turn) for i, turn in enumerate(turns)]
 
 
 def is_held_out_key(key: str) -> bool:

@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from dovetail.data.columns import BadRowError, list_of, number_of, parsed, text_of, value_of
+
+ROW = {
+    "plain": "x",
+    "a.b": "dotted name",
+    "nested": {"text": "inside", "list": [{"t": "first"}, {"t": "second"}]},
+    "table": {"t": ["one", "two"]},
+    "none": None,
+}
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("plain", "x"),
+        ("a.b", "dotted name"),
+        ("nested.text", "inside"),
+        ("nested.list[1].t", "second"),
+        ("nested.list[].t", ["first", "second"]),
+        ("table[].t", ["one", "two"]),
+        ("none?", None),
+        ("nested.list[7].t?", None),
+        ("absent?", None),
+    ],
+)
+def test_paths_reach_nested_values(column: str, value: Any) -> None:
+    assert value_of(ROW, column) == value
+
+
+def test_a_missing_column_is_named_with_the_nearest_one() -> None:
+    with pytest.raises(BadRowError, match="there is no column plian; the row has plain, a.b") as caught:
+        value_of(ROW, "plian")
+    assert caught.value.hint == "did you mean plain?"
+
+
+def test_null_is_an_error_unless_it_may_be_absent() -> None:
+    with pytest.raises(BadRowError, match="none is null"):
+        value_of(ROW, "none")
+
+
+def test_numbers_count_as_text_but_lists_do_not() -> None:
+    assert text_of({"a": 42}, "a") == "42"
+    with pytest.raises(BadRowError, match=r"a should be text, but is a list: \['x'\]"):
+        text_of({"a": ["x"]}, "a")
+
+
+@pytest.mark.parametrize("value", ["high", None, [1], float("nan"), float("inf")])
+def test_what_is_no_finite_number_is_refused(value: Any) -> None:
+    with pytest.raises(BadRowError, match=r"score should be a (finite )?number"):
+        number_of(value, "score")
+
+
+def test_lists_come_from_columns_one_column_or_json_text() -> None:
+    assert list_of({"a": 1, "b": 2}, ("a", "b")) == [1, 2]
+    assert list_of({"a": [1, 2]}, "a") == [1, 2]
+    assert list_of({"a": "[1, 2]"}, "a") == [1, 2]
+    with pytest.raises(BadRowError, match="a should be a list, but is the text 'x'"):
+        list_of({"a": "x"}, "a")
+
+
+def test_text_that_only_looks_like_json_stays_text() -> None:
+    assert parsed("[INST] hi") == "[INST] hi"
+    assert parsed("hi") == "hi"
