@@ -34,7 +34,7 @@ def test_paths_reach_nested_values(column: str, value: Any) -> None:
 
 
 def test_a_missing_column_is_named_with_the_nearest_one() -> None:
-    with pytest.raises(BadRowError, match="there is no column plian; the row has plain, a.b") as caught:
+    with pytest.raises(BadRowError, match=r"there is no column plian; the row has plain, a\.b") as caught:
         value_of(ROW, "plian")
     assert caught.value.hint == "did you mean plain?"
 

@@ -250,6 +250,6 @@ def test_common_column_names_need_not_be_said(row: dict[str, Any], expected: typ
 
 def test_uncommon_column_names_must_be_said() -> None:
     with pytest.raises(
-        BadRowError, match="the source names no columns, and those of the row .*: frage, antwort"
+        BadRowError, match=r"the source names no columns, and those of the row .*: frage, antwort"
     ):
         with_guessed_columns(SourceConfig(path="t"), {"frage": "a", "antwort": "b"})

@@ -93,7 +93,9 @@ def test_a_full_disk_names_the_folder_and_leaves_other_entries(tmp_path: Path) -
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("", encoding="utf-8")
-    with pytest.raises(DataError, match="the token cache in .*file/cache cannot be written: Not a directory"):
+    with pytest.raises(
+        DataError, match=r"the token cache in .*file/cache cannot be written: Not a directory"
+    ):
         stored(str(tmp_path / "file" / "cache"), "k", DTYPES, writing(1))
 
 

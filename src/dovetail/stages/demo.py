@@ -22,15 +22,14 @@ from dovetail.data.synthetic import (
     Sizes,
     TaskPrompt,
     dataset,
+    gold,
     gold_of,
     new_model,
-    prefer,
     small_llama,
     train_tokenizer,
     write_answer,
 )
 from dovetail.data.loader import BatchOrder
-from dovetail.data.synthetic.answers import Answer as WrittenAnswer
 from dovetail.engine.hybrid import HybridEngine
 from dovetail.engine.sampling import Sampling
 from dovetail.model.load import load_causal_lm
@@ -57,10 +56,12 @@ class DemoPlan:
     sizes: Sizes
     base: SftConfig | None
     """How the base model is trained from random weights on plain text; None = the actor is a pretrained model."""
-    pairs_from_writers: float = 0.3
+    answers_per_prompt: int = 4
+    """Answers that a labeller rates beside each other."""
+    from_writers: float = 0.15
     """Share of the compared answers that are demonstrations, not samples of the SFT model."""
-    label_mistakes: float = 0.07
-    """Share of the training pairs whose label is turned round, as people's are."""
+    careless: float = 0.05
+    """Share of the ratings that say nothing, as some of people's do."""
 
 
 def run(plan: DemoPlan) -> dict[str, Any]:
@@ -72,7 +73,7 @@ def run(plan: DemoPlan) -> dict[str, Any]:
         if plan.base is not None:
             make_base_model(rows, plan.base, context)
         run_stages(replace(context, config=plan.run.model_copy(update={"stages": ("sft",)})))
-        make_pairs(rows, plan, context)
+        make_comparisons(rows, plan, context)
         run_stages(context, judge=gold_judge)
         seconds = time.monotonic() - started
         context.folder.update_summary(measure(rows, plan, context) | {"seconds": {"total": seconds}})
@@ -87,7 +88,8 @@ def make_base_model(rows: Dataset, settings: SftConfig, context: Context) -> Non
         return
     say("base model: plain text, from random weights")
     tokenizer = train_tokenizer([*rows.documents, *(m["content"] for row in rows.demonstrations for m in row.messages)])
-    model = new_model(small_llama(tokenizer), seed=context.config.seed).to(context.device, context.dtype)
+    model = new_model(small_llama(tokenizer), seed=context.config.seed)
+    model = model.to(device=context.device, dtype=context.dtype)
     texts = [[*tokenizer(text).input_ids, tokenizer.eos_token_id] for text in rows.documents]
     order = BatchOrder(len(texts), settings.batch_size, context.config.seed)
     task = Task(
@@ -109,40 +111,42 @@ def pack_texts(texts: Sequence[Sequence[int]]) -> PackedBatch:
     return pack(texts, [[True] * len(ids) for ids in texts])
 
 
-def make_pairs(rows: Dataset, plan: DemoPlan, context: Context) -> None:
-    """Two answers of the SFT model to each prompt, and which of them a labeller who knows the gold score prefers.
+def make_comparisons(rows: Dataset, plan: DemoPlan, context: Context) -> None:
+    """Several answers of the SFT model to each prompt, rated by a labeller who knows the gold score.
 
-    Training pairs have some writers' answers among them and some wrong labels; held-out pairs have neither.
+    Training rows have some writers' answers among them and some careless ratings; held-out rows have neither.
     """
     folder = context.folder.path / "data"
-    if (folder / "held_out_pairs.jsonl").exists():
+    if (folder / "held_out_comparisons.jsonl").exists():
         return
     sample = sampler_of(context.folder.model("sft"), context)
-    rng = random.Random(f"pairs {plan.run.seed}")
-    held_out = [*rows.test, *rows.dev]
-    train = compare(rows.reward_prompts, sample, rng, plan.pairs_from_writers, plan.label_mistakes)
-    write_lines(folder / "pairs.jsonl", train)
-    write_lines(folder / "held_out_pairs.jsonl", compare(held_out, sample, rng, 0.0, 0.0))
-    say(f"pairs: {len(train)} for training")
+    rng = random.Random(f"comparisons {plan.run.seed}")
+    train = compare(rows.reward_prompts, sample, rng, plan)
+    write_lines(folder / "comparisons.jsonl", train)
+    honest = replace(plan, answers_per_prompt=2, from_writers=0.0, careless=0.0)
+    write_lines(folder / "held_out_comparisons.jsonl", compare([*rows.test, *rows.dev], sample, rng, honest))
+    say(f"comparisons: {len(train)} prompts with {plan.answers_per_prompt} rated answers each")
 
 
 Sample = Callable[[Sequence[TaskPrompt], int, bool], list[Answer]]
 
 
 def compare(
-    prompts: Sequence[TaskPrompt], sample: Sample, rng: random.Random, from_writers: float, mistakes: float
+    prompts: Sequence[TaskPrompt], sample: Sample, rng: random.Random, plan: DemoPlan
 ) -> list[dict[str, Any]]:
-    """Rows with `prompt`, `chosen` and `rejected`; ties are left out."""
+    """Rows with `prompt`, `answers` and `scores`; prompts whose answers all got one score are left out."""
+    drawn = [sample(prompts, number, False) for number in range(plan.answers_per_prompt)]
     found = []
-    for prompt, one, two in zip(prompts, sample(prompts, 1, False), sample(prompts, 2, False), strict=True):
-        pair = [WrittenAnswer(answer.text, answer.finished) for answer in (one, two)]
-        for i in range(2):
-            if rng.random() < from_writers:
-                pair[i] = WrittenAnswer(write_answer(prompt.task, rng))
-        choice = prefer(prompt.task, pair[0], pair[1], rng, mistakes=mistakes)
-        if choice is not None:
-            texts = [answer.text for answer in pair]
-            found.append({"prompt": prompt.messages, "chosen": texts[choice[0]], "rejected": texts[choice[1]]})
+    for prompt, answers in zip(prompts, zip(*drawn, strict=True), strict=True):
+        texts, scores = [], []
+        for answer in answers:
+            is_written = rng.random() < plan.from_writers
+            text = write_answer(prompt.task, rng) if is_written else answer.text
+            score = gold(prompt.task, text, finished=is_written or answer.finished).total
+            texts.append(text)
+            scores.append(rng.random() if rng.random() < plan.careless else score)
+        if len(set(scores)) > 1:
+            found.append({"prompt": prompt.messages, "answers": texts, "scores": scores})
     return found
 
 

@@ -27,10 +27,10 @@ HELD_OUT_SEED = 20_220_304
 class Sizes:
     """How many rows of each kind."""
 
-    documents: int = 7_000
-    demonstrations: int = 20_000
-    reward_prompts: int = 8_000
-    ppo_prompts: int = 4_096
+    documents: int = 6_000
+    demonstrations: int = 16_000
+    reward_prompts: int = 2_400
+    ppo_prompts: int = 3_200
     test_prompts: int = 200
     dev_prompts: int = 200
     held_out_documents: int = 200
