@@ -97,7 +97,7 @@ def _read_causal_lm(
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     gguf = _gguf_file(name)
     if gguf is not None:
-        return _complete(AutoModelForCausalLM, str(gguf.parent), dtype, {"gguf_file": gguf.name})
+        return _unquantized(_complete(AutoModelForCausalLM, str(gguf.parent), dtype, {"gguf_file": gguf.name}))
     config = _read_config(name, options)
     for architecture in config.architectures or ():
         if architecture.endswith((*_OTHER_HEADS, _SCALAR)):
@@ -106,6 +106,14 @@ def _read_causal_lm(
                 hint="give a model that writes text, such as HuggingFaceTB/SmolLM2-135M",
             )
     return _complete(AutoModelForCausalLM, name, dtype, options)
+
+
+def _unquantized(model: PreTrainedModel) -> PreTrainedModel:
+    """GGUF weights are plain numbers once loaded; transformers goes on calling them quantised, and would not save."""
+    for owner, name in ((model, "hf_quantizer"), (model.config, "quantization_config")):
+        if hasattr(owner, name):
+            delattr(owner, name)
+    return model
 
 
 def _complete(auto_class: Any, name: str, dtype: torch.dtype, options: dict[str, Any]) -> PreTrainedModel:
