@@ -47,17 +47,26 @@ def main() -> None:
                 start = time.perf_counter()
                 accuracy = fit(model, train, held_out, seed, options, work)
                 found[name].append(accuracy)
-                row = {"system": name, "seed": seed, "accuracy": accuracy, "seconds": time.perf_counter() - start}
+                row = {
+                    "system": name,
+                    "seed": seed,
+                    "accuracy": accuracy,
+                    "seconds": time.perf_counter() - start,
+                }
                 print(json.dumps(row), flush=True)
     rows = {name: {"mean": statistics.fmean(a), "stderr": standard_error(a)} for name, a in found.items()}
-    print(json.dumps({"learning_rate": options.learning_rate, "held_out": options.held_out, **rows}), flush=True)
+    print(
+        json.dumps({"learning_rate": options.learning_rate, "held_out": options.held_out, **rows}), flush=True
+    )
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
     parser.add_argument("pairs", type=Path)
-    parser.add_argument("--held-out", type=int, default=400, help="the last rows of the file, never trained on")
+    parser.add_argument(
+        "--held-out", type=int, default=400, help="the last rows of the file, never trained on"
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--learning-rate", type=float, default=5e-5)
     parser.add_argument("--batch-size", type=int, default=32, help="pairs per optimiser step")
@@ -117,11 +126,15 @@ def fit_hugging_face(model: str, train: Path, held_out: Path, seed: int, options
     torch.manual_seed(seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = load_tokenizer(model)
-    scorer = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1, dtype=torch.float32).to(device)
+    scorer = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1, dtype=torch.float32).to(
+        device
+    )
     scorer.config.pad_token_id = 0 if tokenizer.eos_token_id != 0 else 1
     rows = [encode(json.loads(line), tokenizer) for line in train.open(encoding="utf-8")]
     test = [encode(json.loads(line), tokenizer) for line in held_out.open(encoding="utf-8")]
-    optimizer = torch.optim.AdamW(scorer.parameters(), lr=options.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        scorer.parameters(), lr=options.learning_rate, betas=(0.9, 0.95), weight_decay=0.0
+    )
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
     steps = max(1, len(rows) // options.batch_size)
     for step in range(steps):
@@ -149,14 +162,18 @@ def encode(row: dict[str, str], tokenizer: PreTrainedTokenizerBase) -> tuple[lis
     def ids(transcript: str) -> list[int]:
         turns = re.split(r"\n\n(Human|Assistant): ?", transcript)[1:]
         roles = {"Human": "user", "Assistant": "assistant"}
-        messages = [{"role": roles[r], "content": c.strip()} for r, c in zip(turns[::2], turns[1::2], strict=True)]
+        messages = [
+            {"role": roles[r], "content": c.strip()} for r, c in zip(turns[::2], turns[1::2], strict=True)
+        ]
         text = tokenizer.apply_chat_template(messages, tokenize=False)
         return list(tokenizer(text, add_special_tokens=False).input_ids)[-MAX_TOKENS:]
 
     return ids(row["chosen"]), ids(row["rejected"])
 
 
-def scores(scorer: Any, pairs: list[tuple[list[int], list[int]]], device: torch.device) -> tuple[Tensor, Tensor]:
+def scores(
+    scorer: Any, pairs: list[tuple[list[int], list[int]]], device: torch.device
+) -> tuple[Tensor, Tensor]:
     rows = [pair[0] for pair in pairs] + [pair[1] for pair in pairs]
     width, pad = max(map(len, rows)), scorer.config.pad_token_id
     ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows], device=device)

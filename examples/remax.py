@@ -50,7 +50,9 @@ def main() -> None:
     options = parser.parse_args()
     config = PpoConfig(sampling=SamplingConfig(max_new_tokens=32))
     share_of_e = lambda answers: [a.text.count("e") / max(1, len(a.text)) for a in answers]  # noqa: E731
-    engine = RLHFEngine(actor_model=options.actor, total_steps=options.steps, config=config, reward=share_of_e)
+    engine = RLHFEngine(
+        actor_model=options.actor, total_steps=options.steps, config=config, reward=share_of_e
+    )
     for step in range(options.steps):
         print(step, round(remax_step(engine, ["Tell me a story."] * 32, seed=step), 4))
 

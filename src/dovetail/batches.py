@@ -13,6 +13,7 @@ first token of a sequence has no such number; its entry is 0 and its mask is Fal
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Protocol, TypeVar
@@ -74,7 +75,10 @@ class PackedBatch:
 
     def __post_init__(self) -> None:
         expect_same_length(self)
-        if len(self.lengths) + 1 != self.cu_seqlens_S1.numel() or sum(self.lengths) != self.token_ids_T.numel():
+        if (
+            len(self.lengths) + 1 != self.cu_seqlens_S1.numel()
+            or sum(self.lengths) != self.token_ids_T.numel()
+        ):
             raise ValueError("lengths, cu_seqlens_S1 and token_ids_T contradict each other")
 
     @property
@@ -100,7 +104,9 @@ class PackedBatch:
         return self.cu_seqlens_S1[1:].long() - 1
 
     def to(self: PackedT, device: torch.device) -> PackedT:
-        return replace(self, **{name: column.to(device, non_blocking=True) for name, column in tensors_of(self)})
+        return replace(
+            self, **{name: column.to(device, non_blocking=True) for name, column in tensors_of(self)}
+        )
 
     def token_index_T(self, index: Sequence[int]) -> Tensor:
         """int64: where the tokens of the given sequences lie in this batch's T, in that order."""
@@ -181,7 +187,7 @@ class RankedBatch(PackedBatch):
     def micro_batches(self, max_tokens: int) -> list[RankedBatch]:
         """Parts of at most `max_tokens` tokens; the answers of one prompt stay together."""
         starts = cumulative(self.group_sizes)
-        group_tokens = [sum(self.lengths[a:b]) for a, b in zip(starts, starts[1:], strict=False)]
+        group_tokens = [sum(self.lengths[a:b]) for a, b in itertools.pairwise(starts)]
         return [self.groups(part) for part in balanced_parts(group_tokens, max_tokens)]
 
     def groups(self, index: Sequence[int]) -> RankedBatch:

@@ -69,7 +69,8 @@ def test_the_loop_of_the_announcement_runs() -> None:
     for batch in prompt_train_dataloader:
         out = trainer.generate_experience(batch)
         actor_loss, critic_loss = trainer.train_rlhf(out)
-        assert torch.isfinite(actor_loss) and torch.isfinite(critic_loss)
+        assert torch.isfinite(actor_loss)
+        assert torch.isfinite(critic_loss)
     assert not torch.equal(before, engine.actor.get_input_embeddings().weight)
 
 
@@ -86,7 +87,8 @@ def test_the_loop_of_main_py_runs() -> None:
         out = trainer.generate_experience(batch_prompt["prompt"], batch_prompt["prompt_att_mask"], step)
         exp_dataset = exp_mini_dataset.add(out)
         unsup_dataset = unsup_mini_dataset.add({"input_ids": text, "attention_mask": torch.ones_like(text)})
-        assert exp_dataset is not None and len(exp_dataset) == 2
+        assert exp_dataset is not None
+        assert len(exp_dataset) == 2
         inner_iter, average_reward = 0, 0.0
         for _ in range(args.ppo_epochs):
             for exp_data, unsup_data in zip(exp_dataset, unsup_dataset, strict=True):
@@ -112,7 +114,9 @@ def test_the_padded_dictionary_holds_the_packed_experience() -> None:
     roles = engine.engine.roles
     expected_T = roles.actor_logprobs(experience, temperature=1.0).logprobs_T
     torch.testing.assert_close(experience.old_logprobs_T, expected_T)
-    torch.testing.assert_close(experience.old_values_T[experience.mask_T], roles.values(experience)[experience.mask_T])
+    torch.testing.assert_close(
+        experience.old_values_T[experience.mask_T], roles.values(experience)[experience.mask_T]
+    )
     width = out["prompts"].shape[1]
     for row, answer in enumerate(out["input_ids"][:, width:]):
         real = out["attention_mask"][row, width:].bool()

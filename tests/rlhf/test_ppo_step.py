@@ -33,7 +33,9 @@ class ByDefinition:
         self.reference_alone = copy.deepcopy(self.reference)
         self.reference_alone.set_attn_implementation("sdpa")
 
-    def logprobs(self, model: PreTrainedModel, prompt: tuple[int, ...], answer: tuple[int, ...]) -> list[Tensor]:
+    def logprobs(
+        self, model: PreTrainedModel, prompt: tuple[int, ...], answer: tuple[int, ...]
+    ) -> list[Tensor]:
         logits = model(torch.tensor([[*prompt, *answer]])).logits[0] / TEMPERATURE
         table = logits - logits.exp().sum(-1, keepdim=True).log()
         return [table[len(prompt) + k - 1, token] for k, token in enumerate(answer)]
@@ -64,7 +66,9 @@ class ByDefinition:
         for new, old, value, before, advantages in rows:
             for p, o, v, b, a in zip(new, old, value, before, advantages, strict=True):
                 ratio, scaled = (p - o).exp(), (a - mean) / (std + 1e-8)
-                actor_loss = actor_loss + torch.max(-scaled * ratio, -scaled * ratio.clamp(1 - CLIP, 1 + CLIP))
+                actor_loss = actor_loss + torch.max(
+                    -scaled * ratio, -scaled * ratio.clamp(1 - CLIP, 1 + CLIP)
+                )
                 target, limited = a + b, b + (v - b).clamp(-VALUE_CLIP, VALUE_CLIP)
                 critic_loss = critic_loss + 0.5 * torch.max((v - target) ** 2, (limited - target) ** 2)
         return actor_loss / len(flat), critic_loss / len(flat)
@@ -97,7 +101,10 @@ def test_one_update_equals_the_equations_as_printed(
         for parameter_name, parameter in model.named_parameters():
             if parameter.grad is not None:
                 error = (gradients[role][parameter_name] - parameter.grad).norm()
-                assert error <= 10 * tolerance * max(float(parameter.grad.norm()), 1e-3), (role, parameter_name)
+                assert error <= 10 * tolerance * max(float(parameter.grad.norm()), 1e-3), (
+                    role,
+                    parameter_name,
+                )
 
 
 def record_gradients(engine: RLHFEngine, monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Tensor]]:

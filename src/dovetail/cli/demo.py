@@ -15,7 +15,6 @@ from dovetail.cli.model_path import model_folder
 from dovetail.config.load import check, read_recipe
 from dovetail.config.recipes import FOLDER
 from dovetail.config.stages import SftConfig
-from dovetail.config.stages import SftConfig
 from dovetail.errors import ModelError
 
 if TYPE_CHECKING:

@@ -33,7 +33,12 @@ from dovetail.training.step import Term, gradient_step
 Batch = Mapping[str, Tensor]
 """The predecessor's exchange format: tensors whose first dimension is the batch."""
 
-_SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant", "constant_with_warmup": "constant"}
+_SCHEDULES = {
+    "cosine": "cosine",
+    "linear": "linear",
+    "constant": "constant",
+    "constant_with_warmup": "constant",
+}
 
 
 class DeepSpeedRLHFEngine:
@@ -235,7 +240,9 @@ class MiniDataset:
         self.dataset = []
 
 
-def moving_average(model: Any, model_ema: Ema, beta: float = 0.992, device: Any = None, zero_stage: int = 0) -> None:
+def moving_average(
+    model: Any, model_ema: Ema, beta: float = 0.992, device: Any = None, zero_stage: int = 0
+) -> None:
     """Update the float32 average of the actor. `model` and `device` are where they have been since the start."""
     model_ema.decay = beta
     model_ema.update()
@@ -244,10 +251,13 @@ def moving_average(model: Any, model_ema: Ema, beta: float = 0.992, device: Any 
 def config_from(args: Namespace) -> PpoConfig:
     """The predecessor's flags as our settings; a flag that is not there keeps our default."""
     given = vars(args)
-    schedule = str(getattr(given.get("lr_scheduler_type", "cosine"), "value", given.get("lr_scheduler_type", "cosine")))
+    schedule = str(
+        getattr(given.get("lr_scheduler_type", "cosine"), "value", given.get("lr_scheduler_type", "cosine"))
+    )
     if schedule not in _SCHEDULES:
         raise ConfigError(
-            f"lr_scheduler_type = {schedule!r} has no counterpart here", hint=f"use one of {', '.join(_SCHEDULES)}"
+            f"lr_scheduler_type = {schedule!r} has no counterpart here",
+            hint=f"use one of {', '.join(_SCHEDULES)}",
         )
 
     def optimizer(role: str, rate: float) -> OptimizerConfig:

@@ -44,7 +44,8 @@ def evaluate_answers(
         "ppo/held_out_reward_stderr": float(scores_S.std(unbiased=False)) / len(answers) ** 0.5,
         "ppo/held_out_kl_nats_per_answer": float(gap_T.sum()) / len(answers),
         "ppo/held_out_answer_tokens": batch.num_targets / len(answers),
-        "ppo/held_out_cut_off_fraction": 1.0 - float(torch.tensor([a.finished for a in answers]).float().mean()),
+        "ppo/held_out_cut_off_fraction": 1.0
+        - float(torch.tensor([a.finished for a in answers]).float().mean()),
     }
     if judge is not None:
         stats |= {f"ppo/{name}": value for name, value in judge(answers).items()}

@@ -24,7 +24,8 @@ def language_model_quality(
     was_training = model.training
     model.eval()
     total = sum(
-        -token_logprobs(model, part.to(device)).logprobs_T.double().sum() for part in batch.micro_batches(max_tokens)
+        -token_logprobs(model, part.to(device)).logprobs_T.double().sum()
+        for part in batch.micro_batches(max_tokens)
     )
     model.train(was_training)
     loss = float(total) / batch.num_targets

@@ -34,7 +34,9 @@ def reward_accuracy(
         "held_out_loss": float(loss),
         "score_mean": float(scores_S.mean()),
         "score_std": float(scores_S.std(unbiased=False)),
-        "score_length_correlation": float(torch.corrcoef(torch.stack([scores_S, lengths_S]))[0, 1].nan_to_num()),
+        "score_length_correlation": float(
+            torch.corrcoef(torch.stack([scores_S, lengths_S]))[0, 1].nan_to_num()
+        ),
         "longer_is_chosen": float(longer),
     }
 

@@ -97,7 +97,9 @@ def _read_causal_lm(
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     gguf = _gguf_file(name)
     if gguf is not None:
-        return _unquantized(_complete(AutoModelForCausalLM, str(gguf.parent), dtype, {"gguf_file": gguf.name}))
+        return _unquantized(
+            _complete(AutoModelForCausalLM, str(gguf.parent), dtype, {"gguf_file": gguf.name})
+        )
     config = _read_config(name, options)
     for architecture in config.architectures or ():
         if architecture.endswith((*_OTHER_HEADS, _SCALAR)):

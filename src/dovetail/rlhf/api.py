@@ -145,7 +145,9 @@ class PPOTrainer:
         """Sample an answer to each prompt and score it: everything `train_rlhf` needs."""
         messages = [as_messages(prompt) for prompt in prompts]
         seed = self.engine.setup.seed * 1_000_003 + self.iteration
-        return collect(messages, self.engine.roles, self.config, kl_coefficient=self.kl_coefficient, seed=seed)
+        return collect(
+            messages, self.engine.roles, self.config, kl_coefficient=self.kl_coefficient, seed=seed
+        )
 
     def train_rlhf(
         self, collected: Collected, *, next_texts: Callable[[int], PackedBatch] | None = None

@@ -16,8 +16,8 @@ from dovetail.errors import ConfigError
 from dovetail.model.copies import copy_of
 from dovetail.model.dropout import disable_dropout
 from dovetail.model.load import load_causal_lm, load_scalar_model
-from dovetail.model.scalar import scalar_model_from
 from dovetail.model.lora import add_lora
+from dovetail.model.scalar import scalar_model_from
 from dovetail.rlhf.rewards import (
     FunctionScorer,
     RewardFunction,
@@ -62,7 +62,11 @@ def make_roles(
     dtype = resolve_dtype(setup.precision, device)
     chat = ChatFormat(tokenizer)
     budget = TokenBudget(config.micro_batch_tokens)
-    actor = load_causal_lm(actor_model, dtype=dtype, device=device) if isinstance(actor_model, str) else actor_model
+    actor = (
+        load_causal_lm(actor_model, dtype=dtype, device=device)
+        if isinstance(actor_model, str)
+        else actor_model
+    )
     disable_dropout(actor)
     reward_model, reward_chat = _reward_model(critic_model, chat, dtype, device, setup)
     # A critic reads the actor's tokens: with another tokenizer it cannot start from the reward model.
@@ -181,7 +185,12 @@ def _trainable(
     model.requires_grad_(lora is None)
     if lora is not None:
         model = add_lora(
-            model, rank=lora.rank, alpha=lora.alpha, dropout=0.0, target_modules=lora.target_modules, seed=seed
+            model,
+            rank=lora.rank,
+            alpha=lora.alpha,
+            dropout=0.0,
+            target_modules=lora.target_modules,
+            seed=seed,
         )
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -123,7 +123,8 @@ def load_reward_function(spec: str) -> FunctionScorer:
     try:
         if place.endswith(".py"):
             module_spec = importlib.util.spec_from_file_location(Path(place).stem, place)
-            assert module_spec is not None and module_spec.loader is not None
+            assert module_spec is not None
+            assert module_spec.loader is not None
             module = importlib.util.module_from_spec(module_spec)
             module_spec.loader.exec_module(module)
         else:

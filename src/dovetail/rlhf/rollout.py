@@ -61,7 +61,9 @@ def score_answers(
     values_T = roles.values(rollout)
     scores_S = roles.score(answers).to(roles.device)
     rewards_T = shape_rewards(rollout, actor.logprobs_T, reference_T, scores_S, config, kl_coefficient)
-    experience = with_advantages(rollout, actor.logprobs_T, reference_T, values_T, rewards_T, scores_S, config)
+    experience = with_advantages(
+        rollout, actor.logprobs_T, reference_T, values_T, rewards_T, scores_S, config
+    )
     stats = rollout_stats(experience, rollout, actor.entropy_T)
     return Collected(answers, experience, stats["ppo/kl_nats_per_answer"], stats)
 
@@ -132,7 +134,12 @@ def pack_rollout(answers: Sequence[Answer]) -> Rollout:
 
 
 def shape_rewards(
-    rollout: Rollout, logprobs_T: Tensor, reference_T: Tensor, scores_S: Tensor, config: PpoConfig, beta: float
+    rollout: Rollout,
+    logprobs_T: Tensor,
+    reference_T: Tensor,
+    scores_S: Tensor,
+    config: PpoConfig,
+    beta: float,
 ) -> Tensor:
     """Score (clipped; replaced where the answer never ended) at the last action, minus the KL penalty per token."""
     clipped_S = clip_scores(scores_S, config.score_clip)

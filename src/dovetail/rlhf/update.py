@@ -100,7 +100,9 @@ def actor_step(
     """One step of the actor on the clipped surrogate, with the pretraining loss beside it if there are texts."""
     terms = [Term(minibatch, partial(policy_loss, roles.actor, config=config), name="policy")]
     if texts is not None:
-        terms.append(Term(texts, partial(language_model_loss, roles.actor), config.ptx_coefficient, name="ptx"))
+        terms.append(
+            Term(texts, partial(language_model_loss, roles.actor), config.ptx_coefficient, name="ptx")
+        )
     rate = rate_at(learners, config.actor_optimizer)
     return gradient_step(
         roles.actor,
@@ -139,7 +141,9 @@ def policy_loss(actor: PreTrainedModel, micro: Experience, *, config: PpoConfig)
 def value_loss(critic: PreTrainedModel, micro: Experience, *, config: PpoConfig) -> SummedLoss:
     """The clipped squared error over the actions of one micro-batch."""
     values_T = token_values(critic, micro)
-    loss = clipped_value_loss(values_T, micro.old_values_T, micro.returns_T, micro.mask_T, clip=config.value_clip)
+    loss = clipped_value_loss(
+        values_T, micro.old_values_T, micro.returns_T, micro.mask_T, clip=config.value_clip
+    )
     return SummedLoss(loss.total, loss.count, {"clipped": loss.num_clipped})
 
 

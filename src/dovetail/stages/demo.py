@@ -17,6 +17,7 @@ from typing import Any
 from dovetail.batches import PackedBatch, pack
 from dovetail.config.run import RunConfig
 from dovetail.config.stages import SftConfig
+from dovetail.data.loader import BatchOrder
 from dovetail.data.synthetic import (
     Dataset,
     Sizes,
@@ -29,7 +30,6 @@ from dovetail.data.synthetic import (
     train_tokenizer,
     write_answer,
 )
-from dovetail.data.loader import BatchOrder
 from dovetail.engine.hybrid import HybridEngine
 from dovetail.engine.sampling import Sampling
 from dovetail.model.load import load_causal_lm
@@ -87,7 +87,9 @@ def make_base_model(rows: Dataset, settings: SftConfig, context: Context) -> Non
         say("base model: finished before, skipped")
         return
     say("base model: plain text, from random weights")
-    tokenizer = train_tokenizer([*rows.documents, *(m["content"] for row in rows.demonstrations for m in row.messages)])
+    tokenizer = train_tokenizer(
+        [*rows.documents, *(m["content"] for row in rows.demonstrations for m in row.messages)]
+    )
     model = new_model(small_llama(tokenizer), seed=context.config.seed)
     model = model.to(device=context.device, dtype=context.dtype)
     texts = [[*tokenizer(text).input_ids, tokenizer.eos_token_id] for text in rows.documents]
@@ -152,7 +154,9 @@ def compare(
 
 def sampler_of(model: Path, context: Context) -> Sample:
     """Sampling from a finished model: (prompts, seed, greedy) -> answers."""
-    engine = HybridEngine(load_causal_lm(str(model), dtype=context.dtype, device=context.device), device=context.device)
+    engine = HybridEngine(
+        load_causal_lm(str(model), dtype=context.dtype, device=context.device), device=context.device
+    )
     chat = ChatFormat(load_tokenizer(str(model)))
     settings = context.config.ppo.sampling
 
@@ -180,7 +184,12 @@ def measure(rows: Dataset, plan: DemoPlan, context: Context) -> dict[str, Any]:
     """Gold score of base, SFT, PPO and EMA model on the test prompts, sampled and greedy."""
     folder = context.folder
     base = Path(plan.run.actor.path)
-    models = {"base": base, "sft": folder.model("sft"), "ppo": folder.model("ppo"), "ema": folder.model("ema")}
+    models = {
+        "base": base,
+        "sft": folder.model("sft"),
+        "ppo": folder.model("ppo"),
+        "ema": folder.model("ema"),
+    }
     results: dict[str, Any] = {"gold": {}, "gold_greedy": {}, "parts": {}, "parts_greedy": {}, "samples": []}
     for name, path in models.items():
         sample = sampler_of(path, context)

@@ -3,6 +3,7 @@
 Responsible for: `ppo/best` and the KL stop. Not responsible for: measuring (evaluation/answers.py).
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,9 @@ class Best:
     def offer(self, judged: Mapping[str, float], engine: RLHFEngine, *, step: int) -> None:
         """Save the actor if it is the best so far."""
         reward, kl = judged["ppo/held_out_reward"], judged["ppo/held_out_kl_nats_per_answer"]
-        if kl > self.kl_limit or (self.reward is not None and reward <= self.reward):
+        if not math.isfinite(reward) or not kl <= self.kl_limit:  # NaN is within no limit
+            return
+        if self.reward is not None and reward <= self.reward:
             return
         self.reward, self.step = reward, step
         save_model(engine.roles.actor, engine.tokenizer, self.folder)

@@ -7,6 +7,7 @@ Not responsible for: the loops (sft.py, reward.py, ppo.py), reading (data/, mode
 from collections.abc import Callable, Sequence
 from typing import Literal, TypeVar
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
@@ -24,7 +25,8 @@ from dovetail.data.tokenize import (
     tokenize_demonstrations,
     tokenize_texts,
 )
-from dovetail.errors import ConfigError
+from dovetail.engine.modules import context_of
+from dovetail.errors import ConfigError, DataError
 from dovetail.model.forward import last_hidden_states, scalar_head
 from dovetail.model.heads import centre_on
 from dovetail.model.load import load_causal_lm, load_scalar_model
@@ -101,7 +103,11 @@ def ready_to_train(
 def actor_chat(context: Context) -> ChatFormat:
     """The chat format of what PPO starts from: stage 1's result, or the pretrained actor."""
     folder = context.folder
-    return ChatFormat(load_tokenizer(str(folder.model("sft")))) if folder.is_done("sft") else chat_of(context.config.actor)
+    return (
+        ChatFormat(load_tokenizer(str(folder.model("sft"))))
+        if folder.is_done("sft")
+        else chat_of(context.config.actor)
+    )
 
 
 def rlhf_engine(context: Context, chat: ChatFormat, *, total_steps: int) -> RLHFEngine:
@@ -160,7 +166,9 @@ def prompts_of(context: Context, chat: ChatFormat, part: Part) -> list[Sequence[
     return [prompt.messages for prompt in prompts]
 
 
-def pretraining_texts(context: Context, chat: ChatFormat) -> Callable[[int], PackedBatch] | None:
+def pretraining_texts(
+    context: Context, chat: ChatFormat, actor: PreTrainedModel
+) -> Callable[[int], PackedBatch] | None:
     """For mixture training: the texts of an optimiser step. None where it is off."""
     config, data = context.config.ppo, context.config.data
     if config.ptx_coefficient == 0.0:
@@ -171,6 +179,7 @@ def pretraining_texts(context: Context, chat: ChatFormat) -> Callable[[int], Pac
             hint="list a source with a text column under data.pretraining, or set ppo.ptx_coefficient=0",
         )
     rows = _reported(tokenize_texts(load_stage(data, "text", "train"), chat, data))
+    expect_rows_fit(actor, rows)
     order = BatchOrder(len(rows), min(config.ptx_batch_size, len(rows)), context.config.seed)
     return lambda step: pack_rows(rows, order.batch(step))
 
@@ -219,6 +228,21 @@ def centre_on_demonstrations(
     hidden_ND = torch.cat([last_hidden_states(model, part.to(context.device)) for part in parts])
     centring = centre_on(model, hidden_ND, scalar_head(model, hidden_ND))
     return {"centred_by": centring.mean_before, "centring_disturbance": centring.disturbance}
+
+
+def expect_rows_fit(model: PreTrainedModel, *parts: RowsT) -> None:
+    """Raise DataError if a row is longer than the model can read.
+
+    Learned positions would be read out of bounds, which on a GPU is an assertion that names nothing.
+    """
+    limit = context_of(model)
+    for rows in parts:
+        longest = int(np.diff(rows.columns["starts"]).max(initial=0))
+        if limit is not None and longest > limit:
+            raise DataError(
+                f"a row of the stage {rows.report.stage} has {longest} tokens, the model's context is {limit}",
+                hint=f"set data.max_tokens={limit} or less; data.too_long says what happens to longer rows",
+            )
 
 
 def _reported(rows: RowsT) -> RowsT:

@@ -42,6 +42,8 @@ def run_stages(context: Context, judge: Judge | None = None) -> None:
         start = time.monotonic()
         report = run_stage(context)
         seconds = time.monotonic() - start
-        context.folder.update_summary({name: {"steps": report.steps, **report.results}, "seconds": {name: seconds}})
+        context.folder.update_summary(
+            {name: {"steps": report.steps, **report.results}, "seconds": {name: seconds}}
+        )
         context.folder.mark_done(name)
         say(f"{TITLES[name]}: {report.steps} steps in {seconds:.0f} s -> {context.folder.model(name)}")

@@ -36,7 +36,7 @@ def run(context: Context, judge: Judge | None = None) -> StageReport:
     iterations = config.max_steps or max(1, len(prompts) // config.batch_size)
     engine = rlhf_engine(context, chat, total_steps=iterations * config.ppo_epochs * config.minibatches)
     roles, learners, beta = engine.roles, engine.learners, config.kl_coefficient
-    next_texts = pretraining_texts(context, chat)
+    next_texts = pretraining_texts(context, chat, roles.actor)
     best = Best(folder.model("best"), kl_limit=config.kl_limit)
     checkpoints = context.checkpoints("ppo", config)
 
@@ -65,7 +65,13 @@ def run(context: Context, judge: Judge | None = None) -> StageReport:
             with watch.phase("update"):
                 warm = iteration >= config.critic_warmup_rollouts
                 report = update(
-                    collected.experience, roles, learners, config, seed=seed, train_actor=warm, next_texts=next_texts
+                    collected.experience,
+                    roles,
+                    learners,
+                    config,
+                    seed=seed,
+                    train_actor=warm,
+                    next_texts=next_texts,
                 )
             row = collected.stats | report.stats | watch.seconds("ppo") | {"ppo/kl_coefficient": beta}
             beta = next_kl_coefficient(beta, collected, config)

@@ -20,6 +20,7 @@ from dovetail.stages.context import Context, StageReport
 from dovetail.stages.parts import (
     centre_on_demonstrations,
     comparison_rows,
+    expect_rows_fit,
     pack_comparisons,
     reward_start,
     trainable_scalar_model,
@@ -35,6 +36,7 @@ def run(context: Context) -> StageReport:
     held_out = comparison_rows(context, chat, "held_out")
     judged = pack_comparisons(held_out, range(len(held_out))) if len(held_out) else None
     model = trainable_scalar_model(start, chat, context)
+    expect_rows_fit(model, train, held_out)
     order = BatchOrder(len(train), config.reward.batch_size, config.seed)
     total_steps = num_steps(config.reward, len(train), config.reward.epochs)
     task = Task(

@@ -11,7 +11,7 @@ from dovetail.evaluation.held_out import language_model_quality
 from dovetail.model.save import save_model
 from dovetail.rlhf.update import language_model_loss
 from dovetail.stages.context import Context, StageReport
-from dovetail.stages.parts import chat_of, demonstration_rows, pack_rows, trainable_causal_lm
+from dovetail.stages.parts import chat_of, demonstration_rows, expect_rows_fit, pack_rows, trainable_causal_lm
 from dovetail.stages.supervised import Task, fit, num_steps
 
 
@@ -23,6 +23,7 @@ def run(context: Context) -> StageReport:
     held_out = demonstration_rows(context, chat, "held_out")
     judged = pack_rows(held_out, range(len(held_out))) if len(held_out) else None
     model = trainable_causal_lm(config.actor, config.sft, context)
+    expect_rows_fit(model, train, held_out)
     order = BatchOrder(len(train), config.sft.batch_size, config.seed)
     total_steps = num_steps(config.sft, len(train), config.sft.epochs)
     task = Task(
