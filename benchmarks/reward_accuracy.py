@@ -1,4 +1,4 @@
-"""Reward-model accuracy on held-out human preferences: Dovetail beside a plain Hugging Face script, same rows, same run.
+"""Reward-model accuracy on held-out preferences: Dovetail beside a plain Hugging Face script, same rows, same run.
 
     python benchmarks/reward_accuracy.py MODEL hh_pairs.jsonl.gz --held-out 400 --seeds 3
 

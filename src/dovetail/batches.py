@@ -104,9 +104,8 @@ class PackedBatch:
         return self.cu_seqlens_S1[1:].long() - 1
 
     def to(self: PackedT, device: torch.device) -> PackedT:
-        return replace(
-            self, **{name: column.to(device, non_blocking=True) for name, column in tensors_of(self)}
-        )
+        moved: dict[str, Any] = {name: c.to(device, non_blocking=True) for name, c in tensors_of(self)}
+        return replace(self, **moved)
 
     def token_index_T(self, index: Sequence[int]) -> Tensor:
         """int64: where the tokens of the given sequences lie in this batch's T, in that order."""

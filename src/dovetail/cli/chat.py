@@ -15,8 +15,7 @@ import typer
 
 from dovetail.cli.model_path import model_folder
 from dovetail.errors import DovetailError, GenerationError
-
-Message = dict[str, str]
+from dovetail.text.message import Message
 
 COMMANDS = """/reset         forget the conversation
 /undo          take back the last question and its answer
@@ -78,7 +77,8 @@ class Conversation:
 
     def messages(self, *, start: int = 0) -> list[Message]:
         """System prompt and turns from `start` on."""
-        return ([{"role": "system", "content": self.system}] if self.system else []) + self.turns[start:]
+        system: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
+        return system + self.turns[start:]
 
     def save(self, file: Path) -> None:
         """Append the conversation as one JSON line with a `messages` column."""

@@ -6,13 +6,13 @@ Responsible for: loading it and asking it. Not responsible for: the conversation
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from dovetail.cli.chat import Message
 from dovetail.cli.text_stream import TextStream
 from dovetail.engine.hybrid import HybridEngine
 from dovetail.engine.modules import context_of
 from dovetail.engine.sampling import Sampling
 from dovetail.model.load import load_causal_lm
 from dovetail.text.chat_format import ChatFormat
+from dovetail.text.message import Message
 from dovetail.text.tokenizer import load_tokenizer
 from dovetail.training.placement import resolve_device, resolve_dtype
 

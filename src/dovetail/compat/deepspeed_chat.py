@@ -11,7 +11,7 @@ Shapes: B sequences, L padded tokens, T packed tokens, S sequences.
 
 from argparse import Namespace
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from dovetail.batches import Experience, Rollout, pack
 from dovetail.config.model import LoraConfig
 from dovetail.config.stages import OptimizerConfig, PpoConfig, SamplingConfig
+from dovetail.data.records import Message
 from dovetail.engine.sampling import Sampling
 from dovetail.errors import ConfigError
 from dovetail.rlhf.api import RLHFEngine
@@ -33,7 +34,7 @@ from dovetail.training.step import Term, gradient_step
 Batch = Mapping[str, Tensor]
 """The predecessor's exchange format: tensors whose first dimension is the batch."""
 
-_SCHEDULES = {
+_SCHEDULES: dict[str, Literal["cosine", "linear", "constant"]] = {
     "cosine": "cosine",
     "linear": "linear",
     "constant": "constant",
@@ -86,12 +87,15 @@ class DeepSpeedPPOTrainer:
         equal to the pad token at the left are padding. step: seeds the sampling; by default calls are counted.
         """
         if not isinstance(prompts, Tensor):
-            prompts, mask = prompts["prompt"], prompts.get("prompt_att_mask")
+            batch: Batch = prompts
+            prompts, mask = batch["prompt"], batch.get("prompt_att_mask")
         seed = self._iteration if step is None else step
         self._iteration = seed + 1
         prompt_ids = self._unpadded(prompts, mask)
         roles = self.engine.roles
-        messages = [[{"role": "user", "content": roles.chat.decode(ids)}] for ids in prompt_ids]
+        messages: list[list[Message]] = [
+            [{"role": "user", "content": roles.chat.decode(ids)}] for ids in prompt_ids
+        ]
         how = Sampling(
             temperature=self.config.sampling.temperature,
             max_new_tokens=self.config.sampling.max_new_tokens,

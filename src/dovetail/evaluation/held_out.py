@@ -22,7 +22,7 @@ def language_model_quality(
     if batch is None:
         return {}
     was_training = model.training
-    model.eval()
+    model.train(False)
     total = sum(
         -token_logprobs(model, part.to(device)).logprobs_T.double().sum()
         for part in batch.micro_batches(max_tokens)

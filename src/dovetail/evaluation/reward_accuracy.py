@@ -45,7 +45,7 @@ def reward_accuracy(
 def scores_of(model: PreTrainedModel, batch: RankedBatch, max_tokens: int, device: torch.device) -> Tensor:
     """float32 [S] on the CPU."""
     was_training = model.training
-    model.eval()
+    model.train(False)
     scores_S = torch.zeros(batch.num_sequences)
     for index in balanced_parts(batch.lengths, max_tokens):
         part = batch.sequences(index).to(device)

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dovetail.config.model import LoraConfig
 from dovetail.config.stages import OptimizerConfig, PpoConfig
+from dovetail.data.records import Message
 from dovetail.engine.hybrid import HybridEngine
 from dovetail.errors import ConfigError
 from dovetail.model.copies import copy_of
@@ -114,7 +115,7 @@ def optimizer_for(model: PreTrainedModel, settings: OptimizerConfig) -> Optimize
 
 def same_tokens(one: ChatFormat, other: ChatFormat) -> bool:
     """Whether the two turn any conversation into the same token ids."""
-    probe = [
+    probe: list[Message] = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "Héllo, what is 12 x 7?\n"},
         {"role": "assistant", "content": "84."},
@@ -175,7 +176,8 @@ def _scorer(
 
 def _frozen(model: PreTrainedModel) -> PreTrainedModel:
     model.requires_grad_(False)
-    return model.eval()
+    model.train(False)
+    return model
 
 
 def _trainable(
@@ -194,4 +196,5 @@ def _trainable(
         )
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return model.train()  # dropout stays off (disable_dropout); checkpointing works in this mode alone
+    model.train()  # dropout stays off (disable_dropout); checkpointing works in this mode alone
+    return model

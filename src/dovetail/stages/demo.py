@@ -14,6 +14,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from torch import nn
+
 from dovetail.batches import PackedBatch, pack
 from dovetail.config.run import RunConfig
 from dovetail.config.stages import SftConfig
@@ -91,7 +93,7 @@ def make_base_model(rows: Dataset, settings: SftConfig, context: Context) -> Non
         [*rows.documents, *(m["content"] for row in rows.demonstrations for m in row.messages)]
     )
     model = new_model(small_llama(tokenizer), seed=context.config.seed)
-    model = model.to(device=context.device, dtype=context.dtype)
+    nn.Module.to(model, device=context.device, dtype=context.dtype)
     texts = [[*tokenizer(text).input_ids, tokenizer.eos_token_id] for text in rows.documents]
     order = BatchOrder(len(texts), settings.batch_size, context.config.seed)
     task = Task(

@@ -97,7 +97,8 @@ def ready_to_train(
         )
     if settings.activation_checkpointing:
         loaded.gradient_checkpointing_enable({"use_reentrant": False})
-    return loaded.train()
+    loaded.train()
+    return loaded
 
 
 def actor_chat(context: Context) -> ChatFormat:
@@ -223,7 +224,7 @@ def centre_on_demonstrations(
     rows = [comparisons[i] for i in range(min(len(comparisons), CENTRING_ROWS))]
     best = [answers[pairs[0][0]] for answers, pairs in rows]
     batch = pack(best, [[False] * len(ids) for ids in best])
-    model.eval()
+    model.train(False)
     parts = batch.micro_batches(context.config.reward.micro_batch_tokens)
     hidden_ND = torch.cat([last_hidden_states(model, part.to(context.device)) for part in parts])
     centring = centre_on(model, hidden_ND, scalar_head(model, hidden_ND))

@@ -10,6 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from dovetail.data.loader import BatchOrder
 from dovetail.evaluation.answers import Judge, evaluate_answers
 from dovetail.model.copies import copy_of
@@ -93,6 +96,7 @@ def run(context: Context, judge: Judge | None = None) -> StageReport:
 
 def save_average(engine: RLHFEngine, folder: Path) -> None:
     """The float32 moving average of the actor, as a float32 model folder of its own."""
-    averaged = copy_of(engine.roles.actor).cpu().float()
+    averaged = copy_of(engine.roles.actor, device=torch.device("cpu"))
+    nn.Module.float(averaged)
     engine.learners.ema.copy_to(averaged)
     save_model(averaged, engine.tokenizer, folder)
