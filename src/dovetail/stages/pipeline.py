@@ -42,8 +42,7 @@ def run_stages(context: Context, judge: Judge | None = None) -> None:
         start = time.monotonic()
         report = run_stage(context)
         seconds = time.monotonic() - start
-        context.folder.update_summary(
-            {name: {"steps": report.steps, **report.results}, "seconds": {name: seconds}}
-        )
+        results = {key.removeprefix(f"{name}/"): value for key, value in report.results.items()}
+        context.folder.update_summary({name: {"steps": report.steps, **results}, "seconds": {name: seconds}})
         context.folder.mark_done(name)
         say(f"{TITLES[name]}: {report.steps} steps in {seconds:.0f} s -> {context.folder.model(name)}")

@@ -7,7 +7,7 @@ The tour of one step: this file, batches.py, rlhf/rollout.py, maths/, rlhf/updat
 """
 
 from collections.abc import Mapping
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from dovetail.stages.guard import Best, check_kl
 from dovetail.stages.parts import actor_chat, pretraining_texts, prompts_of, rlhf_engine
 from dovetail.stages.samples import SampleLog
 from dovetail.telemetry.timing import Stopwatch
+from dovetail.training.run_folder import RunFolder
 
 
 def run(context: Context, judge: Judge | None = None) -> StageReport:
@@ -49,16 +50,21 @@ def run(context: Context, judge: Judge | None = None) -> StageReport:
         best.load_state_dict(state["best"])
         beta = state["kl_coefficient"]
 
+    def held_out_stats(step: int) -> dict[str, float]:
+        judged = evaluate_answers(held_out, engine, judge)
+        best.offer(judged.stats, engine, step=step)
+        return judged.stats
+
+    learn = partial(update, roles=roles, learners=learners, config=config, next_texts=next_texts)
+    results: dict[str, float] = {}
     start = resume(checkpoints, load, "ppo")
     samples = SampleLog(folder.samples, start=start, every=config.print_samples_every)
     with (
         context.metrics("ppo", start=start) as metrics,
         context.progress("ppo", total=iterations, start=start) as progress,
     ):
-        judged = evaluate_answers(held_out, engine, judge)
         if start == 0:
-            metrics.record(0, judged.stats)
-            best.offer(judged.stats, engine, step=0)
+            metrics.record(0, held_out_stats(0))
         for iteration in range(start, iterations):
             watch, done = Stopwatch(), iteration + 1
             seed = context.config.seed * 1_000_003 + iteration
@@ -66,22 +72,13 @@ def run(context: Context, judge: Judge | None = None) -> StageReport:
                 batch = [prompts[i] for i in order.batch(iteration)]
                 collected = collect(batch, roles, config, kl_coefficient=beta, seed=seed)
             with watch.phase("update"):
-                warm = iteration >= config.critic_warmup_rollouts
-                report = update(
-                    collected.experience,
-                    roles,
-                    learners,
-                    config,
-                    seed=seed,
-                    train_actor=warm,
-                    next_texts=next_texts,
-                )
+                train_actor = iteration >= config.critic_warmup_rollouts
+                report = learn(collected.experience, seed=seed, train_actor=train_actor)
             row = collected.stats | report.stats | watch.seconds("ppo") | {"ppo/kl_coefficient": beta}
             beta = next_kl_coefficient(beta, collected, config)
             if done % config.eval_every == 0 or done == iterations:
-                judged = evaluate_answers(held_out, engine, judge)
-                best.offer(judged.stats, engine, step=done)
-                row |= judged.stats
+                results = held_out_stats(done)
+                row |= results
             metrics.record(done, row)
             samples.show_if_due(done, collected)
             progress.advance({"score": row["ppo/score_mean"], "kl": row["ppo/kl_nats_per_answer"]})
@@ -89,14 +86,14 @@ def run(context: Context, judge: Judge | None = None) -> StageReport:
             if done % config.save_every == 0 or done == iterations:
                 state = {"engine": engine.state_dict(), "best": best.state_dict(), "kl_coefficient": beta}
                 checkpoints.save(done, state)
-    save_model(roles.actor, engine.tokenizer, folder.model("ppo"))
-    save_average(engine, folder.model("ema"))
-    return StageReport(iterations, {name.removeprefix("ppo/"): value for name, value in judged.stats.items()})
+    save_actor(engine, folder)
+    return StageReport(iterations, results or held_out_stats(iterations))
 
 
-def save_average(engine: RLHFEngine, folder: Path) -> None:
-    """The float32 moving average of the actor, as a float32 model folder of its own."""
+def save_actor(engine: RLHFEngine, folder: RunFolder) -> None:
+    """The actor, and its float32 moving average as a float32 model folder of its own."""
+    save_model(engine.roles.actor, engine.tokenizer, folder.model("ppo"))
     averaged = copy_of(engine.roles.actor, device=torch.device("cpu"))
     nn.Module.float(averaged)
     engine.learners.ema.copy_to(averaged)
-    save_model(averaged, engine.tokenizer, folder)
+    save_model(averaged, engine.tokenizer, folder.model("ema"))
