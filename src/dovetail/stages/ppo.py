@@ -92,8 +92,9 @@ def run(context: Context, judge: Judge | None = None) -> StageReport:
 
 def save_actor(engine: RLHFEngine, folder: RunFolder) -> None:
     """The actor, and its float32 moving average as a float32 model folder of its own."""
-    save_model(engine.roles.actor, engine.tokenizer, folder.model("ppo"))
+    stops = engine.roles.chat.stop_token_ids
+    save_model(engine.roles.actor, engine.tokenizer, folder.model("ppo"), stop_token_ids=stops)
     averaged = copy_of(engine.roles.actor, device=torch.device("cpu"))
     nn.Module.float(averaged)
     engine.learners.ema.copy_to(averaged)
-    save_model(averaged, engine.tokenizer, folder.model("ema"))
+    save_model(averaged, engine.tokenizer, folder.model("ema"), stop_token_ids=stops)

@@ -51,7 +51,7 @@ def run(context: Context) -> StageReport:
     )
     fit(task, context)
     centring = centre_on_demonstrations(model, train, context)
-    save_model(model, chat.tokenizer, context.folder.model("reward"))
+    save_model(model, chat.tokenizer, context.folder.model("reward"), stop_token_ids=chat.stop_token_ids)
     return StageReport(total_steps, {**task.evaluate(), **centring})
 
 

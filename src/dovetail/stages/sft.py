@@ -37,5 +37,5 @@ def run(context: Context) -> StageReport:
         evaluate=lambda: language_model_quality(model, judged, config.sft.micro_batch_tokens, context.device),
     )
     results = fit(task, context)
-    save_model(model, chat.tokenizer, context.folder.model("sft"))
+    save_model(model, chat.tokenizer, context.folder.model("sft"), stop_token_ids=chat.stop_token_ids)
     return StageReport(total_steps, results)
