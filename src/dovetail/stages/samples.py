@@ -42,9 +42,9 @@ class SampleLog:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        for row in rows[:SHOWN]:
-            question = str(collected.answers[rows.index(row)].messages[-1]["content"])
-            say(f"  [{row['score']:+.2f}] {_short(question)} -> {_short(str(row['answer']))}")
+        for answer, score in list(zip(collected.answers, scores, strict=True))[:SHOWN]:
+            question = answer.messages[-1]["content"]
+            say(f"  [{score:+.2f}] {_short(question)} -> {_short(answer.text)}")
 
 
 def _short(text: str, limit: int = 90) -> str:
