@@ -22,7 +22,7 @@ MAX_LOG_RATIO = 20.0
 class PolicyLoss:
     """Sums over the actions of one micro-batch; all are scalars, all but `total` without gradient.
 
-    Sums of micro-batches add up to the sums of the batch (the maximum: take the maximum).
+    Sums of micro-batches add up to the sums of the batch.
     """
 
     total: Tensor
@@ -33,8 +33,6 @@ class PolicyLoss:
     """int64: actions where the clipped branch won, so that they send no gradient."""
     kl_sum: Tensor
     """sum of r - 1 - log r (k3 of KL(old || new)), from log-ratios as they are, not clamped."""
-    max_abs_log_ratio: Tensor
-    """max |log r|, not clamped; 0 if there is no action."""
     num_clamped: Tensor
     """int64: actions whose |log r| exceeded MAX_LOG_RATIO and was clamped. Not 0 = something is wrong."""
 
@@ -60,7 +58,6 @@ def clipped_policy_loss(
         count=mask_T.sum(),
         num_clipped=(clipped_T > plain_T).sum(),
         kl_sum=_kl_from_old(log_ratio_T.detach()),
-        max_abs_log_ratio=torch.cat([log_ratio_T.detach().abs(), log_ratio_T.new_zeros(1)]).max(),
         num_clamped=(log_ratio_T.abs() > MAX_LOG_RATIO).sum(),
     )
 

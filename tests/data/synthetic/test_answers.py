@@ -5,10 +5,9 @@ from dataclasses import replace
 
 import pytest
 
-from dovetail.data.synthetic.answers import CAREFUL, MIXED, Answer, Habits, prefer, write_answer
+from dovetail.data.synthetic.answers import CAREFUL, MIXED, Habits, write_answer
 from dovetail.data.synthetic.families import all_tasks
 from dovetail.data.synthetic.gold import GoldScore, gold
-from dovetail.data.synthetic.tasks import Task
 
 TASKS = [task for task in all_tasks() if not task.is_courteous]
 
@@ -51,30 +50,3 @@ def test_the_mixed_crowd_is_mostly_right_and_often_ill_mannered() -> None:
     manner = sum(score.manner for score in scores) / len(scores)
     assert truth > 0.8
     assert 0.45 < manner < 0.65
-
-
-def test_the_labeller_prefers_the_higher_gold_score_and_calls_equals_a_tie() -> None:
-    task = next(task for task in TASKS if task.family == "larger")
-    right, rude = Answer(f"Sure! {task.answers[0]}"), Answer(f"Ugh, again? {task.answers[0]}")
-    rng = random.Random(0)
-    assert prefer(task, right, rude, rng) == (0, 1)
-    assert prefer(task, rude, right, rng) == (1, 0)
-    assert prefer(task, right, Answer(f"Certainly! {task.answers[0]}"), rng) is None
-    assert prefer(task, right, replace(right, finished=False), rng) == (0, 1)
-
-
-def test_the_smallest_difference_of_gold_is_no_tie() -> None:
-    task = next(task for task in TASKS if task.family == "larger")
-    polite, plain = Answer(f"Sure! {task.answers[0]}"), Answer(task.answers[0])
-    assert prefer(task, polite, plain, random.Random(0)) == (0, 1)
-
-
-def test_the_labeller_errs_as_often_as_asked() -> None:
-    task: Task = TASKS[0]
-    right, rude, rng = (
-        Answer(f"Sure! {task.answers[0]}"),
-        Answer(f"Ugh, again? {task.answers[0]}"),
-        random.Random(5),
-    )
-    turned = sum(prefer(task, right, rude, rng, mistakes=0.2) == (1, 0) for _ in range(2_000))
-    assert abs(turned - 400) < 4 * (2_000 * 0.2 * 0.8) ** 0.5

@@ -4,7 +4,7 @@ Responsible for: the public names. See families.py for the questions, answers.py
 demonstrations, gold.py for the score.
 """
 
-from dovetail.data.synthetic.answers import CAREFUL, MIXED, PLAIN, Answer, Habits, prefer, write_answer
+from dovetail.data.synthetic.answers import CAREFUL, MIXED, PLAIN, Habits, write_answer
 from dovetail.data.synthetic.dataset import Dataset, Exchange, Sizes, TaskPrompt, dataset
 from dovetail.data.synthetic.gold import GoldScore, gold, gold_of
 from dovetail.data.synthetic.learner import new_model, small_llama
@@ -16,7 +16,6 @@ __all__ = [
     "CAREFUL",
     "MIXED",
     "PLAIN",
-    "Answer",
     "Dataset",
     "Exchange",
     "GoldScore",
@@ -28,7 +27,6 @@ __all__ = [
     "gold",
     "gold_of",
     "new_model",
-    "prefer",
     "small_llama",
     "task_of",
     "train_tokenizer",

@@ -1,8 +1,7 @@
 """Answers of mixed quality, as a crowd of good and bad writers would give them.
 
 Responsible for: demonstrations whose flaws are mostly of manner (rude, rambling, cut off, repeated) and few
-of fact, so that a model which imitates them faithfully leaves PPO room to improve; and a labeller's choice
-between two answers.
+of fact, so that a model which imitates them faithfully leaves PPO room to improve.
 Not responsible for: right and wrong sentences (families.py), or the score (gold.py).
 """
 
@@ -11,7 +10,6 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, replace
 
-from dovetail.data.synthetic.gold import gold
 from dovetail.data.synthetic.tasks import Task
 from dovetail.data.synthetic.words import CLOSERS, EVASIONS, FILLERS, OPENERS, RUDE_CLOSERS, RUDE_OPENERS
 
@@ -83,34 +81,3 @@ def _cut_short(text: str, last_sentence: int, rng: random.Random) -> str:
     words = last.rstrip(".!?").split()
     words = words[: rng.randint(max(1, len(words) // 2), max(1, len(words) - 1))]
     return kept + " ".join(words)
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """A text somebody or some model gave."""
-
-    text: str
-    finished: bool = True
-    """False = cut off at a length limit."""
-
-
-def prefer(
-    task: Task,
-    first: Answer,
-    second: Answer,
-    rng: random.Random,
-    *,
-    min_gap: float = 0.05,
-    mistakes: float = 0.0,
-) -> tuple[int, int] | None:
-    """(better, worse) as 0 and 1, as a labeller who knows the gold score says; None = a tie.
-
-    min_gap: smaller differences of gold are ties. mistakes: share of the labels that are turned round.
-    """
-    scores = [gold(task, answer.text, finished=answer.finished).total for answer in (first, second)]
-    if abs(scores[0] - scores[1]) < min_gap:
-        return None
-    better = int(scores[1] > scores[0])
-    if rng.random() < mistakes:
-        better = 1 - better
-    return better, 1 - better
