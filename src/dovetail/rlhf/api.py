@@ -22,6 +22,7 @@ from dovetail.rlhf.rewards import Answer, RewardFunction
 from dovetail.rlhf.rollout import Collected, collect, pack_rollout, sample_answers
 from dovetail.rlhf.update import UpdateReport, next_kl_coefficient, rate_at, update
 from dovetail.text.tokenizer import load_tokenizer
+from dovetail.training.seeds import step_seed
 from dovetail.training.step import StepReport, Term, gradient_step
 from dovetail.training.weights import load_trained, trained_weights
 
@@ -144,7 +145,7 @@ class PPOTrainer:
     def generate_experience(self, prompts: Sequence[Conversation]) -> Collected:
         """Sample an answer to each prompt and score it: everything `train_rlhf` needs."""
         messages = [as_messages(prompt) for prompt in prompts]
-        seed = self.engine.setup.seed * 1_000_003 + self.iteration
+        seed = step_seed(self.engine.setup.seed, self.iteration)
         return collect(
             messages, self.engine.roles, self.config, kl_coefficient=self.kl_coefficient, seed=seed
         )
@@ -165,7 +166,7 @@ class PPOTrainer:
             self.engine.roles,
             self.engine.learners,
             self.config,
-            seed=self.engine.setup.seed * 1_000_003 + self.iteration,
+            seed=step_seed(self.engine.setup.seed, self.iteration),
             train_actor=self.iteration >= self.config.critic_warmup_rollouts,
             next_texts=next_texts,
         )

@@ -26,6 +26,7 @@ from dovetail.maths.value_loss import explained_variance
 from dovetail.rlhf.rewards import Answer
 from dovetail.rlhf.roles import Roles
 from dovetail.text.chat_format import ChatFormat
+from dovetail.training.seeds import step_seed
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +114,7 @@ def complete(
 
 def request_seeds(seed: int, count: int) -> list[int]:
     """A seed for each request, different for every (seed, index)."""
-    return [(seed * 1_000_003 + index * 7919 + 17) % (2**63 - 1) for index in range(count)]
+    return [step_seed(seed, index * 7919 + 17) % (2**63 - 1) for index in range(count)]
 
 
 def pack_rollout(answers: Sequence[Answer]) -> Rollout:

@@ -26,6 +26,7 @@ from dovetail.stages.parts import actor_chat, pretraining_texts, prompts_of, rlh
 from dovetail.stages.samples import SampleLog
 from dovetail.telemetry.timing import Stopwatch
 from dovetail.training.run_folder import RunFolder
+from dovetail.training.seeds import step_seed
 
 
 def run(context: Context, judge: Judge | None = None) -> StageReport:
@@ -67,7 +68,7 @@ def run(context: Context, judge: Judge | None = None) -> StageReport:
             metrics.record(0, held_out_stats(0))
         for iteration in range(start, iterations):
             watch, done = Stopwatch(), iteration + 1
-            seed = context.config.seed * 1_000_003 + iteration
+            seed = step_seed(context.config.seed, iteration)
             with watch.phase("collect"):
                 batch = [prompts[i] for i in order.batch(iteration)]
                 collected = collect(batch, roles, config, kl_coefficient=beta, seed=seed)

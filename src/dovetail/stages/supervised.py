@@ -17,6 +17,7 @@ from dovetail.rlhf.build import optimizer_for
 from dovetail.stages.context import Context, resume
 from dovetail.training.memory import TokenBudget
 from dovetail.training.schedule import learning_rate_at
+from dovetail.training.seeds import step_seed
 from dovetail.training.step import StepReport, Term, gradient_step
 from dovetail.training.weights import load_trained, trained_weights
 
@@ -83,7 +84,7 @@ def fit(task: Task, context: Context) -> Mapping[str, float]:
 
 def seed_step(seed: int, step: int) -> None:
     """Dropout and NEFTune draw from torch's global generator: seeded anew each step, nothing is to be saved."""
-    torch.manual_seed(seed * 1_000_003 + step)
+    torch.manual_seed(step_seed(seed, step))
 
 
 def rate_of(task: Task, step: int) -> float:

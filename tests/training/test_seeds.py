@@ -1,0 +1,12 @@
+from dovetail.training.seeds import step_seed
+
+
+def test_the_seeds_of_runs_made_so_far_stay_what_they_were() -> None:
+    # Worked by hand: checkpoints and the figures in the documentation were made with these numbers.
+    assert [step_seed(0, step) for step in (0, 1, 99)] == [0, 1, 99]
+    assert [step_seed(7, step) for step in (0, 1, 99)] == [7_000_021, 7_000_022, 7_000_120]
+
+
+def test_neighbouring_runs_share_no_seed() -> None:
+    seeds = [step_seed(seed, step) for seed in range(20) for step in range(0, 1_000_000, 977)]
+    assert len(set(seeds)) == len(seeds)
