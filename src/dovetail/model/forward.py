@@ -113,7 +113,7 @@ def scalar_head(model: Any, hidden_ND: Tensor) -> Tensor:
 
 def plain_model(model: Any) -> PreTrainedModel:
     """The Hugging Face model inside a peft wrapper (its adapters stay in place), or the model itself."""
-    inner: PreTrainedModel = model.get_base_model() if hasattr(model, "peft_config") else model
+    inner: PreTrainedModel = model.get_base_model() if hasattr(model, "get_base_model") else model
     return inner
 
 

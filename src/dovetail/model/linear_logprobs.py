@@ -42,7 +42,7 @@ class LMHead:
 
 def head_of(model: Any) -> LMHead:
     """The head of a causal language model, peft-wrapped or not, tied or not."""
-    inner: PreTrainedModel = model.get_base_model() if hasattr(model, "peft_config") else model
+    inner: PreTrainedModel = model.get_base_model() if hasattr(model, "get_base_model") else model
     linear: Any = inner.get_output_embeddings()  # type: ignore[no-untyped-call]
     if linear is None:
         raise ModelError(f"{type(inner).__name__} has no language-model head", hint="load a ...ForCausalLM")

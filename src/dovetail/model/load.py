@@ -7,15 +7,20 @@ Not responsible for: tokenizers (text/tokenizer.py), adapters (lora.py), devices
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
-from transformers.utils import logging as transformers_logging
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from dovetail.errors import ModelError
 from dovetail.model.copies import copy_of
@@ -23,10 +28,13 @@ from dovetail.model.dropout import disable_dropout
 from dovetail.model.linear_logprobs import head_of
 from dovetail.model.save import save_model
 from dovetail.model.scalar import scalar_model_from, with_scalar_head
+from dovetail.telemetry.log import warn
+from dovetail.text.quiet import quiet
 
 __all__ = [
     "copy_of",
     "disable_dropout",
+    "expect_rows_for",
     "load_causal_lm",
     "load_scalar_model",
     "save_model",
@@ -35,6 +43,9 @@ __all__ = [
 
 _OTHER_HEADS = ("ForTokenClassification", "ForQuestionAnswering", "ForMaskedLM", "ForMultipleChoice")
 _SCALAR = "ForSequenceClassification"
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+"""The number of a layer in the name of a weight."""
+_ONE_PLACE = "take config.json and the weights from one and the same place; save or download the model again"
 
 
 def load_causal_lm(
@@ -91,6 +102,25 @@ def load_scalar_model(
     return model
 
 
+def expect_rows_for(tokenizer: PreTrainedTokenizerBase, model: Any, name: str) -> None:
+    """Raise ModelError if the tokenizer makes tokens that the model's embedding has no row for.
+
+    More rows than tokens are common: embeddings are rounded up. An added token without a row, such as one for
+    padding or for images, does no harm until a text holds it; the end token is in every text.
+    """
+    rows = int(model.get_input_embeddings().num_embeddings)
+    optional = tokenizer.get_added_vocab().keys() - {tokenizer.bos_token, tokenizer.eos_token}
+    ids = tokenizer.get_vocab()
+    beyond = sorted((i, token) for token, i in ids.items() if i >= rows and token not in optional)
+    if beyond:
+        raise ModelError(
+            f"{len(beyond)} tokens of the tokenizer of {name} have no row among the {rows} of the model's "
+            f"embedding; the first is {beyond[0][1]!r}, id {beyond[0][0]}",
+            hint="take the tokenizer that belongs to the model, or make room in the model: "
+            "model.resize_token_embeddings(len(tokenizer)), then save_pretrained",
+        )
+
+
 def _read_causal_lm(
     name: str, dtype: torch.dtype, *, revision: str | None, trust_remote_code: bool
 ) -> PreTrainedModel:
@@ -120,21 +150,53 @@ def _unquantized(model: PreTrainedModel) -> PreTrainedModel:
 
 def _complete(auto_class: Any, name: str, dtype: torch.dtype, options: dict[str, Any]) -> PreTrainedModel:
     """from_pretrained that fails where transformers would fill in random weights."""
-    with _explained(name), _quiet():
-        model, report = auto_class.from_pretrained(name, dtype=dtype, output_loading_info=True, **options)
-    missing = sorted(report["missing_keys"])
-    if missing:
-        listed = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+    with _explained(name), quiet():
+        model, report = auto_class.from_pretrained(
+            name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    _expect_shapes_agree(name, report["mismatched_keys"])
+    if missing := sorted(report["missing_keys"]):
         raise ModelError(
-            f"{name} has no weights for {listed}, which {type(model).__name__} needs",
+            f"{name} has no weights for {_listed(missing)}, which {type(model).__name__} needs",
             hint="the folder is incomplete or of another kind of model; save or download it again",
         )
+    _expect_layers_agree(name, model, sorted(report["unexpected_keys"]))
     complete: PreTrainedModel = model
     return complete
 
 
+def _expect_shapes_agree(name: str, mismatched: Iterable[tuple[str, Sequence[int], Sequence[int]]]) -> None:
+    """transformers would draw weights of another shape than the config's anew."""
+    for key, found, wanted in sorted(mismatched, key=lambda one: one[0]):
+        raise ModelError(
+            f"the config of {name} contradicts its weights: {key} is {_shape(found)}, "
+            f"the config asks for {_shape(wanted)}",
+            hint=_ONE_PLACE,
+        )
+
+
+def _expect_layers_agree(name: str, model: PreTrainedModel, unexpected: Sequence[str]) -> None:
+    """transformers would leave layers out that the config does not count, and say nothing."""
+    kinds = {_NUMBER.sub("N", key) for key in model.state_dict()}
+    if surplus := [key for key in unexpected if _NUMBER.sub("N", key) in kinds]:
+        raise ModelError(
+            f"the config of {name} contradicts its weights: it has no place for {_listed(surplus)}",
+            hint=_ONE_PLACE,
+        )
+    if unexpected:
+        warn(f"{type(model).__name__} does not use these weights of {name}: {_listed(unexpected)}")
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _shape(sizes: Sequence[int]) -> str:
+    return " x ".join(str(size) for size in sizes)
+
+
 def _read_config(name: str, options: dict[str, Any]) -> Any:
-    with _explained(name), _quiet():
+    with _explained(name), quiet():
         return AutoConfig.from_pretrained(name, **options)
 
 
@@ -196,7 +258,7 @@ def _explained(name: str) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         raise
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # a dozen kinds, from OSError to AssertionError; all mean the same to the user
         reason = " ".join(str(error).strip().partition("\n")[0].split()) or type(error).__name__
         if Path(name).exists():
             hint = "it is damaged, incomplete, or of a kind that this version of transformers cannot read"
@@ -209,20 +271,6 @@ def _explained(name: str) -> Iterator[None]:
                 "gated models need `hf auth login`"
             )
         raise ModelError(f"{name} cannot be loaded: {reason}", hint=hint) from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No reports and no bars of transformers: what matters in them is raised."""
-    level, had_bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if had_bars:
-            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _expect_known_head(model: Any) -> None:

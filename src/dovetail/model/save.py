@@ -24,6 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dovetail.errors import CheckpointError
 from dovetail.model.lora import merged_copy
 from dovetail.model.padding import ScorePadding, padding_for_scores, with_rows
+from dovetail.text.quiet import quiet
 
 
 def save_model(
@@ -129,16 +130,21 @@ def _written_aside(folder: Path, write: Callable[[Path], None]) -> None:
         for leftover in (aside, replaced):
             shutil.rmtree(leftover, ignore_errors=True)
         aside.mkdir(parents=True)
-        write(aside)
+        with quiet():
+            write(aside)
         if folder.exists():
             folder.rename(replaced)
         aside.rename(folder)
         shutil.rmtree(replaced, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
+    except Exception as error:
         shutil.rmtree(aside, ignore_errors=True)
-        is_full = getattr(error, "errno", None) == errno.ENOSPC or os.strerror(errno.ENOSPC) in str(error)
+        is_full = any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT))
+        # The tokenizers library knows no kinds of errors: a full disk is a plain Exception with the system's words.
+        if not is_full and not isinstance(error, (OSError, SafetensorError)):
+            raise
         what = "the disk is full" if is_full else str(error)
         raise CheckpointError(
             f"the model could not be written to {folder}: {what}",
-            hint="free some space, or choose an output folder on another disk; what was there before is unharmed",
+            hint="free some space, then run the same command again: what was there before, checkpoints too, is "
+            "unharmed",
         ) from error

@@ -12,6 +12,7 @@ from typing import cast
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dovetail.errors import ModelError
+from dovetail.text.quiet import quiet
 
 
 def load_tokenizer(
@@ -31,10 +32,12 @@ def load_tokenizer(
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     gguf = gguf_file(place)
     try:
-        if gguf is not None:
-            tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name, **options)
-        else:
-            tokenizer = AutoTokenizer.from_pretrained(str(place) if place.exists() else str(path), **options)
+        with quiet():
+            if gguf is not None:
+                tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name, **options)
+            else:
+                name = str(place) if place.exists() else str(path)
+                tokenizer = AutoTokenizer.from_pretrained(name, **options)
     except Exception as error:  # a dozen kinds, from OSError to ImportError; all mean the same to the user
         raise _cannot_load(str(path), place, error) from error
     if chat_template is not None:
