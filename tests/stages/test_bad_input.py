@@ -175,7 +175,7 @@ def test_scores_that_are_no_numbers_stop_the_run_and_are_never_the_best(tmp_path
     file = tmp_path / "judge.py"
     file.write_text("def score(answers):\n    return [float('nan') for answer in answers]\n")
     ppo = {"reward_function": f"{file}:score", "max_steps": 8}
-    with pytest.raises(TrainingStopped, match="not finite"):
+    with pytest.raises(ConfigError, match=r"judge\.py:score gave 'nan' to answer 0, .*not a finite number"):
         pipeline.run(tiny_run(tmp_path, stages=("ppo",), ppo=ppo))
     assert not (tmp_path / "run/ppo/best").exists()
 

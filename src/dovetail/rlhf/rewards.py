@@ -8,10 +8,13 @@ Shapes: S answers.
 
 import importlib
 import importlib.util
+import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from types import ModuleType
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +24,7 @@ from dovetail.batches import balanced_parts, pack
 from dovetail.data.records import Message
 from dovetail.errors import ConfigError
 from dovetail.model.forward import last_scores
+from dovetail.rlhf.limits import expect_readable
 from dovetail.text.chat_format import ChatFormat
 from dovetail.training.memory import TokenBudget, retry_on_out_of_memory
 
@@ -52,6 +56,9 @@ class Scorer(Protocol):
 
 RewardFunction = Callable[[Sequence[Answer]], Sequence[float]]
 
+_MAX_FLOAT32 = torch.finfo(torch.float32).max
+_ONE_EACH = "return one finite number per answer, in the order given"
+
 
 @dataclass(frozen=True, slots=True)
 class RewardModelScorer:
@@ -66,7 +73,17 @@ class RewardModelScorer:
     @torch.no_grad()
     def __call__(self, answers: Sequence[Answer]) -> Tensor:
         sequences = [self._token_ids(answer) for answer in answers]
-        return retry_on_out_of_memory(lambda: self._scores_S(sequences), self.budget)
+        expect_readable(
+            "reward model",
+            self.model,
+            longest=max(map(len, sequences)),
+            highest_id=max(map(max, sequences)),
+        )
+        return retry_on_out_of_memory(
+            lambda: self._scores_S(sequences),
+            self.budget,
+            unit_tokens=lambda: [len(ids) for ids in sequences],
+        )
 
     def _token_ids(self, answer: Answer) -> list[int]:
         if self.chat is None:
@@ -85,19 +102,40 @@ class RewardModelScorer:
 
 @dataclass(frozen=True, slots=True)
 class FunctionScorer:
-    """A Python function of the answers: `function(answers) -> one number per answer`."""
+    """A Python function of the answers: `function(answers) -> one finite number per answer`.
+
+    Anything else it returns is a ConfigError at once; what it raises itself passes through.
+    """
 
     function: RewardFunction
     name: str
 
     def __call__(self, answers: Sequence[Answer]) -> Tensor:
-        scores = [float(score) for score in self.function(answers)]
-        if len(scores) != len(answers):
+        returned = self.function(answers)
+        try:
+            values = list(returned)
+        except TypeError as error:
             raise ConfigError(
-                f"reward function {self.name} returned {len(scores)} scores for {len(answers)} answers",
-                hint="return one number per answer, in the order given",
+                f"reward function {self.name} returned {_excerpt(repr(returned))}, which is no list of numbers",
+                hint=_ONE_EACH,
+            ) from error
+        if len(values) != len(answers):
+            raise ConfigError(
+                f"reward function {self.name} returned {len(values)} scores for {len(answers)} answers",
+                hint=_ONE_EACH,
             )
+        scores = [self._score(index, *pair) for index, pair in enumerate(zip(values, answers, strict=True))]
         return torch.tensor(scores, dtype=torch.float32)
+
+    def _score(self, index: int, value: Any, answer: Answer) -> float:
+        number = _number(value)
+        if number is None:
+            raise ConfigError(
+                f"reward function {self.name} gave {_excerpt(repr(value))} to answer {index}, "
+                f"{_excerpt(answer.text)}: not a finite number",
+                hint=_ONE_EACH,
+            )
+        return number
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +151,10 @@ class SumScorer:
 
 
 def load_reward_function(spec: str) -> FunctionScorer:
-    """`package.module:function` or `path/to/file.py:function`. Raises ConfigError naming what is missing."""
+    """`package.module:function` or `path/to/file.py:function`.
+
+    Raises ConfigError naming what is missing, or the file and line that cannot be run.
+    """
     place, _, name = spec.rpartition(":")
     if not place or not name:
         raise ConfigError(
@@ -121,18 +162,50 @@ def load_reward_function(spec: str) -> FunctionScorer:
             hint="write package.module:function or path/to/file.py:function",
         )
     try:
-        if place.endswith(".py"):
-            module_spec = importlib.util.spec_from_file_location(Path(place).stem, place)
-            assert module_spec is not None
-            assert module_spec.loader is not None
-            module = importlib.util.module_from_spec(module_spec)
-            module_spec.loader.exec_module(module)
-        else:
-            module = importlib.import_module(place)
-        function = getattr(module, name)
-    except (ImportError, FileNotFoundError, AttributeError) as error:
+        module = _module_from_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+    except (Exception, SystemExit) as error:  # whatever the user's file does when it is run
         raise ConfigError(
-            f"ppo.reward_function = {spec!r} cannot be loaded: {error}",
+            f"ppo.reward_function = {spec!r} cannot be loaded: {_what_and_where(error)}",
             hint="check the path and that the module can be imported from where you start dovetail",
         ) from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise ConfigError(
+            f"ppo.reward_function = {spec!r} cannot be loaded: {place} has no function {name}",
+            hint="write the name of a function of the answers that returns one number for each",
+        )
     return FunctionScorer(function, spec)
+
+
+def _module_from_file(file: Path) -> ModuleType:
+    module_spec = importlib.util.spec_from_file_location(f"dovetail_reward_{file.stem}", file)
+    assert module_spec is not None
+    assert module_spec.loader is not None
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_spec.name] = module  # where dataclasses and pickle look for it
+    module_spec.loader.exec_module(module)
+    return module
+
+
+def _what_and_where(error: BaseException) -> str:
+    """The error, with the file and line of the user's that raised it, or could not be read."""
+    what = f"{type(error).__name__}: {getattr(error, 'msg', None) or error}"
+    if isinstance(error, SyntaxError):
+        return f"{what} ({error.filename} line {error.lineno})"
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if frame.filename != __file__ and "importlib" not in frame.filename]
+    return f"{what} ({own[0].filename} line {own[0].lineno})" if own else what
+
+
+def _number(value: Any) -> float | None:
+    """`value` as a finite float32 number; None if it is none. Texts are not taken for the numbers they show."""
+    try:
+        number = None if isinstance(value, str | bytes) else float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # tensors of several numbers: RuntimeError
+        return None
+    return number if number is not None and abs(number) <= _MAX_FLOAT32 else None
+
+
+def _excerpt(text: str, limit: int = 80) -> str:
+    flat = " ".join(text.split())
+    return repr(flat if len(flat) <= limit else flat[: limit - 1] + "…")

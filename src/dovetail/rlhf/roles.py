@@ -19,6 +19,7 @@ from dovetail.batches import PackedBatch, balanced_parts
 from dovetail.engine.hybrid import HybridEngine
 from dovetail.model.forward import LogProbs, token_logprobs, token_values
 from dovetail.model.lora import adapter_disabled
+from dovetail.rlhf.limits import expect_readable
 from dovetail.rlhf.rewards import Scorer
 from dovetail.text.chat_format import ChatFormat
 from dovetail.training.memory import TokenBudget, retry_on_out_of_memory
@@ -62,6 +63,8 @@ class Roles:
 
     def values(self, batch: PackedBatch) -> Tensor:
         """float32 [T] critic's value of the state in which each token was chosen."""
+        highest_id = int(batch.token_ids_T.max())
+        expect_readable("critic", self.critic, longest=batch.max_length, highest_id=highest_id)
         return self._over_tokens(batch, lambda part: (token_values(self.critic, part),))[0]
 
     @contextmanager
@@ -74,7 +77,11 @@ class Roles:
     def _over_tokens(
         self, batch: PackedBatch, forward: Callable[[PackedBatch], Sequence[Tensor]]
     ) -> list[Tensor]:
-        return retry_on_out_of_memory(lambda: over_tokens(batch, forward, self.budget.tokens), self.budget)
+        return retry_on_out_of_memory(
+            lambda: over_tokens(batch, forward, self.budget.tokens),
+            self.budget,
+            unit_tokens=lambda: batch.lengths,
+        )
 
 
 def over_tokens(
