@@ -9,6 +9,7 @@ Not responsible for: our own mistakes, which are assertions and keep their trace
     ├── ModelError           a model or tokenizer cannot be loaded or used
     ├── CheckpointError      a checkpoint or run folder is damaged, foreign or cannot be written
     ├── GenerationError      a request cannot be generated
+    ├── ParityError          generation or training disagrees with the model's own forward
     └── TrainingStopped      a run that was stopped on purpose (NaN loss, KL run-away), with a diagnosis
 """
 
@@ -43,6 +44,10 @@ class CheckpointError(DovetailError):
 
 class GenerationError(DovetailError):
     """A request cannot be generated: too long, empty, or more than the cache can hold."""
+
+
+class ParityError(DovetailError):
+    """Generation, or the training forward, disagrees with the plain forward of the same modules."""
 
 
 class TrainingStopped(DovetailError):

@@ -1,0 +1,350 @@
+"""The parity gate: before training, the engine's numbers are compared with the model's own forward.
+
+Responsible for: a few greedy answers, their tokens and log-probabilities against the plain Hugging Face forward
+of the same modules, the same for the packed training forward, and the first layer that differs if they disagree.
+Not responsible for: when to ask (stages/ppo.py), generating (hybrid.py), the training forward (model/forward.py).
+
+The reference is each whole sequence alone, with explicit positions, no cache and transformers' own attention
+(SDPA; eager where scores are soft-capped, which SDPA leaves out). It shares the weights with what it judges, and
+none of our attention, packing, caching or head.
+
+Shapes: T tokens of one sequence, A tokens of all answers, V vocabulary, D width.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from dovetail.batches import PackedBatch, pack
+from dovetail.engine.answers import DecodeText
+from dovetail.engine.hybrid import HybridEngine
+from dovetail.engine.modules import evaluation_mode
+from dovetail.engine.sampling import Sampling
+from dovetail.errors import ParityError
+from dovetail.maths.precision import at_least_float32
+from dovetail.model.attention import why_not_packed
+from dovetail.model.forward import token_logprobs
+
+PROMPT_TOKENS = (24, 60, 120)
+"""Prompts are cut to their last tokens, to lengths that differ; the second one's answer outgrows a page of keys."""
+NEW_TOKENS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Tolerance:
+    """How far numbers of one dtype may lie apart before rounding cannot be the reason."""
+
+    largest: float
+    """Nats: the log-probability of any token, and how far its logit may lie below the best one."""
+    mean: float
+    """Nats: the mean over all tokens. It finds what is wrong by a little everywhere."""
+    hidden: float
+    """Norm of the difference of a layer's output, as a fraction of its norm, at any token."""
+
+
+TOLERANCES = {
+    torch.float64: Tolerance(largest=1e-5, mean=1e-6, hidden=1e-6),  # transformers keeps some float32 inside
+    torch.float32: Tolerance(largest=1e-2, mean=1e-3, hidden=1e-3),
+    torch.float16: Tolerance(largest=0.1, mean=0.02, hidden=1e-2),
+    torch.bfloat16: Tolerance(largest=0.5, mean=0.1, hidden=5e-2),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ParityReport:
+    """What a passed gate has seen."""
+
+    num_tokens: int
+    """Tokens generated and compared."""
+    largest_gap: float
+    """Nats: largest difference of a log-probability, of generation or training, to the reference's."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Token:
+    """One generated token, as the three forwards see it."""
+
+    prompt: int
+    place: int
+    """In its answer, from 0."""
+    token_id: int
+    best_id: int
+    """The reference's choice."""
+    shortfall: float
+    """By how much the reference's logit of `token_id` is below that of `best_id`."""
+    plain: float
+    """Log-probability of `token_id`: the reference's, generation's, training's."""
+    generated: float
+    trained: float
+
+
+@torch.no_grad()
+def check_parity(
+    engine: HybridEngine, prompts: Sequence[Sequence[int]], *, decode_text: DecodeText | None = None
+) -> ParityReport:
+    """Compare a few greedy answers to `prompts` (at most three are used) with the plain forward.
+
+    Mode, attention, weights and gradients are afterwards as before. decode_text: to quote the prompt in errors.
+    Raises ParityError, naming the token and the first layer that differs.
+    """
+    model = engine.model
+    tolerance = TOLERANCES[next(model.parameters()).dtype]
+    room = math.inf if engine.context is None else max(1, engine.context - NEW_TOKENS)
+    cut = [
+        list(prompt)[-int(min(most, room)) :] for prompt, most in zip(prompts, PROMPT_TOKENS, strict=False)
+    ]
+    with evaluation_mode(model), _attention_restored(model):
+        answers, generated = _generate(engine, cut)
+        batch = _packed(cut, answers).to(next(model.parameters()).device)
+        trained_A = token_logprobs(model, batch).logprobs_T[batch.mask_T].tolist()
+        tokens = _beside_the_reference(model, cut, answers, [p for row in generated for p in row], trained_A)
+        wrong = _first_wrong(tokens, tolerance, _generated)
+        if wrong is not None:
+            where = _trace_generation(engine, cut, wrong.prompt, tolerance)
+            raise _parity_error(model, "generation", wrong, wrong.generated, cut, decode_text, where)
+        wrong = _first_wrong(tokens, tolerance, _trained)
+        if wrong is not None:
+            where = _trace_training(engine, cut, answers, wrong.prompt, tolerance)
+            raise _parity_error(model, "the training forward", wrong, wrong.trained, cut, decode_text, where)
+    gaps = [abs(logprob - token.plain) for token in tokens for logprob in (token.generated, token.trained)]
+    return ParityReport(len(tokens), max(gaps))
+
+
+def _generate(
+    engine: HybridEngine, prompts: Sequence[Sequence[int]]
+) -> tuple[list[list[int]], list[list[float]]]:
+    """Greedy answers and the engine's log-probabilities of their tokens."""
+    with engine.generating() as generate:
+        found = generate(
+            prompts, Sampling(max_new_tokens=NEW_TOKENS, temperature=0.0), seeds=range(len(prompts))
+        )
+    return [list(answer.token_ids) for answer in found], [list(answer.logprobs) for answer in found]
+
+
+def _packed(prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> PackedBatch:
+    pairs = list(zip(prompts, answers, strict=True))
+    return pack(
+        [[*prompt, *answer] for prompt, answer in pairs],
+        [[False] * len(prompt) + [True] * len(answer) for prompt, answer in pairs],
+    )
+
+
+def _beside_the_reference(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]],
+    generated_A: Sequence[float],
+    trained_A: Sequence[float],
+) -> list[_Token]:
+    """Every generated token with what the plain forward says of it."""
+    tokens: list[_Token] = []
+    with _plain_attention(model):
+        for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+            logits_TV = at_least_float32(_plain_logits(model, [*prompt, *answer]))
+            # Row t says what follows token t; the answer's last row speaks of what was not generated.
+            logits_NV = logits_TV[len(prompt) - 1 : -1]
+            ids_N1 = torch.tensor(answer, device=logits_NV.device)[:, None]
+            best_N, best_ids_N = logits_NV.max(dim=-1)
+            columns = zip(
+                answer,
+                best_ids_N.tolist(),
+                (best_N - logits_NV.gather(1, ids_N1)[:, 0]).tolist(),
+                logits_NV.log_softmax(dim=-1).gather(1, ids_N1)[:, 0].tolist(),
+                strict=True,
+            )
+            for place, (token_id, best_id, shortfall, plain) in enumerate(columns):
+                at = len(tokens)
+                logprobs = (plain, generated_A[at], trained_A[at])
+                tokens.append(_Token(index, place, token_id, best_id, shortfall, *logprobs))
+    return tokens
+
+
+def _plain_logits(model: PreTrainedModel, ids: Sequence[int]) -> Tensor:
+    """[T, V]: one sequence, read whole."""
+    device = next(model.parameters()).device
+    extra: dict[str, Any] = {}
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        extra["position_ids"] = torch.arange(len(ids), device=device)[None]
+    logits: Tensor = model(input_ids=torch.tensor([ids], device=device), use_cache=False, **extra).logits[0]
+    return logits
+
+
+def _generated(token: _Token) -> float:
+    return token.generated
+
+
+def _trained(token: _Token) -> float:
+    return token.trained
+
+
+def _first_wrong(
+    tokens: Sequence[_Token], tolerance: Tolerance, logprob_of: Callable[[_Token], float]
+) -> _Token | None:
+    """The first token that rounding cannot explain; if all are only a little off, the worst of too many."""
+    gaps = [abs(logprob_of(token) - token.plain) for token in tokens]
+    for token, gap in zip(tokens, gaps, strict=True):
+        if not (gap <= tolerance.largest and token.shortfall <= tolerance.largest):  # NaN is not within
+            return token
+    if sum(gaps) / len(gaps) <= tolerance.mean:
+        return None
+    return tokens[gaps.index(max(gaps))]
+
+
+def _parity_error(
+    model: PreTrainedModel,
+    source: str,
+    token: _Token,
+    logprob: float,
+    prompts: Sequence[Sequence[int]],
+    decode_text: DecodeText | None,
+    where: str,
+) -> ParityError:
+    def spelled(ids: Sequence[int]) -> str:
+        return repr(decode_text(ids)) if decode_text else " ".join(map(str, ids))
+
+    prompt = prompts[token.prompt]
+    return ParityError(
+        f"{type(model).__name__}: {source} and the plain forward of the same modules disagree at token "
+        f"{token.place} of the answer to prompt {token.prompt} ({len(prompt)} tokens, ending in "
+        f"{spelled(prompt[-8:])}). Token {token.token_id} ({spelled([token.token_id])}) was chosen, with "
+        f"log-probability {logprob:.4f}; the plain forward gives it {token.plain:.4f}, and its own choice is "
+        f"token {token.best_id} ({spelled([token.best_id])}), {token.shortfall:.4f} nats likelier. {where}.",
+        hint="training on these numbers would teach the wrong thing, so the run has not begun. Check that torch "
+        "and transformers are the versions of requirements/runtime.txt and that nothing else replaces the model's "
+        "attention; if they are, report this message with the model's config.json",
+    )
+
+
+@contextmanager
+def _attention_restored(model: PreTrainedModel) -> Iterator[None]:
+    before = model.config._attn_implementation
+    try:
+        yield
+    finally:
+        if model.config._attn_implementation != before:
+            model.set_attn_implementation(before)
+
+
+@contextmanager
+def _plain_attention(model: PreTrainedModel) -> Iterator[None]:
+    """transformers' own attention; classes that keep their own have nothing to switch."""
+    with _attention_restored(model):
+        if why_not_packed(model) is None:
+            softcap = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
+            model.set_attn_implementation("eager" if softcap or not model._supports_sdpa else "sdpa")
+        yield
+
+
+def _trace_generation(
+    engine: HybridEngine,
+    prompts: Sequence[Sequence[int]],
+    index: int,
+    tolerance: Tolerance,
+) -> str:
+    """Generate the answer again, alone, and name the first layer that differs."""
+    model, prompt = engine.model, prompts[index]
+    with engine.generating() as generate, _layer_outputs(model) as calls:
+        sampling = Sampling(max_new_tokens=NEW_TOKENS, temperature=0.0)
+        (answer,) = generate([prompt], sampling, seeds=[index])
+    # A captured graph replays kernels without calling modules: only what was really called can be compared.
+    is_whole = all(len(found) == len(answer.token_ids) for found in calls.values())
+    seen = {
+        name: torch.cat(
+            [found[0].flatten(0, 1)[: len(prompt)]]
+            + [step.flatten(0, 1)[:1] for step in found[1:] if is_whole]
+        )
+        for name, found in calls.items()
+        if found
+    }
+    different = _first_difference(model, [*prompt, *answer.token_ids], seen, tolerance)
+    if different is not None:
+        return different
+    what = "prompt and answer" if is_whole else "the prompt (decoding does not call the layers one by one)"
+    return (
+        f"No layer differs over {what} when this prompt runs alone: look at what follows the layers (head, "
+        "draw), and at sequences that share a batch"
+    )
+
+
+def _trace_training(
+    engine: HybridEngine,
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]],
+    index: int,
+    tolerance: Tolerance,
+) -> str:
+    """Run the packed batch again and name the first layer that differs in this sequence."""
+    model = engine.model
+    batch = _packed(prompts, answers).to(next(model.parameters()).device)
+    with _layer_outputs(model) as calls:
+        token_logprobs(model, batch)
+    start, length = sum(batch.lengths[:index]), batch.lengths[index]
+    seen = {
+        name: found[0][0, start : start + length] if len(found[0]) == 1 else found[0][index, :length]
+        for name, found in calls.items()
+        if found
+    }
+    ids = [*prompts[index], *answers[index]]
+    return _first_difference(model, ids, seen, tolerance) or "No layer differs: look at the head"
+
+
+def _first_difference(
+    model: PreTrainedModel, ids: Sequence[int], seen: dict[str, Tensor], tolerance: Tolerance
+) -> str | None:
+    """Which of the outputs [up to T, D] is the first to differ from the plain forward's."""
+    with _plain_attention(model), _layer_outputs(model) as calls:
+        _plain_logits(model, ids)
+    for name, rows_TD in seen.items():
+        expected_TD = calls[name][0][0, : len(rows_TD)].float()
+        error_T = (rows_TD.float() - expected_TD).norm(dim=-1) / expected_TD.norm(dim=-1).clamp(min=1e-12)
+        wrong = (~(error_T <= tolerance.hidden)).nonzero()
+        if len(wrong):
+            at = int(wrong[0])
+            off = float(error_T[at])
+            return f"The first layer that differs is {name}: its output is off by {off:.1%} at token {at}"
+    return None
+
+
+@contextmanager
+def _layer_outputs(model: PreTrainedModel) -> Iterator[dict[str, list[Tensor]]]:
+    """While it lasts: what the embeddings and each decoder layer put out, call after call."""
+    layers = _decoder_layers(model)
+    calls: dict[str, list[Tensor]] = {name: [] for name in ["the embedding", *layers]}
+
+    def remember_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls["the embedding"].append((args[0] if args else kwargs["hidden_states"]).detach().clone())
+
+    def remember_output(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            calls[name].append((output[0] if isinstance(output, tuple) else output).detach().clone())
+
+        return hook
+
+    handles = [layer.register_forward_hook(remember_output(name)) for name, layer in layers.items()]
+    handles += [
+        layer.register_forward_pre_hook(remember_input, with_kwargs=True)
+        for layer in list(layers.values())[:1]
+    ]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _decoder_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """The decoder's layers, in order, by name."""
+    num_layers = model.config.get_text_config().num_hidden_layers
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers:
+            return {f"{name}.{index}": layer for index, layer in enumerate(module)}
+    return {}
