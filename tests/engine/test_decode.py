@@ -78,6 +78,33 @@ def test_paged_attention_is_attention(
             torch.testing.assert_close(out[0, row, head], expected)
 
 
+@pytest.mark.parametrize("groups", [1, 3])
+def test_sequences_that_share_pages_attend_as_if_each_had_its_own(groups: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    tables = [[0, 1, 5], [0, 1, 3], [4], [0, 2]]
+    lengths = [140, 150, 60, 100]
+    arena = KVArena(KVShape(1, 2, 8, torch.float64), 7, CPU)
+    arena._storage.copy_(torch.randn(arena._storage.shape, generator=generator))
+    query = torch.randn(1, 2 * groups, 4, 8, generator=generator).double()
+    new = torch.randn(2, 1, 2, 4, 8, generator=generator).double()
+    last = torch.tensor(lengths) - 1
+    rows = arena.rows_of(torch.tensor([table[-1] for table in tables]), last % PAGE_TOKENS)
+    layout = DecodeLayout(arena, PageMap(tables, CPU), rows, torch.tensor(lengths))
+    options = {"scaling": 0.7, "sliding_window": None, "softcap": None}
+    out = layout.attend(LAYER, query, new[0], new[1], **options)
+    keys, values = arena.pages(0)
+    for b, (table, length) in enumerate(zip(tables, lengths, strict=True)):
+        for head in range(2 * groups):
+            own = [
+                torch.cat([pages[page, head // groups] for page in table])[:length]
+                for pages in (keys, values)
+            ]
+            expected = attention_by_definition(
+                query[0, head, b], *own, scaling=0.7, window=None, softcap=None
+            )
+            torch.testing.assert_close(out[0, b, head], expected)
+
+
 def test_what_lies_in_free_pages_and_beyond_the_last_token_cannot_matter() -> None:
     def attend(garbage: float) -> Tensor:
         generator = torch.Generator().manual_seed(0)

@@ -38,9 +38,11 @@ def hf_greedy(model: PreTrainedModel, prompt: list[int], num_new: int) -> list[i
     return [int(i) for i in out[0, len(prompt) :]]
 
 
-def run(model: Any, prompts: list[list[int]], sampling: Any, **options: Any) -> list[Completion]:
+def run(
+    model: Any, prompts: list[list[int]], sampling: Any, *, seed: int = 0, **options: Any
+) -> list[Completion]:
     with HybridEngine(model, **options).generating() as generate:
-        return generate(prompts, sampling, seeds=range(len(prompts)))
+        return generate(prompts, sampling, seeds=range(seed, seed + len(prompts)))
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -48,14 +50,14 @@ def test_greedy_tokens_are_those_of_transformers_for_ragged_prompts_even_after_p
     model = tiny_model(name, dtype=torch.float64)
     prompts = prompts_of()
     expected = [hf_greedy(model, prompt, 24) for prompt in prompts]
-    for options in ({}, {"max_cache_tokens": 5 * 64}, {"max_running": 2, "max_prefill_tokens": 100}):
+    for options in ({}, {"max_cache_tokens": 5 * 64}, {"max_running": 2, "max_prefill_tokens": 50}):
         engine = HybridEngine(model, **options)  # type: ignore[arg-type]
         with engine.generating() as generate:
             completions = generate(
                 prompts, Sampling(max_new_tokens=24, temperature=0.0), seeds=range(len(prompts))
             )
         assert [list(completion.token_ids) for completion in completions] == expected
-        assert (engine.num_preempted > 0) == ("max_cache_tokens" in options)
+        assert (engine.counts.preempted > 0) == ("max_cache_tokens" in options)
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -80,10 +82,26 @@ def test_an_answer_does_not_depend_on_what_runs_beside_it() -> None:
     engine = HybridEngine(model, max_cache_tokens=5 * 64)
     with engine.generating() as generate:
         squeezed = generate(prompts, sampling, seeds=range(len(prompts)))
-        assert engine.num_preempted > 0
+        assert engine.counts.preempted > 0
         for index, prompt in enumerate(prompts):
             (alone,) = generate([prompt], sampling, seeds=[index])
             assert alone.token_ids == together[index].token_ids == squeezed[index].token_ids
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_answers_to_one_prompt_share_its_pages_and_are_what_they_are_alone(name: str) -> None:
+    model = tiny_model(name, dtype=torch.float64)
+    prompts = [prompt for prompt in prompts_of((200, 130, 70)) for _ in range(3)]
+    sampling = Sampling(max_new_tokens=20)
+    alone = [run(model, [prompt], sampling, seed=index)[0] for index, prompt in enumerate(prompts)]
+    for options in ({}, {"max_cache_tokens": 9 * 64}, {"max_prefill_tokens": 90}, {"max_running": 2}):
+        engine = HybridEngine(model, **options)  # type: ignore[arg-type]
+        with engine.generating() as generate:
+            together = generate(prompts, sampling, seeds=range(len(prompts)))
+        assert [c.token_ids for c in together] == [c.token_ids for c in alone]
+        assert engine.counts.shared_tokens > 0
+        if not options:
+            assert engine.counts.shared_tokens == 2 * (192 + 128 + 64)
 
 
 def test_sampling_really_samples_and_follows_the_models_distribution() -> None:

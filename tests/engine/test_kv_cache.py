@@ -16,26 +16,36 @@ def test_pages_for_rounds_up() -> None:
     assert [pages_for(n) for n in (0, 1, 64, 65, 128)] == [0, 1, 1, 2, 2]
 
 
-def test_used_pages_stay_the_first_ones_and_keep_their_content_whoever_leaves() -> None:
-    pool, rng = PagePool(40), random.Random(0)
+def test_used_pages_can_be_kept_the_first_ones_and_keep_their_content_whoever_leaves_or_shares() -> None:
+    pool, rng = PagePool(60), random.Random(0)
     tables: dict[int, list[int]] = {}
-    content: dict[int, tuple[int, int]] = {}
-    for step in range(300):
-        if tables and (rng.random() < 0.4 or pool.num_free < 4):
+    expected: dict[int, list[int]] = {}
+    content: dict[int, int] = {}  # page -> a number written when it was taken
+    has_shared = 0
+    for step in range(600):
+        if tables and (rng.random() < 0.3 or pool.num_free < 4):
             leaving = rng.sample(sorted(tables), rng.randint(1, len(tables)))
-            for source, target in pool.give_back([tables[name] for name in leaving]):
-                content[target] = content[source]
+            pool.give_back([tables[name] for name in leaving])
             assert all(tables.pop(name) == [] for name in leaving)
+            if rng.random() < 0.7:
+                for source, target in pool.close_ranks():
+                    content[target] = content[source]
+                assert {page for table in tables.values() for page in table} == set(range(pool.num_used))
         else:
-            tables.setdefault(rng.choice([step, *tables]), [])
-            name = next(reversed(tables)) if rng.random() < 0.5 else rng.choice(list(tables))
-            before = len(tables[name])
-            pool.take(tables[name], rng.randint(1, 3))
-            for place in range(before, len(tables[name])):
-                content[tables[name][place]] = (name, place)
-        assert sorted(page for table in tables.values() for page in table) == list(range(pool.num_used))
+            tables[step], expected[step] = [], []
+            donor = rng.choice(sorted(tables))
+            shared = tables[donor][: rng.randint(0, 2)]
+            has_shared += bool(shared)
+            pool.share(tables[step], shared)
+            pool.take(tables[step], rng.randint(1, 3))
+            for page in tables[step][len(shared) :]:
+                content[page] = len(content) * 1000 + step
+            expected[step] = [content[page] for page in tables[step]]
+        used = {page for table in tables.values() for page in table}
+        assert (pool.num_used, pool.num_free) == (len(used), 60 - len(used))
         for name, table in tables.items():
-            assert [content[page] for page in table] == [(name, place) for place in range(len(table))]
+            assert [content[page] for page in table] == expected[name]
+    assert has_shared > 50
 
 
 def test_written_tokens_are_found_in_their_page_after_it_moved() -> None:

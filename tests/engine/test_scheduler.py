@@ -9,7 +9,7 @@ import torch
 from dovetail.engine.answers import Answer, Listener
 from dovetail.engine.kv_cache import KVArena, KVShape, pages_for
 from dovetail.engine.sampling import Sampling
-from dovetail.engine.scheduler import Scheduler
+from dovetail.engine.scheduler import Chunk, Scheduler
 
 
 def arena_of(num_pages: int) -> KVArena:
@@ -26,44 +26,88 @@ def scheduler_of(
     return Scheduler(answers, arena_of(num_pages), max_running=running, max_prefill_tokens=prefill)
 
 
+def simulate(scheduler: Scheduler, num_pages: int, max_running: int) -> list[list[Chunk]]:
+    """Run to the end as the loop does, checking what must always hold; returns what each forward read."""
+    read: list[list[Chunk]] = []
+    while scheduler.waiting or scheduler.running:
+        chunks = scheduler.admit()
+        read += [chunks] if chunks else []
+        for chunk in chunks:
+            if chunk.is_last:
+                chunk.answer.accept(0, 0.0, Listener())
+        scheduler.retire()
+        scheduler.make_room()
+        ready = scheduler.ready()
+        assert chunks or ready
+        held = {page for answer in scheduler.running for page in answer.pages}
+        assert held == set(range(len(held)))
+        assert len(held) <= num_pages
+        assert len(scheduler.running) <= max_running
+        for answer in ready:
+            assert len(answer.pages) == pages_for(answer.num_tokens)
+            answer.num_cached += 1
+            answer.accept(0, 0.0, Listener())
+        scheduler.retire()
+    return read
+
+
 def test_every_answer_ends_whatever_the_lengths_and_however_few_the_pages() -> None:
-    rng = random.Random(0)
-    for num_pages in (4, 5, 9):
+    for num_pages, prefill in ((4, 9999), (5, 40), (9, 100)):
+        rng = random.Random(0)
         answers = [answer_of(i, rng.randint(1, 130), rng.randint(1, 120)) for i in range(30)]
-        scheduler = scheduler_of(answers, num_pages, running=8)
-        finished: list[Answer] = []
-        while scheduler.waiting or scheduler.running:
-            admitted = scheduler.admit()
-            for answer in admitted:
-                answer.accept(0, 0.0, Listener())
-            scheduler.retire()
-            scheduler.make_room()
-            held = [page for answer in scheduler.running for page in answer.pages]
-            assert sorted(held) == list(range(len(held)))
-            assert len(held) <= num_pages
-            assert len(scheduler.running) <= 8
-            for answer in scheduler.running:
-                assert len(answer.pages) == pages_for(answer.num_tokens)
-                answer.accept(0, 0.0, Listener())
-            finished += [answer for answer in scheduler.running if answer.finish_reason]
-            scheduler.retire()
+        scheduler = scheduler_of(answers, num_pages, running=8, prefill=prefill)
+        read = simulate(scheduler, num_pages, 8)
         assert all(len(answer.token_ids) == answer.max_new_tokens for answer in answers)
+        assert all(sum(chunk.num_tokens for chunk in chunks) <= prefill for chunks in read)
         if num_pages == 4:
             assert scheduler.num_preempted > 0
 
 
-def test_admission_is_in_order_and_bounded_by_places_and_prefill_tokens() -> None:
-    answers = [answer_of(i, 40, 5) for i in range(6)]
-    assert [a.index for a in scheduler_of(answers, 100, running=4).admit()] == [0, 1, 2, 3]
-    answers = [answer_of(i, 40, 5) for i in range(6)]
-    scheduler = scheduler_of(answers, 100, prefill=100)
-    assert [[a.index for a in scheduler.admit()] for _ in range(4)] == [[0, 1], [2, 3], [4, 5], []]
+def test_admission_is_in_order_and_bounded_by_places() -> None:
+    scheduler = scheduler_of([answer_of(i, 40, 5) for i in range(6)], 100, running=4)
+    assert [(c.answer.index, c.start, c.end) for c in scheduler.admit()] == [(i, 0, 40) for i in range(4)]
 
 
-def test_a_prompt_above_the_prefill_bound_is_read_alone() -> None:
-    answers = [answer_of(0, 500, 5), answer_of(1, 10, 5)]
-    scheduler = scheduler_of(answers, 100, prefill=100)
-    assert [len(scheduler.admit()) for _ in range(2)] == [1, 1]
+def test_long_prompts_are_read_in_parts_beside_others() -> None:
+    scheduler = scheduler_of([answer_of(0, 250, 5), answer_of(1, 30, 5)], 100, prefill=100)
+    read = [[(c.answer.index, c.start, c.end, c.is_last) for c in scheduler.admit()] for _ in range(4)]
+    assert read == [
+        [(0, 0, 100, False)],
+        [(0, 100, 200, False)],
+        [(0, 200, 250, True), (1, 0, 30, True)],
+        [],
+    ]
+
+
+def test_full_pages_of_one_prompt_are_shared_and_outlive_the_first_to_leave() -> None:
+    answers = [answer_of(i, 130, 5) for i in range(3)]
+    scheduler = scheduler_of(answers, 100)
+    chunks = scheduler.admit()
+    assert [(c.start, c.end) for c in chunks] == [(0, 130), (128, 130), (128, 130)]
+    assert answers[0].pages[:2] == answers[1].pages[:2] == answers[2].pages[:2]
+    assert len({answer.pages[2] for answer in answers}) == 3
+    assert scheduler.num_shared_tokens == 2 * 128
+    answers[0].finish_reason = "stop"
+    scheduler.retire()
+    assert answers[0].pages == []
+    assert answers[1].pages[:2] == answers[2].pages[:2]
+    assert len({*answers[1].pages, *answers[2].pages}) == 4
+
+
+def test_a_prompt_that_ends_with_its_page_shares_all_but_that_page() -> None:
+    scheduler = scheduler_of([answer_of(i, 128, 5) for i in range(2)], 100)
+    assert [(c.start, c.end) for c in scheduler.admit()] == [(0, 128), (64, 128)]
+
+
+def test_a_full_batch_waits_until_several_places_are_free() -> None:
+    answers = [answer_of(i, 10, 5) for i in range(80)]
+    scheduler = scheduler_of(answers, 1000, running=64)
+    assert len(scheduler.admit()) == 64
+    for count, admitted in ((3, 0), (1, 4)):
+        for answer in scheduler.running[:count]:
+            answer.finish_reason = "stop"
+        scheduler.retire()
+        assert len(scheduler.admit()) == admitted
 
 
 def test_answers_that_need_no_more_pages_leave_all_others_to_newcomers() -> None:
@@ -74,13 +118,17 @@ def test_answers_that_need_no_more_pages_leave_all_others_to_newcomers() -> None
 
 def test_the_youngest_gives_way_and_comes_back_first() -> None:
     answers = [answer_of(i, 64, 10) for i in range(3)]
-    scheduler = scheduler_of(answers, 4)
-    scheduler.running = list(scheduler.waiting)
-    scheduler.waiting.clear()
-    for answer in scheduler.running:
-        scheduler._pool.take(answer.pages, 1)
+    scheduler = scheduler_of(answers, 3)
+    # As if each of them had needed no second page when it was admitted.
+    for answer in answers:
+        answer.max_new_tokens = 0
+    assert len(scheduler.admit()) == 3
+    for answer in answers:
+        answer.max_new_tokens = 10
         answer.accept(0, 0.0, Listener())
-    scheduler.make_room()
-    assert [answer.index for answer in scheduler.running] == [0, 1]
-    assert [answer.index for answer in scheduler.waiting] == [2]
+    assert scheduler.is_short_of_pages()
+    assert [answer.index for answer in scheduler.make_room()] == [2, 1]
+    assert [answer.index for answer in scheduler.running] == [0]
+    assert [answer.index for answer in scheduler.waiting] == [1, 2]
     assert scheduler.waiting[0].token_ids == [0]
+    assert scheduler.waiting[0].is_unread

@@ -167,7 +167,7 @@ def test_flash_attention_is_told_the_same_in_every_version_of_torch(monkeypatch,
     lengths = LENGTHS["ragged"]
     inputs = random_inputs(sum(lengths))
     monkeypatch.setattr(attention.varlen, "varlen_attn", version)
-    monkeypatch.setattr(attention, "_flash_can", lambda *_: True)
+    monkeypatch.setattr(attention, "flash_can", lambda *_: True)
     attention._varlen_options.cache_clear()
     ours = layout_of(lengths).attend(None, *inputs, scaling=scaling, sliding_window=window, softcap=None)
     attention._varlen_options.cache_clear()

@@ -54,15 +54,40 @@ class Answer:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     pages: list[int] = field(default_factory=list)
-    """Pages of the KV cache that hold its tokens, in order; empty while it waits."""
+    """Pages of the KV cache that hold its tokens, in order; empty while it waits. Full ones may be shared."""
+    num_cached: int = 0
+    """Tokens whose keys and values are stored, or will be by the forwards under way."""
+    num_pending: int = 0
+    """Tokens drawn on the device that the host has not read yet."""
     finish_reason: FinishReason | None = None
 
     @property
     def num_tokens(self) -> int:
-        return len(self.prompt) + len(self.token_ids)
+        """Prompt and answer, pending tokens included."""
+        return len(self.prompt) + self.num_drawn
+
+    @property
+    def num_drawn(self) -> int:
+        """Tokens of the answer, pending ones included; also the index of the next random number."""
+        return len(self.token_ids) + self.num_pending
+
+    @property
+    def is_unread(self) -> bool:
+        """A part of the prompt, or of what was drawn before a preemption, is yet to be read."""
+        return self.num_cached < self.num_tokens - min(1, self.num_drawn)
+
+    @property
+    def can_decode(self) -> bool:
+        """Its last token is drawn and not yet fed, and another one is wanted."""
+        return (
+            self.finish_reason is None
+            and 0 < self.num_drawn < self.max_new_tokens
+            and self.num_cached == self.num_tokens - 1
+        )
 
     @property
     def all_ids(self) -> tuple[int, ...]:
+        """What the host knows of its tokens."""
         return (*self.prompt, *self.token_ids)
 
     @property

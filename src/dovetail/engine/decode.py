@@ -1,4 +1,4 @@
-"""One new token for every running sequence: the batch's device-side state and its attention over pages.
+"""One new token for every running sequence, module by module: its state and its attention over pages.
 
 Responsible for: what a decode step feeds the modules, and attention of one query a sequence over paged keys.
 Not responsible for: the modules (modules.py), drawing (sampling.py), or who runs (scheduler.py).
@@ -14,13 +14,14 @@ batched product in place
 reads every key once, ragged lengths without padding. Only the scores, smaller than the keys by the head
 width, are regrouped by sequence for the softmax, with the length (or window) mask; the weights go back to the
 page order for the product with the values, and one small product with the page-owner matrix adds the pages of
-each sequence up. On the CPU this equals scaled_dot_product_attention over contiguous slots for even lengths
+each sequence up. A page that several sequences share is read once for all of them, with as many queries. On the
+CPU this equals scaled_dot_product_attention over contiguous slots for even lengths
 and is faster for ragged or grouped ones; for a single sequence it equals the cache concatenation and
 attention of transformers. Grouped-query heads share the key block of their group. A device kernel that walks
 the page tables can replace `DecodeLayout.attend` without touching anything else.
 
-Shapes: B running sequences (one new token each), P used pages, N pages of the longest, H query heads, K head
-width; G query heads per key head.
+Shapes: B running sequences (one new token each), P used pages, M most owners of a page, Q = P x M, N pages of
+the longest, H query heads, C key heads, G query heads per key head, K head width, O the 64 places of a page.
 """
 
 from __future__ import annotations
@@ -33,34 +34,47 @@ from torch import Tensor
 
 from dovetail.engine.answers import Answer
 from dovetail.engine.kv_cache import PAGE_TOKENS, KVArena
-from dovetail.engine.sampling import SamplingRows
+from dovetail.engine.modules import PackedModules
+from dovetail.engine.sampling import SamplingRows, sample_next
+from dovetail.engine.transfer import Draw, numbers_of
 
 
 class PageMap:
-    """Which page belongs to which sequence, as index tensors; built when a table changes, not every step."""
+    """Which page belongs to which sequences, as index tensors; built when a table changes, not every step."""
 
     def __init__(self, tables: Sequence[Sequence[int]], device: torch.device) -> None:
-        self.num_rows = len(tables)
-        self.num_pages = sum(map(len, tables))
-        self.width = max(map(len, tables))
-        table = [page for row in tables for page in (*row, *[0] * (self.width - len(row)))]
-        self.in_order = table == list(range(self.num_pages))
-        """Pages lie in the order of the sequences, without padding: nothing to regroup."""
-        owner, place = [0] * self.num_pages, [0] * self.num_pages
+        owners: dict[int, list[tuple[int, int]]] = {}
         for b, row in enumerate(tables):
             for n, page in enumerate(row):
-                owner[page], place[page] = b, b * self.width + n
+                owners.setdefault(page, []).append((b, n))
+        self.num_rows = len(tables)
+        self.num_pages = len(owners)
+        self.width = max(map(len, tables))
+        self.num_owners = max(map(len, owners.values()))
+        table = [0] * (self.num_rows * self.width)
+        owner, place = [0] * (self.num_pages * self.num_owners), [0] * (self.num_pages * self.num_owners)
+        self._owned: list[int] = []
+        for page, found in owners.items():
+            for m, (b, n) in enumerate(found):
+                q = page * self.num_owners + m
+                owner[q], place[q] = b, b * self.width + n
+                table[b * self.width + n] = q
+                self._owned.append(q)
+        self.in_order = table == list(range(self.num_pages))
+        """Pages lie in the order of the sequences, unshared and without padding: nothing to regroup."""
         self.table_BN = torch.tensor(table, device=device)
-        self.owner_P = torch.tensor(owner, device=device)
-        self.place_P = torch.tensor(place, device=device)
+        self.owner_Q = torch.tensor(owner, device=device)
+        self.place_Q = torch.tensor(place, device=device)
         self.offsets_L = torch.arange(self.width * PAGE_TOKENS, device=device)
         self._owns: dict[torch.dtype, Tensor] = {}
 
     def ownership(self, dtype: torch.dtype) -> Tensor:
-        """[B, P]: 1 where the page belongs to the sequence, else 0."""
+        """[B, Q]: 1 where the page belongs to the sequence, else 0."""
         if dtype not in self._owns:
-            zeros_BP = torch.zeros(self.num_rows, self.num_pages, dtype=dtype, device=self.owner_P.device)
-            self._owns[dtype] = zeros_BP.scatter_(0, self.owner_P[None], 1)
+            owned = torch.tensor(self._owned, device=self.owner_Q.device)
+            owns_BQ = torch.zeros(self.num_rows, len(self.owner_Q), dtype=dtype, device=owned.device)
+            owns_BQ[self.owner_Q[owned], owned] = 1
+            self._owns[dtype] = owns_BQ
         return self._owns[dtype]
 
 
@@ -101,13 +115,11 @@ class DecodeLayout:
 
     def _scores(self, query_BHK: Tensor, keys: Tensor) -> Tensor:
         """Each query with all its keys [B, H, N x 64]; what lies beyond the sequence is meaningless."""
-        pages, (num_rows, num_heads, head_width) = self._pages, query_BHK.shape
-        query_PHK = query_BHK if pages.in_order and pages.width == 1 else query_BHK[pages.owner_P]
-        query_tiles = query_PHK.reshape(keys.shape[0], -1, head_width)
-        scores_PHO = torch.bmm(query_tiles, keys.transpose(1, 2)).view(
-            pages.num_pages, num_heads, PAGE_TOKENS
-        )
-        scores = scores_PHO if pages.in_order else scores_PHO[pages.table_BN]
+        pages, (num_rows, num_heads, _) = self._pages, query_BHK.shape
+        query_QHK = query_BHK if pages.in_order and pages.width == 1 else query_BHK[pages.owner_Q]
+        query_tiles = self._by_key_head(query_QHK, keys.shape[0])
+        scores_QHO = self._by_owner(torch.bmm(query_tiles, keys.transpose(1, 2)), num_heads)
+        scores = scores_QHO if pages.in_order else scores_QHO[pages.table_BN]
         grouped = scores.view(num_rows, pages.width, num_heads, PAGE_TOKENS)
         return grouped.transpose(1, 2).reshape(num_rows, num_heads, -1)
 
@@ -116,16 +128,33 @@ class DecodeLayout:
         pages, (num_rows, num_heads, _) = self._pages, weights_BHL.shape
         grouped = weights_BHL.view(num_rows, num_heads, pages.width, PAGE_TOKENS).transpose(1, 2)
         weights = grouped.reshape(-1, num_heads, PAGE_TOKENS)
-        weights_PHO = weights if pages.in_order else weights[pages.place_P]
-        mixed = torch.bmm(weights_PHO.reshape(values.shape[0], -1, PAGE_TOKENS), values)
-        mixed_PHK = mixed.view(pages.num_pages, num_heads, -1)
-        if pages.width == 1:
-            return mixed_PHK if pages.in_order else mixed_PHK[pages.table_BN]
+        weights_QHO = weights if pages.in_order else weights[pages.place_Q]
+        mixed = torch.bmm(self._by_key_head(weights_QHO, values.shape[0]), values)
+        mixed_QHK = self._by_owner(mixed, num_heads)
+        if pages.width == 1 and pages.num_owners == 1:
+            return mixed_QHK if pages.in_order else mixed_QHK[pages.table_BN]
         if num_rows == 1:
-            return mixed_PHK.sum(dim=0, keepdim=True)
+            return mixed_QHK.sum(dim=0, keepdim=True)
         # A product rather than index_add: it adds in a fixed order on every device.
-        summed = pages.ownership(mixed.dtype) @ mixed_PHK.view(pages.num_pages, -1)
+        summed = pages.ownership(mixed.dtype) @ mixed_QHK.reshape(len(mixed_QHK), -1)
         return summed.view(num_rows, num_heads, -1)
+
+    def _by_key_head(self, x_QHX: Tensor, num_tiles: int) -> Tensor:
+        """[Q, H, X] -> [P x C, M x G, X]: all that meets one block of keys or values together."""
+        num_owners, num_key_heads = self._pages.num_owners, self._arena.shape.num_heads
+        if num_owners > 1:
+            x_PMCGX = x_QHX.view(
+                -1, num_owners, num_key_heads, x_QHX.shape[1] // num_key_heads, x_QHX.shape[2]
+            )
+            x_QHX = x_PMCGX.transpose(1, 2)
+        return x_QHX.reshape(num_tiles, -1, x_QHX.shape[-1])
+
+    def _by_owner(self, x: Tensor, num_heads: int) -> Tensor:
+        """[P x C, M x G, X] -> [Q, H, X]: the inverse of `_by_key_head`."""
+        num_owners, num_key_heads = self._pages.num_owners, self._arena.shape.num_heads
+        if num_owners > 1:
+            x = x.view(-1, num_key_heads, num_owners, num_heads // num_key_heads, x.shape[-1]).transpose(1, 2)
+        return x.reshape(self._pages.num_pages * num_owners, num_heads, x.shape[-1])
 
     @property
     def _mask_dtype(self) -> torch.dtype:
@@ -146,41 +175,59 @@ class DecodeLayout:
         return self._masks[window]
 
 
-class DecodeBatch:
-    """The running sequences as the device sees them; advanced in place, rebuilt when others run."""
+class EagerDecoder:
+    """A decode step, module by module; between two steps the host reads the tokens drawn."""
 
-    def __init__(
-        self, answers: Sequence[Answer], arena: KVArena, vocabulary: int, device: torch.device
-    ) -> None:
-        self.answers = list(answers)
+    lag = 0
+    """Draws that may be under way while the next step begins."""
+
+    def __init__(self, modules: PackedModules, arena: KVArena, device: torch.device) -> None:
+        self._modules = modules
         self._arena = arena
         self._device = device
-        self.ids_B = torch.tensor([answer.token_ids[-1] for answer in answers], device=device)
-        self.positions_B = torch.tensor([answer.num_tokens - 1 for answer in answers], device=device)
-        self.sampling = sampling_rows(answers, vocabulary, device)
-        self.remap()
+        self._answers: list[Answer] = []
+        self._version = -1
+        self._ids_B = torch.zeros(0, dtype=torch.long, device=device)
+        self._positions_B = self._ids_B
 
-    def remap(self) -> None:
+    def place(self, answers: Sequence[Answer], ids_S: Tensor) -> None:
+        """Answers that drew their first token: the host will know it by the next step."""
+
+    def forget(self, answers: Sequence[Answer]) -> None:
+        """Answers that run no more: the next step says who does."""
+
+    def step(self, answers: Sequence[Answer], version: int) -> Draw:
+        """Feed every answer its last token and draw the next. `version` changes with the page tables."""
+        if list(answers) != self._answers:
+            self._start(answers)
+        elif version != self._version:
+            self._remap()
+        self._version = version
+        layout = DecodeLayout(self._arena, self._pages, self._rows_HB, self._positions_B + 1)
+        logits_BV = self._modules.next_logits(self._ids_B, self._positions_B, layout)
+        ids_B, logprobs_B = sample_next(logits_BV, self._sampling)
+        self._ids_B = ids_B
+        self._positions_B += 1
+        self._rows_HB += 1
+        self._sampling.advance(ids_B)
+        return Draw.of(answers, numbers_of(ids_B, logprobs_B))
+
+    def _start(self, answers: Sequence[Answer]) -> None:
+        self._answers = list(answers)
+        self._ids_B = torch.tensor([answer.token_ids[-1] for answer in answers], device=self._device)
+        self._positions_B = torch.tensor([answer.num_tokens - 1 for answer in answers], device=self._device)
+        self._sampling = sampling_rows(answers, self._modules.vocabulary, self._device)
+        self._remap()
+
+    def _remap(self) -> None:
         """Take over page tables that have changed."""
-        answers = self.answers
-        self._pages = PageMap([answer.pages for answer in answers], self._device)
-        lasts = [divmod(answer.num_tokens - 1, PAGE_TOKENS) for answer in answers]
-        pages = [answer.pages[page] for answer, (page, _) in zip(answers, lasts, strict=True)]
+        self._pages = PageMap([answer.pages for answer in self._answers], self._device)
+        lasts = [divmod(answer.num_tokens - 1, PAGE_TOKENS) for answer in self._answers]
+        pages = [answer.pages[page] for answer, (page, _) in zip(self._answers, lasts, strict=True)]
         pages_B = torch.tensor(pages, device=self._device)
         self._rows_HB = self._arena.rows_of(
             pages_B, torch.tensor([offset for _, offset in lasts], device=self._device)
         )
-
-    def layout(self) -> DecodeLayout:
-        """Attention for feeding `ids_B` at `positions_B`."""
-        return DecodeLayout(self._arena, self._pages, self._rows_HB, self.positions_B + 1)
-
-    def advance(self, ids_B: Tensor) -> None:
-        """After a draw: the next step feeds the drawn tokens, one place further in the same pages."""
-        self.ids_B = ids_B
-        self.positions_B += 1
-        self._rows_HB += 1
-        self.sampling.advance(ids_B)
 
 
 def sampling_rows(answers: Sequence[Answer], vocabulary: int, device: torch.device) -> SamplingRows:
@@ -188,7 +235,7 @@ def sampling_rows(answers: Sequence[Answer], vocabulary: int, device: torch.devi
     rows = SamplingRows(
         [answer.sampling for answer in answers],
         [answer.seed for answer in answers],
-        [len(answer.token_ids) for answer in answers],
+        [answer.num_drawn for answer in answers],
         device=device,
     )
     if rows.penalises:

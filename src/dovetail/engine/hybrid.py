@@ -32,7 +32,7 @@ from dovetail.engine.modules import (
     vocabulary_of,
 )
 from dovetail.engine.padded import generate_padded
-from dovetail.engine.paged import Limits, PagedGeneration
+from dovetail.engine.paged import Counts, Limits, PagedGeneration
 from dovetail.engine.sampling import Sampling
 from dovetail.errors import GenerationError
 from dovetail.model.attention import why_not_packed
@@ -85,8 +85,8 @@ class HybridEngine:
         self._shapes: dict[torch.dtype, KVShape | None] = {}
         self._warned: set[str] = set()
         self._is_generating = False
-        self.num_preempted = 0
-        """How often an answer had to give its pages back and start again, in the last call."""
+        self.counts = Counts(preempted=0, shared_tokens=0)
+        """Of the last call to generate."""
 
     @contextmanager
     def generating(self) -> Iterator[Generate]:
@@ -179,7 +179,7 @@ class _Session:
                     hint="shorten it, raise max_cache_tokens, or free memory on the device",
                 )
         self._cap(answers, capacity, "the KV cache")
-        self._engine.num_preempted = self._paged.run(answers, listener)
+        self._engine.counts = self._paged.run(answers, listener)
 
     def _cap(self, answers: list[Answer], limit: int | None, what: str) -> None:
         """Shorten what would outgrow the limit; such answers end with "length"."""

@@ -4,15 +4,18 @@ Responsible for: the storage, which page belongs to whom, and keeping the used p
 Not responsible for: who may have pages (scheduler.py), or attention over them (decode.py, prefill.py).
 
 A page holds 64 tokens of one sequence: [kv heads, 64, head width] for keys and the same for values, so the
-block of one head is contiguous. The used pages are always the first ones, 0 to n - 1: when sequences leave,
-the last pages move into the holes. That costs at most one copied page for each freed page, keeps memory
-dense, and lets attention without a special kernel read all used pages as one tensor, in place.
+block of one head is contiguous. Sequences that begin alike may share full pages of their beginning. Where
+attention has a kernel that walks page tables, pages lie anywhere. Elsewhere the arena is `dense`: the used
+pages are always the first ones, 0 to n - 1; when sequences leave, the last pages move into the holes. That
+costs at most one copied page for each freed page and lets attention read all used pages as one tensor, in
+place.
 
 Shapes: T tokens, H heads (here: of keys and values), K head width.
 """
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -44,9 +47,11 @@ class KVShape:
 class KVArena:
     """The pages' storage: one tensor [layers, 2, pages, heads, 64, width], allocated once."""
 
-    def __init__(self, shape: KVShape, num_pages: int, device: torch.device) -> None:
+    def __init__(self, shape: KVShape, num_pages: int, device: torch.device, *, dense: bool = True) -> None:
         self.shape = shape
         self.num_pages = num_pages
+        self.dense = dense
+        """Used pages are kept together, and cleared when taken: attention reads them whole."""
         size = (shape.num_layers, 2, num_pages, shape.num_heads, PAGE_TOKENS, shape.head_width)
         self._storage = torch.empty(size, dtype=shape.dtype, device=device)
         # Views made once, because making them for each token and layer would show on the CPU.
@@ -65,6 +70,17 @@ class KVArena:
         count = num_pages * self.shape.num_heads
         keys, values = self._tiles[layer]
         return keys[:count], values[:count]
+
+    def pages(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer, [pages, heads, 64, K] each, without a copy."""
+        keys, values = self._storage[layer]
+        return keys, values
+
+    def read(self, layer: int, rows_HT: Tensor) -> tuple[Tensor, Tensor]:
+        """Copies of the keys and values in some rows, [1, heads, T, K] each."""
+        size = (1, self.shape.num_heads, -1, self.shape.head_width)
+        keys, values = (rows.index_select(0, rows_HT).view(size) for rows in self._rows[layer])
+        return keys, values
 
     def rows_of(self, pages_T: Tensor, offsets_T: Tensor) -> Tensor:
         """Row numbers [heads x T], heads first, of the tokens at these places in these pages."""
@@ -92,7 +108,8 @@ class PagePool:
 
     def __init__(self, num_pages: int) -> None:
         self.num_pages = num_pages
-        self._holders: list[list[int]] = []
+        self._free = list(range(num_pages))  # a heap: the lowest page goes first
+        self._holders: dict[int, list[list[int]]] = {}
 
     @property
     def num_used(self) -> int:
@@ -100,27 +117,44 @@ class PagePool:
 
     @property
     def num_free(self) -> int:
-        return self.num_pages - self.num_used
+        return len(self._free)
 
     def take(self, table: list[int], count: int) -> None:
         """Append `count` free pages to a sequence's table."""
         assert count <= self.num_free
-        table.extend(range(self.num_used, self.num_used + count))
-        self._holders.extend([table] * count)
+        for _ in range(count):
+            page = heapq.heappop(self._free)
+            self._holders[page] = [table]
+            table.append(page)
 
-    def give_back(self, tables: Iterable[list[int]]) -> list[tuple[int, int]]:
-        """Empty these tables; returns the moves (from, to) that keep the used pages together."""
-        freed: set[int] = set()
+    def share(self, table: list[int], pages: Sequence[int]) -> None:
+        """Append pages that others hold and nobody writes to any more."""
+        for page in pages:
+            self._holders[page].append(table)
+        table.extend(pages)
+
+    def give_back(self, tables: Iterable[list[int]]) -> None:
+        """Empty these tables; pages that nobody holds any more are free."""
         for table in tables:
-            freed.update(table)
+            for page in table:
+                holders = self._holders[page]
+                holders[:] = [holder for holder in holders if holder is not table]
+                if not holders:
+                    del self._holders[page]
+                    heapq.heappush(self._free, page)
             table.clear()
-        remaining = self.num_used - len(freed)
-        holes = sorted(page for page in freed if page < remaining)
-        movers = [page for page in range(remaining, self.num_used) if page not in freed]
+
+    def close_ranks(self) -> list[tuple[int, int]]:
+        """Renumber the used pages 0 to n - 1; returns the moves (from, to) that the storage has to follow."""
+        used = self.num_used
+        movers = sorted(page for page in self._holders if page >= used)
+        holes = sorted(page for page in self._free if page < used)
         moves = list(zip(movers, holes, strict=True))
         for source, target in moves:
-            holder = self._holders[source]
-            holder[holder.index(source)] = target
-            self._holders[target] = holder
-        del self._holders[remaining:]
+            holders = self._holders.pop(source)
+            for holder in holders:
+                holder[holder.index(source)] = target
+            self._holders[target] = holders
+        if moves:
+            self._free = list(range(used, self.num_pages))
         return moves

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from dovetail.engine.kv_cache import KVShape
 from dovetail.errors import GenerationError
 from dovetail.model.attention import ATTENTION_NAME, Layout, use_packed_attention
+from dovetail.model.linear_logprobs import head_of
 
 
 def vocabulary_of(model: PreTrainedModel) -> int:
@@ -52,6 +53,12 @@ class PackedModules:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
+        head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        self.vocabulary = int(head.weight.shape[0])
+        """How many logits there are."""
+        self.name = type(model).__name__
+        self.cannot_be_captured = False
+        """Its forward does what a CUDA graph cannot record; found out by trying."""
 
     @contextmanager
     def our_attention(self) -> Iterator[None]:
@@ -70,7 +77,18 @@ class PackedModules:
         self, ids_T: Tensor, positions_T: Tensor, layout: Layout, last_S: Tensor | None = None
     ) -> Tensor:
         """Logits [S, V] of what follows the tokens `last_S` (all T if None); only these meet the head."""
-        output = self._model(
+        if ids_T.is_cuda:
+            # The head as in training: its product leaves the tensor cores in float32.
+            hidden_TD = self._forward(self._model.base_model, ids_T, positions_T, layout).last_hidden_state[0]
+            return head_of(self._model).logits(hidden_TD if last_S is None else hidden_TD[last_S])
+        keep = 0 if last_S is None else last_S
+        logits: Tensor = self._forward(self._model, ids_T, positions_T, layout, logits_to_keep=keep).logits[0]
+        return logits
+
+    def _forward(
+        self, module: Any, ids_T: Tensor, positions_T: Tensor, layout: Layout, **options: Any
+    ) -> Any:
+        return module(
             input_ids=ids_T[None],
             position_ids=positions_T[None],
             # transformers hands a mask of four dimensions through unread. Without one, its classes look for
@@ -78,10 +96,8 @@ class PackedModules:
             attention_mask=torch.zeros(1, 1, 1, 1, device=ids_T.device),
             use_cache=False,
             layout=layout,
-            logits_to_keep=0 if last_S is None else last_S,
+            **options,
         )
-        logits: Tensor = output.logits[0]
-        return logits
 
     def kv_shape(self) -> KVShape | None:
         """Keys and values of one token, learned by running one; None if a layer does not ask our attention.

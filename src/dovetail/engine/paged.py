@@ -1,26 +1,33 @@
-"""The generation loop over pages: admit and prefill, make room, decode a token for everybody, retire.
+"""The generation loop over pages: admit and read prompts, make room, decode a token for everybody, retire.
 
 Responsible for: that loop, and the arena it runs in.
 Not responsible for: who is next (scheduler.py), or the model's modes (hybrid.py).
+
+On a GPU the host runs one draw ahead: while a step computes, the tokens of the one before are read, handed to
+their answers, and the step after is prepared. An answer that turns out to have ended takes part in one step
+more; nobody hears of that token.
 """
 
 from __future__ import annotations
 
 import heapq
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from dovetail.engine.answers import Answer, Listener
-from dovetail.engine.decode import DecodeBatch, sampling_rows
+from dovetail.engine.decode import EagerDecoder, sampling_rows
 from dovetail.engine.kv_cache import PAGE_TOKENS, KVArena, KVShape, pages_for
 from dovetail.engine.memory import allocate_arena
 from dovetail.engine.modules import PackedModules
-from dovetail.engine.prefill import PrefillLayout, packed_prompts
+from dovetail.engine.prefill import Prefill
 from dovetail.engine.sampling import sample_next
-from dovetail.engine.scheduler import Scheduler
+from dovetail.engine.scheduler import Chunk, Scheduler
+from dovetail.engine.transfer import Draw, numbers_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,87 +37,143 @@ class Limits:
     max_running: int
     """Answers decoded together."""
     max_prefill_tokens: int
-    """Prompt tokens read in one forward; a single longer prompt is still read whole."""
+    """Prompt tokens read in one forward; longer prompts are read in parts."""
     max_cache_tokens: int | None
     """Tokens the arena may hold; None: what is asked for and fits in memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """What one call to generate took."""
+
+    preempted: int
+    """How often an answer had to give its pages back and start again."""
+    shared_tokens: int
+    """Prompt tokens read once for several answers, the first reading not counted."""
+
+
+class Decoder(Protocol):
+    """One decode step; EagerDecoder or GraphDecoder. A fused runner would be a third."""
+
+    lag: int
+
+    def place(self, answers: Sequence[Answer], ids_S: Tensor) -> None: ...
+
+    def forget(self, answers: Sequence[Answer]) -> None: ...
+
+    def step(self, answers: Sequence[Answer], version: int) -> Draw: ...
 
 
 class PagedGeneration:
     """Generation with one KV arena, which lives as long as this object."""
 
-    def __init__(
-        self,
-        modules: PackedModules,
-        shape: KVShape,
-        device: torch.device,
-        limits: Limits,
-    ) -> None:
+    def __init__(self, modules: PackedModules, shape: KVShape, device: torch.device, limits: Limits) -> None:
         self._modules = modules
         self._shape = shape
         self._device = device
         self._limits = limits
+        self._has_kernel = _has_kernel(shape, device)
         self._arena: KVArena | None = None
-        self._vocabulary = 0
+        self._decoder: Decoder | None = None
 
     def reserve(self, answers: Sequence[Answer]) -> int:
         """Make the arena as large as these answers can use; returns how many tokens it holds."""
-        wanted = sum(
-            heapq.nlargest(self._limits.max_running, (pages_for(answer.max_tokens) for answer in answers))
-        )
+        pages = [pages_for(answer.max_tokens) for answer in answers]
+        wanted = sum(heapq.nlargest(self._limits.max_running, pages))
         if self._limits.max_cache_tokens is not None:
             wanted = min(wanted, max(1, self._limits.max_cache_tokens // PAGE_TOKENS))
         if self._arena is None or self._arena.num_pages < wanted:
-            self._arena = None  # the smaller one is freed first
-            self._arena = allocate_arena(self._shape, wanted, self._device)
+            self._arena = self._decoder = None  # the smaller one is freed first
+            self._arena = allocate_arena(self._shape, wanted, self._device, dense=not self._has_kernel)
+        places = min(len(answers), self._limits.max_running)
+        self._decoder = self._decoder_for(
+            self._arena, places=places, pages=min(max(pages), self._arena.num_pages)
+        )
         return self._arena.num_pages * PAGE_TOKENS
 
+    def _decoder_for(self, arena: KVArena, *, places: int, pages: int) -> Decoder:
+        """places: answers that run together; pages: of the longest."""
+        if not self._has_kernel:
+            return EagerDecoder(self._modules, arena, self._device)
+        from dovetail.engine.graphs import GraphDecoder  # Triton is there on GPUs only
+
+        if isinstance(self._decoder, GraphDecoder) and self._decoder.serves(places, pages):
+            return self._decoder
+        return GraphDecoder(self._modules, arena, self._device, places=places, pages=pages)
+
     @torch.no_grad()
-    def run(self, answers: Sequence[Answer], listener: Listener) -> int:
-        """Bring every answer to its end; returns how many preemptions that took."""
+    def run(self, answers: Sequence[Answer], listener: Listener) -> Counts:
+        """Bring every answer to its end."""
         assert self._arena is not None
+        assert self._decoder is not None
+        limits, decoder = self._limits, self._decoder
         scheduler = Scheduler(
-            answers,
-            self._arena,
-            max_running=self._limits.max_running,
-            max_prefill_tokens=self._limits.max_prefill_tokens,
+            answers, self._arena, max_running=limits.max_running, max_prefill_tokens=limits.max_prefill_tokens
         )
-        batch: DecodeBatch | None = None
+        draws = _Draws(scheduler, decoder, listener)
         while scheduler.waiting or scheduler.running:
-            admitted = scheduler.admit()
-            if admitted:
-                self._prefill(admitted, listener)
-                scheduler.retire()
-            tables_changed = scheduler.make_room()
-            if not scheduler.running:
-                continue
-            if batch is None or batch.answers != scheduler.running:
-                batch = DecodeBatch(scheduler.running, self._arena, self._vocabulary, self._device)
-            elif tables_changed:
-                batch.remap()
-            self._decode(batch, listener)
-            scheduler.retire()
-        return scheduler.num_preempted
+            chunks = scheduler.admit()
+            if chunks:
+                draws.add(self._read(chunks))
+            if scheduler.is_short_of_pages():
+                draws.read(keep=0)
+            decoder.forget(scheduler.make_room())
+            ready = scheduler.ready()
+            if ready:
+                draws.add(self._decode(ready, scheduler.version))
+            elif not chunks:
+                draws.read(keep=0)
+        return Counts(scheduler.num_preempted, scheduler.num_shared_tokens)
 
-    def _prefill(self, answers: Sequence[Answer], listener: Listener) -> None:
-        """Read the prompts and draw each one's next token."""
+    def _read(self, chunks: Sequence[Chunk]) -> Draw | None:
+        """Read parts of prompts; draw the next token of those that are complete."""
         assert self._arena is not None
-        packed = packed_prompts(answers).to(self._device)
-        layout = PrefillLayout(packed, answers, self._arena)
+        assert self._decoder is not None
+        prefill = Prefill(chunks, self._arena, self._device)
+        complete = [chunk.answer for chunk in chunks if chunk.is_last]
         logits_SV = self._modules.next_logits(
-            packed.token_ids_T, packed.position_ids_T(), layout, packed.last_index_S()
+            prefill.ids_T, prefill.positions_T, prefill, prefill.last_index_S()
         )
-        self._vocabulary = logits_SV.shape[-1]
-        rows = sampling_rows(answers, self._vocabulary, self._device)
-        _accept(answers, *sample_next(logits_SV, rows), listener)
+        if not complete:
+            return None
+        rows = sampling_rows(complete, self._modules.vocabulary, self._device)
+        ids_S, logprobs_S = sample_next(logits_SV, rows)
+        self._decoder.place(complete, ids_S)
+        return Draw.of(complete, numbers_of(ids_S, logprobs_S))
 
-    def _decode(self, batch: DecodeBatch, listener: Listener) -> None:
-        """Feed every running answer its last token and draw the next."""
-        logits_BV = self._modules.next_logits(batch.ids_B, batch.positions_B, batch.layout())
-        ids_B, logprobs_B = sample_next(logits_BV, batch.sampling)
-        batch.advance(ids_B)
-        _accept(batch.answers, ids_B, logprobs_B, listener)
+    def _decode(self, answers: Sequence[Answer], version: int) -> Draw:
+        """Feed every answer its last token and draw the next."""
+        assert self._decoder is not None
+        draw = self._decoder.step(answers, version)
+        for answer in answers:
+            answer.num_cached += 1
+        return draw
 
 
-def _accept(answers: Sequence[Answer], ids_S: Tensor, logprobs_S: Tensor, listener: Listener) -> None:
-    for answer, token_id, logprob in zip(answers, ids_S.tolist(), logprobs_S.tolist(), strict=True):
-        answer.accept(token_id, logprob, listener)
+class _Draws:
+    """Tokens under way from the device to their answers, in order."""
+
+    def __init__(self, scheduler: Scheduler, decoder: Decoder, listener: Listener) -> None:
+        self._scheduler = scheduler
+        self._decoder = decoder
+        self._listener = listener
+        self._under_way: deque[Draw] = deque()
+
+    def add(self, draw: Draw | None) -> None:
+        """Another one; read what the decoder does not let lag behind."""
+        if draw is not None:
+            self._under_way.append(draw)
+        self.read(keep=self._decoder.lag)
+
+    def read(self, *, keep: int) -> None:
+        """Read all but the newest `keep`, and let go who has ended."""
+        while len(self._under_way) > keep:
+            self._under_way.popleft().deliver(self._listener)
+        self._decoder.forget(self._scheduler.retire())
+
+
+def _has_kernel(shape: KVShape, device: torch.device) -> bool:
+    """Whether the kernels of the captured decode step can serve this cache."""
+    if device.type != "cuda" or shape.head_width > 256:
+        return False
+    return shape.dtype in (torch.float32, torch.bfloat16, torch.float16)

@@ -143,7 +143,8 @@ def invert_distribution(probs_SV: Tensor, uniforms_S: Tensor) -> Tensor:
     cumulative_SV = probs_SV.cumsum(dim=-1, dtype=torch.float64)
     threshold_S1 = uniforms_S[:, None] * cumulative_SV[:, -1:]
     # right=True finds the first sum above the threshold, so a token of probability 0 can never be drawn.
-    return torch.searchsorted(cumulative_SV, threshold_S1, right=True).squeeze(1)
+    ids_S = torch.searchsorted(cumulative_SV, threshold_S1, right=True).squeeze(1)
+    return ids_S.clamp_(max=probs_SV.shape[1] - 1)  # logits that are no numbers must not lead outside
 
 
 def penalise_repetition(logits_SV: Tensor, seen_SV: Tensor, penalty_S: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """Which sequences run now: continuous batching within the pages there are.
 
-Responsible for: admission by free pages, a page for every next token, preemption when pages run out.
-Not responsible for: computing anything; its counterpart that does is hybrid.py.
+Responsible for: admission by free pages, which part of which prompt is read next, shared beginnings, a page for
+every next token, preemption when pages run out.
+Not responsible for: computing anything; its counterpart that does is paged.py.
 
 The oldest running sequence is never preempted, and every request fits the arena alone, so all of them end.
 """
@@ -10,9 +11,28 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from dovetail.engine.answers import Answer
-from dovetail.engine.kv_cache import KVArena, PagePool, pages_for
+from dovetail.engine.kv_cache import PAGE_TOKENS, KVArena, PagePool, pages_for
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Tokens of one sequence that a forward reads: places `start` to `end` - 1."""
+
+    answer: Answer
+    start: int
+    end: int
+
+    @property
+    def num_tokens(self) -> int:
+        return self.end - self.start
+
+    @property
+    def is_last(self) -> bool:
+        """After it, everything the sequence has is stored: its next token can be drawn."""
+        return self.end == self.answer.num_tokens
 
 
 class Scheduler:
@@ -24,53 +44,105 @@ class Scheduler:
         self.waiting = deque(answers)
         self.running: list[Answer] = []
         self.num_preempted = 0
+        self.num_shared_tokens = 0
+        """Prompt tokens that did not have to be read because another sequence had them."""
+        self.version = 0
+        """Changes with every change of a page table."""
         self._arena = arena
         self._pool = PagePool(arena.num_pages)
         self._max_running = max_running
         self._max_prefill_tokens = max_prefill_tokens
+        self._first_with: dict[tuple[int, ...], Answer] = {}
+        """Of the running answers to one prompt the one whose pages the others share."""
 
-    def admit(self) -> list[Answer]:
-        """Start as many waiting answers, in order, as pages, places and one prefill have room for."""
-        admitted: list[Answer] = []
-        num_tokens = 0
-        while self.waiting and len(self.running) < self._max_running:
-            answer = self.waiting[0]
-            num_tokens += answer.num_tokens
-            if admitted and num_tokens > self._max_prefill_tokens:
-                break
-            needed = pages_for(answer.num_tokens)
-            if self.running and needed + self._num_growing() > self._pool.num_free:
-                break
-            self._pool.take(answer.pages, needed)
-            self.running.append(self.waiting.popleft())
-            admitted.append(answer)
-        self._arena.clear([answer.pages[-1] for answer in admitted])
-        return admitted
-
-    def make_room(self) -> bool:
-        """A page for every running answer's next token, preempting the youngest if need be.
-
-        Returns whether any table changed.
+    def admit(self) -> list[Chunk]:
+        """What the next forward reads: the rest of prompts begun, then as many waiting answers, in order, as
+        pages, places and `max_prefill_tokens` have room for. A long prompt is read in several forwards, so that
+        the others decode in between.
         """
-        num_preempted = self.num_preempted
-        grown: list[Answer] = []
-        for answer in list(self.running):
-            missing = pages_for(answer.num_tokens) - len(answer.pages)
-            while missing > self._pool.num_free and answer in self.running:
-                self._preempt_youngest()
-            if missing and answer in self.running:
-                self._pool.take(answer.pages, missing)
-                grown.append(answer)
-        self._arena.clear([answer.pages[-1] for answer in grown if answer.pages])
-        return bool(grown) or self.num_preempted > num_preempted
+        room = self._max_prefill_tokens
+        chunks: list[Chunk] = []
+        for answer in self.running:
+            if room > 0 and answer.is_unread:
+                chunks.append(self._next_chunk(answer, room))
+                room -= chunks[-1].num_tokens
+        places = self._num_places()
+        while room > 0 and places > 0 and self._give_pages(self.waiting[0]):
+            places -= 1
+            self.running.append(self.waiting.popleft())
+            chunks.append(self._next_chunk(self.running[-1], room))
+            room -= chunks[-1].num_tokens
+        return chunks
 
-    def retire(self) -> bool:
-        """Let finished answers go; True = there were some."""
+    def ready(self) -> list[Answer]:
+        """Those that can decode another token now."""
+        return [answer for answer in self.running if answer.can_decode]
+
+    def is_short_of_pages(self) -> bool:
+        """Whether `make_room` would have to preempt; it needs that no token of a running answer is pending."""
+        return self._num_missing() > self._pool.num_free
+
+    def make_room(self) -> list[Answer]:
+        """A page for every running answer's next token; returns those that had to give way, the youngest."""
+        preempted: list[Answer] = []
+        while self._num_missing() > self._pool.num_free:
+            preempted.append(self._preempt_youngest())
+        grown: list[int] = []
+        for answer in self.running:
+            missing = _missing_pages(answer)
+            if missing > 0:
+                self._pool.take(answer.pages, missing)
+                grown += answer.pages[-missing:]
+        if grown:
+            self.version += 1
+            self._clear(grown)
+        return preempted
+
+    def retire(self) -> list[Answer]:
+        """Let finished answers go; returns them."""
         finished = [answer for answer in self.running if answer.finish_reason]
         if finished:
             self.running = [answer for answer in self.running if not answer.finish_reason]
             self._release(finished)
-        return bool(finished)
+        return finished
+
+    def _num_places(self) -> int:
+        """How many may start now.
+
+        In a full batch places come free one by one, and reading one prompt costs a forward like reading many:
+        there it waits for some.
+        """
+        places = min(len(self.waiting), self._max_running - len(self.running))
+        is_full = len(self.running) > self._max_running * 3 // 4
+        enough = min(len(self.waiting), self._max_running // 16) if is_full else 0
+        return places if places >= enough else 0
+
+    def _give_pages(self, answer: Answer) -> bool:
+        """Pages for all its tokens, full ones of its prompt shared with an answer to the same; False: too few."""
+        donor = self._first_with.get(answer.prompt)
+        shared: list[int] = []
+        if donor is not None:
+            # The last token is read in any case: its logits are wanted.
+            shared = donor.pages[: min(donor.num_cached, len(answer.prompt) - 1) // PAGE_TOKENS]
+        needed = pages_for(answer.num_tokens) - len(shared)
+        if self.running and needed + self._num_growing() > self._pool.num_free:
+            return False
+        self._pool.share(answer.pages, shared)
+        self._pool.take(answer.pages, needed)
+        self._clear(answer.pages[len(shared) :])
+        answer.num_cached = len(shared) * PAGE_TOKENS
+        self.num_shared_tokens += answer.num_cached
+        self._first_with.setdefault(answer.prompt, answer)
+        self.version += 1
+        return True
+
+    def _next_chunk(self, answer: Answer, room: int) -> Chunk:
+        start = answer.num_cached
+        answer.num_cached = min(answer.num_tokens, start + room)
+        return Chunk(answer, start, answer.num_cached)
+
+    def _num_missing(self) -> int:
+        return sum(max(0, _missing_pages(answer)) for answer in self.running)
 
     def _num_growing(self) -> int:
         """Running answers that may still need a page; each keeps one in reserve.
@@ -79,12 +151,29 @@ class Scheduler:
         """
         return sum(len(answer.pages) < pages_for(answer.max_tokens) for answer in self.running)
 
-    def _preempt_youngest(self) -> None:
-        """Send the last admitted answer back to wait; its tokens will be prefilled again."""
+    def _preempt_youngest(self) -> Answer:
+        """Send the last admitted answer back to wait; its tokens will be read again."""
         answer = self.running.pop()
+        assert answer.num_pending == 0
         self._release([answer])
         self.waiting.appendleft(answer)
         self.num_preempted += 1
+        return answer
 
     def _release(self, answers: list[Answer]) -> None:
-        self._arena.move(self._pool.give_back([answer.pages for answer in answers]))
+        for answer in answers:
+            if self._first_with.get(answer.prompt) is answer:
+                del self._first_with[answer.prompt]
+            answer.num_cached = 0
+        self._pool.give_back([answer.pages for answer in answers])
+        self.version += 1
+        if self._arena.dense:
+            self._arena.move(self._pool.close_ranks())
+
+    def _clear(self, pages: list[int]) -> None:
+        if self._arena.dense:
+            self._arena.clear(pages)
+
+
+def _missing_pages(answer: Answer) -> int:
+    return pages_for(answer.num_tokens) - len(answer.pages) if answer.can_decode else 0

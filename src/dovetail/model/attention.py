@@ -83,17 +83,14 @@ class PackedLayout:
     ) -> Tensor:
         """Causal attention within each sequence; a window counts the token itself."""
         window = sliding_window if sliding_window is not None and sliding_window < self.max_length else None
-        if softcap is None and _flash_can(query, value, window):
-            return self._flash(query, key, value, scaling=scaling, window=window)
+        if softcap is None and flash_can(query, value, window):
+            return flash_attention(query, key, value, self, self, scaling=scaling, window=window)
         query_SHLK, key_SHLK, value_SHLK = self.padded(query), self.padded(key), self.padded(value)
-        mask_LL = None if window is None else self._window_mask(window)
-        if softcap is None:
-            out_SHLK = _sdpa(query_SHLK, key_SHLK, value_SHLK, scaling=scaling, mask_LL=mask_LL)
-        else:
-            allowed_LL = self._window_mask(self.max_length) if mask_LL is None else mask_LL
-            out_SHLK = _softcapped(
-                query_SHLK, key_SHLK, value_SHLK, scaling=scaling, softcap=softcap, allowed_LL=allowed_LL
-            )
+        needs_mask = window is not None or softcap is not None
+        allowed_LL = self._window_mask(window or self.max_length) if needs_mask else None
+        out_SHLK = padded_attention(
+            query_SHLK, key_SHLK, value_SHLK, scaling=scaling, softcap=softcap, allowed=allowed_LL
+        )
         return self.packed(out_SHLK)
 
     def padded(self, x: Tensor) -> Tensor:
@@ -129,29 +126,6 @@ class PackedLayout:
         num_tokens = sum(self.lengths)
         place_T = first_place_S.repeat_interleave(lengths_S, output_size=num_tokens)
         return token_SL.flatten(), place_T + torch.arange(num_tokens, device=device)
-
-    def _flash(
-        self, query: Tensor, key: Tensor, value: Tensor, *, scaling: float | None, window: int | None
-    ) -> Tensor:
-        known = _varlen_options()
-        options: dict[str, Any] = {}
-        if "window_size" in known:  # (tokens to the left, to the right), the token itself not counted
-            options["window_size"] = (-1 if window is None else window - 1, 0)
-        else:
-            options["is_causal"] = True
-        if "scale" in known:
-            options["scale"] = scaling
-        elif scaling is not None:
-            query = query * (scaling * query.shape[-1] ** 0.5)
-        if "enable_gqa" in known:  # earlier versions group heads without being told
-            options["enable_gqa"] = query.shape[1] != key.shape[1]
-        query_THK, key_THK, value_THK = (x[0].transpose(0, 1) for x in (query, key, value))
-        bounds, longest = self.cu_seqlens_S1, self.max_length
-        out_THK = varlen.varlen_attn(
-            query_THK, key_THK, value_THK, bounds, bounds, longest, longest, **options
-        )
-        assert isinstance(out_THK, Tensor)  # a pair only if asked for
-        return out_THK[None]
 
     def _window_mask(self, window: int) -> Tensor:
         """bool [L, L], True = may look: the last `window` tokens, itself included."""
@@ -212,7 +186,59 @@ def why_not_packed(model: PreTrainedModel) -> str | None:
     return None
 
 
-def _flash_can(query: Tensor, value: Tensor, window: int | None) -> bool:
+def flash_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    asking: PackedLayout,
+    asked: PackedLayout,
+    *,
+    scaling: float | None,
+    window: int | None,
+) -> Tensor:
+    """Causal attention of packed queries to packed keys of the same sequences, the last ones aligned.
+
+    query [1, H, T, K] lies as `asking` says, key and value [1, H / G, T', K] as `asked` does; [1, T, H, K].
+    """
+    known = _varlen_options()
+    options: dict[str, Any] = {}
+    if "window_size" in known:  # (tokens to the left, to the right), the token itself not counted
+        options["window_size"] = (-1 if window is None else window - 1, 0)
+    else:
+        options["is_causal"] = True
+    if "scale" in known:
+        options["scale"] = scaling
+    elif scaling is not None:
+        query = query * (scaling * query.shape[-1] ** 0.5)
+    if "enable_gqa" in known:  # earlier versions group heads without being told
+        options["enable_gqa"] = query.shape[1] != key.shape[1]
+    query_THK, key_THK, value_THK = (x[0].transpose(0, 1) for x in (query, key, value))
+    bounds = (asking.cu_seqlens_S1, asked.cu_seqlens_S1, asking.max_length, asked.max_length)
+    out_THK = varlen.varlen_attn(query_THK, key_THK, value_THK, *bounds, **options)
+    assert isinstance(out_THK, Tensor)  # a pair only if asked for
+    return out_THK[None]
+
+
+def padded_attention(
+    query_SHLK: Tensor,
+    key_SHLK: Tensor,
+    value_SHLK: Tensor,
+    *,
+    scaling: float | None,
+    softcap: float | None,
+    allowed: Tensor | None,
+) -> Tensor:
+    """Attention over a padded rectangle, [S, H, L, K].
+
+    allowed: bool, broadcast to [S, H, L, L'], True = may look; None = causal, without a window or cap.
+    """
+    if softcap is None:
+        return _sdpa(query_SHLK, key_SHLK, value_SHLK, scaling=scaling, allowed=allowed)
+    assert allowed is not None
+    return _softcapped(query_SHLK, key_SHLK, value_SHLK, scaling=scaling, softcap=softcap, allowed=allowed)
+
+
+def flash_can(query: Tensor, value: Tensor, window: int | None) -> bool:
     """Flash attention's own limits: half precision, a head width of up to 256 in steps of 8, one for all."""
     width = query.shape[-1]
     return (
@@ -232,14 +258,14 @@ def _varlen_options() -> frozenset[str]:
 
 
 def _sdpa(
-    query_SHLK: Tensor, key_SHLK: Tensor, value_SHLK: Tensor, *, scaling: float | None, mask_LL: Tensor | None
+    query_SHLK: Tensor, key_SHLK: Tensor, value_SHLK: Tensor, *, scaling: float | None, allowed: Tensor | None
 ) -> Tensor:
     return scaled_dot_product_attention(
         query_SHLK,
         _for_each_query_head(key_SHLK, query_SHLK.shape[1]),
         _for_each_query_head(value_SHLK, query_SHLK.shape[1]),
-        attn_mask=mask_LL,
-        is_causal=mask_LL is None,
+        attn_mask=allowed,
+        is_causal=allowed is None,
         scale=scaling,
     )
 
@@ -251,13 +277,13 @@ def _softcapped(
     *,
     scaling: float | None,
     softcap: float,
-    allowed_LL: Tensor,
+    allowed: Tensor,
 ) -> Tensor:
     """softmax(c * tanh(q k / c)) v, softmax in float32 at least (Gemma 2, arXiv:2408.00118, section 2)."""
     scale = query_SHLK.shape[-1] ** -0.5 if scaling is None else scaling
     keys = _for_each_query_head(key_SHLK, query_SHLK.shape[1])
     scores_SHLL = torch.tanh(query_SHLK @ keys.transpose(2, 3) * (scale / softcap)) * softcap
-    scores_SHLL = scores_SHLL.masked_fill(~allowed_LL, -torch.inf)
+    scores_SHLL = scores_SHLL.masked_fill(~allowed, -torch.inf)
     float_type = torch.promote_types(scores_SHLL.dtype, torch.float32)
     weights_SHLL = scores_SHLL.softmax(dim=-1, dtype=float_type).to(query_SHLK.dtype)
     return weights_SHLL @ _for_each_query_head(value_SHLK, query_SHLK.shape[1])

@@ -1,0 +1,290 @@
+"""The decode step on a GPU as one captured graph per batch size: the host replays it and never waits for it.
+
+Responsible for: the rows of the batch on the device, who sits in which row, capturing and replaying.
+Not responsible for: the modules (modules.py), the kernels (kernels/), which answers run (scheduler.py).
+
+What the host knows of each row (length, pages, sampling, random key) is one small int32 table, sent anew with
+every step; only the token drawn last stays on the device, where the next step reads it. So a graph serves any
+lengths and any answers, rows join and leave between two replays, and nothing is allocated while decoding. A
+fused runner would replace `_compute` and nothing else.
+
+Graphs hold addresses of weights and cache, so they live as long as the arena: one `generating()` block.
+
+Shapes: B rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import heapq
+import warnings
+from collections.abc import Sequence
+from enum import IntEnum
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor
+
+from dovetail.engine.answers import Answer
+from dovetail.engine.kernels.paged_attention import paged_attention
+from dovetail.engine.kernels.sampling import draw_tokens
+from dovetail.engine.kv_cache import KVArena
+from dovetail.engine.modules import PackedModules
+from dovetail.engine.sampling import Sampling, SamplingRows, random_keys, sample_next
+from dovetail.engine.transfer import Draw, numbers_of, to_device
+
+_SIZES = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+"""Rows a graph is captured for. Between them a step costs what the next larger one does: the weights, mostly."""
+
+
+class Column(IntEnum):
+    """Of the table of rows; floats are there as their bits. The pages of the row follow."""
+
+    LENGTH = 0
+    """Tokens stored so far; -1 = nobody sits here."""
+    DRAW = 1
+    KEY = 2
+    TEMPERATURE = 3
+    GREEDY = 4
+    TOP_K = 5
+    TOP_P = 6
+    MIN_P = 7
+    PENALTY = 8
+    PAGES = 9
+
+
+class GraphLayout:
+    """The attention of one decode step; registered attention calls `attend` in every layer."""
+
+    def __init__(self, arena: KVArena, state: Tensor) -> None:
+        self._arena = arena
+        self._state = state
+
+    def attend(
+        self,
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scaling: float | None,
+        sliding_window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        """Store key and value [1, kv heads, B, K], attend with query [1, H, B, K]; returns [1, B, H, K]."""
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        keys, values = self._arena.pages(module.layer_idx)
+        return paged_attention(
+            _dense_rows(query),
+            _dense_rows(key),
+            _dense_rows(value),
+            keys,
+            values,
+            self._state,
+            table=Column.PAGES,
+            scale=scale,
+            softcap=softcap,
+            window=sliding_window,
+        )
+
+
+class GraphDecoder:
+    """Decodes all answers in rows of one static batch; the host may run one draw ahead."""
+
+    lag = 1
+
+    def __init__(
+        self, modules: PackedModules, arena: KVArena, device: torch.device, *, places: int, pages: int
+    ) -> None:
+        """places: answers that run together; pages: of the longest."""
+        self._modules = modules
+        self._arena = arena
+        self._device = device
+        num_rows = _size_for(places)
+        self._table = numpy.zeros((num_rows, Column.PAGES + pages), dtype=numpy.int32)
+        self._floats = self._table.view(numpy.float32)
+        self._state = torch.zeros(self._table.shape, dtype=torch.int32, device=device)
+        self._ids_B = torch.zeros(num_rows, dtype=torch.long, device=device)
+        self._numbers = torch.zeros(2, num_rows, dtype=torch.float64, device=device)
+        self._seen_BV: Tensor | None = None
+        self._row_of: dict[Answer, int] = {}
+        self._free = list(range(num_rows))
+        self._graphs: dict[tuple[int, bool, bool], torch.cuda.CUDAGraph | None] = {}
+        self._pool: Any = None
+
+    def serves(self, places: int, pages: int) -> bool:
+        """Whether these rows are enough."""
+        num_rows, width = self._table.shape
+        return places <= num_rows and pages <= width - Column.PAGES
+
+    def place(self, answers: Sequence[Answer], ids_S: Tensor) -> None:
+        """Give each answer a row, with the token it drew."""
+        rows = []
+        keys = random_keys(torch.tensor([answer.seed & (2**63 - 1) for answer in answers])).tolist()
+        for answer, key in zip(answers, keys, strict=True):
+            row = heapq.heappop(self._free)
+            self._row_of[answer] = row
+            self._write_settings(row, answer.sampling, key)
+            rows.append(row)
+        rows_S = to_device(rows, self._device)
+        self._ids_B.index_copy_(0, rows_S, ids_S)
+        if any(answer.sampling.penalises for answer in answers):
+            self._remember(answers, rows_S, ids_S)
+
+    def forget(self, answers: Sequence[Answer]) -> None:
+        """These leave their rows."""
+        for answer in answers:
+            row = self._row_of.pop(answer, None)
+            if row is not None:
+                heapq.heappush(self._free, row)
+
+    def step(self, answers: Sequence[Answer], version: int) -> Draw:
+        """Feed every answer its last token and draw the next."""
+        self._close_ranks(len(answers))
+        rows = [self._row_of[answer] for answer in answers]
+        size = _size_for(max(rows) + 1)
+        truncates = any(answer.sampling.truncates for answer in answers)
+        penalises = any(answer.sampling.penalises for answer in answers)
+        graph = self._graph(size, truncates, penalises)
+        self._table[:, Column.LENGTH] = -1
+        for answer, row in zip(answers, rows, strict=True):
+            line = self._table[row]
+            line[Column.LENGTH] = answer.num_tokens - 1
+            line[Column.DRAW] = answer.num_drawn
+            line[Column.PAGES : Column.PAGES + len(answer.pages)] = answer.pages
+        # Pinned anew each time: the last copy may not have been sent yet.
+        self._state.copy_(torch.from_numpy(self._table).pin_memory(), non_blocking=True)
+        if graph is None:
+            self._compute(size, truncates, penalises)
+        else:
+            graph.replay()
+        return Draw.of(answers, self._numbers[:, to_device(rows, self._device)])
+
+    def _write_settings(self, row: int, sampling: Sampling, key: int) -> None:
+        line, floats = self._table[row], self._floats[row]
+        line[Column.KEY] = key - 2**32 if key >= 2**31 else key
+        line[Column.GREEDY] = sampling.temperature == 0
+        floats[Column.TEMPERATURE] = sampling.temperature or 1.0
+        line[Column.TOP_K] = min(sampling.top_k or 2**31 - 1, 2**31 - 1)
+        floats[Column.TOP_P] = sampling.top_p or 1.0
+        floats[Column.MIN_P] = sampling.min_p or 0.0
+        floats[Column.PENALTY] = sampling.repetition_penalty or 1.0
+
+    def _remember(self, answers: Sequence[Answer], rows_S: Tensor, ids_S: Tensor) -> None:
+        """Note the tokens already in each sequence, for the repetition penalty."""
+        if self._seen_BV is None:
+            size = (len(self._table), self._modules.vocabulary)
+            self._seen_BV = torch.zeros(size, dtype=torch.bool, device=self._device)
+        for answer, row, last in zip(answers, rows_S, ids_S, strict=True):
+            self._seen_BV[row] = False
+            self._seen_BV[row, to_device(answer.all_ids, self._device)] = True
+            self._seen_BV[row, last] = True
+
+    def _close_ranks(self, num_answers: int) -> None:
+        """Move the last rows into free ones, where that makes the batch fit a smaller graph."""
+        highest = max(self._row_of.values())
+        if _size_for(len(self._row_of)) == _size_for(highest + 1):
+            return
+        by_row = sorted(self._row_of.items(), key=lambda item: -item[1])
+        sources, targets = [], []
+        for answer, row in by_row:
+            if self._free[0] > row:
+                break
+            target = heapq.heapreplace(self._free, row)
+            self._table[target] = self._table[row]
+            self._row_of[answer] = target
+            sources.append(row)
+            targets.append(target)
+        sources_N, targets_N = to_device(sources, self._device), to_device(targets, self._device)
+        self._ids_B[targets_N] = self._ids_B[sources_N]
+        if self._seen_BV is not None:
+            self._seen_BV[targets_N] = self._seen_BV[sources_N]
+
+    def _compute(self, size: int, truncates: bool, penalises: bool) -> None:
+        """The step itself, from static buffers to static buffers."""
+        state, ids_B, numbers = self._state[:size], self._ids_B[:size], self._numbers[:, :size]
+        positions_B = state[:, Column.LENGTH].clamp(min=0).long()
+        logits_BV = self._modules.next_logits(ids_B, positions_B, GraphLayout(self._arena, state))
+        if not truncates and not penalises:
+            draw_tokens(
+                logits_BV.contiguous(), state, ids_B, numbers, draw=Column.DRAW, key=Column.KEY,
+                temperature=Column.TEMPERATURE, greedy=Column.GREEDY,
+            )  # fmt: skip
+            return
+        seen_BV = self._seen_BV[:size] if penalises and self._seen_BV is not None else None
+        drawn_B, logprobs_B = sample_next(logits_BV, _RowsOfState(state, seen_BV, truncates=truncates))
+        ids_B.copy_(drawn_B)
+        numbers.copy_(numbers_of(drawn_B, logprobs_B))
+        if seen_BV is not None:
+            seen_BV.scatter_(1, drawn_B[:, None], True)
+
+    def _graph(self, size: int, truncates: bool, penalises: bool) -> torch.cuda.CUDAGraph | None:
+        """Captured when first asked for; None if the modules cannot be captured, which is said once."""
+        key = (size, truncates, penalises)
+        if key not in self._graphs:
+            self._graphs[key] = None if self._modules.cannot_be_captured else self._capture(key)
+        return self._graphs[key]
+
+    def _capture(self, key: tuple[int, bool, bool]) -> torch.cuda.CUDAGraph | None:
+        before_B = self._ids_B.clone()
+        seen_BV = None if self._seen_BV is None else self._seen_BV.clone()
+        self._state[:, Column.LENGTH] = -1  # nobody there: nothing is stored
+        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        graph: torch.cuda.CUDAGraph | None = torch.cuda.CUDAGraph()
+        assert graph is not None
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        with torch.cuda.stream(stream):
+            self._compute(*key)  # kernels are compiled, and libraries set up, outside the capture
+            try:
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                self._compute(*key)
+                graph.capture_end()
+            except (RuntimeError, NotImplementedError) as error:
+                graph = None
+                self._give_up(error)
+        torch.cuda.current_stream(self._device).wait_stream(stream)
+        self._ids_B.copy_(before_B)
+        if seen_BV is not None and self._seen_BV is not None:
+            self._seen_BV.copy_(seen_BV)
+        return graph
+
+    def _give_up(self, error: Exception) -> None:
+        self._modules.cannot_be_captured = True
+        reason = str(error).split("\n")[0]
+        warnings.warn(
+            f"{self._modules.name} cannot be captured as a CUDA graph ({reason}): decoding runs module by module, "
+            "which is right but slower",
+            stacklevel=2,
+        )
+
+
+class _RowsOfState(SamplingRows):
+    """The columns of the table as sample_next wants them; no flag depends on what the rows hold."""
+
+    def __init__(self, state: Tensor, seen_BV: Tensor | None, *, truncates: bool) -> None:
+        floats = state.view(torch.float32)
+        self.keys_S = state[:, Column.KEY].long() & 0xFFFFFFFF
+        self.positions_S = state[:, Column.DRAW].long()
+        self.all_greedy = False
+        self.some_greedy = True
+        self.all_at_one = False
+        self.temperature_S = floats[:, Column.TEMPERATURE]
+        self.greedy_S = state[:, Column.GREEDY] != 0
+        self.truncates = truncates
+        self.top_k_S = state[:, Column.TOP_K].long()
+        self.top_p_S = floats[:, Column.TOP_P]
+        self.min_p_S = floats[:, Column.MIN_P]
+        self.penalises = seen_BV is not None
+        self.penalty_S = floats[:, Column.PENALTY]
+        self.seen_SV = seen_BV
+
+
+def _size_for(num_rows: int) -> int:
+    """The smallest size for so many rows."""
+    return next((size for size in _SIZES if size >= num_rows), -(-num_rows // 256) * 256)
+
+
+def _dense_rows(x: Tensor) -> Tensor:
+    """The kernel steps through heads and rows as they lie; a head's own numbers must be neighbours."""
+    return x if x.stride(-1) == 1 else x.contiguous()

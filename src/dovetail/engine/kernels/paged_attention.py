@@ -1,0 +1,185 @@
+"""Attention of one new token a sequence over its pages, new keys and values stored on the way.
+
+Responsible for: what `engine/decode.py`'s DecodeLayout computes, as one kernel a layer (two where a few long
+sequences must be split over the processors). Any head grouping, sliding windows, soft caps.
+Not responsible for: which pages a sequence has.
+
+One program serves one sequence and one head of keys: it takes the new key and value from registers and reads
+every old one once. Lengths are read on the device, so one captured graph serves all of them. The product of 64
+keys with the queries of their group runs on the tensor cores, queries padded to 16 rows, softmax in float32.
+
+Shapes: B rows, H query heads, G query heads per key head, K head width.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dovetail.engine.kv_cache import PAGE_TOKENS
+
+_LOG2_E = tl.constexpr(1.4426950408889634)
+_NOTHING = tl.constexpr(-1.0e30)
+"""Below every score, and finite: the difference of two of them is 0 and not NaN."""
+_FEW_PROGRAMS = 256
+"""Fewer leave processors idle (an H100 has 132, two programs each)."""
+_MAX_SPLITS = 8
+
+
+@triton.jit
+def _capped(scores, softcap, HAS_CAP: tl.constexpr):
+    """softcap * tanh(scores / softcap), in base-2 units."""
+    if HAS_CAP:
+        scores = softcap * (2.0 * tl.sigmoid(2.0 * scores / softcap) - 1.0)
+    return scores * _LOG2_E
+
+
+@triton.jit
+def _attend(
+    query_ptr, key_ptr, value_ptr, keys_ptr, values_ptr, state_ptr, out_ptr, partial_ptr, totals_ptr,
+    query_head, query_row, key_head, key_row, value_head, value_row, page_stride, state_row,
+    scale, softcap, window,
+    TABLE: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr,
+    PAGE: tl.constexpr, SPLITS: tl.constexpr, HAS_CAP: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    head, row, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    num_heads = tl.num_programs(0)
+    place_G, place_K, place_N = tl.arange(0, GP), tl.arange(0, KP), tl.arange(0, PAGE)
+    is_query, is_width = place_G < G, place_K < K
+    is_real = is_query[:, None] & is_width[None, :]
+    query_heads = head * G + place_G
+    count = tl.load(state_ptr + row * state_row)  # old tokens of this row; -1: nothing to do
+    query = tl.load(
+        query_ptr + row * query_row + query_heads[:, None] * query_head + place_K[None, :],
+        mask=is_real,
+        other=0.0,
+    )
+    table_ptr = state_ptr + row * state_row + TABLE
+    top = tl.full((GP,), _NOTHING, tl.float32)
+    total = tl.zeros((GP,), tl.float32)
+    mixed = tl.zeros((GP, KP), tl.float32)
+    if (split == 0) & (count >= 0):
+        new_key = tl.load(key_ptr + row * key_row + head * key_head + place_K, mask=is_width, other=0.0)
+        new_value = tl.load(
+            value_ptr + row * value_row + head * value_head + place_K, mask=is_width, other=0.0
+        )
+        page = tl.load(table_ptr + count // PAGE).to(tl.int64)
+        target = page * page_stride + (head * PAGE + count % PAGE) * K + place_K
+        tl.store(keys_ptr + target, new_key, mask=is_width)
+        tl.store(values_ptr + target, new_value, mask=is_width)
+        score = tl.sum(query.to(tl.float32) * new_key.to(tl.float32)[None, :], 1) * scale
+        top = _capped(score, softcap, HAS_CAP)
+        total += 1.0
+        mixed += new_value.to(tl.float32)[None, :]
+    start = 0
+    if HAS_WINDOW:
+        start = tl.maximum(0, count + 1 - window)
+    first = start // PAGE
+    num_pages = tl.maximum(tl.cdiv(count, PAGE) - first, 0)
+    each = tl.cdiv(num_pages, SPLITS)
+    begin = (first + split * each) * PAGE
+    end = tl.minimum((first + (split + 1) * each) * PAGE, count)
+    for token in tl.range(begin, end, PAGE, num_stages=STAGES):
+        page = tl.load(table_ptr + token // PAGE).to(tl.int64)
+        base = page * page_stride + head * PAGE * K
+        is_seen = token + place_N < count
+        if HAS_WINDOW:
+            is_seen &= token + place_N >= start
+        where = base + place_N[:, None] * K + place_K[None, :]
+        mask = is_seen[:, None] & is_width[None, :]
+        keys = tl.load(keys_ptr + where, mask=mask, other=0.0)
+        values = tl.load(values_ptr + where, mask=mask, other=0.0)
+        scores = tl.dot(query, tl.trans(keys), input_precision=PRECISION) * scale
+        scores = tl.where(is_seen[None, :], _capped(scores, softcap, HAS_CAP), _NOTHING)
+        higher = tl.maximum(top, tl.max(scores, 1))
+        weights = tl.where(is_seen[None, :], tl.exp2(scores - higher[:, None]), 0.0)
+        shrink = tl.exp2(top - higher)
+        total = total * shrink + tl.sum(weights, 1)
+        mixed = mixed * shrink[:, None] + tl.dot(weights.to(values.dtype), values, input_precision=PRECISION)
+        top = higher
+    if SPLITS == 1:
+        mixed = mixed / tl.where(total > 0.0, total, 1.0)[:, None]
+        where_out = (row * num_heads * G + query_heads)[:, None] * K + place_K[None, :]
+        tl.store(out_ptr + where_out, mixed.to(out_ptr.dtype.element_ty), mask=is_real)
+    else:
+        part = (row * num_heads * G + query_heads) * SPLITS + split
+        tl.store(partial_ptr + part[:, None] * KP + place_K[None, :], mixed, mask=is_query[:, None])
+        tl.store(totals_ptr + part * 2, top, mask=is_query)
+        tl.store(totals_ptr + part * 2 + 1, total, mask=is_query)
+
+
+@triton.jit
+def _combine(
+    partial_ptr, totals_ptr, out_ptr, K: tl.constexpr, KP: tl.constexpr, SPLITS: tl.constexpr
+):  # fmt: skip
+    head = tl.program_id(0)
+    place_S, place_K = tl.arange(0, SPLITS), tl.arange(0, KP)
+    part = head * SPLITS + place_S
+    top = tl.load(totals_ptr + part * 2)
+    total = tl.load(totals_ptr + part * 2 + 1)
+    weights = tl.exp2(top - tl.max(top, 0))
+    mixed = tl.load(partial_ptr + part[:, None] * KP + place_K[None, :])
+    whole = tl.sum(weights * total, 0)
+    out = tl.sum(mixed * weights[:, None], 0) / tl.where(whole > 0.0, whole, 1.0)
+    tl.store(out_ptr + head * K + place_K, out.to(out_ptr.dtype.element_ty), mask=place_K < K)
+
+
+def paged_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    state: Tensor,
+    *,
+    table: int,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+) -> Tensor:
+    """Store the new key and value of each row in its pages, attend with its query; returns [1, B, H, K].
+
+    query [1, H, B, K], key and value [1, H / G, B, K], last dimension contiguous. keys, values: the pages of one
+    layer [pages, H / G, 64, K], contiguous. state: int32 [B, columns]; column 0 is the number of old tokens of the
+    row (-1: an empty row, whose output is 0), columns `table` and on its pages in order.
+    """
+    num_heads, num_rows, width = query.shape[1:]
+    num_key_heads = key.shape[1]
+    group = num_heads // num_key_heads
+    padded = max(16, triton.next_power_of_2(width))
+    splits = _splits(num_rows * num_key_heads, (state.shape[1] - table) * PAGE_TOKENS)
+    out = torch.empty(1, num_rows, num_heads, width, dtype=query.dtype, device=query.device)
+    parts = num_rows * num_heads * splits if splits > 1 else 0
+    partial = torch.empty(parts, padded, dtype=torch.float32, device=query.device)
+    totals = torch.empty(parts, 2, dtype=torch.float32, device=query.device)
+    _attend[(num_key_heads, num_rows, splits)](
+        query, key, value, keys, values, state, out, partial, totals,
+        query.stride(1), query.stride(2), key.stride(1), key.stride(2), value.stride(1), value.stride(2),
+        keys.stride(0), state.stride(0), scale, softcap or 0.0, window or 0,
+        TABLE=table, G=group, GP=max(16, triton.next_power_of_2(group)), K=width, KP=padded, PAGE=PAGE_TOKENS,
+        SPLITS=splits, HAS_CAP=softcap is not None, HAS_WINDOW=window is not None,
+        PRECISION="ieee" if query.dtype == torch.float32 else "tf32", STAGES=_stages(padded, keys),
+        num_warps=2 if padded <= 64 else 4,
+    )  # fmt: skip
+    if splits > 1:
+        _combine[(num_rows * num_heads,)](
+            partial, totals, out, K=width, KP=padded, SPLITS=splits, num_warps=1
+        )
+    return out
+
+
+def _splits(programs: int, longest: int) -> int:
+    """A power of two: one where the rows alone fill the processors, or sequences are short."""
+    splits = 1
+    while splits < _MAX_SPLITS and programs * splits < _FEW_PROGRAMS and longest > 256 * splits:
+        splits *= 2
+    return splits
+
+
+def _stages(padded: int, keys: Tensor) -> int:
+    """Blocks of keys and values under way at once, within a processor's shared memory."""
+    block = 2 * PAGE_TOKENS * padded * keys.element_size()
+    return max(1, min(3, 160 * 1024 // block))
