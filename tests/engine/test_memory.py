@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 def failing_above(limit: int, error: type[RuntimeError]) -> Any:
     """An arena class whose allocation fails above so many pages."""
 
-    def allocate(shape: KVShape, num_pages: int, device: torch.device) -> KVArena:
+    def allocate(shape: KVShape, num_pages: int, device: torch.device, *, dense: bool) -> KVArena:
         if num_pages > limit:
             raise error("DefaultCPUAllocator: can't allocate memory: you tried to allocate 7 bytes")
         return KVArena(shape, num_pages, device)
@@ -55,7 +55,7 @@ def test_no_memory_for_one_page_is_a_clear_error(monkeypatch: pytest.MonkeyPatch
 
 
 def test_other_errors_are_not_taken_for_want_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: object) -> KVArena:
+    def broken(*_: object, **__: object) -> KVArena:
         raise RuntimeError("invalid device")
 
     monkeypatch.setattr(memory, "KVArena", broken)

@@ -19,6 +19,7 @@ import heapq
 import warnings
 from collections.abc import Sequence
 from enum import IntEnum
+from functools import cache
 from typing import Any
 
 import numpy
@@ -229,7 +230,7 @@ class GraphDecoder:
         before_B = self._ids_B.clone()
         seen_BV = None if self._seen_BV is None else self._seen_BV.clone()
         self._state[:, Column.LENGTH] = -1  # nobody there: nothing is stored
-        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        stream = _capture_stream(self._device)
         stream.wait_stream(torch.cuda.current_stream(self._device))
         graph: torch.cuda.CUDAGraph | None = torch.cuda.CUDAGraph()
         assert graph is not None
@@ -278,6 +279,12 @@ class _RowsOfState(SamplingRows):
         self.penalises = seen_BV is not None
         self.penalty_S = floats[:, Column.PENALTY]
         self.seen_SV = seen_BV
+
+
+@cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all captures: the allocator keeps memory apart by stream, and would keep some for each."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def _size_for(num_rows: int) -> int:
