@@ -111,7 +111,6 @@ class GraphDecoder:
         self._row_of: dict[Answer, int] = {}
         self._free = list(range(num_rows))
         self._graphs: dict[tuple[int, bool, bool], torch.cuda.CUDAGraph | None] = {}
-        self._pool: Any = None
 
     def serves(self, places: int, pages: int) -> bool:
         """Whether these rows are enough."""
@@ -234,11 +233,10 @@ class GraphDecoder:
         stream.wait_stream(torch.cuda.current_stream(self._device))
         graph: torch.cuda.CUDAGraph | None = torch.cuda.CUDAGraph()
         assert graph is not None
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
         with torch.cuda.stream(stream):
             self._compute(*key)  # kernels are compiled, and libraries set up, outside the capture
             try:
-                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                graph.capture_begin(pool=_capture_pool(self._device).id, capture_error_mode="thread_local")
                 self._compute(*key)
                 graph.capture_end()
             except (RuntimeError, NotImplementedError) as error:
@@ -285,6 +283,13 @@ class _RowsOfState(SamplingRows):
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
     """One for all captures: the allocator keeps memory apart by stream, and would keep some for each."""
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+@cache
+def _capture_pool(device: torch.device) -> torch.cuda.MemPool:
+    """Working memory of all captured steps, kept: without an owner each graph would leave its own behind."""
+    with torch.cuda.device(device):
+        return torch.cuda.MemPool()
 
 
 def _size_for(num_rows: int) -> int:
