@@ -231,12 +231,13 @@ class GraphDecoder:
         self._state[:, Column.LENGTH] = -1  # nobody there: nothing is stored
         stream = _capture_stream(self._device)
         stream.wait_stream(torch.cuda.current_stream(self._device))
+        pool: Any = _capture_pool(self._device).id
         graph: torch.cuda.CUDAGraph | None = torch.cuda.CUDAGraph()
         assert graph is not None
         with torch.cuda.stream(stream):
             self._compute(*key)  # kernels are compiled, and libraries set up, outside the capture
             try:
-                graph.capture_begin(pool=_capture_pool(self._device).id, capture_error_mode="thread_local")
+                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
                 self._compute(*key)
                 graph.capture_end()
             except (RuntimeError, NotImplementedError) as error:
