@@ -179,3 +179,33 @@ def test_gpus_do_not_round_half_precision_logits(chunk_tokens):
     wanted.sum().backward()
     assert_near(there.grad, hidden.grad, dtype=torch.bfloat16)
     assert_near(weight.grad, head.weight_VD.grad, dtype=torch.bfloat16)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("vocabulary", "chunk_tokens"), [(50, 3), (5000, 64), (50272, 17)])
+@pytest.mark.parametrize(("temperature", "logit_scale"), [(1.0, 1.0), (0.7, 0.3)])
+def test_the_kernels_compute_what_float64_does(dtype, vocabulary, chunk_tokens, temperature, logit_scale):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(60, 64, generator=generator).cuda().to(dtype).requires_grad_()
+    weight = (torch.randn(vocabulary, 64, generator=generator) / 4).cuda().to(dtype).requires_grad_()
+    bias = torch.randn(vocabulary, generator=generator).cuda().to(dtype).requires_grad_()
+    ids = torch.randint(vocabulary, (60,), generator=generator).cuda()
+    above = torch.randn(60, generator=generator).cuda()
+    logprobs, entropy = linear_logprobs(
+        hidden, LMHead(weight, bias, logit_scale=logit_scale), ids, temperature=temperature, with_entropy=True,
+        chunk_tokens=chunk_tokens,
+    )  # fmt: skip
+    (logprobs * above).sum().backward()
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight, bias)]
+    all_logprobs = ((exact[0] @ exact[1].T + exact[2]) * logit_scale / temperature).log_softmax(-1)
+    expected = all_logprobs.gather(1, ids[:, None])[:, 0]
+    (expected * above).sum().backward()
+    torch.testing.assert_close(logprobs.double(), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        entropy.double(), -(all_logprobs.exp() * all_logprobs).sum(-1), atol=1e-4, rtol=1e-4
+    )
+    for found, wanted in zip((hidden, weight, bias), exact, strict=True):
+        error = (found.grad.double() - wanted.grad).norm() / wanted.grad.norm()
+        assert error < (1e-4 if dtype == torch.float32 else 1e-2)

@@ -231,7 +231,7 @@ class GraphDecoder:
         self._state[:, Column.LENGTH] = -1  # nobody there: nothing is stored
         stream = _capture_stream(self._device)
         stream.wait_stream(torch.cuda.current_stream(self._device))
-        pool: Any = _capture_pool(self._device).id
+        _, pool = _capture_pool(self._device)
         graph: torch.cuda.CUDAGraph | None = torch.cuda.CUDAGraph()
         assert graph is not None
         with torch.cuda.stream(stream):
@@ -287,10 +287,19 @@ def _capture_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 @cache
-def _capture_pool(device: torch.device) -> torch.cuda.MemPool:
-    """Working memory of all captured steps, kept: without an owner each graph would leave its own behind."""
-    with torch.cuda.device(device):
-        return torch.cuda.MemPool()
+def _capture_pool(device: torch.device) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """Working memory of all captured steps, and what keeps it: a pool dies with the last graph captured in it, and
+    what it leaves behind is given back to nobody while memory lasts. This one, of nothing, never dies.
+    """
+    pool, graph = torch.cuda.graph_pool_handle(), torch.cuda.CUDAGraph()
+    stream = _capture_stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        number = torch.zeros(1, device=device)
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+        number + 1
+        graph.capture_end()
+    return graph, pool
 
 
 def _size_for(num_rows: int) -> int:

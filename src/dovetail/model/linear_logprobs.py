@@ -12,6 +12,7 @@ Shapes: A tokens to score, C tokens of one chunk, V vocabulary, D width of the h
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ from transformers import PreTrainedModel
 from dovetail.errors import ModelError
 
 CHUNK_BYTES = 256 * 2**20
+CUDA_CHUNK_BYTES = 2**30
+"""Of the logits of one chunk. On a GPU each chunk also adds a gradient as large as the weight to the sum."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +73,8 @@ def linear_logprobs(
     summed in float32 over the chunks); the entropy carries none.
     """
     if chunk_tokens is None:
-        chunk_tokens = max(1, CHUNK_BYTES // (4 * head.weight_VD.shape[0]))
+        limit = CUDA_CHUNK_BYTES if hidden_AD.is_cuda else CHUNK_BYTES
+        chunk_tokens = max(1, limit // (4 * head.weight_VD.shape[0]))
     how = _How(temperature, head.softcap, head.logit_scale, with_entropy, chunk_tokens)
     logprobs_A, entropy_A = _LinearLogprobs.apply(  # type: ignore[no-untyped-call]
         hidden_AD, head.weight_VD, head.bias_V, next_ids_A, how
@@ -86,6 +90,11 @@ class _How:
     with_entropy: bool
     chunk_tokens: int
 
+    @property
+    def scale(self) -> float:
+        """What logits are multiplied by before the softmax, where nothing caps them in between."""
+        return self.logit_scale / self.temperature
+
 
 class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
@@ -98,6 +107,15 @@ class _LinearLogprobs(torch.autograd.Function):
         entropy_A = torch.empty_like(logprobs_A) if how.with_entropy else logprobs_A.new_empty(0)
         weight_VD = _multipliable(weight_VD)
         for chunk in _chunks(len(hidden_AD), how.chunk_tokens):
+            if _has_kernel(hidden_AD, how):
+                logits_CV = _raw_logits(hidden_AD[chunk], weight_VD, bias_V, 1.0)
+                found = _kernels().softmax_rows(
+                    logits_CV, next_ids_A[chunk], scale=how.scale, with_entropy=how.with_entropy
+                )
+                logprobs_A[chunk], log_totals_A[chunk] = found[:2]
+                if how.with_entropy:
+                    entropy_A[chunk] = found[2]
+                continue
             logits_CV = _cap(_raw_logits(hidden_AD[chunk], weight_VD, bias_V, how.logit_scale), how.softcap)
             logits_CV = _divided(logits_CV, how.temperature)
             log_totals_C = logits_CV.logsumexp(dim=-1)
@@ -121,15 +139,8 @@ class _LinearLogprobs(torch.autograd.Function):
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=float_type) if wants_weight else None
         grad_bias_V = torch.zeros_like(bias_V, dtype=float_type) if wants_bias else None
         for chunk in _chunks(len(hidden_AD), how.chunk_tokens):
-            capped_CV = _cap(_raw_logits(hidden_AD[chunk], weight_VD, bias_V, how.logit_scale), how.softcap)
-            # Without a cap nobody needs the logits once more: the probabilities may take their place.
-            logits_CV = capped_CV if how.softcap is None else capped_CV.clone()
-            probs_CV = _divided(logits_CV, how.temperature).sub_(log_totals_A[chunk, None]).exp_()
-            # d logprob / d logit = [is the token] - probability
-            slope_C1 = grads[0][chunk, None] * (how.logit_scale / how.temperature)
-            grad_CV = probs_CV.mul_(-slope_C1).scatter_add_(-1, next_ids_A[chunk, None], slope_C1)
-            if how.softcap is not None:
-                grad_CV.mul_(1 - (capped_CV / how.softcap).square_())
+            grad_CV = _grad_of_logits(hidden_AD[chunk], weight_VD, bias_V, next_ids_A[chunk], log_totals_A[chunk],
+                                      grads[0][chunk], how)  # fmt: skip
             if grad_bias_V is not None:
                 grad_bias_V += grad_CV.sum(dim=0)
             grad_CV = grad_CV.to(weight_VD.dtype)
@@ -138,6 +149,40 @@ class _LinearLogprobs(torch.autograd.Function):
             if grad_weight_VD is not None:
                 _add_product(grad_weight_VD, grad_CV.T, hidden_AD[chunk].to(weight_VD.dtype))
         return grad_hidden_AD, grad_weight_VD, grad_bias_V, None, None
+
+
+def _grad_of_logits(
+    hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, ids_C: Tensor, log_totals_C: Tensor,
+    grad_C: Tensor, how: _How,
+) -> Tensor:  # fmt: skip
+    """[C, V]: d logprob / d logit = [is the token] - probability, times what comes from above."""
+    slope_C = grad_C * how.scale
+    if _has_kernel(hidden_CD, how):
+        logits_CV = _raw_logits(hidden_CD, weight_VD, bias_V, 1.0)
+        slopes_CV: Tensor = _kernels().softmax_slopes(
+            logits_CV, ids_C, log_totals_C, slope_C, scale=how.scale, dtype=weight_VD.dtype
+        )
+        return slopes_CV
+    capped_CV = _cap(_raw_logits(hidden_CD, weight_VD, bias_V, how.logit_scale), how.softcap)
+    # Without a cap nobody needs the logits once more: the probabilities may take their place.
+    logits_CV = capped_CV if how.softcap is None else capped_CV.clone()
+    probs_CV = _divided(logits_CV, how.temperature).sub_(log_totals_C[:, None]).exp_()
+    grad_CV = probs_CV.mul_(-slope_C[:, None]).scatter_add_(-1, ids_C[:, None], slope_C[:, None])
+    if how.softcap is not None:
+        grad_CV.mul_(1 - (capped_CV / how.softcap).square_())
+    return grad_CV
+
+
+def _has_kernel(hidden_ND: Tensor, how: _How) -> bool:
+    return hidden_ND.is_cuda and hidden_ND.dtype != torch.float64 and how.softcap is None
+
+
+@cache
+def _kernels() -> Any:
+    """Triton is there on GPUs only."""
+    from dovetail.model import head_kernels
+
+    return head_kernels
 
 
 def _raw_logits(hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, scale: float) -> Tensor:
