@@ -95,7 +95,7 @@ class PackedLayout:
 
     def padded(self, x: Tensor) -> Tensor:
         """[1, H, T, K] -> [S, H, L, K], sequences aligned left; the filling cannot reach real tokens."""
-        x_THK = x[0].transpose(0, 1)
+        x_THK = x.squeeze(0).transpose(0, 1)
         if not self.is_rectangular:
             x_THK = _Pad.apply(x_THK, *self.padding_indices)  # type: ignore[no-untyped-call]
         x_SLHK = x_THK.view(len(self.lengths), self.max_length, *x_THK.shape[1:])
@@ -212,7 +212,8 @@ def flash_attention(
         query = query * (scaling * query.shape[-1] ** 0.5)
     if "enable_gqa" in known:  # earlier versions group heads without being told
         options["enable_gqa"] = query.shape[1] != key.shape[1]
-    query_THK, key_THK, value_THK = (x[0].transpose(0, 1) for x in (query, key, value))
+    # squeeze and not [0]: the gradient of an index is a copy into zeros.
+    query_THK, key_THK, value_THK = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
     bounds = (asking.cu_seqlens_S1, asked.cu_seqlens_S1, asking.max_length, asked.max_length)
     out_THK = varlen.varlen_attn(query_THK, key_THK, value_THK, *bounds, **options)
     assert isinstance(out_THK, Tensor)  # a pair only if asked for

@@ -55,7 +55,7 @@ def hidden_states(model: Any, batch: PackedBatch) -> Tensor:
         use_cache=False,
         layout=PackedLayout.of(batch),
     )
-    hidden_TD: Tensor = output.last_hidden_state[0]
+    hidden_TD: Tensor = output.last_hidden_state.squeeze(0)
     return hidden_TD
 
 
