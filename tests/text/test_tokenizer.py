@@ -4,6 +4,7 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+from gguf import GGUFWriter
 
 from dovetail.errors import ModelError
 from dovetail.text.chat_format import ChatFormat
@@ -68,6 +69,26 @@ def test_a_damaged_gguf_file_is_named(tmp_path: Path) -> None:
         load_tokenizer(tmp_path / "cut.gguf")
 
 
+def test_a_gguf_file_says_itself_which_token_ends_a_text(tmp_path: Path) -> None:
+    vocabulary = byte_tokenizer().get_vocab()
+    tokens = sorted(vocabulary, key=vocabulary.__getitem__)
+    file = tmp_path / "model.gguf"
+    writer = GGUFWriter(str(file), "llama")
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([*tokens, "hi", "he"])
+    writer.add_token_types([3 if token.startswith("<|") else 1 for token in [*tokens, "hi", "he"]])
+    writer.add_token_merges(["h i", "h e"])
+    writer.add_bos_token_id(257)
+    writer.add_eos_token_id(256)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    tokenizer = load_tokenizer(file)
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (257, 256)
+    tokenizer.save_pretrained(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved").eos_token_id == 256
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_a_real_gguf_file_gives_its_chat_template() -> None:
@@ -83,3 +104,4 @@ def test_a_real_gguf_file_gives_its_chat_template() -> None:
     answer = [token for token, is_answer in zip(ids, mask, strict=True) if is_answer]
     assert chat.tokenizer.decode(answer) == "A model.<|im_end|>"
     assert chat.decode(answer) == "A model."
+    assert chat.stop_token_ids == (answer[-1],)

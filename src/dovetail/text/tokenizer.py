@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import cast
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.integrations.gguf import read_gguf_metadata
 
 from dovetail.errors import ModelError
 from dovetail.text.quiet import quiet
@@ -35,6 +36,7 @@ def load_tokenizer(
         with quiet():
             if gguf is not None:
                 tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name, **options)
+                _set_special_tokens(tokenizer, gguf)
             else:
                 name = str(place) if place.exists() else str(path)
                 tokenizer = AutoTokenizer.from_pretrained(name, **options)
@@ -60,6 +62,15 @@ def gguf_file(place: Path) -> Path | None:
             hint=f"name the one to load, such as {found[0]}",
         )
     return found[0] if found else None
+
+
+def _set_special_tokens(tokenizer: PreTrainedTokenizerBase, gguf: Path) -> None:
+    """First and end token as the file has them: transformers 5.17 makes the first one of llama files the end too."""
+    metadata, _ = read_gguf_metadata(str(gguf))
+    for name in ("bos_token", "eos_token"):
+        token_id = metadata.get(f"tokenizer.ggml.{name}_id")
+        if token_id is not None:
+            setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(int(token_id)))
 
 
 def read_template(template: str) -> str:
