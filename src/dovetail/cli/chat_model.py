@@ -10,7 +10,7 @@ from dovetail.cli.text_stream import TextStream
 from dovetail.engine.hybrid import HybridEngine
 from dovetail.engine.modules import context_of
 from dovetail.engine.sampling import Sampling
-from dovetail.model.load import load_causal_lm
+from dovetail.model.load import expect_rows_for, load_causal_lm
 from dovetail.text.chat_format import ChatFormat
 from dovetail.text.message import Message
 from dovetail.text.tokenizer import load_tokenizer
@@ -26,8 +26,10 @@ class ModelSpeaker:
 
     def __init__(self, path: str, sampling: Sampling, *, seed: int, device: str) -> None:
         where = resolve_device(device)
-        self._chat = ChatFormat(load_tokenizer(path))
+        tokenizer = load_tokenizer(path)
+        self._chat = ChatFormat(tokenizer)
         model = load_causal_lm(path, dtype=resolve_dtype("auto", where), device=where)
+        expect_rows_for(tokenizer, model, path)
         self.context = context_of(model) or _NO_LIMIT
         self.max_new_tokens = min(sampling.max_new_tokens, self.context // 2)
         self._sampling = replace(

@@ -114,8 +114,8 @@ def expect_rows_for(tokenizer: PreTrainedTokenizerBase, model: Any, name: str) -
     beyond = sorted((i, token) for token, i in ids.items() if i >= rows and token not in optional)
     if beyond:
         raise ModelError(
-            f"{len(beyond)} tokens of the tokenizer of {name} have no row among the {rows} of the model's "
-            f"embedding; the first is {beyond[0][1]!r}, id {beyond[0][0]}",
+            f"the model's embedding of {name} has {rows} rows, and its tokenizer has ids beyond them: "
+            f"{len(beyond)} in all, the first {beyond[0][0]}, {beyond[0][1]!r}",
             hint="take the tokenizer that belongs to the model, or make room in the model: "
             "model.resize_token_embeddings(len(tokenizer)), then save_pretrained",
         )

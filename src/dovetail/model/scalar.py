@@ -33,6 +33,11 @@ def with_scalar_head(causal_lm: PreTrainedModel, *, seed: int, pad_token_id: int
     """The same as `scalar_model_from`, but takes the backbone over instead of copying it."""
     config = copy.deepcopy(causal_lm.config)
     config.num_labels = 1
+    embeddings: Any = causal_lm.get_input_embeddings()
+    if pad_token_id is not None and pad_token_id >= embeddings.num_embeddings:
+        pad_token_id = (
+            None  # transformers makes no class that pads with a missing row; saving finds another token
+        )
     config.pad_token_id = pad_token_id
     config.get_text_config().pad_token_id = pad_token_id
     model = _skeleton(config)

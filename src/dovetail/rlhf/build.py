@@ -16,7 +16,7 @@ from dovetail.engine.hybrid import HybridEngine
 from dovetail.errors import ConfigError
 from dovetail.model.copies import copy_of
 from dovetail.model.dropout import disable_dropout
-from dovetail.model.load import load_causal_lm, load_scalar_model
+from dovetail.model.load import expect_rows_for, load_causal_lm, load_scalar_model
 from dovetail.model.lora import add_lora
 from dovetail.model.scalar import scalar_model_from
 from dovetail.rlhf.rewards import (
@@ -68,6 +68,7 @@ def make_roles(
         if isinstance(actor_model, str)
         else actor_model
     )
+    expect_rows_for(tokenizer, actor, _name_of(actor_model))
     disable_dropout(actor)
     reward_model, reward_chat = _reward_model(critic_model, chat, dtype, device, setup)
     # A critic reads the actor's tokens: with another tokenizer it cannot start from the reward model.
@@ -141,6 +142,7 @@ def _reward_model(
         )
     else:
         tokenizer, model = setup.reward_tokenizer or chat.tokenizer, critic_model
+    expect_rows_for(tokenizer, model, _name_of(critic_model))
     disable_dropout(model)
     own_chat = ChatFormat(tokenizer)
     return _frozen(model), None if same_tokens(chat, own_chat) else own_chat
@@ -172,6 +174,10 @@ def _scorer(
         return model_scorer
     assert config.reward_function_weight is not None
     return SumScorer(model_scorer, function, config.reward_function_weight)
+
+
+def _name_of(model: str | PreTrainedModel) -> str:
+    return model if isinstance(model, str) else str(model.config._name_or_path) or type(model).__name__
 
 
 def _frozen(model: PreTrainedModel) -> PreTrainedModel:

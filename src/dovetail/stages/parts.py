@@ -29,10 +29,11 @@ from dovetail.engine.modules import context_of
 from dovetail.errors import ConfigError, DataError
 from dovetail.model.forward import last_hidden_states, scalar_head
 from dovetail.model.heads import centre_on
-from dovetail.model.load import load_causal_lm, load_scalar_model
+from dovetail.model.load import expect_rows_for, load_causal_lm, load_scalar_model
 from dovetail.model.lora import add_lora
 from dovetail.rlhf.api import RLHFEngine
 from dovetail.rlhf.build import Setup
+from dovetail.rlhf.limits import expect_room
 from dovetail.stages.context import Context
 from dovetail.telemetry.log import say
 from dovetail.text.chat_format import ChatFormat
@@ -70,7 +71,9 @@ def pack_comparisons(rows: TokenizedComparisons, index: Sequence[int]) -> Ranked
     return pack_ranked([answers for answers, _ in picked], [pairs for _, pairs in picked])
 
 
-def trainable_causal_lm(model: ModelConfig, settings: StageConfig, context: Context) -> PreTrainedModel:
+def trainable_causal_lm(
+    model: ModelConfig, chat: ChatFormat, settings: StageConfig, context: Context
+) -> PreTrainedModel:
     """The pretrained actor, ready for gradients."""
     loaded = load_causal_lm(
         model.path,
@@ -79,6 +82,7 @@ def trainable_causal_lm(model: ModelConfig, settings: StageConfig, context: Cont
         revision=model.revision,
         trust_remote_code=model.trust_remote_code,
     )
+    expect_rows_for(chat.tokenizer, loaded, model.path)
     return ready_to_train(loaded, model, settings, context)
 
 
@@ -114,7 +118,7 @@ def actor_chat(context: Context) -> ChatFormat:
 def rlhf_engine(context: Context, chat: ChatFormat, *, total_steps: int) -> RLHFEngine:
     """Actor from stage 1 (or as pretrained), critic and reward from stage 2, with what trains them."""
     config, folder = context.config, context.folder
-    return RLHFEngine(
+    engine = RLHFEngine(
         actor_model=str(folder.model("sft")) if folder.is_done("sft") else config.actor.path,
         critic_model=reward_model_path(context),
         tokenizer=chat.tokenizer,
@@ -128,6 +132,15 @@ def rlhf_engine(context: Context, chat: ChatFormat, *, total_steps: int) -> RLHF
             critic_lora=config.reward_model.lora if config.reward_model else None,
         ),
     )
+    # A reward model that reads the actor's tokens is what the critic is a copy of; another reads text of its own.
+    for role, model in (("actor", engine.roles.actor), ("critic", engine.roles.critic)):
+        expect_room(
+            role,
+            model,
+            max_prompt_tokens=config.data.max_prompt_tokens,
+            max_new_tokens=config.ppo.sampling.max_new_tokens,
+        )
+    return engine
 
 
 def reward_model_path(context: Context) -> str | None:
@@ -210,6 +223,7 @@ def trainable_scalar_model(start: ModelConfig, chat: ChatFormat, context: Contex
         revision=start.revision,
         trust_remote_code=start.trust_remote_code,
     )
+    expect_rows_for(chat.tokenizer, model, start.path)
     return ready_to_train(model, start, context.config.reward, context)
 
 

@@ -22,7 +22,7 @@ def run(context: Context) -> StageReport:
     train = demonstration_rows(context, chat, "train")
     held_out = demonstration_rows(context, chat, "held_out")
     judged = pack_rows(held_out, range(len(held_out))) if len(held_out) else None
-    model = trainable_causal_lm(config.actor, config.sft, context)
+    model = trainable_causal_lm(config.actor, chat, config.sft, context)
     expect_rows_fit(model, train, held_out)
     order = BatchOrder(len(train), config.sft.batch_size, config.seed)
     total_steps = num_steps(config.sft, len(train), config.sft.epochs)

@@ -62,7 +62,7 @@ class ChatFormat:
         self._special = re.compile("|".join(map(re.escape, specials))) if specials else None
         self._takes_system = self._renders([message("system", "s"), message("user", "u")])
         self._shape = learn_shape(tokenizer, self._render)
-        self._end_id = self._encoder.one(self._shape.end_token)[-1]
+        self._end_id = self._one_token(self._shape.end_token)
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """Tokens of a conversation up to where the assistant is to speak."""
@@ -133,6 +133,17 @@ class ChatFormat:
         back = [int(eos)] if isinstance(eos, int) else [self._end_id]
         encoded = self._encoder.many([[Passage(text, is_quoted=True)] for text in texts])
         return [[*front, *ids, *back] for (ids,) in encoded]
+
+    def _one_token(self, end: str) -> int:
+        """The id of the token that ends an answer. As several tokens it would end answers at its last piece."""
+        end_id = self._encoder.one(end)[-1]
+        if self.tokenizer.convert_ids_to_tokens(end_id) != end:
+            raise ModelError(
+                f"answers end with {end!r}, which is no token of the tokenizer",
+                hint="set eos_token in the tokenizer's tokenizer_config.json to a token that it has, or give a "
+                "chat_template whose turns end with one",
+            )
+        return end_id
 
     def _answer(self, content: str) -> list[Passage]:
         shape = self._shape
