@@ -4,6 +4,7 @@ Responsible for: flags and their help, the dry run, and the line that says what 
 Not responsible for: settings (run_settings.py), the stages themselves (stages/).
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -128,72 +129,57 @@ def train(
     carry_out(resolve(recipe, overrides or (), flags), dry_run=dry_run)
 
 
-def sft(
-    recipe: Recipe = None,
-    overrides: Overrides = None,
-    actor_model: ActorModel = None,
-    data: Data = None,
-    output_dir: OutputDir = None,
-    seed: Seed = None,
-    dry_run: DryRun = False,
-) -> None:
+def stage_command(stage: StageName, text: str) -> Callable[..., None]:
+    """The command that runs one stage. All take the same flags: those of a run are the same at every stage."""
+
+    def command(
+        recipe: Recipe = None,
+        overrides: Overrides = None,
+        actor_model: ActorModel = None,
+        reward_model: RewardModel = None,
+        data: Data = None,
+        output_dir: OutputDir = None,
+        seed: Seed = None,
+        dry_run: DryRun = False,
+    ) -> None:
+        # A reward model needs no actor; the run is then named after what it starts from.
+        named_after = actor_model or (reward_model if stage == "reward" else None)
+        flags = Flags(
+            actor_model=named_after,
+            reward_model=reward_model,
+            data=data or (),
+            output_dir=output_dir,
+            seed=seed,
+            step=(stage,),
+        )
+        carry_out(resolve(recipe, overrides or (), flags), dry_run=dry_run)
+
+    command.__doc__ = text
+    return command
+
+
+sft = stage_command(
+    "sft",
     """Stage 1 alone: supervised fine-tuning on demonstrations; leaves RUN/sft/model.
 
     dovetail sft opt-1.3b data.blend='\\[my_chats.jsonl]'
-    """
-    flags = Flags(actor_model=actor_model, data=data or (), output_dir=output_dir, seed=seed, step=("sft",))
-    carry_out(resolve(recipe, overrides or (), flags), dry_run=dry_run)
-
-
-def reward(
-    recipe: Recipe = None,
-    overrides: Overrides = None,
-    actor_model: ActorModel = None,
-    reward_model: RewardModel = None,
-    data: Data = None,
-    output_dir: OutputDir = None,
-    seed: Seed = None,
-    dry_run: DryRun = False,
-) -> None:
+    """,
+)
+reward = stage_command(
+    "reward",
     """Stage 2 alone: a reward model from comparisons; leaves RUN/reward/model.
 
     dovetail reward opt-1.3b data.blend='\\[{path: pairs.csv, prompt: question, chosen: good, rejected: bad}]'
-    """
-    flags = Flags(
-        actor_model=actor_model or reward_model,
-        reward_model=reward_model,
-        data=data or (),
-        output_dir=output_dir,
-        seed=seed,
-        step=("reward",),
-    )
-    carry_out(resolve(recipe, overrides or (), flags), dry_run=dry_run)
-
-
-def ppo(
-    recipe: Recipe = None,
-    overrides: Overrides = None,
-    actor_model: ActorModel = None,
-    reward_model: RewardModel = None,
-    data: Data = None,
-    output_dir: OutputDir = None,
-    seed: Seed = None,
-    dry_run: DryRun = False,
-) -> None:
+    """,
+)
+ppo = stage_command(
+    "ppo",
     """Stage 3 alone: PPO against the reward model of the run, a finished one, or a Python function.
 
     dovetail ppo opt-1.3b                                     after dovetail sft and dovetail reward
     dovetail ppo opt-1.3b ppo.reward_function=my_file.py:score
-    """
-    flags = Flags(
-        actor_model=actor_model,
-        reward_model=reward_model,
-        data=data or (),
-        output_dir=output_dir,
-        seed=seed,
-        step=("ppo",),
-    )
-    carry_out(resolve(recipe, overrides or (), flags), dry_run=dry_run)
+    """,
+)
 
 
 def carry_out(resolved: Resolved, *, dry_run: bool) -> None:

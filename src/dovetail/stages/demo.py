@@ -19,7 +19,6 @@ from torch import nn
 from dovetail.batches import PackedBatch, pack
 from dovetail.config.run import RunConfig
 from dovetail.config.stages import SftConfig
-from dovetail.data.loader import BatchOrder
 from dovetail.data.synthetic import (
     Dataset,
     Sizes,
@@ -41,7 +40,7 @@ from dovetail.rlhf.rollout import complete
 from dovetail.rlhf.update import language_model_loss
 from dovetail.stages.context import Context, open_run
 from dovetail.stages.pipeline import run_stages
-from dovetail.stages.supervised import Task, fit, num_steps
+from dovetail.stages.supervised import Task, fit
 from dovetail.telemetry.log import say
 from dovetail.text.chat_format import ChatFormat
 from dovetail.text.tokenizer import load_tokenizer
@@ -95,14 +94,12 @@ def make_base_model(rows: Dataset, settings: SftConfig, context: Context) -> Non
     model = new_model(small_llama(tokenizer), seed=context.config.seed)
     nn.Module.to(model, device=context.device, dtype=context.dtype)
     texts = [[*tokenizer(text).input_ids, tokenizer.eos_token_id] for text in rows.documents]
-    order = BatchOrder(len(texts), settings.batch_size, context.config.seed)
     task = Task(
         stage="base",
         model=model,
         settings=settings,
-        optimizer=settings.optimizer,
-        total_steps=num_steps(settings, len(texts), settings.epochs),
-        batch_at=lambda step: pack_texts([texts[i] for i in order.batch(step)]),
+        num_rows=len(texts),
+        batch_of=lambda index: pack_texts([texts[i] for i in index]),
         loss_of=partial(language_model_loss, model),
         evaluate=dict,
     )

@@ -11,7 +11,6 @@ from functools import partial
 from transformers import PreTrainedModel
 
 from dovetail.batches import RankedBatch, SummedLoss
-from dovetail.data.loader import BatchOrder
 from dovetail.evaluation.reward_accuracy import reward_accuracy
 from dovetail.maths.ranking import ranking_loss, won_pairs
 from dovetail.model.forward import last_scores
@@ -25,7 +24,7 @@ from dovetail.stages.parts import (
     reward_start,
     trainable_scalar_model,
 )
-from dovetail.stages.supervised import Task, fit, num_steps
+from dovetail.stages.supervised import Task, fit
 
 
 def run(context: Context) -> StageReport:
@@ -37,22 +36,19 @@ def run(context: Context) -> StageReport:
     judged = pack_comparisons(held_out, range(len(held_out))) if len(held_out) else None
     model = trainable_scalar_model(start, chat, context)
     expect_rows_fit(model, train, held_out)
-    order = BatchOrder(len(train), config.reward.batch_size, config.seed)
-    total_steps = num_steps(config.reward, len(train), config.reward.epochs)
     task = Task(
         stage="reward",
         model=model,
         settings=config.reward,
-        optimizer=config.reward.optimizer,
-        total_steps=total_steps,
-        batch_at=lambda step: pack_comparisons(train, order.batch(step)),
+        num_rows=len(train),
+        batch_of=partial(pack_comparisons, train),
         loss_of=partial(pairwise_loss, model),
         evaluate=lambda: reward_accuracy(model, judged, config.reward.micro_batch_tokens, context.device),
     )
     fit(task, context)
     centring = centre_on_demonstrations(model, train, context)
     save_model(model, chat.tokenizer, context.folder.model("reward"), stop_token_ids=chat.stop_token_ids)
-    return StageReport(total_steps, {**task.evaluate(), **centring})
+    return StageReport(task.total_steps, {**task.evaluate(), **centring})
 
 
 def pairwise_loss(model: PreTrainedModel, micro: RankedBatch) -> SummedLoss:

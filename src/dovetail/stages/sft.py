@@ -6,13 +6,12 @@ Not responsible for: gradient steps (training/step.py), reading rows (data/).
 
 from functools import partial
 
-from dovetail.data.loader import BatchOrder
 from dovetail.evaluation.held_out import language_model_quality
 from dovetail.model.save import save_model
 from dovetail.rlhf.update import language_model_loss
 from dovetail.stages.context import Context, StageReport
 from dovetail.stages.parts import chat_of, demonstration_rows, expect_rows_fit, pack_rows, trainable_causal_lm
-from dovetail.stages.supervised import Task, fit, num_steps
+from dovetail.stages.supervised import Task, fit
 
 
 def run(context: Context) -> StageReport:
@@ -24,18 +23,15 @@ def run(context: Context) -> StageReport:
     judged = pack_rows(held_out, range(len(held_out))) if len(held_out) else None
     model = trainable_causal_lm(config.actor, chat, config.sft, context)
     expect_rows_fit(model, train, held_out)
-    order = BatchOrder(len(train), config.sft.batch_size, config.seed)
-    total_steps = num_steps(config.sft, len(train), config.sft.epochs)
     task = Task(
         stage="sft",
         model=model,
         settings=config.sft,
-        optimizer=config.sft.optimizer,
-        total_steps=total_steps,
-        batch_at=lambda step: pack_rows(train, order.batch(step)),
+        num_rows=len(train),
+        batch_of=partial(pack_rows, train),
         loss_of=partial(language_model_loss, model),
         evaluate=lambda: language_model_quality(model, judged, config.sft.micro_batch_tokens, context.device),
     )
     results = fit(task, context)
     save_model(model, chat.tokenizer, context.folder.model("sft"), stop_token_ids=chat.stop_token_ids)
-    return StageReport(total_steps, results)
+    return StageReport(task.total_steps, results)

@@ -4,7 +4,7 @@ Responsible for: order of batches, steps, evaluation, checkpoints and resuming o
 Not responsible for: the loss, the batches and the evaluation, which the stage passes in.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,8 @@ import torch
 from transformers import PreTrainedModel
 
 from dovetail.batches import MicroBatchable, SummedLoss
-from dovetail.config.stages import OptimizerConfig, StageConfig
+from dovetail.config.stages import RewardConfig, SftConfig
+from dovetail.data.loader import BatchOrder
 from dovetail.rlhf.build import optimizer_for
 from dovetail.stages.context import Context, resume
 from dovetail.training.memory import TokenBudget
@@ -28,18 +29,25 @@ class Task:
 
     stage: str
     model: PreTrainedModel
-    settings: StageConfig
-    optimizer: OptimizerConfig
-    total_steps: int
-    batch_at: Callable[[int], MicroBatchable]
-    """The batch of a step: a pure function of it, so that a resumed run sees the same rows."""
+    settings: SftConfig | RewardConfig
+    num_rows: int
+    batch_of: Callable[[Sequence[int]], MicroBatchable]
+    """The rows of these numbers as one batch."""
     loss_of: Callable[[Any], SummedLoss]
     evaluate: Callable[[], Mapping[str, float]]
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps: `epochs` passes over the rows, at most `max_steps`, at least 1."""
+        steps = max(1, round(self.num_rows * self.settings.epochs / self.settings.batch_size))
+        return min(steps, self.settings.max_steps) if self.settings.max_steps else steps
 
 
 def fit(task: Task, context: Context) -> Mapping[str, float]:
     """Train to the end, from the newest checkpoint if there is one; returns the last evaluation."""
-    optimizer = optimizer_for(task.model, task.optimizer)
+    optimizer = optimizer_for(task.model, task.settings.optimizer)
+    # A pure function of the step, so that a resumed run sees the same rows.
+    order = BatchOrder(task.num_rows, task.settings.batch_size, context.config.seed)
     budget = TokenBudget(task.settings.micro_batch_tokens)
     checkpoints = context.checkpoints(task.stage, task.settings)
 
@@ -59,8 +67,8 @@ def fit(task: Task, context: Context) -> Mapping[str, float]:
             report = gradient_step(
                 task.model,
                 optimizer,
-                [Term(task.batch_at(step), task.loss_of)],
-                max_grad_norm=task.optimizer.max_grad_norm,
+                [Term(task.batch_of(order.batch(step)), task.loss_of)],
+                max_grad_norm=task.settings.optimizer.max_grad_norm,
                 budget=budget,
                 learning_rate=rate_of(task, step),
                 device=context.device,
@@ -89,13 +97,14 @@ def seed_step(seed: int, step: int) -> None:
 
 def rate_of(task: Task, step: int) -> float:
     """Learning rate of a step."""
+    settings = task.settings.optimizer
     return learning_rate_at(
         step,
-        peak=task.optimizer.learning_rate,
-        schedule=task.optimizer.schedule,
-        warmup_steps=task.optimizer.warmup_steps,
+        peak=settings.learning_rate,
+        schedule=settings.schedule,
+        warmup_steps=settings.warmup_steps,
         total_steps=task.total_steps,
-        final_fraction=task.optimizer.final_fraction,
+        final_fraction=settings.final_fraction,
     )
 
 
@@ -109,9 +118,3 @@ def step_row(stage: str, report: StepReport) -> dict[str, float]:
         f"{stage}/skipped": float(report.skipped),
     }
     return row | {f"{stage}/{name.split('/')[-1]}": value for name, value in report.stats.items()}
-
-
-def num_steps(settings: StageConfig, rows: int, epochs: float) -> int:
-    """Optimiser steps of a stage: `epochs` passes over the rows, at most `max_steps`, at least 1."""
-    steps = max(1, round(rows * epochs / settings.batch_size))
-    return min(steps, settings.max_steps) if settings.max_steps else steps
