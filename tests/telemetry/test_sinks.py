@@ -1,6 +1,7 @@
 import builtins
 import json
 import math
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -161,3 +162,44 @@ def test_wandb_gets_rows_under_the_runs_group(monkeypatch: pytest.MonkeyPatch) -
         (2, {"ppo/loss": 1.0}),
         "finish",
     ]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_real_wandb_keeps_every_row_without_network(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pytest.importorskip("wandb", reason="needs the optional package wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    sink = WandbSink("chat", name="opt-13b/ppo")
+    sink.write(1, {"ppo/loss": 1.0})
+    sink.write(3, {"ppo/loss": 0.5, "ppo/kl": 2.0})
+    sink.close()
+    (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    records = wandb_records(file.read_bytes())
+    (run,) = [record.run for record in records if record.HasField("run")]
+    assert (run.project, run.display_name, run.run_group) == ("chat", "opt-13b/ppo", "opt-13b")
+    rows = [
+        {item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
+        for record in records
+        if record.HasField("history")
+    ]
+    found = [
+        {name: value for name, value in row.items() if name in ("_step", "ppo/loss", "ppo/kl")}
+        for row in rows
+    ]
+    assert found == [{"_step": 1, "ppo/loss": 1.0}, {"_step": 3, "ppo/loss": 0.5, "ppo/kl": 2.0}]
+
+
+def wandb_records(data: bytes) -> list[Any]:
+    """What a .wandb file of less than one block of 32 KiB holds: LevelDB's log format."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    records, place = [], 7
+    while place < len(data):
+        length, is_whole = struct.unpack("<HB", data[place + 4 : place + 7])
+        assert is_whole == 1
+        records.append(Record.FromString(data[place + 7 : place + 7 + length]))
+        place += 7 + length
+    return records
