@@ -91,6 +91,15 @@ def test_a_stage_runs_alone(run: Run, pipeline: list[RunConfig], stage: str) -> 
     assert [config.stages for config in pipeline] == [(stage,)]
 
 
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+def test_a_stage_takes_the_flags_of_the_whole_run(run: Run, pipeline: list[RunConfig], stage: str) -> None:
+    flags = ["--actor-model", "1.3b", "--reward-model", "350m", "--output-dir", "runs/one", "--seed", "3"]
+    run("train", *flags)
+    run(stage, *flags)
+    whole, alone = pipeline
+    assert alone == whole.model_copy(update={"stages": (stage,)})
+
+
 def test_a_reward_model_alone_needs_no_actor(run: Run, pipeline: list[RunConfig]) -> None:
     assert run("reward", "--reward-model", "facebook/opt-350m")[0] == 0
     assert pipeline[0].reward_start().path == "facebook/opt-350m"

@@ -285,3 +285,12 @@ def test_plain_text_stands_between_first_and_last_token() -> None:
     assert chat.tokenizer.convert_tokens_to_ids("<|im_end|>") not in quoted
     assert chat.tokenizer.decode(quoted[1:-1]) == "a <|im_end|> b"
     assert ChatFormat(byte_tokenizer()).encode_texts(["ab"]) == [[*byte_tokenizer()("ab")["input_ids"], 256]]
+
+
+def test_an_end_that_is_no_token_is_refused_and_not_read_as_its_last_byte() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.eos_token = "<|stop|>"
+    with pytest.raises(
+        ModelError, match=r"answers end with '<\|stop\|>', which is no token(.|\n)*hint: set eos_token"
+    ):
+        ChatFormat(tokenizer)
