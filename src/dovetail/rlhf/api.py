@@ -17,7 +17,7 @@ from dovetail.batches import PackedBatch, Rollout, SummedLoss
 from dovetail.config.stages import PpoConfig
 from dovetail.data.records import Message
 from dovetail.model.forward import token_logprobs
-from dovetail.rlhf.build import Setup, make_learners, make_roles
+from dovetail.rlhf.build import Setup, make_learners, make_roles, name_of
 from dovetail.rlhf.rewards import Answer, RewardFunction
 from dovetail.rlhf.rollout import Collected, collect, pack_rollout, sample_answers
 from dovetail.rlhf.update import UpdateReport, next_kl_coefficient, rate_at, update
@@ -54,7 +54,7 @@ class RLHFEngine:
     ) -> None:
         self.config = config or PpoConfig()
         self.setup = setup or Setup()
-        self.tokenizer = tokenizer or load_tokenizer(_name_of(actor_model))
+        self.tokenizer = tokenizer or load_tokenizer(name_of(actor_model))
         self.roles = make_roles(actor_model, critic_model, self.tokenizer, reward, self.config, self.setup)
         self.learners = make_learners(self.roles, self.config, total_steps=total_steps)
 
@@ -189,7 +189,3 @@ class PPOTrainer:
 def as_messages(prompt: Conversation) -> list[Message]:
     """A plain string is one user message."""
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-
-
-def _name_of(model: str | PreTrainedModel) -> str:
-    return model if isinstance(model, str) else str(model.config._name_or_path)

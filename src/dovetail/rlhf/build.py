@@ -68,7 +68,7 @@ def make_roles(
         if isinstance(actor_model, str)
         else actor_model
     )
-    expect_rows_for(tokenizer, actor, _name_of(actor_model))
+    expect_rows_for(tokenizer, actor, name_of(actor_model))
     disable_dropout(actor)
     reward_model, reward_chat = _reward_model(critic_model, chat, dtype, device, setup)
     # A critic reads the actor's tokens: with another tokenizer it cannot start from the reward model.
@@ -142,7 +142,7 @@ def _reward_model(
         )
     else:
         tokenizer, model = setup.reward_tokenizer or chat.tokenizer, critic_model
-    expect_rows_for(tokenizer, model, _name_of(critic_model))
+    expect_rows_for(tokenizer, model, name_of(critic_model))
     disable_dropout(model)
     own_chat = ChatFormat(tokenizer)
     return _frozen(model), None if same_tokens(chat, own_chat) else own_chat
@@ -176,7 +176,8 @@ def _scorer(
     return SumScorer(model_scorer, function, config.reward_function_weight)
 
 
-def _name_of(model: str | PreTrainedModel) -> str:
+def name_of(model: str | PreTrainedModel) -> str:
+    """What a model was loaded by, for messages and to find its tokenizer; its class if it was made in memory."""
     return model if isinstance(model, str) else str(model.config._name_or_path) or type(model).__name__
 
 
