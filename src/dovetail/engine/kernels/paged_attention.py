@@ -37,6 +37,14 @@ def _capped(scores, softcap, HAS_CAP: tl.constexpr):
 
 
 @triton.jit
+def _stored(from_ptr, to_ptr, is_real):
+    """Copy a key or value into its page, and have it."""
+    new = tl.load(from_ptr, mask=is_real, other=0.0)
+    tl.store(to_ptr, new, mask=is_real)
+    return new
+
+
+@triton.jit
 def _attend(
     query_ptr, key_ptr, value_ptr, keys_ptr, values_ptr, state_ptr, out_ptr, partial_ptr, totals_ptr,
     query_head, query_row, key_head, key_row, value_head, value_row, page_stride, state_row,
@@ -71,12 +79,9 @@ def _attend(
         tl.store(keys_ptr + target, new_key, mask=is_width)
         tl.store(values_ptr + target, new_value, mask=is_width)
         score = tl.sum(query.to(tl.float32) * new_key.to(tl.float32)[None, :], 1) * scale
-        top = _capped(score, softcap, HAS_CAP)
-        total += 1.0
+        top, total = _capped(score, softcap, HAS_CAP), total + 1.0
         mixed += new_value.to(tl.float32)[None, :]
-    start = 0
-    if HAS_WINDOW:
-        start = tl.maximum(0, count + 1 - window)
+    start = tl.maximum(0, count + 1 - window) if HAS_WINDOW else 0
     first = start // PAGE
     num_pages = tl.maximum(tl.cdiv(count, PAGE) - first, 0)
     each = tl.cdiv(num_pages, SPLITS)
@@ -84,11 +89,8 @@ def _attend(
     end = tl.minimum((first + (split + 1) * each) * PAGE, count)
     for token in tl.range(begin, end, PAGE, num_stages=STAGES):
         page = tl.load(table_ptr + token // PAGE).to(tl.int64)
-        base = page * page_stride + head * PAGE * K
-        is_seen = token + place_N < count
-        if HAS_WINDOW:
-            is_seen &= token + place_N >= start
-        where = base + place_N[:, None] * K + place_K[None, :]
+        is_seen = (token + place_N < count) & (token + place_N >= start)
+        where = page * page_stride + head * PAGE * K + place_N[:, None] * K + place_K[None, :]
         mask = is_seen[:, None] & is_width[None, :]
         keys = tl.load(keys_ptr + where, mask=mask, other=0.0)
         values = tl.load(values_ptr + where, mask=mask, other=0.0)

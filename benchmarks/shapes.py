@@ -1,0 +1,183 @@
+"""What the benchmarks share: true shapes with random weights, floors, the predecessor's formulas, timing.
+
+Ceilings of one H100 80GB, measured with a device copy and an 8192-cubed bf16 product: 3.02 TB/s, 811 TFLOP/s.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import random
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    OPTConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen3Config,
+)
+
+BYTES_PER_SECOND = 3.02e12
+FLOP_PER_SECOND = 811e12
+
+
+def _opt(width: int, layers: int, heads: int, **changes: Any) -> OPTConfig:
+    shape: dict[str, Any] = {
+        "vocab_size": 50272, "hidden_size": width, "word_embed_proj_dim": width, "num_hidden_layers": layers,
+        "num_attention_heads": heads, "ffn_dim": 4 * width, "max_position_embeddings": 2048, "dropout": 0.0,
+        "attention_dropout": 0.0, "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 2,
+    }  # fmt: skip
+    return OPTConfig(**{**shape, **changes})
+
+
+def small_llama(vocabulary: int = 4096) -> LlamaConfig:
+    """What two CPU cores can train in seconds."""
+    return LlamaConfig(
+        vocab_size=vocabulary, hidden_size=256, intermediate_size=688, num_hidden_layers=6, num_attention_heads=8,
+        num_key_value_heads=4, max_position_embeddings=1024, tie_word_embeddings=True, pad_token_id=1,
+        bos_token_id=None, eos_token_id=2,
+    )  # fmt: skip
+
+
+SHAPES: dict[str, Callable[[], PretrainedConfig]] = {
+    "opt-1.3b": lambda: _opt(2048, 24, 32),
+    "opt-13b": lambda: _opt(5120, 40, 40),
+    "opt-350m": lambda: _opt(1024, 24, 16, do_layer_norm_before=False, word_embed_proj_dim=512),
+    "qwen3-8b": lambda: Qwen3Config(
+        vocab_size=151936, hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=128, max_position_embeddings=4096, tie_word_embeddings=False,
+    ),
+    "small": small_llama,
+    "tiny": lambda: _opt(32, 2, 4, vocab_size=128),
+    "tiny-350m": lambda: _opt(32, 2, 4, vocab_size=128, do_layer_norm_before=False, word_embed_proj_dim=16),
+}  # fmt: skip
+
+
+def causal_lm(shape: str | PretrainedConfig, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """Random weights, made on the device."""
+    return _made(AutoModelForCausalLM, shape, device, dtype)
+
+
+def scalar_model(shape: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """The same with a scalar head."""
+    return _made(AutoModelForSequenceClassification, shape, device, dtype, num_labels=1)
+
+
+def _made(auto: Any, shape: Any, device: torch.device, dtype: torch.dtype, **changes: Any) -> PreTrainedModel:
+    config = SHAPES[shape]() if isinstance(shape, str) else shape
+    for name, value in changes.items():
+        setattr(config, name, value)
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            model: PreTrainedModel = auto.from_config(config, attn_implementation="sdpa")
+    finally:
+        torch.set_default_dtype(before)
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.eos_token_id = None  # lengths are what the benchmark says they are
+    return model.eval()
+
+
+def prompts_of(count: int, length: int, vocabulary: int, seed: int = 0) -> list[list[int]]:
+    rng = random.Random(seed)
+    return [[rng.randrange(3, vocabulary) for _ in range(length)] for _ in range(count)]
+
+
+def ragged_lengths(count: int, seed: int = 0, low: int = 16, high: int = 512) -> list[int]:
+    """Answer lengths with a long tail: log-normal, median 100, cut to low..high."""
+    rng = random.Random(seed)
+    return [max(low, min(high, round(rng.lognormvariate(4.605, 0.9)))) for _ in range(count)]
+
+
+def num_parameters(model: torch.nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def kv_bytes_per_token(config: PretrainedConfig, dtype: torch.dtype) -> int:
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * width * dtype.itemsize
+
+
+def generation_floor(
+    model: PreTrainedModel, prompt: int, lengths: Sequence[int], batch: int, dtype: torch.dtype
+) -> float:
+    """Seconds: prefill at the matrix ceiling, then decode steps that read all weights and the cache once.
+
+    With `batch` answers at a time always running: as few steps as lengths allow.
+    """
+    total = sum(lengths)
+    prefill = 2 * num_parameters(model) * prompt * len(lengths) / FLOP_PER_SECOND
+    steps = max(max(lengths), total / min(batch, len(lengths)))
+    cached = sum(length * (prompt + length / 2) for length in lengths)
+    weights = num_parameters(model) * dtype.itemsize * steps
+    return prefill + (weights + cached * kv_bytes_per_token(model.config, dtype)) / BYTES_PER_SECOND
+
+
+def predecessor_generation_flop(config: PretrainedConfig, sequences: int, length: int) -> float:
+    """DeepSpeed-Chat's perf.py: 24 B s L h^2 (1 + s / 6h + V / 16Lh), forward over whole sequences of length s."""
+    h, layers, vocabulary = config.hidden_size, config.num_hidden_layers, config.vocab_size
+    inner = 1 + length / (6 * h) + vocabulary / (16 * layers * h)
+    return 24 * sequences * length * layers * h * h * inner
+
+
+def predecessor_training_flop(
+    config: PretrainedConfig,
+    sequences: int,
+    length: int,
+    *,
+    checkpointing: bool = False,
+    rank: int | None = None,
+) -> float:
+    """The same formula times 3, or 4 with checkpointing; with LoRA less 1 - 2 r / h."""
+    passes = 4.0 if checkpointing else 3.0
+    if rank:
+        passes -= 1 - 2 * rank / config.hidden_size
+    return passes * predecessor_generation_flop(config, sequences, length)
+
+
+def now(device: torch.device) -> float:
+    """Seconds, when everything sent to the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def fresh(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def memory(device: torch.device) -> dict[str, float]:
+    if device.type != "cuda":
+        return {}
+    return {
+        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+        "reserved_gib": round(torch.cuda.memory_reserved() / 2**30, 3),
+    }
+
+
+def setting(device: torch.device) -> dict[str, str]:
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"cpu x {torch.get_num_threads()}"
+    return {"device": name, "torch": torch.__version__}
+
+
+def show(**row: Any) -> None:
+    """One JSON line, numbers to five digits."""
+    print(json.dumps({k: _short(v) for k, v in row.items()}), flush=True)
+
+
+def _short(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _short(v) for k, v in value.items()}
+    return float(f"{value:.5g}") if isinstance(value, float) else value

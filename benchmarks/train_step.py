@@ -1,0 +1,130 @@
+"""One optimiser step: full OPT-1.3B or LoRA OPT-13B, ours beside plain Hugging Face, optimiser included.
+
+    python benchmarks/train_step.py --model opt-1.3b --sequences 16 --micro 16
+    python benchmarks/train_step.py --model opt-13b --lora 128 --sequences 8 --micro 4
+
+Sequences of 512 tokens, every token a target. Peers: the modules with SDPA attention, cross-entropy over full
+logits and fused AdamW; once with bf16 weights and moments (`hf_bf16`: fastest, but steps below 1/256 of a weight
+are lost), once with float32 weights under autocast (`hf_autocast`: as precise as ours). With LoRA, `hf_bf16` is
+Hugging Face + peft. One JSON line a system.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import shapes
+import torch
+
+from dovetail.batches import pack
+from dovetail.model.forward import plain_model
+from dovetail.model.lora import add_lora
+from dovetail.rlhf.update import language_model_loss
+from dovetail.training.memory import TokenBudget
+from dovetail.training.optim import build_optimizer
+from dovetail.training.step import Term, gradient_step
+
+LENGTH = 512
+
+
+def main() -> None:
+    options = arguments()
+    device = torch.device(options.device)
+    makers: dict[str, Callable[[Any, argparse.Namespace, torch.device], Callable[[], None]]] = {
+        "dovetail": ours, "hf_bf16": partial(hugging_face, autocast=False),
+    }  # fmt: skip
+    if not options.lora:
+        makers["hf_autocast"] = partial(hugging_face, autocast=True)
+    seconds: dict[str, float] = {}
+    for name, make in makers.items():
+        shapes.fresh(device)
+        model = model_of(options, device)
+        frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        step = make(model, options, device)
+        times = []
+        for _ in range(2 + options.repeats):
+            start = shapes.now(device)
+            step()
+            times.append(shapes.now(device) - start)
+        seconds[name] = statistics.median(times[2:])
+        tokens = options.sequences * LENGTH
+        flop = (6 * trained + 4 * frozen) * tokens
+        shapes.show(
+            benchmark="train_step", system=name, model=options.model, lora=options.lora, tokens=tokens,
+            micro_sequences=options.micro, seconds=seconds[name], tokens_per_second=tokens / seconds[name],
+            model_tflops=flop / seconds[name] / 1e12, of_matmul=flop / seconds[name] / shapes.FLOP_PER_SECOND,
+            **shapes.setting(device), **shapes.memory(device),
+        )  # fmt: skip
+        del model, step
+    ratios = {
+        f"ratio_to_{name}": s / seconds["dovetail"] for name, s in seconds.items() if name != "dovetail"
+    }
+    shapes.show(benchmark="train_step", **ratios)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=shapes.SHAPES, default="opt-1.3b")
+    parser.add_argument(
+        "--lora", type=int, default=0, help="rank of adapters on all linear layers; 0 = train all"
+    )
+    parser.add_argument("--sequences", type=int, default=16, help="of 512 tokens, per optimiser step")
+    parser.add_argument("--micro", type=int, default=16, help="sequences of one forward and backward pass")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--device", default="cuda")
+    return parser.parse_args()
+
+
+def model_of(options: argparse.Namespace, device: torch.device) -> Any:
+    model = shapes.causal_lm(options.model, device, getattr(torch, options.dtype))
+    return (add_lora(model, rank=options.lora, alpha=options.lora, seed=0) if options.lora else model).train()
+
+
+def ours(model: Any, options: argparse.Namespace, device: torch.device) -> Callable[[], None]:
+    optimizer = build_optimizer(model, learning_rate=1e-5)
+    ids = shapes.prompts_of(options.sequences, LENGTH, plain_model(model).config.vocab_size)
+    batch = pack(ids, [[True] * LENGTH] * options.sequences)
+    budget = TokenBudget(options.micro * LENGTH)
+    term = Term(batch, partial(language_model_loss, model))
+
+    def step() -> None:
+        gradient_step(
+            model, optimizer, [term], max_grad_norm=1.0, budget=budget, device=device, learning_rate=1e-5
+        )
+
+    return step
+
+
+def hugging_face(
+    model: Any, options: argparse.Namespace, device: torch.device, *, autocast: bool
+) -> Callable[[], None]:
+    if autocast:
+        model.float()
+    plain_model(model).set_attn_implementation("sdpa")
+    weights = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=1e-5, fused=True, weight_decay=0.0)
+    ids = torch.tensor(
+        shapes.prompts_of(options.sequences, LENGTH, plain_model(model).config.vocab_size), device=device
+    )
+
+    def step() -> None:
+        for part in ids.split(options.micro):
+            with torch.autocast(device.type, torch.bfloat16) if autocast else nullcontext():
+                loss = model(input_ids=part, labels=part, use_cache=False).loss
+            (loss * (len(part) / len(ids))).backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+if __name__ == "__main__":
+    main()
