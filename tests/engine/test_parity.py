@@ -15,9 +15,10 @@ from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dovetail.engine import Completion, HybridEngine
-from dovetail.engine.parity import NEW_TOKENS, check_parity
+from dovetail.engine.parity import NEW_TOKENS, check_parity, check_training_parity
 from dovetail.errors import ParityError
 from dovetail.model.attention import ATTENTION_NAME, PackedLayout, packed_attention
+from dovetail.model.scalar import scalar_model_from
 from tests.fakes import PADDED, TINY, tiny_model
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
@@ -230,3 +231,44 @@ def test_the_model_is_afterwards_as_before(name: str, broken: bool) -> None:
     assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
     assert all(torch.equal(p.grad, torch.ones_like(p)) for p in model.parameters())
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def scalar_model(name: str, dtype: torch.dtype = torch.float32) -> Any:
+    return scalar_model_from(tiny_model(name, dtype=dtype), seed=0, pad_token_id=None)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", TINY)
+def test_the_training_forward_alone_passes_for_language_and_reward_models(
+    name: str, dtype: torch.dtype
+) -> None:
+    for model in (tiny_model(name, dtype=dtype), scalar_model(name, dtype)):
+        report = check_training_parity(model, prompts_of(30, 7, 200, 50))
+        assert report.num_tokens == 24 + 7 + 120
+        assert report.largest_error < {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 0.1}[dtype]
+
+
+@pytest.mark.parametrize("make", [tiny_model, scalar_model])
+def test_a_wrong_training_forward_is_named_without_generating(attend_wrongly: Any, make: Any) -> None:
+    def wrong(module: Any, key: Tensor, value: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        return key, (value.roll(1, dims=2) if module.layer_idx == 1 else value)
+
+    attend_wrongly(wrong)
+    model = make("llama")
+    model.train()
+    with pytest.raises(ParityError, match=r"Llama.*: the training forward and .* is (model\.)?layers\.1:"):
+        check_training_parity(model, PROMPTS)
+    assert model.training
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_rows_that_see_each_other_when_packed_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = PackedLayout.attend
+
+    def one_sequence(self: PackedLayout, *args: Any, **kwargs: Any) -> Tensor:
+        whole = PackedLayout(self.cu_seqlens_S1[[0, -1]], (sum(self.lengths),))
+        return honest(whole, *args, **kwargs)
+
+    monkeypatch.setattr(PackedLayout, "attend", one_sequence)
+    with pytest.raises(ParityError, match=r"at token \d+ of row [12], .* is model\.layers\.0:"):
+        check_training_parity(tiny_model(), PROMPTS)

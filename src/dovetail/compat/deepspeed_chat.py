@@ -96,6 +96,7 @@ class DeepSpeedPPOTrainer:
         messages: list[list[Message]] = [
             [{"role": "user", "content": roles.chat.decode(ids)}] for ids in prompt_ids
         ]
+        self.engine.check_parity(messages)
         how = Sampling(
             temperature=self.config.sampling.temperature,
             max_new_tokens=self.config.sampling.max_new_tokens,

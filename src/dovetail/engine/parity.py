@@ -1,38 +1,44 @@
 """The parity gate: before training, the engine's numbers are compared with the model's own forward.
 
 Responsible for: a few greedy answers, their tokens and log-probabilities against the plain Hugging Face forward
-of the same modules, the same for the packed training forward, and the first layer that differs if they disagree.
-Not responsible for: when to ask (stages/ppo.py), generating (hybrid.py), the training forward (model/forward.py).
+of the same modules, the same for the packed training forward, alone where nothing is generated, and the first
+layer that differs if they disagree.
+Not responsible for: when to ask (rlhf/api.py, stages/supervised.py), the reference (plain_forward.py),
+generating (hybrid.py), the training forward (model/forward.py).
 
-The reference is each whole sequence alone, with explicit positions, no cache and transformers' own attention
-(SDPA; eager where scores are soft-capped, which SDPA leaves out). It shares the weights with what it judges, and
-none of our attention, packing, caching or head.
+The reference is each whole sequence alone. It shares the weights with what it judges, and none of our attention,
+packing, caching or head.
 
 Shapes: T tokens of one sequence, A tokens of all answers, V vocabulary, D width.
 """
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dovetail.batches import PackedBatch, pack
 from dovetail.engine.answers import DecodeText
 from dovetail.engine.hybrid import HybridEngine
 from dovetail.engine.modules import evaluation_mode
+from dovetail.engine.plain_forward import (
+    attention_restored,
+    errors_T,
+    first_difference,
+    layer_outputs,
+    plain_attention,
+    plain_hidden_states,
+    plain_logits,
+)
 from dovetail.engine.sampling import Sampling
 from dovetail.errors import ParityError
 from dovetail.maths.precision import at_least_float32
-from dovetail.model.attention import why_not_packed
-from dovetail.model.forward import token_logprobs
+from dovetail.model.forward import hidden_states, plain_model, token_logprobs
 
 PROMPT_TOKENS = (24, 60, 120)
 """Prompts are cut to their last tokens, to lengths that differ; the second one's answer outgrows a page of keys."""
@@ -70,6 +76,26 @@ class ParityReport:
 
 
 @dataclass(frozen=True, slots=True)
+class TrainingParityReport:
+    """What a passed gate of a stage without generation has seen."""
+
+    num_tokens: int
+    """Tokens compared."""
+    largest_error: float
+    """Norm of the difference of the last hidden state, as a fraction of its norm, at any token."""
+
+
+_ANY_TOKEN = 10
+"""One token may be off by so many times what the mean may; a wrong forward is off by far more, at many."""
+
+_HINT = (
+    "training on these numbers would teach the wrong thing, so the run has not begun. Check that torch and "
+    "transformers are the versions of requirements/runtime.txt and that nothing else replaces the model's "
+    "attention; if they are, report this message with the model's config.json"
+)
+
+
+@dataclass(frozen=True, slots=True)
 class _Token:
     """One generated token, as the three forwards see it."""
 
@@ -102,7 +128,7 @@ def check_parity(
     cut = [
         list(prompt)[-int(min(most, room)) :] for prompt, most in zip(prompts, PROMPT_TOKENS, strict=False)
     ]
-    with evaluation_mode(model), _attention_restored(model):
+    with evaluation_mode(model), attention_restored(model):
         answers, generated = _generate(engine, cut)
         batch = _packed(cut, answers).to(next(model.parameters()).device)
         trained_A = token_logprobs(model, batch).logprobs_T[batch.mask_T].tolist()
@@ -113,10 +139,41 @@ def check_parity(
             raise _parity_error(model, "generation", wrong, wrong.generated, cut, decode_text, where)
         wrong = _first_wrong(tokens, tolerance, _trained)
         if wrong is not None:
-            where = _trace_training(engine, cut, answers, wrong.prompt, tolerance)
+            sequences = [[*prompt, *answer] for prompt, answer in zip(cut, answers, strict=True)]
+            where = _trace_training(model, sequences, wrong.prompt, tolerance)
             raise _parity_error(model, "the training forward", wrong, wrong.trained, cut, decode_text, where)
     gaps = [abs(logprob - token.plain) for token in tokens for logprob in (token.generated, token.trained)]
     return ParityReport(len(tokens), max(gaps))
+
+
+@torch.no_grad()
+def check_training_parity(model: Any, sequences: Sequence[Sequence[int]]) -> TrainingParityReport:
+    """Compare the packed training forward of a few `sequences` (at most three) with the plain forward.
+
+    For stages that do not generate; any model that training runs, peft-wrapped or not, whatever its head. Mode,
+    attention, weights and gradients are afterwards as before. Raises ParityError, naming the first layer that
+    differs.
+    """
+    inner = plain_model(model)
+    tolerance = TOLERANCES[next(inner.parameters()).dtype]
+    cut = [list(ids)[:most] for ids, most in zip(sequences, PROMPT_TOKENS, strict=False)]
+    with evaluation_mode(model), attention_restored(inner):
+        batch = _packed(cut, [[]] * len(cut)).to(next(inner.parameters()).device)
+        packed_TD = hidden_states(model, batch)
+        with plain_attention(inner):
+            plain_TD = torch.cat([plain_hidden_states(inner, ids) for ids in cut])
+        error_T = errors_T(packed_TD, plain_TD)
+        mean, largest = float(error_T.mean()), float(error_T.max())
+        if not (mean <= tolerance.hidden and largest <= _ANY_TOKEN * tolerance.hidden):  # NaN is not within
+            worst = int(error_T.nan_to_num(torch.inf).argmax())
+            index = next(i for i in range(len(cut)) if worst < sum(batch.lengths[: i + 1]))
+            raise ParityError(
+                f"{type(inner).__name__}: the training forward and the plain forward of the same modules disagree: "
+                f"the last hidden state is off by {largest:.1%} at token {worst - sum(batch.lengths[:index])} of "
+                f"row {index}, by {mean:.1%} on average. {_trace_training(inner, cut, index, tolerance)}.",
+                hint=_HINT,
+            )
+    return TrainingParityReport(batch.num_tokens, largest)
 
 
 def _generate(
@@ -147,9 +204,9 @@ def _beside_the_reference(
 ) -> list[_Token]:
     """Every generated token with what the plain forward says of it."""
     tokens: list[_Token] = []
-    with _plain_attention(model):
+    with plain_attention(model):
         for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-            logits_TV = at_least_float32(_plain_logits(model, [*prompt, *answer]))
+            logits_TV = at_least_float32(plain_logits(model, [*prompt, *answer]))
             # Row t says what follows token t; the answer's last row speaks of what was not generated.
             logits_NV = logits_TV[len(prompt) - 1 : -1]
             ids_N1 = torch.tensor(answer, device=logits_NV.device)[:, None]
@@ -166,16 +223,6 @@ def _beside_the_reference(
                 logprobs = (plain, generated_A[at], trained_A[at])
                 tokens.append(_Token(index, place, token_id, best_id, shortfall, *logprobs))
     return tokens
-
-
-def _plain_logits(model: PreTrainedModel, ids: Sequence[int]) -> Tensor:
-    """[T, V]: one sequence, read whole."""
-    device = next(model.parameters()).device
-    extra: dict[str, Any] = {}
-    if "position_ids" in inspect.signature(model.forward).parameters:
-        extra["position_ids"] = torch.arange(len(ids), device=device)[None]
-    logits: Tensor = model(input_ids=torch.tensor([ids], device=device), use_cache=False, **extra).logits[0]
-    return logits
 
 
 def _generated(token: _Token) -> float:
@@ -218,30 +265,8 @@ def _parity_error(
         f"{spelled(prompt[-8:])}). Token {token.token_id} ({spelled([token.token_id])}) was chosen, with "
         f"log-probability {logprob:.4f}; the plain forward gives it {token.plain:.4f}, and its own choice is "
         f"token {token.best_id} ({spelled([token.best_id])}), {token.shortfall:.4f} nats likelier. {where}.",
-        hint="training on these numbers would teach the wrong thing, so the run has not begun. Check that torch "
-        "and transformers are the versions of requirements/runtime.txt and that nothing else replaces the model's "
-        "attention; if they are, report this message with the model's config.json",
+        hint=_HINT,
     )
-
-
-@contextmanager
-def _attention_restored(model: PreTrainedModel) -> Iterator[None]:
-    before = model.config._attn_implementation
-    try:
-        yield
-    finally:
-        if model.config._attn_implementation != before:
-            model.set_attn_implementation(before)
-
-
-@contextmanager
-def _plain_attention(model: PreTrainedModel) -> Iterator[None]:
-    """transformers' own attention; classes that keep their own have nothing to switch."""
-    with _attention_restored(model):
-        if why_not_packed(model) is None:
-            softcap = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
-            model.set_attn_implementation("eager" if softcap or not model._supports_sdpa else "sdpa")
-        yield
 
 
 def _trace_generation(
@@ -252,7 +277,7 @@ def _trace_generation(
 ) -> str:
     """Generate the answer again, alone, and name the first layer that differs."""
     model, prompt = engine.model, prompts[index]
-    with engine.generating() as generate, _layer_outputs(model) as calls:
+    with engine.generating() as generate, layer_outputs(model) as calls:
         sampling = Sampling(max_new_tokens=NEW_TOKENS, temperature=0.0)
         (answer,) = generate([prompt], sampling, seeds=[index])
     # A captured graph replays kernels without calling modules: only what was really called can be compared.
@@ -265,7 +290,7 @@ def _trace_generation(
         for name, found in calls.items()
         if found
     }
-    different = _first_difference(model, [*prompt, *answer.token_ids], seen, tolerance)
+    different = first_difference(model, [*prompt, *answer.token_ids], seen, largest=tolerance.hidden)
     if different is not None:
         return different
     what = "prompt and answer" if is_whole else "the prompt (decoding does not call the layers one by one)"
@@ -276,75 +301,17 @@ def _trace_generation(
 
 
 def _trace_training(
-    engine: HybridEngine,
-    prompts: Sequence[Sequence[int]],
-    answers: Sequence[Sequence[int]],
-    index: int,
-    tolerance: Tolerance,
+    model: PreTrainedModel, sequences: Sequence[Sequence[int]], index: int, tolerance: Tolerance
 ) -> str:
     """Run the packed batch again and name the first layer that differs in this sequence."""
-    model = engine.model
-    batch = _packed(prompts, answers).to(next(model.parameters()).device)
-    with _layer_outputs(model) as calls:
-        token_logprobs(model, batch)
+    batch = _packed(sequences, [[]] * len(sequences)).to(next(model.parameters()).device)
+    with layer_outputs(model) as calls:
+        hidden_states(model, batch)
     start, length = sum(batch.lengths[:index]), batch.lengths[index]
     seen = {
         name: found[0][0, start : start + length] if len(found[0]) == 1 else found[0][index, :length]
         for name, found in calls.items()
         if found
     }
-    ids = [*prompts[index], *answers[index]]
-    return _first_difference(model, ids, seen, tolerance) or "No layer differs: look at the head"
-
-
-def _first_difference(
-    model: PreTrainedModel, ids: Sequence[int], seen: dict[str, Tensor], tolerance: Tolerance
-) -> str | None:
-    """Which of the outputs [up to T, D] is the first to differ from the plain forward's."""
-    with _plain_attention(model), _layer_outputs(model) as calls:
-        _plain_logits(model, ids)
-    for name, rows_TD in seen.items():
-        expected_TD = calls[name][0][0, : len(rows_TD)].float()
-        error_T = (rows_TD.float() - expected_TD).norm(dim=-1) / expected_TD.norm(dim=-1).clamp(min=1e-12)
-        wrong = (~(error_T <= tolerance.hidden)).nonzero()
-        if len(wrong):
-            at = int(wrong[0])
-            off = float(error_T[at])
-            return f"The first layer that differs is {name}: its output is off by {off:.1%} at token {at}"
-    return None
-
-
-@contextmanager
-def _layer_outputs(model: PreTrainedModel) -> Iterator[dict[str, list[Tensor]]]:
-    """While it lasts: what the embeddings and each decoder layer put out, call after call."""
-    layers = _decoder_layers(model)
-    calls: dict[str, list[Tensor]] = {name: [] for name in ["the embedding", *layers]}
-
-    def remember_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls["the embedding"].append((args[0] if args else kwargs["hidden_states"]).detach().clone())
-
-    def remember_output(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(_: nn.Module, __: Any, output: Any) -> None:
-            calls[name].append((output[0] if isinstance(output, tuple) else output).detach().clone())
-
-        return hook
-
-    handles = [layer.register_forward_hook(remember_output(name)) for name, layer in layers.items()]
-    handles += [
-        layer.register_forward_pre_hook(remember_input, with_kwargs=True)
-        for layer in list(layers.values())[:1]
-    ]
-    try:
-        yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _decoder_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """The decoder's layers, in order, by name."""
-    num_layers = model.config.get_text_config().num_hidden_layers
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == num_layers:
-            return {f"{name}.{index}": layer for index, layer in enumerate(module)}
-    return {}
+    found = first_difference(model, sequences[index], seen, largest=tolerance.hidden)
+    return found or "No layer differs: look at what follows the layers"

@@ -16,11 +16,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dovetail.batches import PackedBatch, Rollout, SummedLoss
 from dovetail.config.stages import PpoConfig
 from dovetail.data.records import Message
+from dovetail.engine.parity import PROMPT_TOKENS, check_parity
 from dovetail.model.forward import token_logprobs
 from dovetail.rlhf.build import Setup, make_learners, make_roles, name_of
 from dovetail.rlhf.rewards import Answer, RewardFunction
 from dovetail.rlhf.rollout import Collected, collect, pack_rollout, sample_answers
 from dovetail.rlhf.update import UpdateReport, next_kl_coefficient, rate_at, update
+from dovetail.telemetry.log import say
 from dovetail.text.tokenizer import load_tokenizer
 from dovetail.training.seeds import step_seed
 from dovetail.training.step import StepReport, Term, gradient_step
@@ -57,6 +59,24 @@ class RLHFEngine:
         self.tokenizer = tokenizer or load_tokenizer(name_of(actor_model))
         self.roles = make_roles(actor_model, critic_model, self.tokenizer, reward, self.config, self.setup)
         self.learners = make_learners(self.roles, self.config, total_steps=total_steps)
+        self._is_checked = False
+
+    def check_parity(self, prompts: Sequence[Conversation]) -> None:
+        """Compare generation and training with the plain forward on a few of `prompts`, and say what was found.
+
+        Done once, before the first step; further calls return at once. Raises ParityError on a difference that
+        rounding cannot explain.
+        """
+        if self._is_checked:
+            return
+        chat = self.roles.chat
+        ids = [chat.prompt_ids(as_messages(prompt)) for prompt in prompts[: len(PROMPT_TOKENS)]]
+        report = check_parity(self.roles.engine, ids, decode_text=chat.decode)
+        self._is_checked = True
+        say(
+            f"parity: {report.num_tokens} tokens of {len(ids)} answers, generated and trained on, against the plain "
+            f"forward: largest gap {report.largest_gap:.2g} nats"
+        )
 
     def generate(self, prompts: Sequence[Conversation], *, seed: int, greedy: bool = False) -> list[Answer]:
         """One answer to each prompt, sampled (or greedy) by the actor as it is now."""
@@ -143,7 +163,11 @@ class PPOTrainer:
         self.kl_coefficient = self.config.kl_coefficient
 
     def generate_experience(self, prompts: Sequence[Conversation]) -> Collected:
-        """Sample an answer to each prompt and score it: everything `train_rlhf` needs."""
+        """Sample an answer to each prompt and score it: everything `train_rlhf` needs.
+
+        The first call compares generation and training with the plain forward (`RLHFEngine.check_parity`).
+        """
+        self.engine.check_parity(prompts)
         messages = [as_messages(prompt) for prompt in prompts]
         seed = step_seed(self.engine.setup.seed, self.iteration)
         return collect(

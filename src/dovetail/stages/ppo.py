@@ -34,14 +34,12 @@ def run(context: Context, judge: Judge | None = None) -> StageReport:
 
     judge: a second opinion on held-out answers, such as a gold score, recorded beside the reward.
     """
-    config, folder = context.config.ppo, context.folder
-    chat = actor_chat(context)
+    config, folder, chat = context.config.ppo, context.folder, actor_chat(context)
     prompts, held_out = prompts_of(context, chat, "train"), prompts_of(context, chat, "held_out")
     order = BatchOrder(len(prompts), config.batch_size, context.config.seed)
     iterations = config.max_steps or max(1, len(prompts) // config.batch_size)
     engine = rlhf_engine(context, chat, total_steps=iterations * config.ppo_epochs * config.minibatches)
     roles, learners, beta = engine.roles, engine.learners, config.kl_coefficient
-    next_texts = pretraining_texts(context, chat, roles.actor)
     best = Best(folder.model("best"), kl_limit=config.kl_limit)
     checkpoints = context.checkpoints("ppo", config)
 
@@ -56,6 +54,7 @@ def run(context: Context, judge: Judge | None = None) -> StageReport:
         best.offer(judged.stats, engine, step=step)
         return judged.stats
 
+    next_texts = pretraining_texts(context, chat, roles.actor)
     learn = partial(update, roles=roles, learners=learners, config=config, next_texts=next_texts)
     results: dict[str, float] = {}
     start = resume(checkpoints, load, "ppo")
@@ -64,6 +63,7 @@ def run(context: Context, judge: Judge | None = None) -> StageReport:
         context.metrics("ppo", start=start) as metrics,
         context.progress("ppo", total=iterations, start=start) as progress,
     ):
+        engine.check_parity(prompts)
         if start == 0:
             metrics.record(0, held_out_stats(0))
         for iteration in range(start, iterations):

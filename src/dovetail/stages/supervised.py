@@ -6,16 +6,19 @@ Not responsible for: the loss, the batches and the evaluation, which the stage p
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from dovetail.batches import MicroBatchable, SummedLoss
+from dovetail.batches import PackedBatch, SummedLoss, cumulative
 from dovetail.config.stages import RewardConfig, SftConfig
 from dovetail.data.loader import BatchOrder
+from dovetail.engine.parity import check_training_parity
 from dovetail.rlhf.build import optimizer_for
 from dovetail.stages.context import Context, resume
+from dovetail.telemetry.log import say
 from dovetail.training.memory import TokenBudget
 from dovetail.training.schedule import learning_rate_at
 from dovetail.training.seeds import step_seed
@@ -31,7 +34,7 @@ class Task:
     model: PreTrainedModel
     settings: SftConfig | RewardConfig
     num_rows: int
-    batch_of: Callable[[Sequence[int]], MicroBatchable]
+    batch_of: Callable[[Sequence[int]], PackedBatch]
     """The rows of these numbers as one batch."""
     loss_of: Callable[[Any], SummedLoss]
     evaluate: Callable[[], Mapping[str, float]]
@@ -57,6 +60,8 @@ def fit(task: Task, context: Context) -> Mapping[str, float]:
         budget.tokens = state["budget"]
 
     start = resume(checkpoints, load, task.stage)
+    if start < task.total_steps:
+        check_forward(task.model, task.batch_of(order.batch(start)))
     results: Mapping[str, float] = {}
     with (
         context.metrics(task.stage, start=start) as metrics,
@@ -88,6 +93,17 @@ def fit(task: Task, context: Context) -> Mapping[str, float]:
                 }
                 checkpoints.save(done, state)
     return results or task.evaluate()
+
+
+def check_forward(model: PreTrainedModel, batch: PackedBatch) -> None:
+    """Compare the training forward of the first rows with the plain forward; raises ParityError."""
+    ids = batch.token_ids_T.tolist()
+    rows = [ids[start:end] for start, end in pairwise(cumulative(batch.lengths))]
+    report = check_training_parity(model, rows)
+    say(
+        f"parity: {report.num_tokens} tokens, as trained on and by the plain forward: hidden states differ by "
+        f"{report.largest_error:.2g} of their norm at most"
+    )
 
 
 def seed_step(seed: int, step: int) -> None:

@@ -1,0 +1,122 @@
+"""The plain forward of a model, which judges every other, and the first layer in which another differs from it.
+
+Responsible for: one whole sequence alone, with explicit positions, no cache and transformers' own attention
+(SDPA; eager where scores are soft-capped, which SDPA leaves out), and what each layer puts out meanwhile.
+Not responsible for: what is compared, and how far apart is too far (parity.py).
+
+Shapes: T tokens of one sequence, V vocabulary, D width.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from dovetail.model.attention import why_not_packed
+
+
+def plain_logits(model: PreTrainedModel, ids: Sequence[int]) -> Tensor:
+    """[T, V]: one sequence, read whole."""
+    logits: Tensor = _plain_output(model, ids).logits[0]
+    return logits
+
+
+def plain_hidden_states(model: PreTrainedModel, ids: Sequence[int]) -> Tensor:
+    """[T, D]: the backbone's output for one sequence, no head applied."""
+    hidden_TD: Tensor = _plain_output(model.base_model, ids).last_hidden_state[0]
+    return hidden_TD
+
+
+def _plain_output(module: Any, ids: Sequence[int]) -> Any:
+    device = next(module.parameters()).device
+    extra: dict[str, Any] = {}
+    if "position_ids" in inspect.signature(module.forward).parameters:
+        extra["position_ids"] = torch.arange(len(ids), device=device)[None]
+    return module(input_ids=torch.tensor([ids], device=device), use_cache=False, **extra)
+
+
+@contextmanager
+def attention_restored(model: PreTrainedModel) -> Iterator[None]:
+    """Afterwards the model attends as it did."""
+    before = model.config._attn_implementation
+    try:
+        yield
+    finally:
+        if model.config._attn_implementation != before:
+            model.set_attn_implementation(before)
+
+
+@contextmanager
+def plain_attention(model: PreTrainedModel) -> Iterator[None]:
+    """transformers' own attention; classes that keep their own have nothing to switch."""
+    with attention_restored(model):
+        if why_not_packed(model) is None:
+            softcap = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
+            model.set_attn_implementation("eager" if softcap or not model._supports_sdpa else "sdpa")
+        yield
+
+
+def first_difference(
+    model: PreTrainedModel, ids: Sequence[int], seen: Mapping[str, Tensor], *, largest: float
+) -> str | None:
+    """Which of the outputs `seen` [up to T, D] is the first to be off by more than `largest`, see `errors_T`."""
+    with plain_attention(model), layer_outputs(model) as calls:
+        plain_logits(model, ids)
+    for name, rows_TD in seen.items():
+        error_T = errors_T(rows_TD, calls[name][0][0, : len(rows_TD)])
+        wrong = (~(error_T <= largest)).nonzero()
+        if len(wrong):
+            at = int(wrong[0])
+            off = float(error_T[at])
+            return f"The first layer that differs is {name}: its output is off by {off:.1%} at token {at}"
+    return None
+
+
+def errors_T(rows_TD: Tensor, expected_TD: Tensor) -> Tensor:
+    """Norm of the difference as a fraction of the expected norm, token by token."""
+    expected_TD = expected_TD.float()
+    gap_T = torch.linalg.vector_norm(rows_TD.float() - expected_TD, dim=-1)
+    expected_T: Tensor = torch.linalg.vector_norm(expected_TD, dim=-1)
+    return gap_T / expected_T.clamp(min=1e-12)
+
+
+@contextmanager
+def layer_outputs(model: PreTrainedModel) -> Iterator[dict[str, list[Tensor]]]:
+    """While it lasts: what the embeddings and each decoder layer put out, call after call."""
+    layers = _decoder_layers(model)
+    calls: dict[str, list[Tensor]] = {name: [] for name in ["the embedding", *layers]}
+
+    def remember_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls["the embedding"].append((args[0] if args else kwargs["hidden_states"]).detach().clone())
+
+    def remember_output(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            calls[name].append((output[0] if isinstance(output, tuple) else output).detach().clone())
+
+        return hook
+
+    handles = [layer.register_forward_hook(remember_output(name)) for name, layer in layers.items()]
+    handles += [
+        layer.register_forward_pre_hook(remember_input, with_kwargs=True)
+        for layer in list(layers.values())[:1]
+    ]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _decoder_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """The decoder's layers, in order, by name."""
+    num_layers = model.config.get_text_config().num_hidden_layers
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers:
+            return {f"{name}.{index}": layer for index, layer in enumerate(module)}
+    return {}
