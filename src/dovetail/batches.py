@@ -34,6 +34,8 @@ class SummedLoss:
     """Scalar: how many tokens, pairs or sequences `total` sums over."""
     stats: Mapping[str, Tensor] = field(default_factory=dict)
     """Other sums over the same tokens, by name, to be reported divided by the same count."""
+    maxima: Mapping[str, Tensor] = field(default_factory=dict)
+    """Largest values over the same tokens, by name."""
 
 
 class MicroBatchable(Protocol):
@@ -147,8 +149,11 @@ class Rollout(PackedBatch):
 class Experience(PackedBatch):
     """One PPO iteration's sampled and scored answers; `mask_T` marks the actions."""
 
-    old_logprobs_T: Tensor
-    """float32 [T]: under the actor before the update, temperature applied."""
+    sampled_logprobs_T: Tensor
+    """float32 [T]: under the generator that drew the actions, temperature applied."""
+    old_logprobs_T: Tensor | None
+    """float32 [T]: under the actor before the update by the training forward, temperature applied. None = by the
+    forward of the one step that will be taken on this rollout, which begins there."""
     reference_logprobs_T: Tensor
     """float32 [T]: under the frozen reference, temperature applied."""
     old_values_T: Tensor

@@ -52,6 +52,7 @@ def experience(seed: int = 0) -> Experience:
         lengths=packed.lengths,
         mask_T=packed.mask_T,
         num_targets=packed.num_targets,
+        sampled_logprobs_T=column(),
         old_logprobs_T=column(),
         reference_logprobs_T=column(),
         old_values_T=column(),

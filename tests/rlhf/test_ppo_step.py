@@ -5,24 +5,33 @@ InstructGPT's objective as printed. Given the same rollout, losses and gradients
 """
 
 import copy
+import math
+import random
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from dovetail.config.stages import OptimizerConfig
+from dovetail.rlhf import rollout
 from dovetail.rlhf.api import PPOTrainer, RLHFEngine
+from dovetail.rlhf.rewards import Answer
 from dovetail.rlhf.rollout import Collected
 from tests.rlhf.tiny import PROMPTS, tiny_config, tiny_engine
 
-BETA, CLIP, VALUE_CLIP, LAMBDA, TEMPERATURE = 0.1, 0.2, 0.2, 0.9, 0.7
+BETA, CLIP, VALUE_CLIP, LAMBDA, TEMPERATURE, CAP = 0.1, 0.2, 0.2, 0.9, 0.7, 1.01
+SOURCES = ["training", "generation"]
 
 
 class ByDefinition:
     """PPO's losses for one rollout, sequence by sequence, token by token."""
 
-    def __init__(self, engine: RLHFEngine, collected: Collected) -> None:
+    def __init__(self, engine: RLHFEngine, collected: Collected, source: str) -> None:
+        self.source = source
         self.actor = copy.deepcopy(engine.roles.actor)
         self.critic = copy.deepcopy(engine.roles.critic)
         self.reference = engine.roles.reference
@@ -54,18 +63,21 @@ class ByDefinition:
                 ref = self.logprobs(self.reference_alone, answer.prompt_ids, answer.answer_ids)
             value = self.values(answer.prompt_ids, answer.answer_ids)
             old = [float(p.detach()) for p in new]
+            drawn = [float(torch.tensor(p)) for p in answer.logprobs]  # a rollout holds them in float32
             before = [float(v.detach()) for v in value]
-            rewards = [-BETA * (o - float(r)) for o, r in zip(old, ref, strict=True)]
+            penalised = old if self.source == "training" else drawn
+            rewards = [-BETA * (o - float(r)) for o, r in zip(penalised, ref, strict=True)]
             rewards[-1] += float(score) if answer.finished else -1.0
             advantages = self.advantages(rewards, before)
-            rows.append((new, old, value, before, advantages))
+            weights = [min(math.exp(o - d), CAP) for o, d in zip(old, drawn, strict=True)]
+            rows.append((new, old, value, before, advantages, weights))
         flat = [a for row in rows for a in row[4]]
         mean = sum(flat) / len(flat)
         std = (sum((a - mean) ** 2 for a in flat) / len(flat)) ** 0.5
         actor_loss, critic_loss = torch.zeros(()), torch.zeros(())
-        for new, old, value, before, advantages in rows:
-            for p, o, v, b, a in zip(new, old, value, before, advantages, strict=True):
-                ratio, scaled = (p - o).exp(), (a - mean) / (std + 1e-8)
+        for row in rows:
+            for p, o, v, b, a, w in zip(*row, strict=True):
+                ratio, scaled = (p - o).exp(), w * (a - mean) / (std + 1e-8)
                 actor_loss = actor_loss + torch.max(
                     -scaled * ratio, -scaled * ratio.clamp(1 - CLIP, 1 + CLIP)
                 )
@@ -83,14 +95,21 @@ class ByDefinition:
 @pytest.mark.parametrize("micro_batch_tokens", [10_000, 60, 1])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
 @pytest.mark.parametrize("name", ["llama", "opt-post-norm"])
+@pytest.mark.parametrize("source", SOURCES)
 def test_one_update_equals_the_equations_as_printed(
-    name: str, dtype: torch.dtype, tolerance: float, micro_batch_tokens: int, monkeypatch: pytest.MonkeyPatch
+    source: str,
+    name: str,
+    dtype: torch.dtype,
+    tolerance: float,
+    micro_batch_tokens: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    config = tiny_config(micro_batch_tokens=micro_batch_tokens)
+    config = tiny_config(micro_batch_tokens=micro_batch_tokens, old_logprobs=source, importance_cap=CAP)
     engine = tiny_engine(name, config, dtype)
     trainer = PPOTrainer(engine)
+    draw_from_another_policy(monkeypatch)
     collected = trainer.generate_experience(PROMPTS)
-    expected = ByDefinition(engine, collected)
+    expected = ByDefinition(engine, collected, source)
     actor_loss, critic_loss = expected.losses()
     (actor_loss + critic_loss).backward()
     gradients = record_gradients(engine, monkeypatch)
@@ -105,6 +124,20 @@ def test_one_update_equals_the_equations_as_printed(
                     role,
                     parameter_name,
                 )
+
+
+def draw_from_another_policy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers claim log-probabilities up to 0.05 nats off, as if the generator were another policy."""
+
+    def complete(*args: Any, **kwargs: Any) -> list[Answer]:
+        rng = random.Random(5)
+        return [
+            replace(answer, logprobs=tuple(p + rng.uniform(-0.05, 0.05) for p in answer.logprobs))
+            for answer in honest(*args, **kwargs)
+        ]
+
+    honest = rollout.complete
+    monkeypatch.setattr(rollout, "complete", complete)
 
 
 def record_gradients(engine: RLHFEngine, monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Tensor]]:
@@ -122,16 +155,69 @@ def record_gradients(engine: RLHFEngine, monkeypatch: pytest.MonkeyPatch) -> dic
     return seen
 
 
-def test_a_learning_rate_of_zero_gives_ratio_one_and_no_kl() -> None:
-    tiny_rate = OptimizerConfig(learning_rate=0.0, schedule="constant")
-    config = tiny_config(actor_optimizer=tiny_rate, critic_optimizer=tiny_rate, ppo_epochs=2)
+@pytest.mark.parametrize(("source", "epochs"), [("training", 2), ("training", 1), ("generation", 1)])
+def test_a_learning_rate_of_zero_gives_ratio_one_and_no_kl(source: str, epochs: int) -> None:
+    no_rate = OptimizerConfig(learning_rate=0.0, schedule="constant")
+    config = tiny_config(
+        actor_optimizer=no_rate, critic_optimizer=no_rate, ppo_epochs=epochs, old_logprobs=source
+    )
     trainer = PPOTrainer(tiny_engine("llama", config))
     for _ in range(2):
         collected = trainer.generate_experience(PROMPTS)
         report = trainer.update(collected)
         assert report.stats["ppo/clipped_fraction"] == 0.0
         assert report.stats["ppo/approx_kl_nats_per_token"] == 0.0
-        assert collected.kl_nats_per_answer == 0.0
+        # The generator's own numbers differ from the reference's training forward by rounding.
+        rounding = 0.0 if source == "training" else 1e-4
+        assert abs(collected.kl_nats_per_answer) <= rounding
+
+
+@pytest.mark.parametrize("cap", [CAP, None])
+def test_both_sources_report_the_same_mismatch_and_entropy(
+    cap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw_from_another_policy(monkeypatch)
+    rows = []
+    for source in SOURCES:
+        config = tiny_config(old_logprobs=source, importance_cap=cap)
+        trainer = PPOTrainer(tiny_engine("llama", config))
+        collected = trainer.generate_experience(PROMPTS)
+        assert (collected.experience.old_logprobs_T is None) == (source == "generation")
+        rows.append(collected.stats | trainer.update(collected).stats)
+    training, generation = rows
+    assert training.keys() == generation.keys()
+    assert ("ppo/importance_capped_fraction" in training) == (cap is not None)
+    for name in (*MEASURED, *(["ppo/importance_capped_fraction"] if cap else [])):
+        assert training[name] > 0
+        assert generation[name] == pytest.approx(training[name], rel=1e-4)
+    assert 0.04 < training["rollout/logprob_gap_max"] < 0.0501
+    assert training["rollout/logprob_gap_mean"] == pytest.approx(0.025, rel=0.3)
+    assert training["rollout/mismatch_kl_nats_per_token"] == pytest.approx(0.05**2 / 6, rel=0.3)
+
+
+MEASURED = (
+    "ppo/entropy_nats_per_token",
+    "rollout/logprob_gap_mean",
+    "rollout/logprob_gap_max",
+    "rollout/mismatch_kl_nats_per_token",
+)
+
+
+def test_while_only_the_critic_learns_the_actor_is_measured_all_the_same() -> None:
+    trainer = PPOTrainer(tiny_engine("llama", tiny_config(critic_warmup_rollouts=1)))
+    for is_scored in (True, False):
+        collected = trainer.generate_experience(PROMPTS)
+        assert (collected.experience.old_logprobs_T is not None) == is_scored
+        stats = collected.stats | trainer.update(collected).stats
+        assert set(MEASURED) <= stats.keys()
+
+
+@pytest.mark.parametrize("changes", [{"ppo_epochs": 2}, {"minibatches": 2}])
+def test_several_steps_need_old_logprobs_of_their_own(changes: dict[str, int]) -> None:
+    assert tiny_config(**changes).needs_old_logprobs(0)
+    assert not tiny_config().needs_old_logprobs(0)
+    with pytest.raises(ValidationError, match="old_logprobs = generation with ppo_epochs = "):
+        tiny_config(old_logprobs="generation", **changes)
 
 
 def test_another_packing_changes_the_ratio_by_rounding_alone() -> None:

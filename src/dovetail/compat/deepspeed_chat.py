@@ -104,7 +104,14 @@ class DeepSpeedPPOTrainer:
         )
         seed += self.engine.setup.seed * 1_000_003
         answers = complete(prompt_ids, messages, roles.engine, roles.chat, how, seed=seed)
-        collected = score_answers(answers, roles, self.config, kl_coefficient=self.config.kl_coefficient)
+        collected = score_answers(
+            answers,
+            roles,
+            self.config,
+            kl_coefficient=self.config.kl_coefficient,
+            with_old_logprobs=True,
+        )
+        assert collected.experience.old_logprobs_T is not None
         return self._padded(answers, collected.experience)
 
     def train_rlhf(self, inputs: Batch) -> tuple[Tensor, Tensor]:
@@ -140,6 +147,7 @@ class DeepSpeedPPOTrainer:
         width = width_prompt + max(len(a.answer_ids) for a in answers)
         input_ids = torch.full((len(answers), width), pad)
         mask = torch.zeros((len(answers), width), dtype=torch.long)
+        assert experience.old_logprobs_T is not None
         columns = {
             "logprobs": experience.old_logprobs_T,
             "ref_logprobs": experience.reference_logprobs_T,
@@ -281,6 +289,8 @@ def config_from(args: Namespace) -> PpoConfig:
         ppo_epochs=given.get("ppo_epochs", 1),
         activation_checkpointing=bool(given.get("actor_gradient_checkpointing", False)),
         kl_coefficient=0.1,
+        old_logprobs="training",
+        importance_cap=None,  # the exchange format has one log-probability per token
         critic_warmup_rollouts=0,
     )
 

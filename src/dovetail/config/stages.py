@@ -116,6 +116,14 @@ class PpoConfig(StageConfig):
     """PPO epsilon: the probability ratio is clipped to [1 - ratio_clip, 1 + ratio_clip]."""
     value_clip: PositiveFloat | None = 0.2
     """The new value is clipped to within this of the old one in the value loss; null = no clipping."""
+    old_logprobs: Literal["auto", "training", "generation"] = "auto"
+    """Where the actor's log-probabilities before the update come from. training: a forward pass of its own over
+    each rollout. generation: the KL penalty takes the generator's, and the ratio's denominator is the update's
+    own forward, so that no extra pass is needed; only with one epoch and one minibatch. auto: generation where
+    that is possible."""
+    importance_cap: PositiveFloat | None = 2.0
+    """Each advantage is weighted by p_training / p_generator of its token, at most this (truncated importance
+    sampling); null = no weight."""
     gamma: Fraction = 1.0
     """Discount per token."""
     gae_lambda: Fraction = 0.95
@@ -140,6 +148,30 @@ class PpoConfig(StageConfig):
     """Add the function's score, times this, to the reward model's, instead of replacing it."""
     print_samples_every: PositiveInt = 10
     """Rollouts between printed sample answers, which are also kept in `ppo/samples.jsonl`."""
+
+    def needs_old_logprobs(self, rollout: int) -> bool:
+        """Whether the rollout of this number (from 0) is scored by the actor's training forward before the update.
+
+        So it is while only the critic learns: without it nothing would be known of the actor then.
+        """
+        return self.old_logprobs == "training" or self._several_steps() or not self.trains_actor(rollout)
+
+    def trains_actor(self, rollout: int) -> bool:
+        """Whether the actor learns from the rollout of this number (from 0), or the critic alone."""
+        return rollout >= self.critic_warmup_rollouts
+
+    def _several_steps(self) -> bool:
+        return self.ppo_epochs * self.minibatches > 1
+
+    @model_validator(mode="after")
+    def _one_step_on_generated_logprobs(self) -> "PpoConfig":
+        if self.old_logprobs == "generation" and self._several_steps():
+            raise ValueError(
+                f"old_logprobs = generation with ppo_epochs = {self.ppo_epochs} and minibatches = "
+                f"{self.minibatches}: after the first step the update's own forward is of another policy; set "
+                "old_logprobs to auto or training, or both numbers to 1"
+            )
+        return self
 
     @model_validator(mode="after")
     def _minibatches_divide(self) -> "PpoConfig":

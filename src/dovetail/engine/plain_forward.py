@@ -83,7 +83,8 @@ def errors_T(rows_TD: Tensor, expected_TD: Tensor) -> Tensor:
     expected_TD = expected_TD.float()
     gap_T = torch.linalg.vector_norm(rows_TD.float() - expected_TD, dim=-1)
     expected_T: Tensor = torch.linalg.vector_norm(expected_TD, dim=-1)
-    return gap_T / expected_T.clamp(min=1e-12)
+    relative_T: Tensor = gap_T / expected_T.clamp(min=1e-12)
+    return relative_T
 
 
 @contextmanager

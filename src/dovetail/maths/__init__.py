@@ -9,6 +9,7 @@ Not responsible for: dividing sums by global counts (training/step.py); losses h
     rewards       scores and KL penalty -> one reward per token
     actions, gae  actions of packed sequences -> advantages
     policy_loss   PPO's clipped surrogate
+    mismatch      generator and training forward: how far apart, and the weight that corrects for it
     value_loss    the critic's clipped error, explained variance
     ranking       Bradley-Terry loss of the reward model
     precision     the float32 that all of them compute in
@@ -19,6 +20,7 @@ from dovetail.maths.gae import gae
 from dovetail.maths.kl import adaptive_kl_coefficient, k1, k2, k3
 from dovetail.maths.logprobs import entropy_of, logprobs_of
 from dovetail.maths.masked import masked_mean, masked_sum, normalise, scale_to_unit_std, zero_outside
+from dovetail.maths.mismatch import Mismatch, importance_weights, mismatch
 from dovetail.maths.policy_loss import PolicyLoss, clipped_policy_loss
 from dovetail.maths.precision import at_least_float32
 from dovetail.maths.ranking import ranking_loss, won_pairs
@@ -26,6 +28,7 @@ from dovetail.maths.rewards import clip_scores, per_token_rewards, replace_missi
 from dovetail.maths.value_loss import ValueLoss, clipped_value_loss, explained_variance
 
 __all__ = [
+    "Mismatch",
     "PolicyLoss",
     "ValueLoss",
     "adaptive_kl_coefficient",
@@ -37,12 +40,14 @@ __all__ = [
     "entropy_of",
     "explained_variance",
     "gae",
+    "importance_weights",
     "k1",
     "k2",
     "k3",
     "logprobs_of",
     "masked_mean",
     "masked_sum",
+    "mismatch",
     "normalise",
     "per_token_rewards",
     "ranking_loss",

@@ -24,7 +24,6 @@ from dovetail.rlhf.rollout import Collected, collect, pack_rollout, sample_answe
 from dovetail.rlhf.update import UpdateReport, next_kl_coefficient, rate_at, update
 from dovetail.telemetry.log import say
 from dovetail.text.tokenizer import load_tokenizer
-from dovetail.training.seeds import step_seed
 from dovetail.training.step import StepReport, Term, gradient_step
 from dovetail.training.weights import load_trained, trained_weights
 
@@ -168,10 +167,13 @@ class PPOTrainer:
         The first call compares generation and training with the plain forward (`RLHFEngine.check_parity`).
         """
         self.engine.check_parity(prompts)
-        messages = [as_messages(prompt) for prompt in prompts]
-        seed = step_seed(self.engine.setup.seed, self.iteration)
         return collect(
-            messages, self.engine.roles, self.config, kl_coefficient=self.kl_coefficient, seed=seed
+            [as_messages(prompt) for prompt in prompts],
+            self.engine.roles,
+            self.config,
+            kl_coefficient=self.kl_coefficient,
+            iteration=self.iteration,
+            seed=self.engine.setup.seed,
         )
 
     def train_rlhf(
@@ -190,8 +192,8 @@ class PPOTrainer:
             self.engine.roles,
             self.engine.learners,
             self.config,
-            seed=step_seed(self.engine.setup.seed, self.iteration),
-            train_actor=self.iteration >= self.config.critic_warmup_rollouts,
+            iteration=self.iteration,
+            seed=self.engine.setup.seed,
             next_texts=next_texts,
         )
         self.kl_coefficient = next_kl_coefficient(self.kl_coefficient, collected, self.config)

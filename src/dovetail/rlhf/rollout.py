@@ -21,6 +21,7 @@ from dovetail.engine.sampling import Sampling
 from dovetail.maths.actions import cu_actions
 from dovetail.maths.gae import gae
 from dovetail.maths.masked import masked_mean, normalise, scale_to_unit_std
+from dovetail.maths.mismatch import mismatch
 from dovetail.maths.rewards import clip_scores, per_token_rewards, replace_missing_end
 from dovetail.maths.value_loss import explained_variance
 from dovetail.rlhf.rewards import Answer
@@ -40,32 +41,49 @@ class Collected:
 
 
 def collect(
-    prompts: Sequence[Sequence[Message]], roles: Roles, config: PpoConfig, *, kl_coefficient: float, seed: int
+    prompts: Sequence[Sequence[Message]],
+    roles: Roles,
+    config: PpoConfig,
+    *,
+    kl_coefficient: float,
+    iteration: int,
+    seed: int,
 ) -> Collected:
-    """Sample one answer to each prompt and turn them into experience."""
-    answers = sample_answers(prompts, roles, config.sampling, seed=seed)
-    return score_answers(answers, roles, config, kl_coefficient=kl_coefficient)
+    """Sample one answer to each prompt and turn them into experience for the update of this iteration (from 0).
+
+    seed: the run's.
+    """
+    answers = sample_answers(prompts, roles, config.sampling, seed=step_seed(seed, iteration))
+    with_old = config.needs_old_logprobs(iteration)
+    return score_answers(answers, roles, config, kl_coefficient=kl_coefficient, with_old_logprobs=with_old)
 
 
 def score_answers(
-    answers: list[Answer], roles: Roles, config: PpoConfig, *, kl_coefficient: float
+    answers: list[Answer],
+    roles: Roles,
+    config: PpoConfig,
+    *,
+    kl_coefficient: float,
+    with_old_logprobs: bool,
 ) -> Collected:
     """What actor, reference, critic and reward say of the answers, as experience to learn from.
 
-    The old log-probabilities come from the training forward, not from the generator: with a learning rate of 0
-    the probability ratio is then 1, whatever the generator's kernels round.
+    with_old_logprobs: the actor's log-probabilities before the update come from a training forward here, for the
+    KL penalty and the ratio alike. Otherwise the penalty takes the generator's, and the update, which may then be
+    one step only, its own. Never is a ratio taken to the generator's numbers: with a learning rate of 0 it is 1,
+    whatever the generator's kernels round.
     """
     rollout = pack_rollout(answers).to(roles.device)
     temperature = config.sampling.temperature
-    actor = roles.actor_logprobs(rollout, temperature=temperature)
+    actor = roles.actor_logprobs(rollout, temperature=temperature) if with_old_logprobs else None
     reference_T = roles.reference_logprobs(rollout, temperature=temperature)
     values_T = roles.values(rollout)
     scores_S = roles.score(answers).to(roles.device)
-    rewards_T = shape_rewards(rollout, actor.logprobs_T, reference_T, scores_S, config, kl_coefficient)
-    experience = with_advantages(
-        rollout, actor.logprobs_T, reference_T, values_T, rewards_T, scores_S, config
-    )
-    stats = rollout_stats(experience, rollout, actor.entropy_T)
+    old_T = actor.logprobs_T if actor else None
+    penalised_T = rollout.sampled_logprobs_T if old_T is None else old_T
+    rewards_T = shape_rewards(rollout, penalised_T, reference_T, scores_S, config, kl_coefficient)
+    experience = with_advantages(rollout, old_T, reference_T, values_T, rewards_T, scores_S, config)
+    stats = rollout_stats(experience, actor.entropy_T if actor else None)
     return Collected(answers, experience, stats["ppo/kl_nats_per_answer"], stats)
 
 
@@ -153,7 +171,7 @@ def shape_rewards(
 
 def with_advantages(
     rollout: Rollout,
-    logprobs_T: Tensor,
+    old_logprobs_T: Tensor | None,
     reference_T: Tensor,
     values_T: Tensor,
     rewards_T: Tensor,
@@ -176,7 +194,8 @@ def with_advantages(
         lengths=rollout.lengths,
         mask_T=mask_T,
         num_targets=rollout.num_targets,
-        old_logprobs_T=logprobs_T,
+        sampled_logprobs_T=rollout.sampled_logprobs_T,
+        old_logprobs_T=old_logprobs_T,
         reference_logprobs_T=reference_T,
         old_values_T=values_T,
         rewards_T=rewards_T,
@@ -187,25 +206,34 @@ def with_advantages(
     )
 
 
-def rollout_stats(experience: Experience, rollout: Rollout, entropy_T: Tensor | None) -> dict[str, float]:
-    """What one looks at first when a run goes wrong; one wait for the device."""
-    mask_T = experience.mask_T
-    gap_T = (experience.old_logprobs_T - rollout.sampled_logprobs_T).masked_fill(~mask_T, 0.0).abs()
-    penalty_T = (experience.old_logprobs_T - experience.reference_logprobs_T).masked_fill(~mask_T, 0.0)
-    num_sequences = experience.num_sequences
-    assert entropy_T is not None
+def rollout_stats(experience: Experience, entropy_T: Tensor | None) -> dict[str, float]:
+    """What one looks at first when a run goes wrong; one wait for the device.
+
+    What a training forward of the actor says of the rollout is among it if there was one; else the update, which
+    runs it, reports the same numbers (rlhf/update.py).
+    """
+    mask_T, num_sequences = experience.mask_T, experience.num_sequences
+    old_T, sampled_T = experience.old_logprobs_T, experience.sampled_logprobs_T
+    penalised_T = sampled_T if old_T is None else old_T
+    penalty_T = (penalised_T - experience.reference_logprobs_T).masked_fill(~mask_T, 0.0)
     named = {
         "ppo/score_mean": experience.scores_S.mean(),
         "ppo/score_std": experience.scores_S.std(unbiased=False),
         "ppo/reward_per_answer": experience.rewards_T.sum() / num_sequences,
         "ppo/kl_nats_per_answer": penalty_T.sum() / num_sequences,
-        "ppo/entropy_nats_per_token": masked_mean(entropy_T, mask_T),
         "ppo/answer_tokens": mask_T.sum() / num_sequences,
         "ppo/cut_off_fraction": 1.0 - experience.finished_S.float().mean(),
         "ppo/value_mean": masked_mean(experience.old_values_T, mask_T),
         "ppo/explained_variance": explained_variance(experience.old_values_T, experience.returns_T, mask_T),
-        "rollout/logprob_gap_mean": masked_mean(gap_T, mask_T),
-        "rollout/logprob_gap_max": gap_T.max(),
     }
+    if old_T is not None:
+        gap = mismatch(old_T, sampled_T, mask_T)
+        named |= {
+            "rollout/logprob_gap_mean": gap.gap_sum / mask_T.sum(),
+            "rollout/logprob_gap_max": gap.gap_max,
+            "rollout/mismatch_kl_nats_per_token": gap.kl_sum / mask_T.sum(),
+        }
+    if entropy_T is not None:
+        named["ppo/entropy_nats_per_token"] = masked_mean(entropy_T, mask_T)
     numbers = torch.stack([value.float() for value in named.values()]).tolist()
     return dict(zip(named, numbers, strict=True))

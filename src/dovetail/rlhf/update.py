@@ -13,11 +13,13 @@ from functools import partial
 from statistics import fmean
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from dovetail.batches import Experience, PackedBatch, SummedLoss
 from dovetail.config.stages import OptimizerConfig, PpoConfig
 from dovetail.maths.kl import adaptive_kl_coefficient
+from dovetail.maths.mismatch import importance_weights, mismatch
 from dovetail.maths.policy_loss import clipped_policy_loss
 from dovetail.maths.value_loss import clipped_value_loss
 from dovetail.model.forward import token_logprobs, token_values
@@ -26,6 +28,7 @@ from dovetail.rlhf.rollout import Collected
 from dovetail.training.ema import Ema
 from dovetail.training.optim import Optimizer
 from dovetail.training.schedule import learning_rate_at
+from dovetail.training.seeds import step_seed
 from dovetail.training.step import StepReport, Term, gradient_step
 
 
@@ -57,19 +60,23 @@ def update(
     learners: Learners,
     config: PpoConfig,
     *,
+    iteration: int,
     seed: int,
-    train_actor: bool = True,
     next_texts: Callable[[int], PackedBatch] | None = None,
 ) -> UpdateReport:
-    """`ppo_epochs` x `minibatches` steps of actor and critic on one rollout.
+    """`ppo_epochs` x `minibatches` steps of critic and, after its warm-up, actor on the rollout of an iteration.
 
+    seed: the run's.
     next_texts: gives the pretraining texts of an optimiser step; their loss joins the actor's in the same step
     (PPO-ptx, InstructGPT equation 2), each normalised by its own number of tokens.
     """
     actor_steps: list[StepReport] = []
     critic_steps: list[StepReport] = []
-    for minibatch in minibatches(experience, epochs=config.ppo_epochs, count=config.minibatches, seed=seed):
-        if train_actor:
+    own_seed = step_seed(seed, iteration)
+    for minibatch in minibatches(
+        experience, epochs=config.ppo_epochs, count=config.minibatches, seed=own_seed
+    ):
+        if config.trains_actor(iteration):
             texts = next_texts(learners.step) if next_texts else None
             actor_steps.append(actor_step(minibatch, texts, roles, learners, config))
             learners.ema.update()
@@ -129,13 +136,28 @@ def critic_step(minibatch: Experience, roles: Roles, learners: Learners, config:
 
 
 def policy_loss(actor: PreTrainedModel, micro: Experience, *, config: PpoConfig) -> SummedLoss:
-    """PPO's clipped surrogate over the actions of one micro-batch."""
-    logprobs_T = token_logprobs(actor, micro, temperature=config.sampling.temperature).logprobs_T
-    loss = clipped_policy_loss(
-        logprobs_T, micro.old_logprobs_T, micro.advantages_T, micro.mask_T, clip=config.ratio_clip
-    )
-    stats = {"clipped": loss.num_clipped, "approx_kl": loss.kl_sum, "clamped": loss.num_clamped}
-    return SummedLoss(loss.total, loss.count, stats)
+    """PPO's clipped surrogate over the actions of one micro-batch, weighted for what the generator drew.
+
+    Three policies: the generator's mu drew the tokens, pi_old is where this update began, pi is the actor now.
+    The ratio that is clipped is pi / pi_old; the weight, a constant, is pi_old / mu. Without old log-probabilities
+    this forward is the first since the rollout, so pi_old is pi: a ratio of exactly 1, which carries the gradient.
+    """
+    begins = micro.old_logprobs_T is None
+    found = token_logprobs(actor, micro, temperature=config.sampling.temperature, with_entropy=begins)
+    old_T = found.logprobs_T.detach() if micro.old_logprobs_T is None else micro.old_logprobs_T
+    advantages_T, mask_T, stats = micro.advantages_T, micro.mask_T, dict[str, Tensor]()
+    if config.importance_cap is not None:
+        weights_T = importance_weights(old_T, micro.sampled_logprobs_T, mask_T, cap=config.importance_cap)
+        advantages_T = advantages_T * weights_T
+        stats["capped"] = (weights_T == config.importance_cap).sum()
+    loss = clipped_policy_loss(found.logprobs_T, old_T, advantages_T, mask_T, clip=config.ratio_clip)
+    stats |= {"clipped": loss.num_clipped, "approx_kl": loss.kl_sum, "clamped": loss.num_clamped}
+    if not begins:
+        return SummedLoss(loss.total, loss.count, stats)
+    assert found.entropy_T is not None
+    gap = mismatch(old_T, micro.sampled_logprobs_T, mask_T)
+    stats |= {"gap": gap.gap_sum, "mismatch_kl": gap.kl_sum, "entropy": found.entropy_T.sum()}
+    return SummedLoss(loss.total, loss.count, stats, {"gap": gap.gap_max})
 
 
 def value_loss(critic: PreTrainedModel, micro: Experience, *, config: PpoConfig) -> SummedLoss:
@@ -178,6 +200,16 @@ def next_kl_coefficient(kl_coefficient: float, collected: Collected, config: Ppo
     )
 
 
+def of_the_rollout(step: StepReport) -> dict[str, float]:
+    """What `rollout_stats` says where scoring runs the actor, from the first forward since the rollout."""
+    return {
+        "ppo/entropy_nats_per_token": step.stats["policy/entropy"],
+        "rollout/logprob_gap_mean": step.stats["policy/gap"],
+        "rollout/logprob_gap_max": step.maxima["policy/gap"],
+        "rollout/mismatch_kl_nats_per_token": step.stats["policy/mismatch_kl"],
+    }
+
+
 def summarise(actor_steps: list[StepReport], critic_steps: list[StepReport]) -> UpdateReport:
     """Means over the steps of one rollout; nothing of the actor while only the critic learns."""
     stats = {
@@ -195,6 +227,10 @@ def summarise(actor_steps: list[StepReport], critic_steps: list[StepReport]) -> 
             "ppo/approx_kl_nats_per_token": fmean(r.stats["policy/approx_kl"] for r in actor_steps),
             "ppo/learning_rate": actor_steps[-1].learning_rate,
         }
+        if "policy/capped" in actor_steps[0].stats:
+            stats["ppo/importance_capped_fraction"] = fmean(r.stats["policy/capped"] for r in actor_steps)
+        if "policy/gap" in actor_steps[0].stats:
+            stats |= of_the_rollout(actor_steps[0])
         if "ptx" in actor_steps[0].losses:
             stats["ppo/ptx_loss"] = fmean(r.losses["ptx"] for r in actor_steps)
     return UpdateReport(stats.get("ppo/actor_loss", 0.0), stats["ppo/critic_loss"], stats)

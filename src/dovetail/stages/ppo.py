@@ -26,7 +26,6 @@ from dovetail.stages.parts import actor_chat, pretraining_texts, prompts_of, rlh
 from dovetail.stages.samples import SampleLog
 from dovetail.telemetry.timing import Stopwatch
 from dovetail.training.run_folder import RunFolder
-from dovetail.training.seeds import step_seed
 
 
 def run(context: Context, judge: Judge | None = None) -> StageReport:
@@ -55,7 +54,10 @@ def run(context: Context, judge: Judge | None = None) -> StageReport:
         return judged.stats
 
     next_texts = pretraining_texts(context, chat, roles.actor)
-    learn = partial(update, roles=roles, learners=learners, config=config, next_texts=next_texts)
+    sample = partial(collect, roles=roles, config=config, seed=context.config.seed)
+    learn = partial(
+        update, roles=roles, learners=learners, config=config, seed=context.config.seed, next_texts=next_texts
+    )
     results: dict[str, float] = {}
     start = resume(checkpoints, load, "ppo")
     samples = SampleLog(folder.samples, start=start, every=config.print_samples_every)
@@ -68,18 +70,15 @@ def run(context: Context, judge: Judge | None = None) -> StageReport:
             metrics.record(0, held_out_stats(0))
         for iteration in range(start, iterations):
             watch, done = Stopwatch(), iteration + 1
-            seed = step_seed(context.config.seed, iteration)
             with watch.phase("collect"):
                 batch = [prompts[i] for i in order.batch(iteration)]
-                collected = collect(batch, roles, config, kl_coefficient=beta, seed=seed)
+                collected = sample(batch, kl_coefficient=beta, iteration=iteration)
             with watch.phase("update"):
-                train_actor = iteration >= config.critic_warmup_rollouts
-                report = learn(collected.experience, seed=seed, train_actor=train_actor)
+                report = learn(collected.experience, iteration=iteration)
             row = collected.stats | report.stats | watch.seconds("ppo") | {"ppo/kl_coefficient": beta}
             beta = next_kl_coefficient(beta, collected, config)
             if done % config.eval_every == 0 or done == iterations:
-                results = held_out_stats(done)
-                row |= results
+                row |= (results := held_out_stats(done))
             metrics.record(done, row)
             samples.show_if_due(done, collected)
             progress.advance({"score": row["ppo/score_mean"], "kl": row["ppo/kl_nats_per_answer"]})

@@ -50,6 +50,8 @@ class StepReport:
     """Term name -> its loss per target, unweighted."""
     stats: dict[str, float]
     """`term/stat` -> the term's own sums, per target."""
+    maxima: dict[str, float]
+    """`term/stat` -> the largest over the batch."""
     grad_norm: float
     """2-norm over the model, before clipping."""
     learning_rate: float
@@ -105,6 +107,11 @@ def gradient_step(
             for term, own in zip(terms, sums, strict=True)
             for name, value in own.stats.items()
         },
+        maxima={
+            f"{term.name}/{name}": value
+            for term, own in zip(terms, sums, strict=True)
+            for name, value in own.maxima.items()
+        },
         grad_norm=grad_norm,
         learning_rate=learning_rate,
         skipped=not is_finite,
@@ -114,23 +121,28 @@ def gradient_step(
 
 @dataclass(slots=True)
 class _Sums:
-    """Sums of one term over its micro-batches: on the device while they grow, on the host afterwards."""
+    """Sums (and maxima) of one term over its micro-batches: on the device while they grow, then on the host."""
 
     total: Any = 0.0
     count: Any = 0.0
     stats: dict[str, Any] = field(default_factory=dict)
+    maxima: dict[str, Any] = field(default_factory=dict)
 
     def add(self, loss: SummedLoss) -> None:
         self.total = self.total + loss.total.detach()
         self.count = self.count + loss.count
         for name, value in loss.stats.items():
             self.stats[name] = self.stats.get(name, 0.0) + value.detach()
+        for name, value in loss.maxima.items():
+            self.maxima[name] = torch.maximum(self.maxima.get(name, value), value.detach())
 
     def values(self) -> list[Any]:
-        return [self.total, self.count, *self.stats.values()]
+        return [self.total, self.count, *self.stats.values(), *self.maxima.values()]
 
     def on_host(self, values: Sequence[float]) -> "_Sums":
-        return _Sums(values[0], values[1], dict(zip(self.stats, values[2:], strict=True)))
+        end = 2 + len(self.stats)
+        stats = dict(zip(self.stats, values[2:end], strict=True))
+        return _Sums(values[0], values[1], stats, dict(zip(self.maxima, values[end:], strict=True)))
 
 
 def _accumulate(
