@@ -287,7 +287,7 @@ def config_from(args: Namespace) -> PpoConfig:
         actor_optimizer=optimizer("actor", 9.65e-6),
         critic_optimizer=optimizer("critic", 5e-6),
         ppo_epochs=given.get("ppo_epochs", 1),
-        activation_checkpointing=bool(given.get("actor_gradient_checkpointing", False)),
+        activation_checkpointing=bool(given.get("actor_gradient_checkpointing", False)) or "auto",
         kl_coefficient=0.1,
         old_logprobs="training",
         importance_cap=None,  # the exchange format has one log-probability per token

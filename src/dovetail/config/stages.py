@@ -41,8 +41,9 @@ class StageConfig(FrozenModel):
     micro_batch_tokens: PositiveInt = 8192
     """Tokens of one forward and backward pass. Halved, and said so, when a step runs out of memory. The
     result does not depend on it: losses are normalised over the whole batch."""
-    activation_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third slower."""
+    activation_checkpointing: Literal["auto"] | bool = "auto"
+    """Recompute activations in the backward pass: less memory, about a third slower. auto: if by an estimate a
+    step would not fit on the device otherwise, which is then said; off on the CPU."""
     eval_every: PositiveInt = 50
     """Optimiser steps (SFT, reward model) or rollouts (PPO) between evaluations on held-out rows."""
     save_every: PositiveInt = 100
@@ -137,6 +138,9 @@ class PpoConfig(StageConfig):
     """Divide per-token rewards by their standard deviation over the batch, keeping the mean, before GAE."""
     ema_decay: Fraction = 0.992
     """Decay per optimiser step of the float32 average of the actor (`ppo/model_ema`)."""
+    park_optimizer: bool = False
+    """Keep optimiser states and the moving average in host memory while answers are generated and scored: room
+    for longer answers on the device, for two copies over the bus per rollout. Nothing to do on the CPU."""
     ptx_coefficient: NonNegativeFloat = 0.0
     """Weight of the pretraining loss per token beside the PPO loss per token, in the same optimiser step. The
     paper's 27.8 is for its own normalisation. Needs `data.pretraining`."""

@@ -80,7 +80,8 @@ class RLHFEngine:
     def generate(self, prompts: Sequence[Conversation], *, seed: int, greedy: bool = False) -> list[Answer]:
         """One answer to each prompt, sampled (or greedy) by the actor as it is now."""
         messages = [as_messages(prompt) for prompt in prompts]
-        return sample_answers(messages, self.roles, self.config.sampling, seed=seed, greedy=greedy)
+        with self.learners.parked():
+            return sample_answers(messages, self.roles, self.config.sampling, seed=seed, greedy=greedy)
 
     def pack(self, answers: Sequence[Answer]) -> Rollout:
         """Prompts and answers end to end on the device; `mask_T` marks the sampled tokens."""
@@ -167,14 +168,15 @@ class PPOTrainer:
         The first call compares generation and training with the plain forward (`RLHFEngine.check_parity`).
         """
         self.engine.check_parity(prompts)
-        return collect(
-            [as_messages(prompt) for prompt in prompts],
-            self.engine.roles,
-            self.config,
-            kl_coefficient=self.kl_coefficient,
-            iteration=self.iteration,
-            seed=self.engine.setup.seed,
-        )
+        with self.engine.learners.parked():
+            return collect(
+                [as_messages(prompt) for prompt in prompts],
+                self.engine.roles,
+                self.config,
+                kl_coefficient=self.kl_coefficient,
+                iteration=self.iteration,
+                seed=self.engine.setup.seed,
+            )
 
     def train_rlhf(
         self, collected: Collected, *, next_texts: Callable[[int], PackedBatch] | None = None

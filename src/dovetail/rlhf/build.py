@@ -4,18 +4,21 @@ Responsible for: who is a copy of whom, which tokenizer scores, which weights le
 Not responsible for: reading weights (model/load.py), using the roles (rlhf/roles.py).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dovetail.config.model import LoraConfig
-from dovetail.config.stages import OptimizerConfig, PpoConfig
+from dovetail.config.stages import OptimizerConfig, PpoConfig, StageConfig
 from dovetail.data.records import Message
 from dovetail.engine.hybrid import HybridEngine
+from dovetail.engine.memory import free_bytes
 from dovetail.errors import ConfigError
 from dovetail.model.copies import copy_of
 from dovetail.model.dropout import disable_dropout
+from dovetail.model.forward import plain_model
 from dovetail.model.load import expect_rows_for, load_causal_lm, load_scalar_model
 from dovetail.model.lora import add_lora
 from dovetail.model.scalar import scalar_model_from
@@ -29,12 +32,17 @@ from dovetail.rlhf.rewards import (
 )
 from dovetail.rlhf.roles import Roles
 from dovetail.rlhf.update import Learners
+from dovetail.telemetry.log import say
 from dovetail.text.chat_format import ChatFormat
 from dovetail.text.tokenizer import load_tokenizer
 from dovetail.training.ema import Ema
 from dovetail.training.memory import TokenBudget
 from dovetail.training.optim import Optimizer, build_optimizer
 from dovetail.training.placement import resolve_device, resolve_dtype
+from dovetail.training.step_memory import activation_bytes, architecture_of, state_bytes
+
+USABLE = 0.9
+"""Of the free memory, for what a step needs by estimate; the rest goes to fragments and to what it leaves out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,8 +86,9 @@ def make_roles(
         critic = scalar_model_from(actor, seed=setup.seed, pad_token_id=tokenizer.pad_token_id)
     reference = None if setup.actor_lora else _frozen(copy_of(actor))
     score = _scorer(reward_model, reward_chat, reward, config, budget, device)
-    actor = _trainable(actor, setup.actor_lora, config, seed=setup.seed)
-    critic = _trainable(critic, setup.critic_lora, config, seed=setup.seed + 1)
+    actor = _trainable(actor, setup.actor_lora, seed=setup.seed)
+    critic = _trainable(critic, setup.critic_lora, seed=setup.seed + 1)
+    checkpoint_activations([actor, critic], config, device=device, is_averaged=True)
     return Roles(
         actor=actor,
         critic=critic,
@@ -100,6 +109,7 @@ def make_learners(roles: Roles, config: PpoConfig, *, total_steps: int) -> Learn
         critic=optimizer_for(roles.critic, config.critic_optimizer),
         ema=Ema(roles.actor, decay=config.ema_decay, optimizer=actor),
         total_steps=total_steps,
+        parks=config.park_optimizer and roles.device.type != "cpu",
     )
 
 
@@ -111,6 +121,38 @@ def optimizer_for(model: PreTrainedModel, settings: OptimizerConfig) -> Optimize
         weight_decay=settings.weight_decay,
         betas=settings.betas,
         eps=settings.eps,
+    )
+
+
+def checkpoint_activations(
+    models: Sequence[PreTrainedModel], settings: StageConfig, *, device: torch.device, is_averaged: bool
+) -> None:
+    """Let the models of a stage recompute activations, if asked for, or on auto if a step would not fit otherwise.
+
+    To be called when they are on the device with all that stays there, and before their optimisers are made: what
+    is free then must hold the states of all, and the activations of one at a time. is_averaged: the first has a
+    moving average.
+    """
+    wanted = settings.activation_checkpointing
+    if wanted == "auto" and device.type != "cpu":
+        needed = sum(state_bytes(m, is_averaged=is_averaged and m is models[0]) for m in models)
+        needed += max(_activation_bytes(model, settings.micro_batch_tokens) for model in models)
+        free = free_bytes(device)
+        wanted = needed > USABLE * free
+        if wanted:
+            say(
+                f"activation checkpointing is on: a step of {settings.micro_batch_tokens} tokens would need about "
+                f"{needed / 2**30:.1f} GiB beside the weights, {free / 2**30:.1f} GiB are free"
+            )
+    if wanted is True:
+        for model in models:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+def _activation_bytes(model: PreTrainedModel, tokens: int) -> int:
+    inner = plain_model(model)
+    return activation_bytes(
+        architecture_of(inner), tokens=tokens, element_bytes=inner.dtype.itemsize, is_checkpointed=False
     )
 
 
@@ -187,9 +229,7 @@ def _frozen(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def _trainable(
-    model: PreTrainedModel, lora: LoraConfig | None, config: PpoConfig, *, seed: int
-) -> PreTrainedModel:
+def _trainable(model: PreTrainedModel, lora: LoraConfig | None, *, seed: int) -> PreTrainedModel:
     """All weights, or adapters that leave the loaded weights as they are."""
     model.requires_grad_(lora is None)
     if lora is not None:
@@ -201,7 +241,5 @@ def _trainable(
             target_modules=lora.target_modules,
             seed=seed,
         )
-    if config.activation_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.train()  # dropout stays off (disable_dropout); checkpointing works in this mode alone
+    model.train()  # dropout stays off (disable_dropout); activation checkpointing works in this mode alone
     return model

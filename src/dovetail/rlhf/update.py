@@ -8,6 +8,7 @@ Shapes: T packed tokens.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from statistics import fmean
@@ -27,6 +28,7 @@ from dovetail.rlhf.roles import Roles
 from dovetail.rlhf.rollout import Collected
 from dovetail.training.ema import Ema
 from dovetail.training.optim import Optimizer
+from dovetail.training.parking import Parkable
 from dovetail.training.schedule import learning_rate_at
 from dovetail.training.seeds import step_seed
 from dovetail.training.step import StepReport, Term, gradient_step
@@ -43,6 +45,18 @@ class Learners:
     """Optimiser steps of the whole run, for the schedules."""
     step: int = 0
     """Optimiser steps taken."""
+    parks: bool = False
+    """Whether `parked` does anything."""
+
+    @contextmanager
+    def parked(self) -> Iterator[None]:
+        """Within the block, optimisers and average wait in host memory, if asked for; nothing learns meanwhile."""
+        waiting: list[Parkable] = [self.actor, self.critic, self.ema] if self.parks else []
+        with ExitStack() as stack:
+            for part in waiting:
+                part.park()
+                stack.callback(part.restore)
+            yield
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,7 @@ from dovetail.model.heads import centre_on
 from dovetail.model.load import expect_rows_for, load_causal_lm, load_scalar_model
 from dovetail.model.lora import add_lora
 from dovetail.rlhf.api import RLHFEngine
-from dovetail.rlhf.build import Setup
+from dovetail.rlhf.build import Setup, checkpoint_activations
 from dovetail.rlhf.limits import expect_room
 from dovetail.stages.context import Context
 from dovetail.telemetry.log import say
@@ -89,7 +89,7 @@ def trainable_causal_lm(
 def ready_to_train(
     loaded: PreTrainedModel, model: ModelConfig, settings: StageConfig, context: Context
 ) -> PreTrainedModel:
-    """Adapters if asked for, activation checkpointing if asked for, training mode."""
+    """Adapters if asked for, activation checkpointing if asked for or needed, training mode."""
     if model.lora is not None:
         loaded = add_lora(
             loaded,
@@ -99,9 +99,8 @@ def ready_to_train(
             target_modules=model.lora.target_modules,
             seed=context.config.seed,
         )
-    if settings.activation_checkpointing:
-        loaded.gradient_checkpointing_enable({"use_reentrant": False})
     loaded.train()
+    checkpoint_activations([loaded], settings, device=context.device, is_averaged=False)
     return loaded
 
 

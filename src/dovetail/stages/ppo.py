@@ -70,7 +70,7 @@ def run(context: Context, judge: Judge | None = None) -> StageReport:
             metrics.record(0, held_out_stats(0))
         for iteration in range(start, iterations):
             watch, done = Stopwatch(), iteration + 1
-            with watch.phase("collect"):
+            with watch.phase("collect"), learners.parked():
                 batch = [prompts[i] for i in order.batch(iteration)]
                 collected = sample(batch, kl_coefficient=beta, iteration=iteration)
             with watch.phase("update"):

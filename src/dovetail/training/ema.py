@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dovetail.errors import CheckpointError
 from dovetail.training.optim import Optimizer
+from dovetail.training.parking import ParkingSpace
 from dovetail.training.weights import trained_weights
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -31,10 +32,20 @@ class Ema:
         self.decay = decay
         self._weights = optimizer.weights if optimizer is not None else lambda: trained_weights(model)
         self._averages = {name: _full_precision(weight).clone() for name, weight in self._weights().items()}
+        self._parking = ParkingSpace(list(self._averages.values()))
+
+    def park(self) -> None:
+        """Keep the averages in host memory until `restore`."""
+        self._parking.park()
+
+    def restore(self) -> None:
+        """The averages are back on the device, bit for bit."""
+        self._parking.restore()
 
     @torch.no_grad()
     def update(self) -> None:
         """Move towards the weights as they are now."""
+        assert not self._parking.is_parked, "an update while the average is parked"
         weights = [_full_precision(weight) for weight in self._weights().values()]
         torch._foreach_lerp_(list(self._averages.values()), weights, 1.0 - self.decay)
 

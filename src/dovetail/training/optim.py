@@ -22,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from dovetail.errors import CheckpointError, ModelError, TrainingStopped
 from dovetail.training.loss_scale import LossScaler
 from dovetail.training.memory import is_out_of_memory
+from dovetail.training.parking import ParkingSpace
 
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 
@@ -86,6 +87,7 @@ class Optimizer:
             [(decayed, weight_decay), (others, 0.0)] if weight_decay else [([*decayed, *others], 0.0)]
         )
         with_master = [slot for slot in self._slots.values() if slot.has_master]
+        self._parking = ParkingSpace([tensor for slot in self._slots.values() for tensor in _large(slot)])
         self._images = [slot.parameter for slot in with_master]
         self._masters = [slot.weight for slot in with_master]
         hooks = [_on_gradient(slot.parameter, slot.take_gradient) for slot in with_master]
@@ -124,9 +126,18 @@ class Optimizer:
         if factor != 1.0:
             torch._foreach_mul_(list(self.gradients().values()), factor)
 
+    def park(self) -> None:
+        """Keep masters and moments in host memory until `restore`; no step can be taken meanwhile."""
+        self._parking.park()
+
+    def restore(self) -> None:
+        """Masters and moments are back on the device, bit for bit."""
+        self._parking.restore()
+
     @torch.no_grad()
     def step(self) -> None:
         """Update the weights that have a gradient; the model's own become the masters, rounded."""
+        assert not self._parking.is_parked, "a step while the optimiser is parked"
         for slots, weight_decay in self._groups:
             self._update([slot for slot in slots if slot.gradient() is not None], weight_decay)
         self._write_images()
@@ -227,6 +238,11 @@ def _slot_of(parameter: nn.Parameter) -> _Slot:
         exp_avg_sq=torch.zeros_like(weight, requires_grad=False),
         has_master=has_master,
     )
+
+
+def _large(slot: _Slot) -> list[Tensor]:
+    """What takes memory and is no part of the model."""
+    return [slot.exp_avg, slot.exp_avg_sq, *([slot.weight] if slot.has_master else [])]
 
 
 def _state_of(slot: _Slot) -> dict[str, Tensor]:

@@ -26,6 +26,8 @@ MAY_CHANGE = (
     "tracking.*",
     "data.cache_dir",
     "*.micro_batch_tokens",
+    "*.activation_checkpointing",
+    "*.park_optimizer",
     "*.save_every",
     "*.keep_checkpoints",
     "*.print_samples_every",

@@ -1,0 +1,116 @@
+"""How much memory a gradient step takes, from the numbers of an architecture, before anything is allocated.
+
+Responsible for: bytes of optimiser state and gradients, and of the activations of one micro-batch.
+Not responsible for: how much there is, and what follows from it (rlhf/build.py).
+
+Shapes: D width of the hidden states, Q of all query heads, K of all key heads, F of the feed-forward layer.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from dovetail.model.linear_logprobs import CHUNK_BYTES
+
+MASTER, MOMENTS, GRADIENT, AVERAGE = 4, 8, 4, 4
+"""Bytes of one trained weight, all float32: its master copy, Adam's two moments, the accumulated gradient, and
+its moving average."""
+
+HEAD_BYTES = 3 * CHUNK_BYTES
+"""Logits of one chunk, their probabilities and the gradient (model/linear_logprobs.py)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Architecture:
+    """What the activations of a decoder depend on."""
+
+    num_layers: int
+    width: int
+    """D."""
+    query_width: int
+    """Q: heads times head width."""
+    key_width: int
+    """K: key heads times head width."""
+    inner_width: int
+    """F."""
+    inner_copies: int
+    """How many numbers the feed-forward layer keeps of each of its F: 4 where it multiplies two projections (SwiGLU
+    and its like), 2 where one goes through a function, 1 where that is ReLU, which needs its result alone."""
+    has_rms_norms: bool
+    """transformers' RMSNorms compute in float32 and keep that copy."""
+
+
+def architecture_of(model: PreTrainedModel) -> Architecture:
+    """Of any Hugging Face decoder, plain or with adapters inside."""
+    config: Any = model.config.get_text_config()
+    names = [name.rpartition(".")[2] for name, _ in model.named_modules()]
+    width, heads = int(config.hidden_size), int(config.num_attention_heads)
+    head_width = int(getattr(config, "head_dim", None) or width // heads)
+    # OPT, GPT-2 and the others each have their own word for it; where it is None, it is four times the width.
+    inner = next(
+        (
+            found
+            for key in ("intermediate_size", "ffn_dim", "n_inner")
+            if (found := getattr(config, key, None))
+        ),
+        4 * width,
+    )
+    return Architecture(
+        num_layers=int(config.num_hidden_layers),
+        width=width,
+        query_width=heads * head_width,
+        key_width=int(getattr(config, "num_key_value_heads", None) or heads) * head_width,
+        inner_width=int(inner),
+        inner_copies=_inner_copies(config, names),
+        has_rms_norms=any(type(module).__name__.endswith("RMSNorm") for module in model.modules()),
+    )
+
+
+def _inner_copies(config: Any, module_names: Sequence[str]) -> int:
+    if "gate_proj" in module_names or "gate_up_proj" in module_names:
+        return 4
+    function = getattr(config, "activation_function", None) or getattr(config, "hidden_act", None)
+    return 1 if function == "relu" else 2
+
+
+def layer_elements(of: Architecture) -> int:
+    """Numbers that one layer keeps of one token for its backward pass, with attention that keeps no scores.
+
+    Korthikanti et al. 2022 (arXiv:2205.05198), section 4.1, without dropout (whose masks are two of their 34 bytes)
+    and without the 5 a s / h of stored scores (theirs is then 32 s b h bytes, 16 D numbers), for other shapes:
+
+        norms and what they put out   4 D    (RMSNorm: 8 D, in units of two bytes)
+        queries, keys, values         Q + 2 K
+        attention's output            Q
+        feed-forward                  2 F, before and after the activation; gated: 4 F; ReLU: F
+
+    Within 15 % of what autograd keeps for OPT, GPT-NeoX, Llama, Qwen2, Mistral and Phi-3. Layers whose functions
+    are written out term by term (GPT-2's and Gemma's GELU, soft caps, norms of queries and keys) keep more.
+    """
+    norms = (8 if of.has_rms_norms else 4) * of.width
+    return norms + 2 * of.query_width + 2 * of.key_width + of.inner_copies * of.inner_width
+
+
+def activation_bytes(of: Architecture, *, tokens: int, element_bytes: int, is_checkpointed: bool) -> int:
+    """Activations of a micro-batch at their peak, the head's included.
+
+    With checkpointing each layer keeps its input alone, D numbers, and one layer at a time is computed again.
+    """
+    layer = layer_elements(of)
+    kept = of.num_layers * of.width + layer if is_checkpointed else of.num_layers * layer
+    return (
+        kept + 3 * of.width
+    ) * tokens * element_bytes + HEAD_BYTES  # embedding, last norm, input of the head
+
+
+def state_bytes(model: nn.Module, *, is_averaged: bool) -> int:
+    """What training adds to the weights: gradients and optimiser, and the moving average if there is one."""
+    total = 0
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            master = MASTER if parameter.element_size() == 2 else 0
+            total += parameter.numel() * (master + MOMENTS + GRADIENT + (AVERAGE if is_averaged else 0))
+    return total

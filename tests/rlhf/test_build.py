@@ -1,0 +1,74 @@
+"""Memory: when activations are computed again, and what waits on the host while answers are drawn."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from dovetail.config.stages import SftConfig
+from dovetail.rlhf import build
+from dovetail.rlhf.api import PPOTrainer
+from dovetail.rlhf.build import checkpoint_activations
+from dovetail.training.step_memory import HEAD_BYTES
+from tests.fakes import tiny_model
+from tests.rlhf.tiny import PROMPTS, tiny_config, tiny_engine
+
+PLENTY, SCARCE = 2 * HEAD_BYTES, HEAD_BYTES
+"""Bytes: a tiny model needs hardly more than the head's chunk."""
+
+
+@pytest.mark.parametrize(
+    ("setting", "device", "free", "is_on"),
+    [
+        ("auto", "cuda", PLENTY, False),
+        ("auto", "cuda", SCARCE, True),
+        ("auto", "cpu", SCARCE, False),
+        (True, "cpu", PLENTY, True),
+        (True, "cuda", PLENTY, True),
+        (False, "cuda", SCARCE, False),
+    ],
+)
+def test_activations_are_computed_again_if_asked_for_or_if_a_step_would_not_fit(
+    setting: Any, device: str, free: int, is_on: bool, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(build, "free_bytes", lambda device: free)
+    models = [tiny_model(), tiny_model("opt")]
+    settings = SftConfig(activation_checkpointing=setting, micro_batch_tokens=64)
+    checkpoint_activations(models, settings, device=torch.device(device), is_averaged=True)
+    assert [model.is_gradient_checkpointing for model in models] == [is_on, is_on]
+    assert ("would need about" in "".join(capsys.readouterr())) == (is_on and setting == "auto")
+
+
+def test_parking_changes_no_bit_of_a_run_and_nothing_waits_on_the_device_while_answers_are_drawn() -> None:
+    states = []
+    for parks in (False, True):
+        trainer = PPOTrainer(tiny_engine("llama", tiny_config()))
+        learners = trainer.engine.learners
+        learners.parks = parks
+        seen: list[bool] = []
+        honest = trainer.engine.roles.engine.generating
+
+        def generating(learners: Any = learners, seen: Any = seen, honest: Any = honest) -> Any:
+            seen += [part._parking.is_parked for part in (learners.actor, learners.critic, learners.ema)]
+            return honest()
+
+        trainer.engine.roles.engine.generating = generating
+        trainer.engine.check_parity(PROMPTS)
+        seen.clear()
+        for _ in range(2):
+            trainer.train_rlhf(trainer.generate_experience(PROMPTS))
+        assert seen == [parks] * 6
+        states.append(trainer.state_dict()["engine"])
+    plain, parked = states
+    for part in ("actor", "critic"):
+        assert all(torch.equal(plain[part][name], parked[part][name]) for name in plain[part])
+    averages = [state["ema"]["averages"] for state in states]
+    assert all(torch.equal(averages[0][name], averages[1][name]) for name in averages[0])
+
+
+def test_what_is_parked_comes_back_when_drawing_fails() -> None:
+    learners = tiny_engine().learners
+    learners.parks = True
+    with pytest.raises(RuntimeError, match="no"), learners.parked():
+        raise RuntimeError("no")
+    assert not any(part._parking.is_parked for part in (learners.actor, learners.critic, learners.ema))
