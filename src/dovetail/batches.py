@@ -72,16 +72,20 @@ class PackedBatch:
     """The same lengths on the host, so that nothing waits for the device to learn a shape."""
     mask_T: Tensor
     """bool [T]: True = a token the loss counts (an assistant token, an action)."""
-    num_targets: float
-    """How many tokens of `mask_T` are True, on the host."""
+    target_counts: tuple[int, ...]
+    """How many tokens of `mask_T` are True in each sequence, on the host for the same reason."""
 
     def __post_init__(self) -> None:
         expect_same_length(self)
         if (
-            len(self.lengths) + 1 != self.cu_seqlens_S1.numel()
+            not len(self.lengths) == len(self.target_counts) == self.cu_seqlens_S1.numel() - 1
             or sum(self.lengths) != self.token_ids_T.numel()
         ):
-            raise ValueError("lengths, cu_seqlens_S1 and token_ids_T contradict each other")
+            raise ValueError("lengths, target_counts, cu_seqlens_S1 and token_ids_T contradict each other")
+
+    @property
+    def num_targets(self) -> float:
+        return float(sum(self.target_counts))
 
     @property
     def num_tokens(self) -> int:
@@ -106,29 +110,36 @@ class PackedBatch:
         return self.cu_seqlens_S1[1:].long() - 1
 
     def to(self: PackedT, device: torch.device) -> PackedT:
-        moved: dict[str, Any] = {name: c.to(device, non_blocking=True) for name, c in tensors_of(self)}
-        return replace(self, **moved)
+        columns: dict[str, Any] = {name: moved(column, device) for name, column in tensors_of(self)}
+        return replace(self, **columns)
 
     def token_index_T(self, index: Sequence[int]) -> Tensor:
         """int64: where the tokens of the given sequences lie in this batch's T, in that order."""
+        return moved(self._token_index_T(index), self.token_ids_T.device)
+
+    def _token_index_T(self, index: Sequence[int]) -> Tensor:
+        """The same on the host."""
         starts = cumulative(self.lengths)
         picked = [torch.arange(starts[i], starts[i + 1]) for i in index]
-        return (torch.cat(picked) if picked else torch.zeros(0, dtype=torch.long)).to(self.token_ids_T.device)
+        return torch.cat(picked) if picked else torch.zeros(0, dtype=torch.long)
 
     def sequences(self: PackedT, index: Sequence[int]) -> PackedT:
         """The given sequences, in that order. The only place that re-packs."""
         lengths = tuple(self.lengths[i] for i in index)
-        index_T = self.token_index_T(index)
-        index_S = torch.tensor(list(index), dtype=torch.long, device=self.token_ids_T.device)
+        # Made on the host, from what the host knows, and sent in one piece: nothing waits for the device.
+        pieces = [self._token_index_T(index), torch.tensor(list(index)), torch.tensor(cumulative(lengths))]
+        sizes = [len(piece) for piece in pieces]
+        together = moved(torch.cat([piece.long() for piece in pieces]), self.token_ids_T.device)
+        index_T, index_S, bounds_S1 = together.split_with_sizes(sizes)
         columns: dict[str, Any] = {}
         for name, column in tensors_of(self):
             if name.endswith("_T"):
                 columns[name] = column[index_T]
             elif name.endswith("_S"):
                 columns[name] = column[index_S]
-        columns["cu_seqlens_S1"] = torch.tensor(cumulative(lengths), dtype=torch.int32, device=index_T.device)
-        num_targets = float(columns["mask_T"].sum())
-        return replace(self, lengths=lengths, num_targets=num_targets, **columns)
+        columns["cu_seqlens_S1"] = bounds_S1.int()
+        counts = tuple(self.target_counts[i] for i in index)
+        return replace(self, lengths=lengths, target_counts=counts, **columns)
 
     def micro_batches(self: PackedT, max_tokens: int) -> list[PackedT]:
         """Parts of at most `max_tokens` tokens, balanced; a sequence longer than that is a part of its own."""
@@ -179,6 +190,8 @@ class RankedBatch(PackedBatch):
 
     group_sizes: tuple[int, ...]
     """Answers of each prompt, in order: sequences g_0, then g_1, ... ; sums to S."""
+    is_ranked: tuple[bool, ...]
+    """Whether there are pairs among the answers of each prompt."""
     chosen_P: Tensor
     """int64 [P]: sequence index of the preferred answer."""
     rejected_P: Tensor
@@ -187,6 +200,11 @@ class RankedBatch(PackedBatch):
     """float32 [P]: how much better by the source's own account, 0 where it does not say."""
     weight_P: Tensor
     """float32 [P]: 1 / (pairs of the same prompt), so that each prompt counts once (InstructGPT, eq. 1)."""
+
+    @property
+    def num_targets(self) -> float:
+        """Prompts with pairs: what their weights sum to."""
+        return float(sum(self.is_ranked))
 
     def micro_batches(self, max_tokens: int) -> list[RankedBatch]:
         """Parts of at most `max_tokens` tokens; the answers of one prompt stay together."""
@@ -202,16 +220,16 @@ class RankedBatch(PackedBatch):
         new_of_old_S = torch.full((self.num_sequences,), -1, dtype=torch.long, device=device)
         new_of_old_S[torch.tensor(kept, device=device)] = torch.arange(len(kept), device=device)
         inside_P = new_of_old_S[self.chosen_P] >= 0
-        weight_P = self.weight_P[inside_P]
         packed = replace(
             self,
             chosen_P=new_of_old_S[self.chosen_P[inside_P]],
             rejected_P=new_of_old_S[self.rejected_P[inside_P]],
             margin_P=self.margin_P[inside_P],
-            weight_P=weight_P,
+            weight_P=self.weight_P[inside_P],
             group_sizes=tuple(self.group_sizes[g] for g in index),
+            is_ranked=tuple(self.is_ranked[g] for g in index),
         )
-        return replace(PackedBatch.sequences(packed, kept), num_targets=float(weight_P.sum()))
+        return PackedBatch.sequences(packed, kept)
 
 
 def pack(sequences: Sequence[Sequence[int]], masks: Sequence[Sequence[bool]]) -> PackedBatch:
@@ -219,13 +237,13 @@ def pack(sequences: Sequence[Sequence[int]], masks: Sequence[Sequence[bool]]) ->
     lengths = tuple(len(ids) for ids in sequences)
     if not lengths or min(lengths) == 0:
         raise ValueError("cannot pack an empty batch or an empty sequence")
-    mask = [bool(m) and i > 0 for row in masks for i, m in enumerate(row)]
+    counted = [[bool(m) and i > 0 for i, m in enumerate(row)] for row in masks]
     return PackedBatch(
         token_ids_T=torch.tensor([i for ids in sequences for i in ids], dtype=torch.long),
         cu_seqlens_S1=torch.tensor(cumulative(lengths), dtype=torch.int32),
         lengths=lengths,
-        mask_T=torch.tensor(mask, dtype=torch.bool),
-        num_targets=float(sum(mask)),
+        mask_T=torch.tensor([m for row in counted for m in row], dtype=torch.bool),
+        target_counts=tuple(sum(row) for row in counted),
     )
 
 
@@ -242,8 +260,8 @@ def pack_ranked(
     starts = cumulative([len(group) for group in groups])
     flat = [(starts[g] + a, starts[g] + b, m, 1 / len(own)) for g, own in enumerate(pairs) for a, b, m in own]
     return RankedBatch(
-        **{name: getattr(packed, name) for name in ("token_ids_T", "cu_seqlens_S1", "lengths", "mask_T")},
-        num_targets=float(sum(1 for own in pairs if own)),
+        **{column.name: getattr(packed, column.name) for column in fields(packed)},
+        is_ranked=tuple(bool(own) for own in pairs),
         group_sizes=tuple(len(group) for group in groups),
         chosen_P=torch.tensor([p[0] for p in flat], dtype=torch.long),
         rejected_P=torch.tensor([p[1] for p in flat], dtype=torch.long),
@@ -270,6 +288,13 @@ def balanced_parts(sizes: Sequence[int], max_tokens: int) -> list[list[int]]:
         parts[target].append(i)
         used[target] += sizes[i]
     return [sorted(part) for part in parts if part]
+
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device; from the host to a GPU through pinned memory, so that neither waits."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def cumulative(lengths: Sequence[int]) -> list[int]:

@@ -362,7 +362,7 @@ def test_micro_batches_without_targets_are_passed_over() -> None:
     batch = toy_batch()
     mask_T = batch.mask_T.clone()
     mask_T[7:] = False  # only the first sequence counts
-    batch = replace(batch, mask_T=mask_T, num_targets=float(mask_T.sum()))
+    batch = replace(batch, mask_T=mask_T, target_counts=(int(mask_T.sum()), *[0] * (len(batch.lengths) - 1)))
     seen: list[float] = []
     model = Toy()
 
@@ -377,7 +377,7 @@ def test_micro_batches_without_targets_are_passed_over() -> None:
 def test_mistakes_of_the_caller_are_named() -> None:
     model = Toy()
     batch = toy_batch()
-    nothing = replace(batch, mask_T=torch.zeros_like(batch.mask_T), num_targets=0.0)
+    nothing = replace(batch, mask_T=torch.zeros_like(batch.mask_T), target_counts=(0,) * len(batch.lengths))
     with pytest.raises(ValueError, match="without targets"):
         step(model, [Term(nothing, partial(loss_of, model))])
     with pytest.raises(ValueError, match="same name"):

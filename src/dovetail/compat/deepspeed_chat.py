@@ -187,7 +187,7 @@ class DeepSpeedPPOTrainer:
 
         rollout = Rollout(
             **{name: getattr(packed, name) for name in ("token_ids_T", "cu_seqlens_S1", "lengths", "mask_T")},
-            num_targets=packed.num_targets,
+            target_counts=packed.target_counts,
             sampled_logprobs_T=torch.zeros(packed.num_tokens),
             finished_S=inputs["finished"],
         ).to(self.engine.roles.device)

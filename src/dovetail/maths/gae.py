@@ -22,6 +22,7 @@ def gae(
     gamma: float,
     lam: float,
     bootstrap_values_S: Tensor | None = None,
+    longest: int | None = None,
 ) -> Tensor:
     """A_t = sum_l (gamma lam)^l delta_{t+l},  delta_t = r_t + gamma V(s_{t+1}) - V(s_t); [A].
 
@@ -32,6 +33,7 @@ def gae(
     cu_actions_S1: sequence s owns actions cu_actions_S1[s] to cu_actions_S1[s + 1] - 1; it may own none.
     bootstrap_values_S: value of the state after each sequence's last action. None = 0 for all: the answer
     ended there, or was cut off and the score (see `replace_missing_end`) already says what that is worth.
+    longest: the most actions of one sequence, or more; None = the device is asked, and waited for.
     """
     rewards_A, values_A = at_least_float32(rewards_A), at_least_float32(values_A)
     ends_S = cu_actions_S1[1:].long()
@@ -45,7 +47,8 @@ def gae(
         bootstrap_A = bootstrap_values_S.repeat_interleave(lengths_S, output_size=num_actions).to(values_A)
         next_values_A = torch.where(remaining_A == 1, bootstrap_A, next_values_A)
     deltas_A = rewards_A + gamma * next_values_A - values_A
-    longest = max(lengths_S.tolist(), default=0)
+    if longest is None:
+        longest = max(lengths_S.tolist(), default=0)
     return _discounted_sums(deltas_A, remaining_A, decay=gamma * lam, longest=longest)
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.functional import linear, pad
 from transformers import PreTrainedModel
 
-from dovetail.batches import PackedBatch, RankedBatch
+from dovetail.batches import PackedBatch
 from dovetail.errors import ModelError
 from dovetail.model.attention import ATTENTION_NAME, PackedLayout, use_packed_attention, why_not_packed
 from dovetail.model.linear_logprobs import head_of, linear_logprobs
@@ -118,11 +118,8 @@ def plain_model(model: Any) -> PreTrainedModel:
 
 
 def masked_index(batch: PackedBatch) -> Tensor:
-    """int64 [A]: where `mask_T` is True."""
-    if isinstance(batch, RankedBatch) or not batch.mask_T.is_cuda:
-        return batch.mask_T.nonzero().squeeze(-1)
-    # The host knows how many there are, so nothing waits for the device.
-    return torch.nonzero_static(batch.mask_T, size=round(batch.num_targets)).squeeze(-1)
+    """int64 [A]: where `mask_T` is True. The host knows how many there are, so nothing waits for the device."""
+    return torch.nonzero_static(batch.mask_T, size=sum(batch.target_counts)).squeeze(-1)
 
 
 def _padded_hidden_states(backbone: Any, batch: PackedBatch) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dovetail.batches import PackedBatch, Rollout, SummedLoss
+from dovetail.batches import PackedBatch, Rollout, SummedLoss, moved
 from dovetail.config.stages import PpoConfig
 from dovetail.data.records import Message
 from dovetail.engine.parity import PROMPT_TOKENS, check_parity
@@ -85,11 +85,13 @@ class RLHFEngine:
 
     def pack(self, answers: Sequence[Answer]) -> Rollout:
         """Prompts and answers end to end on the device; `mask_T` marks the sampled tokens."""
-        return pack_rollout(answers).to(self.roles.device)
+        rollout = pack_rollout(answers)
+        self.roles.expect_readable(rollout)
+        return rollout.to(self.roles.device)
 
     def rewards(self, answers: Sequence[Answer]) -> Tensor:
         """float32 [S]: the score of each answer."""
-        return self.roles.score(answers).to(self.roles.device)
+        return moved(self.roles.score(answers), self.roles.device)
 
     def logprobs(self, batch: PackedBatch) -> Tensor:
         """float32 [T]: of the marked tokens under the actor, without gradient; 0 elsewhere."""

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dovetail.batches import balanced_parts, pack
+from dovetail.batches import balanced_parts, moved, pack
 from dovetail.data.records import Message
 from dovetail.errors import ConfigError
 from dovetail.model.forward import last_scores
@@ -50,7 +50,7 @@ class Scorer(Protocol):
     """Anything that scores answers; higher is better."""
 
     def __call__(self, answers: Sequence[Answer]) -> Tensor:
-        """float32 [S] on the CPU."""
+        """float32 [S], on any device."""
         ...
 
 
@@ -92,12 +92,14 @@ class RewardModelScorer:
         return self.chat.conversation([*answer.messages, turn])[0]
 
     def _scores_S(self, sequences: Sequence[Sequence[int]]) -> Tensor:
-        scores_S = torch.zeros(len(sequences))
-        for index in balanced_parts([len(ids) for ids in sequences], self.budget.tokens):
+        parts = balanced_parts([len(ids) for ids in sequences], self.budget.tokens)
+        found: list[Tensor] = []
+        for index in parts:
             part = [sequences[i] for i in index]
             batch = pack(part, [[False] * len(ids) for ids in part]).to(self.device)
-            scores_S[torch.tensor(index)] = last_scores(self.model, batch).float().cpu()
-        return scores_S
+            found.append(last_scores(self.model, batch).float())
+        place_S = torch.tensor([i for index in parts for i in index])
+        return torch.cat(found).index_select(0, moved(place_S.argsort(), self.device))
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +149,8 @@ class SumScorer:
     weight: float
 
     def __call__(self, answers: Sequence[Answer]) -> Tensor:
-        return self.first(answers) + self.weight * self.second(answers)
+        first_S, second_S = self.first(answers), self.second(answers)
+        return first_S + self.weight * moved(second_S, first_S.device)
 
 
 def load_reward_function(spec: str) -> FunctionScorer:

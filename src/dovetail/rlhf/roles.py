@@ -63,9 +63,12 @@ class Roles:
 
     def values(self, batch: PackedBatch) -> Tensor:
         """float32 [T] critic's value of the state in which each token was chosen."""
+        return self._over_tokens(batch, lambda part: (token_values(self.critic, part),))[0]
+
+    def expect_readable(self, batch: PackedBatch) -> None:
+        """Raise ModelError if the critic cannot read a batch of the actor's answers that is still on the host."""
         highest_id = int(batch.token_ids_T.max())
         expect_readable("critic", self.critic, longest=batch.max_length, highest_id=highest_id)
-        return self._over_tokens(batch, lambda part: (token_values(self.critic, part),))[0]
 
     @contextmanager
     def _reference(self) -> Iterator[PreTrainedModel]:
@@ -88,6 +91,8 @@ def over_tokens(
     batch: PackedBatch, forward: Callable[[PackedBatch], Sequence[Tensor]], max_tokens: int
 ) -> list[Tensor]:
     """Run `forward` over micro-batches and lay its [T] columns back in the order of `batch`."""
+    if batch.num_tokens <= max_tokens:
+        return list(forward(batch))
     columns: list[Tensor] = []
     for index in balanced_parts(batch.lengths, max_tokens):
         index_T = batch.token_index_T(index)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dovetail.batches import Experience, Rollout, pack
+from dovetail.batches import Experience, Rollout, moved, pack
 from dovetail.config.stages import PpoConfig, SamplingConfig
 from dovetail.data.records import Message
 from dovetail.engine.hybrid import HybridEngine
@@ -24,6 +24,7 @@ from dovetail.maths.masked import masked_mean, normalise, scale_to_unit_std
 from dovetail.maths.mismatch import mismatch
 from dovetail.maths.rewards import clip_scores, per_token_rewards, replace_missing_end
 from dovetail.maths.value_loss import explained_variance
+from dovetail.model.forward import masked_index
 from dovetail.rlhf.rewards import Answer
 from dovetail.rlhf.roles import Roles
 from dovetail.text.chat_format import ChatFormat
@@ -73,12 +74,14 @@ def score_answers(
     one step only, its own. Never is a ratio taken to the generator's numbers: with a learning rate of 0 it is 1,
     whatever the generator's kernels round.
     """
-    rollout = pack_rollout(answers).to(roles.device)
+    rollout = pack_rollout(answers)
+    roles.expect_readable(rollout)
+    rollout = rollout.to(roles.device)
     temperature = config.sampling.temperature
     actor = roles.actor_logprobs(rollout, temperature=temperature) if with_old_logprobs else None
     reference_T = roles.reference_logprobs(rollout, temperature=temperature)
     values_T = roles.values(rollout)
-    scores_S = roles.score(answers).to(roles.device)
+    scores_S = moved(roles.score(answers), roles.device)
     old_T = actor.logprobs_T if actor else None
     penalised_T = rollout.sampled_logprobs_T if old_T is None else old_T
     rewards_T = shape_rewards(rollout, penalised_T, reference_T, scores_S, config, kl_coefficient)
@@ -146,7 +149,7 @@ def pack_rollout(answers: Sequence[Answer]) -> Rollout:
         cu_seqlens_S1=packed.cu_seqlens_S1,
         lengths=packed.lengths,
         mask_T=packed.mask_T,
-        num_targets=packed.num_targets,
+        target_counts=packed.target_counts,
         sampled_logprobs_T=torch.zeros(packed.num_tokens).masked_scatter(packed.mask_T, sampled_A),
         finished_S=torch.tensor([a.finished for a in answers], dtype=torch.bool),
     )
@@ -179,21 +182,22 @@ def with_advantages(
     config: PpoConfig,
 ) -> Experience:
     """GAE over the actions alone, the critic's targets, and advantages normalised over the whole rollout."""
-    mask_T = rollout.mask_T
+    mask_T, index_A = rollout.mask_T, masked_index(rollout)
     advantages_A = gae(
-        rewards_T[mask_T],
-        values_T[mask_T],
+        rewards_T.index_select(0, index_A),
+        values_T.index_select(0, index_A),
         cu_actions(mask_T, rollout.cu_seqlens_S1),
         gamma=config.gamma,
         lam=config.gae_lambda,
+        longest=max(rollout.target_counts),
     )
-    advantages_T = torch.zeros_like(values_T).masked_scatter(mask_T, advantages_A)
+    advantages_T = advantages_A.new_zeros(rollout.num_tokens).index_copy(0, index_A, advantages_A)
     return Experience(
         token_ids_T=rollout.token_ids_T,
         cu_seqlens_S1=rollout.cu_seqlens_S1,
         lengths=rollout.lengths,
         mask_T=mask_T,
-        num_targets=rollout.num_targets,
+        target_counts=rollout.target_counts,
         sampled_logprobs_T=rollout.sampled_logprobs_T,
         old_logprobs_T=old_logprobs_T,
         reference_logprobs_T=reference_T,
