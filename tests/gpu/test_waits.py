@@ -12,7 +12,7 @@ from dovetail.rlhf.rollout import score_answers
 from tests.fakes import byte_tokenizer, tiny_model
 from tests.rlhf.tiny import PROMPTS, tiny_config, tiny_reward_model
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 
 
 def waits_of(work: Callable[[], object]) -> int:

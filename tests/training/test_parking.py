@@ -8,7 +8,8 @@ from dovetail.training.optim import build_optimizer
 from dovetail.training.parking import ParkingSpace
 from tests.training.toy import Toy, loss_of, same_bits, toy_batch, weights_of
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+ON_A_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+DEVICES = ["cpu", pytest.param("cuda", marks=ON_A_GPU)]
 
 
 def train(model: Toy, device: str, *, park: bool) -> tuple[dict[str, torch.Tensor], dict, dict]:
@@ -56,6 +57,7 @@ def test_a_parked_tensor_is_the_same_object_elsewhere(device: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_parking_frees_the_memory_of_the_device() -> None:
     tensor = torch.zeros(2**20, device="cuda")
     space, before = ParkingSpace([tensor]), torch.cuda.memory_allocated()

@@ -60,12 +60,12 @@ def run(context: Context, judge: Judge | None = None) -> StageReport:
     )
     results: dict[str, float] = {}
     start = resume(checkpoints, load, "ppo")
+    engine.check_parity(prompts)
     samples = SampleLog(folder.samples, start=start, every=config.print_samples_every)
     with (
         context.metrics("ppo", start=start) as metrics,
         context.progress("ppo", total=iterations, start=start) as progress,
     ):
-        engine.check_parity(prompts)
         if start == 0:
             metrics.record(0, held_out_stats(0))
         for iteration in range(start, iterations):
