@@ -1,5 +1,7 @@
 """The memory of a step: worked by hand, and against what autograd really keeps."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -7,11 +9,12 @@ from torch import nn
 from dovetail.batches import pack
 from dovetail.model.forward import hidden_states
 from dovetail.model.lora import add_lora
+from dovetail.model.scalar import scalar_model_from
 from dovetail.training.step_memory import (
-    HEAD_BYTES,
     Architecture,
     activation_bytes,
     architecture_of,
+    head_bytes,
     layer_elements,
     state_bytes,
 )
@@ -23,6 +26,7 @@ CLASSIC = Architecture(
     query_width=2048,
     key_width=2048,
     inner_width=8192,
+    vocabulary=0,
     inner_copies=2,
     has_rms_norms=False,
 )
@@ -32,6 +36,7 @@ LLAMA_8B = Architecture(
     query_width=4096,
     key_width=1024,
     inner_width=14336,
+    vocabulary=128256,
     inner_copies=4,
     has_rms_norms=True,
 )
@@ -48,9 +53,35 @@ def test_a_gated_layer_with_grouped_heads_worked_by_hand() -> None:
 
 def test_activations_worked_by_hand() -> None:
     whole = activation_bytes(CLASSIC, tokens=1000, element_bytes=2, is_checkpointed=False)
-    assert whole == (24 * 16 + 3) * 2048 * 1000 * 2 + 3 * 256 * 2**20
+    assert whole == (24 * 16 + 3) * 2048 * 1000 * 2
     less = activation_bytes(CLASSIC, tokens=1000, element_bytes=2, is_checkpointed=True)
-    assert less == (24 + 16 + 3) * 2048 * 1000 * 2 + 3 * 256 * 2**20
+    assert less == (24 + 16 + 3) * 2048 * 1000 * 2
+
+
+def test_the_head_holds_one_chunk_of_logits_or_all_if_they_are_fewer() -> None:
+    weight = 8 * 128256 * 4096
+    assert head_bytes(LLAMA_8B, tokens=100) == 2 * 4 * 100 * 128256 + weight
+    assert head_bytes(LLAMA_8B, tokens=10_000) == 2 * 2**30 + weight
+    assert head_bytes(CLASSIC, tokens=10_000) == 0
+
+
+def test_the_numbers_are_read_off_any_model() -> None:
+    model = tiny_model("llama")
+    found = architecture_of(model)
+    assert found == Architecture(
+        num_layers=2,
+        width=32,
+        query_width=32,
+        key_width=16,
+        inner_width=64,
+        vocabulary=258,
+        inner_copies=4,
+        has_rms_norms=True,
+    )
+    reward_model = scalar_model_from(model, seed=0, pad_token_id=None)
+    assert architecture_of(reward_model) == replace(found, vocabulary=0)
+    opt = architecture_of(tiny_model("opt"))
+    assert (opt.inner_width, opt.inner_copies, opt.has_rms_norms) == (64, 1, False)
 
 
 @pytest.mark.parametrize(
@@ -88,8 +119,6 @@ def test_the_estimate_is_near_what_autograd_keeps(name: str, dtype: torch.dtype)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         hidden_states(model, batch)
     really = sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in weights)
-    bytes_each = dtype.itemsize
-    estimate = activation_bytes(
-        architecture_of(model), tokens=256, element_bytes=bytes_each, is_checkpointed=False
-    )
-    assert estimate - HEAD_BYTES == pytest.approx(really, rel=0.15)
+    headless = replace(architecture_of(model), vocabulary=0)
+    estimate = activation_bytes(headless, tokens=256, element_bytes=dtype.itemsize, is_checkpointed=False)
+    assert estimate == pytest.approx(really, rel=0.15)

@@ -3,7 +3,8 @@
 Responsible for: bytes of optimiser state and gradients, and of the activations of one micro-batch.
 Not responsible for: how much there is, and what follows from it (rlhf/build.py).
 
-Shapes: D width of the hidden states, Q of all query heads, K of all key heads, F of the feed-forward layer.
+Shapes: D width of the hidden states, Q of all query heads, K of all key heads, F of the feed-forward layer,
+V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -13,14 +14,11 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from dovetail.model.linear_logprobs import CHUNK_BYTES
+from dovetail.model.linear_logprobs import CUDA_CHUNK_BYTES
 
 MASTER, MOMENTS, GRADIENT, AVERAGE = 4, 8, 4, 4
 """Bytes of one trained weight, all float32: its master copy, Adam's two moments, the accumulated gradient, and
 its moving average."""
-
-HEAD_BYTES = 3 * CHUNK_BYTES
-"""Logits of one chunk, their probabilities and the gradient (model/linear_logprobs.py)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +34,8 @@ class Architecture:
     """K: key heads times head width."""
     inner_width: int
     """F."""
+    vocabulary: int
+    """V of the language-model head; 0 if there is none (reward models, critics)."""
     inner_copies: int
     """How many numbers the feed-forward layer keeps of each of its F: 4 where it multiplies two projections (SwiGLU
     and its like), 2 where one goes through a function, 1 where that is ReLU, which needs its result alone."""
@@ -58,12 +58,14 @@ def architecture_of(model: PreTrainedModel) -> Architecture:
         ),
         4 * width,
     )
+    head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     return Architecture(
         num_layers=int(config.num_hidden_layers),
         width=width,
         query_width=heads * head_width,
         key_width=int(getattr(config, "num_key_value_heads", None) or heads) * head_width,
         inner_width=int(inner),
+        vocabulary=0 if head is None else int(head.weight.shape[0]),
         inner_copies=_inner_copies(config, names),
         has_rms_norms=any(type(module).__name__.endswith("RMSNorm") for module in model.modules()),
     )
@@ -94,6 +96,14 @@ def layer_elements(of: Architecture) -> int:
     return norms + 2 * of.query_width + 2 * of.key_width + of.inner_copies * of.inner_width
 
 
+def head_bytes(of: Architecture, *, tokens: int) -> int:
+    """Float32 logits of one chunk on a GPU and their gradient, and twice the head's: the sum and what is added.
+
+    See model/linear_logprobs.py; without a head, nothing.
+    """
+    return 2 * min(CUDA_CHUNK_BYTES, 4 * tokens * of.vocabulary) + 2 * 4 * of.vocabulary * of.width
+
+
 def activation_bytes(of: Architecture, *, tokens: int, element_bytes: int, is_checkpointed: bool) -> int:
     """Activations of a micro-batch at their peak, the head's included.
 
@@ -101,9 +111,8 @@ def activation_bytes(of: Architecture, *, tokens: int, element_bytes: int, is_ch
     """
     layer = layer_elements(of)
     kept = of.num_layers * of.width + layer if is_checkpointed else of.num_layers * layer
-    return (
-        kept + 3 * of.width
-    ) * tokens * element_bytes + HEAD_BYTES  # embedding, last norm, input of the head
+    ends = 3 * of.width  # the embedding, the last norm, what the head reads
+    return (kept + ends) * tokens * element_bytes + head_bytes(of, tokens=tokens)
 
 
 def state_bytes(model: nn.Module, *, is_averaged: bool) -> int:
