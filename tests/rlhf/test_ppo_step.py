@@ -172,7 +172,7 @@ def test_a_learning_rate_of_zero_gives_ratio_one_and_no_kl(source: str, epochs: 
         assert abs(collected.kl_nats_per_answer) <= rounding
 
 
-@pytest.mark.parametrize("cap", [CAP, None])
+@pytest.mark.parametrize("cap", [CAP, 1.0, None])
 def test_both_sources_report_the_same_mismatch_and_entropy(
     cap: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -190,6 +190,8 @@ def test_both_sources_report_the_same_mismatch_and_entropy(
     for name in (*MEASURED, *(["ppo/importance_capped_fraction"] if cap else [])):
         assert training[name] > 0
         assert generation[name] == pytest.approx(training[name], rel=1e-4)
+    if cap == 1.0:  # gaps are as often below zero as above
+        assert training["ppo/importance_capped_fraction"] == pytest.approx(0.5, abs=0.15)
     assert 0.04 < training["rollout/logprob_gap_max"] < 0.0501
     assert training["rollout/logprob_gap_mean"] == pytest.approx(0.025, rel=0.3)
     assert training["rollout/mismatch_kl_nats_per_token"] == pytest.approx(0.05**2 / 6, rel=0.3)

@@ -42,7 +42,7 @@ def mismatch(old_logprobs_T: Tensor, sampled_logprobs_T: Tensor, mask_T: Tensor)
 def importance_weights(
     old_logprobs_T: Tensor, sampled_logprobs_T: Tensor, mask_T: Tensor, *, cap: float
 ) -> Tensor:
-    """w_t = min(pi_old,t / mu_t, C), 1 where mask_T is False; [T], without gradient.
+    """w_t = min(pi_old,t / mu_t, C); [T], without gradient. Where mask_T is False both count as equal.
 
     Truncated importance sampling (Ionides 2008, "Truncated Importance Sampling"), per token: it multiplies the
     advantage. Where every answer is one token, the mean of w_t A_t grad log pi_t over draws from mu is that over

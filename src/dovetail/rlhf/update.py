@@ -163,7 +163,7 @@ def policy_loss(actor: PreTrainedModel, micro: Experience, *, config: PpoConfig)
     if config.importance_cap is not None:
         weights_T = importance_weights(old_T, micro.sampled_logprobs_T, mask_T, cap=config.importance_cap)
         advantages_T = advantages_T * weights_T
-        stats["capped"] = (weights_T == config.importance_cap).sum()
+        stats["capped"] = ((weights_T == config.importance_cap) & mask_T).sum()
     loss = clipped_policy_loss(found.logprobs_T, old_T, advantages_T, mask_T, clip=config.ratio_clip)
     stats |= {"clipped": loss.num_clipped, "approx_kl": loss.kl_sum, "clamped": loss.num_clamped}
     if not begins:
