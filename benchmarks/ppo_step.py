@@ -4,7 +4,7 @@
     python benchmarks/ppo_step.py --batch 256 --ragged --peer naive
     python benchmarks/ppo_step.py --model opt-13b --lora 128 --batch 64 --micro-tokens 2048 --steps 5
 
-Sampling, scoring by four roles and the update are the product's own code; only text is left out, since random
+Sampling, scoring and the update are the product's own code; only text is left out, since random
 weights have none. Answers have no end token, so lengths are exact. One JSON line a step and one of the medians,
 with TFLOP/s by the predecessor's formula (perf.py counts generation and both training passes, not the scoring).
 The `naive` peer is what one writes with transformers alone: padded generate, four separate models, padded forwards
@@ -71,6 +71,7 @@ def measure_ours(options: argparse.Namespace, device: torch.device, lengths: Seq
     config = PpoConfig(
         batch_size=options.batch,
         micro_batch_tokens=options.micro_tokens,
+        critic_warmup_rollouts=0,
         sampling=SamplingConfig(max_new_tokens=max(lengths)),
     )
     roles, learners = make_parts(options, device, config)
@@ -127,9 +128,10 @@ def one_step(
         )
         for prompt, found in zip(prompts, completions, strict=True)
     ]  # fmt: skip
-    collected = score_answers(answers, roles, config, kl_coefficient=0.05)
+    with_old = config.needs_old_logprobs(step)
+    collected = score_answers(answers, roles, config, kl_coefficient=0.05, with_old_logprobs=with_old)
     scored = shapes.now(roles.device)
-    update(collected.experience, roles, learners, config, seed=step)
+    update(collected.experience, roles, learners, config, iteration=step, seed=0)
     end = shapes.now(roles.device)
     return {
         "generate": generated - start, "score": scored - generated, "train": end - scored, "seconds": end - start,
