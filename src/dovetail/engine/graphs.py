@@ -240,7 +240,7 @@ class GraphDecoder:
                 graph.capture_begin(pool=pool, capture_error_mode="thread_local")
                 self._compute(*key)
                 graph.capture_end()
-            except (RuntimeError, NotImplementedError) as error:
+            except RuntimeError as error:
                 graph = None
                 self._give_up(error)
         torch.cuda.current_stream(self._device).wait_stream(stream)

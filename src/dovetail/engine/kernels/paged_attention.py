@@ -54,30 +54,23 @@ def _attend(
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     head, row, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    num_heads = tl.num_programs(0)
     place_G, place_K, place_N = tl.arange(0, GP), tl.arange(0, KP), tl.arange(0, PAGE)
     is_query, is_width = place_G < G, place_K < K
     is_real = is_query[:, None] & is_width[None, :]
     query_heads = head * G + place_G
     count = tl.load(state_ptr + row * state_row)  # old tokens of this row; -1: nothing to do
-    query = tl.load(
-        query_ptr + row * query_row + query_heads[:, None] * query_head + place_K[None, :],
-        mask=is_real,
-        other=0.0,
-    )
+    query_ptr += row * query_row
+    query = tl.load(query_ptr + query_heads[:, None] * query_head + place_K[None, :], mask=is_real, other=0.0)
     table_ptr = state_ptr + row * state_row + TABLE
     top = tl.full((GP,), _NOTHING, tl.float32)
     total = tl.zeros((GP,), tl.float32)
     mixed = tl.zeros((GP, KP), tl.float32)
     if (split == 0) & (count >= 0):
-        new_key = tl.load(key_ptr + row * key_row + head * key_head + place_K, mask=is_width, other=0.0)
-        new_value = tl.load(
-            value_ptr + row * value_row + head * value_head + place_K, mask=is_width, other=0.0
-        )
         page = tl.load(table_ptr + count // PAGE).to(tl.int64)
         target = page * page_stride + (head * PAGE + count % PAGE) * K + place_K
-        tl.store(keys_ptr + target, new_key, mask=is_width)
-        tl.store(values_ptr + target, new_value, mask=is_width)
+        new_key = _stored(key_ptr + row * key_row + head * key_head + place_K, keys_ptr + target, is_width)
+        value_ptr += row * value_row + head * value_head
+        new_value = _stored(value_ptr + place_K, values_ptr + target, is_width)
         score = tl.sum(query.to(tl.float32) * new_key.to(tl.float32)[None, :], 1) * scale
         top, total = _capped(score, softcap, HAS_CAP), total + 1.0
         mixed += new_value.to(tl.float32)[None, :]
@@ -102,12 +95,13 @@ def _attend(
         total = total * shrink + tl.sum(weights, 1)
         mixed = mixed * shrink[:, None] + tl.dot(weights.to(values.dtype), values, input_precision=PRECISION)
         top = higher
+    rows = row * tl.num_programs(0) * G + query_heads
     if SPLITS == 1:
         mixed = mixed / tl.where(total > 0.0, total, 1.0)[:, None]
-        where_out = (row * num_heads * G + query_heads)[:, None] * K + place_K[None, :]
-        tl.store(out_ptr + where_out, mixed.to(out_ptr.dtype.element_ty), mask=is_real)
+        mixed = mixed.to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + rows[:, None] * K + place_K[None, :], mixed, mask=is_real)
     else:
-        part = (row * num_heads * G + query_heads) * SPLITS + split
+        part = rows * SPLITS + split
         tl.store(partial_ptr + part[:, None] * KP + place_K[None, :], mixed, mask=is_query[:, None])
         tl.store(totals_ptr + part * 2, top, mask=is_query)
         tl.store(totals_ptr + part * 2 + 1, total, mask=is_query)
