@@ -12,6 +12,7 @@ SUMMARY = {
     "gold": {"base": 0.1, "sft": 0.6, "ppo": 0.8, "ema": 0.81},
     "gold_greedy": {"base": 0.2, "sft": 0.7, "ppo": 0.9, "ema": 0.91},
     "parts": dict.fromkeys(("base", "sft", "ppo", "ema"), PARTS),
+    "test_prompts": 120,
     "reward": {"accuracy": 0.8125, "steps": 100},
     "seconds": {"sft": 10.4, "reward": 20.6, "ppo": 30.0, "total": 61.2},
 }
@@ -46,7 +47,17 @@ def test_the_table_shows_every_model_part_and_time() -> None:
     text = io.StringIO()
     Console(file=text, width=100).print(demo.table(SUMMARY))
     rows = text.getvalue()
-    for shown in ("truth", "politeness", "0.600", "0.700", "0.800", "0.810", "0.250", "0.812"):
+    for shown in (
+        "120 held-out prompts",
+        "truth",
+        "politeness",
+        "0.600",
+        "0.700",
+        "0.800",
+        "0.810",
+        "0.250",
+        "0.812",
+    ):
         assert shown in rows
     assert "sft 10 s, reward 21 s, ppo 30 s, total 61 s" in rows
 

@@ -84,14 +84,6 @@ def test_ppo_without_anything_that_scores_says_so(tmp_path: Path) -> None:
         pipeline.run(config)
 
 
-def test_mixture_training_without_text_says_so(tmp_path: Path) -> None:
-    config = tiny_run(
-        tmp_path, stages=("ppo",), data={"pretraining": []}, ppo={**SCORED, "ptx_coefficient": 1.0}
-    )
-    with pytest.raises(ConfigError, match=r"data\.pretraining"):
-        pipeline.run(config)
-
-
 @pytest.mark.parametrize(
     "spec", ["nowhere.py:score", "no_such_module:score", "math:no_such_function", "score"]
 )

@@ -61,10 +61,9 @@ def plan_of(model: str, seed: int, output_dir: str) -> "DemoPlan":
     from dovetail.stages.demo import DemoPlan
 
     values, origins = read_recipe(FOLDER / "demo" / f"{model}.yaml")
-    base = values.pop("base", None)
+    base, sizes = values.pop("base", None), values.pop("sizes", {})
     run = check({**_filled(values, words), "seed": seed}, origins)
-    sizes = Sizes() if model == "tiny" else Sizes(demonstrations=1_000, reward_prompts=160, ppo_prompts=512)
-    return DemoPlan(run=run, sizes=sizes, base=SftConfig(**base) if base else None)
+    return DemoPlan(run=run, sizes=Sizes(**sizes), base=SftConfig(**base) if base else None)
 
 
 def smollm2_weights() -> Path:
@@ -84,7 +83,9 @@ def table(summary: Mapping[str, Any]) -> Any:
     """Gold score of each model, sampled and greedy; accuracy of the reward model; times."""
     from rich.table import Table
 
-    shown = Table(title="Gold score on 200 held-out prompts (0 to 1)", title_justify="left")
+    shown = Table(
+        title=f"Gold score on {summary['test_prompts']} held-out prompts (0 to 1)", title_justify="left"
+    )
     parts = list(next(iter(summary["parts"].values()), {}))
     for column in ("model", "gold", "greedy", *parts):
         shown.add_column(column, justify="left" if column == "model" else "right")

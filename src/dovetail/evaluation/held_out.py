@@ -1,4 +1,4 @@
-"""How well a language model predicts held-out answers.
+"""How well a language model predicts held-out answers, and held-out plain text.
 
 Responsible for: mean loss and perplexity over the marked tokens. Not responsible for: which rows are held out.
 
@@ -30,3 +30,11 @@ def language_model_quality(
     model.train(was_training)
     loss = float(total) / batch.num_targets
     return {"held_out_loss": loss, "held_out_perplexity": math.exp(min(loss, 700.0))}
+
+
+def held_out_text_loss(
+    actor: PreTrainedModel, batch: PackedBatch | None, max_tokens: int, device: torch.device
+) -> dict[str, float]:
+    """Nats per token of plain text, which PPO alone lets rise: what it forgets. Nothing where nothing is held out."""
+    quality = language_model_quality(actor, batch, max_tokens, device)
+    return {"ppo/held_out_text_loss": quality["held_out_loss"]} if quality else {}

@@ -189,7 +189,8 @@ def measure(rows: Dataset, plan: DemoPlan, context: Context) -> dict[str, Any]:
         "ppo": folder.model("ppo"),
         "ema": folder.model("ema"),
     }
-    results: dict[str, Any] = {"gold": {}, "gold_greedy": {}, "parts": {}, "parts_greedy": {}, "samples": []}
+    results: dict[str, Any] = {"gold": {}, "gold_greedy": {}, "parts": {}, "parts_greedy": {}}
+    results["test_prompts"] = len(rows.test)
     for name, path in models.items():
         sample = sampler_of(path, context)
         for kind, greedy in (("", False), ("_greedy", True)):

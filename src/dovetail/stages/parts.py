@@ -5,6 +5,7 @@ Not responsible for: the loops (sft.py, reward.py, ppo.py), reading (data/, mode
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 import numpy as np
@@ -179,22 +180,32 @@ def prompts_of(context: Context, chat: ChatFormat, part: Part) -> list[Sequence[
     return [prompt.messages for prompt in prompts]
 
 
-def pretraining_texts(
-    context: Context, chat: ChatFormat, actor: PreTrainedModel
-) -> Callable[[int], PackedBatch] | None:
-    """For mixture training: the texts of an optimiser step. None where it is off."""
+@dataclass(frozen=True, slots=True)
+class PlainText:
+    """What stage 3 reads of `data.pretraining`; both None where it lists nothing."""
+
+    next_texts: Callable[[int], PackedBatch] | None = None
+    """The texts that an optimiser step of the actor learns from beside PPO's loss; None: mixture training is off."""
+    held_out: PackedBatch | None = None
+    """To see whether the actor forgets its language."""
+
+
+def plain_text(context: Context, chat: ChatFormat, actor: PreTrainedModel) -> PlainText:
+    """Plain text of stage 3; says whether mixture training is on."""
     config, data = context.config.ppo, context.config.data
-    if config.ptx_coefficient == 0.0:
-        return None
     if not data.pretraining:
-        raise ConfigError(
-            f"ppo.ptx_coefficient = {config.ptx_coefficient:g}, but data.pretraining names no plain text",
-            hint="list a source with a text column under data.pretraining, or set ppo.ptx_coefficient=0",
-        )
-    rows = _reported(tokenize_texts(load_stage(data, "text", "train"), chat, data))
-    expect_rows_fit(actor, rows)
-    order = BatchOrder(len(rows), min(config.ptx_batch_size, len(rows)), context.config.seed)
-    return lambda step: pack_rows(rows, order.batch(step))
+        say("mixture training: off, data.pretraining lists no text")
+        return PlainText()
+    train = _reported(tokenize_texts(load_stage(data, "text", "train"), chat, data))
+    held_out = _reported(tokenize_texts(load_stage(data, "text", "held_out"), chat, data))
+    expect_rows_fit(actor, train, held_out)
+    judged = pack_rows(held_out, range(len(held_out))) if len(held_out) else None
+    if config.ptx_coefficient == 0.0:
+        say("mixture training: off, ppo.ptx_coefficient = 0")
+        return PlainText(held_out=judged)
+    order = BatchOrder(len(train), min(config.ptx_batch_size, len(train)), context.config.seed)
+    say(f"mixture training: on, {order.batch_size} texts a step, weight {config.ptx_coefficient:g}")
+    return PlainText(lambda step: pack_rows(train, order.batch(step)), judged)
 
 
 def reward_start(context: Context) -> tuple[ModelConfig, ChatFormat]:

@@ -15,6 +15,7 @@ from torch import nn
 
 from dovetail.data.loader import BatchOrder
 from dovetail.evaluation.answers import Judge, evaluate_answers
+from dovetail.evaluation.held_out import held_out_text_loss
 from dovetail.model.copies import copy_of
 from dovetail.model.save import save_model
 from dovetail.rlhf.api import RLHFEngine
@@ -22,7 +23,7 @@ from dovetail.rlhf.rollout import collect
 from dovetail.rlhf.update import next_kl_coefficient, update
 from dovetail.stages.context import Context, StageReport, resume
 from dovetail.stages.guard import Best, check_kl
-from dovetail.stages.parts import actor_chat, pretraining_texts, prompts_of, rlhf_engine
+from dovetail.stages.parts import actor_chat, plain_text, prompts_of, rlhf_engine
 from dovetail.stages.samples import SampleLog
 from dovetail.telemetry.timing import Stopwatch
 from dovetail.training.run_folder import RunFolder
@@ -39,6 +40,7 @@ def run(context: Context, judge: Judge | None = None) -> StageReport:
     iterations = config.max_steps or max(1, len(prompts) // config.batch_size)
     engine = rlhf_engine(context, chat, total_steps=iterations * config.ppo_epochs * config.minibatches)
     roles, learners, beta = engine.roles, engine.learners, config.kl_coefficient
+    texts = plain_text(context, chat, roles.actor)
     best = Best(folder.model("best"), kl_limit=config.kl_limit)
     checkpoints = context.checkpoints("ppo", config)
 
@@ -51,12 +53,13 @@ def run(context: Context, judge: Judge | None = None) -> StageReport:
     def held_out_stats(step: int) -> dict[str, float]:
         judged = evaluate_answers(held_out, engine, judge)
         best.offer(judged.stats, engine, step=step)
-        return judged.stats
+        return judged.stats | held_out_text_loss(
+            roles.actor, texts.held_out, config.micro_batch_tokens, roles.device
+        )
 
-    next_texts = pretraining_texts(context, chat, roles.actor)
     sample = partial(collect, roles=roles, config=config, seed=context.config.seed)
     learn = partial(
-        update, roles=roles, learners=learners, config=config, seed=context.config.seed, next_texts=next_texts
+        update, roles=roles, learners=learners, config=config, seed=context.config.seed, next_texts=texts.next_texts
     )
     results: dict[str, float] = {}
     start = resume(checkpoints, load, "ppo")
