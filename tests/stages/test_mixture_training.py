@@ -48,7 +48,7 @@ def losses_of_ppo(folder: Path, model: Path, **ppo: Any) -> list[float]:
         | {"held_out": name == "unseen"}
         for name, part in (("learnt", LEARNT), ("unseen", UNSEEN))
     ]
-    changes = {"reward_function": f"{judge}:score", "max_steps": 12, "eval_every": 6, "save_every": 12} | ppo
+    changes = {"reward_function": f"{judge}:score", "max_steps": 24, "eval_every": 12, "save_every": 24} | ppo
     rate = {"learning_rate": 3e-3, "schedule": "constant"}
     changes |= {"batch_size": 16, "kl_coefficient": 0.0, "kl_stop": None, "actor_optimizer": rate}
     config = tiny_run(
