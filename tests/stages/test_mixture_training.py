@@ -93,7 +93,7 @@ def test_the_held_out_text_loss_is_the_mean_cross_entropy_of_text_that_nothing_l
 @pytest.mark.parametrize(
     ("data", "ppo", "says"),
     [
-        ({}, {"ptx_batch_size": 3}, "mixture training: on, 3 texts a step, weight 1"),
+        ({}, {"ptx_batch_size": 3}, "mixture training: on, 3 texts a step, weight 0.1"),
         ({}, {"ptx_coefficient": 0.0}, "mixture training: off, ppo.ptx_coefficient = 0"),
         ({"pretraining": []}, {}, "mixture training: off, data.pretraining lists no text"),
     ],

@@ -141,7 +141,7 @@ class PpoConfig(StageConfig):
     park_optimizer: bool = False
     """Keep optimiser states and the moving average in host memory while answers are generated and scored: room
     for longer answers on the device, for two copies over the bus per rollout. Nothing to do on the CPU."""
-    ptx_coefficient: NonNegativeFloat = 1.0
+    ptx_coefficient: NonNegativeFloat = 0.1
     """Mixture training (PPO-ptx): weight of the loss per token of plain text beside the PPO loss per token, in
     the same optimiser step. Takes effect where `data.pretraining` lists text, and nowhere else; 0 turns it
     off. The paper's 27.8 is for its own normalisation."""
