@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from dovetail.batches import PackedBatch
 from dovetail.model.forward import token_logprobs
+from dovetail.rlhf.roles import Roles
 
 
 @torch.no_grad()
@@ -32,9 +33,7 @@ def language_model_quality(
     return {"held_out_loss": loss, "held_out_perplexity": math.exp(min(loss, 700.0))}
 
 
-def held_out_text_loss(
-    actor: PreTrainedModel, batch: PackedBatch | None, max_tokens: int, device: torch.device
-) -> dict[str, float]:
+def held_out_text_loss(roles: Roles, batch: PackedBatch | None, max_tokens: int) -> dict[str, float]:
     """Nats per token of plain text, which PPO alone lets rise: what it forgets. Nothing where nothing is held out."""
-    quality = language_model_quality(actor, batch, max_tokens, device)
+    quality = language_model_quality(roles.actor, batch, max_tokens, roles.device)
     return {"ppo/held_out_text_loss": quality["held_out_loss"]} if quality else {}

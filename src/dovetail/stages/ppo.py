@@ -53,9 +53,7 @@ def run(context: Context, judge: Judge | None = None) -> StageReport:
     def held_out_stats(step: int) -> dict[str, float]:
         judged = evaluate_answers(held_out, engine, judge)
         best.offer(judged.stats, engine, step=step)
-        return judged.stats | held_out_text_loss(
-            roles.actor, texts.held_out, config.micro_batch_tokens, roles.device
-        )
+        return judged.stats | held_out_text_loss(roles, texts.held_out, config.micro_batch_tokens)
 
     sample = partial(collect, roles=roles, config=config, seed=context.config.seed)
     learn = partial(
