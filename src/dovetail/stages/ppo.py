@@ -57,7 +57,12 @@ def run(context: Context, judge: Judge | None = None) -> StageReport:
 
     sample = partial(collect, roles=roles, config=config, seed=context.config.seed)
     learn = partial(
-        update, roles=roles, learners=learners, config=config, seed=context.config.seed, next_texts=texts.next_texts
+        update,
+        roles=roles,
+        learners=learners,
+        config=config,
+        seed=context.config.seed,
+        next_texts=texts.next_texts,
     )
     results: dict[str, float] = {}
     start = resume(checkpoints, load, "ppo")
