@@ -184,7 +184,7 @@ def prompts_of(context: Context, chat: ChatFormat, part: Part) -> list[Sequence[
 class PlainText:
     """What stage 3 reads of `data.pretraining`; both None where it lists nothing."""
 
-    next_texts: Callable[[int], PackedBatch] | None = None
+    next: Callable[[int], PackedBatch] | None = None
     """The texts that an optimiser step of the actor learns from beside PPO's loss; None: mixture training is off."""
     held_out: PackedBatch | None = None
     """To see whether the actor forgets its language."""

@@ -36,7 +36,8 @@ def run(context: Context, judge: Judge | None = None) -> StageReport:
     """
     config, folder, chat = context.config.ppo, context.folder, actor_chat(context)
     prompts, held_out = prompts_of(context, chat, "train"), prompts_of(context, chat, "held_out")
-    order = BatchOrder(len(prompts), config.batch_size, context.config.seed)
+    seed = context.config.seed
+    order = BatchOrder(len(prompts), config.batch_size, seed)
     iterations = config.max_steps or max(1, len(prompts) // config.batch_size)
     engine = rlhf_engine(context, chat, total_steps=iterations * config.ppo_epochs * config.minibatches)
     roles, learners, beta = engine.roles, engine.learners, config.kl_coefficient
@@ -55,15 +56,8 @@ def run(context: Context, judge: Judge | None = None) -> StageReport:
         best.offer(judged.stats, engine, step=step)
         return judged.stats | held_out_text_loss(roles, texts.held_out, config.micro_batch_tokens)
 
-    sample = partial(collect, roles=roles, config=config, seed=context.config.seed)
-    learn = partial(
-        update,
-        roles=roles,
-        learners=learners,
-        config=config,
-        seed=context.config.seed,
-        next_texts=texts.next_texts,
-    )
+    sample = partial(collect, roles=roles, config=config, seed=seed)
+    learn = partial(update, roles=roles, learners=learners, config=config, seed=seed, next_texts=texts.next)
     results: dict[str, float] = {}
     start = resume(checkpoints, load, "ppo")
     engine.check_parity(prompts)
