@@ -3,6 +3,8 @@
     python benchmarks/generate.py --model opt-1.3b --batch 64 --prompt 256 --new 256 --peer hf
     python benchmarks/generate.py --model opt-1.3b --ragged --peer hf        512 requests, answers of 16 to 512
 
+    python benchmarks/generate.py --model opt-1.3b --check                   greedy tokens beside Hugging Face's
+
 Random weights of the true shapes, no end token: every length is exact. The peer takes ragged requests in order of
 arrival, 64 at a time, and runs each batch to its longest answer; we are given all at once. One JSON line a system.
 """
@@ -26,6 +28,11 @@ def main() -> None:
     options = arguments()
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     model = shapes.causal_lm(options.model, device, dtype)
+    if options.check:
+        shapes.show(
+            benchmark="generate", model=options.model, dtype=options.dtype, **agreement(model, options)
+        )
+        return
     count = options.requests if options.ragged else options.batch
     lengths = shapes.ragged_lengths(count) if options.ragged else [options.new] * count
     prompts = shapes.prompts_of(count, options.prompt, model.config.vocab_size)
@@ -76,6 +83,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--requests", type=int, default=512, help="with --ragged")
     parser.add_argument("--max-running", type=int, default=256)
     parser.add_argument("--peer", choices=["hf"])
+    parser.add_argument("--check", action="store_true", help="no timing: compare greedy tokens")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--dtype", default="bfloat16")
@@ -111,6 +119,26 @@ def hugging_face(
             do_sample=True, temperature=1.0, top_k=0, top_p=1.0, eos_token_id=None, pad_token_id=1, use_cache=True,
         )  # fmt: skip
         assert out.shape[1] == len(prompts[0]) + longest
+
+
+@torch.no_grad()
+def agreement(model: PreTrainedModel, options: argparse.Namespace) -> dict[str, int]:
+    """Greedy tokens of four prompts until the first that differs from Hugging Face's; all, unless rounding decides
+    between two tokens: then the two logits are next to equal, which half precision makes common."""
+    prompts = shapes.prompts_of(4, options.prompt, model.config.vocab_size)
+    with HybridEngine(model).generating() as generate:
+        found = generate(prompts, Sampling(max_new_tokens=options.new, temperature=0.0), seeds=range(4))
+    model.set_attn_implementation("sdpa")
+    ids = torch.tensor(prompts, device=model.device)
+    peer = model.generate(  # type: ignore[operator]
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=options.new, min_new_tokens=options.new,
+        do_sample=False, eos_token_id=None, pad_token_id=1,
+    )[:, options.prompt :].tolist()  # fmt: skip
+    same = [
+        next((i for i, (a, b) in enumerate(zip(ours.token_ids, theirs, strict=True)) if a != b), options.new)
+        for ours, theirs in zip(found, peer, strict=True)
+    ]
+    return {"tokens": 4 * options.new, "tokens_before_a_difference": sum(same)}
 
 
 if __name__ == "__main__":

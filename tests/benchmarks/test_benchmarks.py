@@ -1,0 +1,106 @@
+"""The benchmarks run at all, and their floors and formulas are those worked out by hand."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+TINY = ["--model", "tiny", "--device", "cpu", "--dtype", "float32"]
+
+
+def load(name: str) -> ModuleType:
+    """A benchmark as a module; they are scripts in no package."""
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+shapes: Any = load("shapes")
+
+
+def run(script: str, *words: str) -> list[dict[str, Any]]:
+    """The JSON lines that a benchmark prints."""
+    done = subprocess.run(
+        [sys.executable, FOLDER / script, *words],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def test_the_predecessor_s_formulas_give_what_one_works_out_by_hand() -> None:
+    config = shapes.SHAPES["tiny"]()  # h 32, L 2, V 128
+    # 24 x 3 x 64 x 2 x 32^2 = 9,437,184, times 1 + 64/192 + 128/1024 = 35/24
+    forward = 13_762_560
+    assert shapes.predecessor_generation_flop(config, 3, 64) == pytest.approx(forward)
+    assert shapes.predecessor_training_flop(config, 3, 64) == pytest.approx(3 * forward)
+    assert shapes.predecessor_training_flop(config, 3, 64, checkpointing=True) == pytest.approx(4 * forward)
+    # rank 8: 3 - (1 - 16/32)
+    assert shapes.predecessor_training_flop(config, 3, 64, rank=8) == pytest.approx(2.5 * forward)
+
+
+@pytest.mark.parametrize(("batch", "steps"), [(2, 10), (1, 14)])
+def test_the_floor_reads_weights_once_a_step_and_each_answer_s_cache_once_a_token(
+    batch: int, steps: int
+) -> None:
+    model = shapes.causal_lm("tiny", torch.device("cpu"), torch.float32)
+    # Two answers, of 4 and 10 tokens, after 8 of the prompt. Two at a time: as many steps as the longer has.
+    parameters = sum(p.numel() for p in model.parameters())
+    prefill = 2 * parameters * 16 / 811e12
+    keys_and_values = (
+        (4 * (8 + 2) + 10 * (8 + 5)) * 2 * 2 * 32 * 4
+    )  # tokens x (k, v) x layers x width x bytes
+    expected = prefill + (parameters * 4 * steps + keys_and_values) / 3.02e12
+    assert shapes.generation_floor(model, 8, [4, 10], batch, torch.float32) == pytest.approx(expected)
+
+
+def test_ragged_lengths_stay_in_bounds_and_have_a_long_tail() -> None:
+    lengths = sorted(shapes.ragged_lengths(512))
+    assert (lengths[0], lengths[-1]) == (16, 512)
+    assert 80 < lengths[256] < 125
+    assert sum(lengths) / 512 > lengths[256] * 1.2
+
+
+@pytest.mark.slow
+def test_generation_beside_hugging_face() -> None:
+    words = ["--prompt", "8", "--new", "4", "--batch", "3", "--peer", "hf", "--repeats", "1"]
+    ours, peer, ratio = run("generate.py", *TINY, *words)
+    assert [row["system"] for row in (ours, peer)] == ["dovetail", "hf"]
+    assert ours["new_tokens"] == 12
+    assert ratio["ratio_to_hf"] == pytest.approx(peer["seconds"] / ours["seconds"], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_greedy_tokens_agree_with_hugging_face() -> None:
+    [row] = run("generate.py", *TINY, "--prompt", "8", "--new", "16", "--check")
+    assert row["tokens_before_a_difference"] == row["tokens"] == 64
+
+
+@pytest.mark.slow
+def test_a_training_step_beside_hugging_face() -> None:
+    rows = run("train_step.py", *TINY, "--sequences", "2", "--micro", "1", "--repeats", "1")
+    assert [row.get("system") for row in rows] == ["dovetail", "hf_bf16", "hf_autocast", None]
+    assert rows[0]["tokens"] == 1024
+
+
+@pytest.mark.slow
+def test_a_ppo_step_beside_the_naive_one() -> None:
+    words = ["--reward", "tiny-350m", "--batch", "2", "--prompt", "8", "--new", "4", "--steps", "2"]
+    rows = run("ppo_step.py", *TINY, *words, "--peer", "naive")
+    *steps, medians, peer, ratio = rows
+    for row in steps:
+        assert row["generate"] + row["score"] + row["train"] == pytest.approx(row["seconds"], rel=1e-3)
+    assert medians["seconds"] == steps[1]["seconds"]
+    assert medians["sequences_per_second"] == pytest.approx(2 / medians["seconds"], rel=1e-3)
+    assert ratio["ratio_to_naive"] == pytest.approx(peer["seconds"] / medians["seconds"], rel=1e-3)
