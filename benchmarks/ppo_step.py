@@ -8,7 +8,8 @@ Sampling, scoring and the update are the product's own code; only text is left o
 weights have none. Answers have no end token, so lengths are exact. One JSON line a step and one of the medians,
 with TFLOP/s by the predecessor's formula (perf.py counts generation and both training passes, not the scoring).
 The `naive` peer is what one writes with transformers alone: padded generate, four separate models, padded forwards
-with full logits, AdamW on bf16 weights, the largest micro-batch that fits. One epoch, one update a rollout.
+with full logits, AdamW on bf16 weights, the largest micro-batch that fits. The `trl` peer is TRL's PPOTrainer
+(trl_ppo.py; requirements/bench.txt). One epoch, one update a rollout.
 """
 
 from __future__ import annotations
@@ -46,11 +47,12 @@ def main() -> None:
     medians = measure_ours(options, device, lengths)
     if options.peer:
         shapes.fresh(device)
-        peer = measure_naive(options, device, lengths)
-        shapes.show(benchmark="ppo_step", ratio_to_naive=peer / medians)
+        measure = {"naive": measure_naive, "trl": measure_trl}[options.peer]
+        ratio = measure(options, device, lengths) / medians
+        shapes.show(benchmark="ppo_step", **{f"ratio_to_{options.peer}": ratio})
 
 
-def arguments() -> argparse.Namespace:
+def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=shapes.SHAPES, default="opt-1.3b")
     parser.add_argument("--reward", choices=shapes.SHAPES, default="opt-350m")
@@ -61,10 +63,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--ragged", action="store_true", help="answers of 16 to 512 tokens")
     parser.add_argument("--micro-tokens", type=int, default=16384)
     parser.add_argument("--steps", type=int, default=4, help="the first is not counted")
-    parser.add_argument("--peer", choices=["naive"])
+    parser.add_argument("--peer", choices=["naive", "trl"])
+    parser.add_argument("--trl-micro", type=int, default=16, help="sequences; divides the batch")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default="cuda")
-    return parser.parse_args()
+    return parser.parse_args(words)
 
 
 def measure_ours(options: argparse.Namespace, device: torch.device, lengths: Sequence[int]) -> float:
@@ -161,6 +164,24 @@ def rates(
         ],
         "predecessor_figure_6": FIGURE_6.get(options.model),
     }
+
+
+def measure_trl(options: argparse.Namespace, device: torch.device, lengths: Sequence[int]) -> float:
+    """TRL on the same models; its rollout is one batch."""
+    import trl_ppo  # only this peer needs TRL
+
+    rows = trl_ppo.step_seconds(
+        options.model, options.reward, device=device, dtype=getattr(torch, options.dtype), prompt=options.prompt,
+        lengths=lengths, micro=options.trl_micro, steps=options.steps,
+    )  # fmt: skip
+    names = ("generate", "score", "train", "seconds")
+    medians = {name: statistics.median(row[name] for row in rows[1:]) for name in names}
+    shapes.show(
+        benchmark="ppo_step", system="trl", model=options.model, batch=options.batch, ragged=options.ragged,
+        micro_sequences=options.trl_micro, **medians, sequences_per_second=options.batch / medians["seconds"],
+        **shapes.setting(device), **shapes.memory(device),
+    )  # fmt: skip
+    return medians["seconds"]
 
 
 def measure_naive(options: argparse.Namespace, device: torch.device, lengths: Sequence[int]) -> float:
