@@ -140,7 +140,7 @@ class GraphDecoder:
 
     def step(self, answers: Sequence[Answer], version: int) -> Draw:
         """Feed every answer its last token and draw the next."""
-        self._close_ranks(len(answers))
+        self._close_ranks()
         rows = [self._row_of[answer] for answer in answers]
         size = _size_for(max(rows) + 1)
         truncates = any(answer.sampling.truncates for answer in answers)
@@ -180,7 +180,7 @@ class GraphDecoder:
             self._seen_BV[row, to_device(answer.all_ids, self._device)] = True
             self._seen_BV[row, last] = True
 
-    def _close_ranks(self, num_answers: int) -> None:
+    def _close_ranks(self) -> None:
         """Move the last rows into free ones, where that makes the batch fit a smaller graph."""
         highest = max(self._row_of.values())
         if _size_for(len(self._row_of)) == _size_for(highest + 1):

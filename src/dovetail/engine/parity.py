@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -133,11 +134,11 @@ def check_parity(
         batch = _packed(cut, answers).to(next(model.parameters()).device)
         trained_A = token_logprobs(model, batch).logprobs_T[batch.mask_T].tolist()
         tokens = _beside_the_reference(model, cut, answers, [p for row in generated for p in row], trained_A)
-        wrong = _first_wrong(tokens, tolerance, _generated)
+        wrong = _first_wrong(tokens, tolerance, attrgetter("generated"))
         if wrong is not None:
             where = _trace_generation(engine, cut, wrong.prompt, tolerance)
             raise _parity_error(model, "generation", wrong, wrong.generated, cut, decode_text, where)
-        wrong = _first_wrong(tokens, tolerance, _trained)
+        wrong = _first_wrong(tokens, tolerance, attrgetter("trained"))
         if wrong is not None:
             sequences = [[*prompt, *answer] for prompt, answer in zip(cut, answers, strict=True)]
             where = _trace_training(model, sequences, wrong.prompt, tolerance)
@@ -223,14 +224,6 @@ def _beside_the_reference(
                 logprobs = (plain, generated_A[at], trained_A[at])
                 tokens.append(_Token(index, place, token_id, best_id, shortfall, *logprobs))
     return tokens
-
-
-def _generated(token: _Token) -> float:
-    return token.generated
-
-
-def _trained(token: _Token) -> float:
-    return token.trained
 
 
 def _first_wrong(
