@@ -110,7 +110,13 @@ class PagedGeneration:
         scheduler = Scheduler(
             answers, self._arena, max_running=limits.max_running, max_prefill_tokens=limits.max_prefill_tokens
         )
-        draws = _Draws(scheduler, decoder, listener)
+        try:
+            self._loop(scheduler, decoder, _Draws(scheduler, decoder, listener))
+        finally:
+            decoder.forget(answers)  # a listener may have raised; the rows serve the next call
+        return Counts(scheduler.num_preempted, scheduler.num_shared_tokens)
+
+    def _loop(self, scheduler: Scheduler, decoder: Decoder, draws: _Draws) -> None:
         while scheduler.waiting or scheduler.running:
             chunks = scheduler.admit()
             if chunks:
@@ -123,7 +129,6 @@ class PagedGeneration:
                 draws.add(self._decode(ready, scheduler.version))
             elif not chunks:
                 draws.read(keep=0)
-        return Counts(scheduler.num_preempted, scheduler.num_shared_tokens)
 
     def _read(self, chunks: Sequence[Chunk]) -> Draw | None:
         """Read parts of prompts; draw the next token of those that are complete."""
