@@ -1,3 +1,4 @@
+import copy
 import math
 
 import pytest
@@ -117,10 +118,41 @@ def test_gradients_of_low_precision_weights_accumulate_in_float32(dtype: torch.d
         for name, parameter in alone.named_parameters():
             expected[name] = expected.get(name, 0) + parameter.grad.float()
         backward(model, seed)
-    found = optimizer.gradients()
-    assert all(gradient.dtype == torch.float32 for gradient in found.values())
-    torch.testing.assert_close(found, expected, rtol=0, atol=0)
-    assert all(parameter.grad is None for parameter in model.parameters())
+        found = optimizer.gradients()
+        # nothing is lost by keeping the only one as it came
+        assert {gradient.dtype for gradient in found.values()} == {torch.float32 if seed else dtype}
+        torch.testing.assert_close(
+            {name: gradient.float() for name, gradient in found.items()}, expected, rtol=0, atol=0
+        )
+        assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_scales_the_gradients_in_the_precision_of_the_update(dtype: torch.dtype) -> None:
+    one, other = Toy(dtype=dtype), Toy(dtype=dtype)
+    first, second = (build_optimizer(model, learning_rate=0.1, eps=1.0) for model in (one, other))
+    backward(one)
+    first.step(torch.tensor(0.3, dtype=torch.float64))
+    backward(other)
+    for slot in second._slots.values():
+        if slot.has_master:
+            slot.master_gradient = slot.master_gradient.float() * 0.3
+        else:
+            slot.parameter.grad *= 0.3
+    second.step()
+    assert same_bits(first.weights(), second.weights())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_scale_that_is_no_number_leaves_everything_as_it_is(dtype: torch.dtype) -> None:
+    model = Toy(dtype=dtype)
+    optimizer = build_optimizer(model, learning_rate=0.1, weight_decay=0.1)
+    before, state = weights_of(model), copy.deepcopy(optimizer.state_dict())
+    backward(model)
+    optimizer.step(torch.tensor(math.nan, dtype=torch.float64))
+    assert same_bits(weights_of(model), before)
+    for name, saved in optimizer.state_dict()["parameters"].items():
+        assert same_bits(saved, state["parameters"][name])
 
 
 def test_full_precision_weights_are_not_copied() -> None:
@@ -149,8 +181,6 @@ def test_the_gradient_norm_is_over_the_whole_model() -> None:
     backward(model)
     flat = [float(x) for p in model.parameters() for x in p.grad.flatten()]
     assert float(optimizer.grad_norm()) == pytest.approx(math.sqrt(math.fsum(x * x for x in flat)), rel=1e-12)
-    optimizer.scale_grads(0.5)
-    assert [float(x) for p in model.parameters() for x in p.grad.flatten()] == [0.5 * x for x in flat]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

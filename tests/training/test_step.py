@@ -39,14 +39,14 @@ def step(
 
 
 def gradients_seen(model: nn.Module, run: Callable[[Optimizer], object]) -> dict[str, Tensor]:
-    """The gradients at the moment of the update."""
+    """The gradients as the update takes them: times the scale it is given."""
     optimizer = build_optimizer(model, learning_rate=0.1)
     seen: dict[str, Tensor] = {}
     update = optimizer.step
 
-    def spy() -> None:
-        seen.update({name: g.clone() for name, g in optimizer.gradients().items()})
-        update()
+    def spy(scale: Tensor) -> None:
+        seen.update({name: g * float(scale) for name, g in optimizer.gradients().items()})
+        update(scale)
 
     optimizer.step = spy  # type: ignore[method-assign]
     run(optimizer)

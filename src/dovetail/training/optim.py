@@ -9,6 +9,7 @@ Why masters: bf16 has 8 bits of mantissa, so a weight of 1 cannot move by less t
 updates are a thousand times smaller. The masters move; the model's own weights are their rounded image.
 """
 
+import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,18 +40,21 @@ class _Slot:
     exp_avg_sq: Tensor
     has_master: bool
     master_gradient: Tensor | None = None
-    """float32, accumulated over micro-batches; only with a master."""
+    """Of the micro-batches so far; only with a master. In the parameter's precision while there is one, float32
+    once there are several."""
 
     def gradient(self) -> Tensor | None:
         return self.master_gradient if self.has_master else self.parameter.grad
 
     def take_gradient(self, parameter: Tensor) -> None:
-        """Called by autograd when the parameter's gradient is complete: move it to float32 and free it."""
+        """Called by autograd when the parameter's gradient is complete: take it away, or add it in float32."""
         assert parameter.grad is not None
         if self.master_gradient is None:
-            self.master_gradient = parameter.grad.float()
-        else:
+            self.master_gradient = parameter.grad
+        elif self.master_gradient.dtype == torch.float32:
             self.master_gradient.add_(parameter.grad)
+        else:
+            self.master_gradient = self.master_gradient.float().add_(parameter.grad)
         parameter.grad = None
 
 
@@ -109,22 +113,20 @@ class Optimizer:
             slot.master_gradient = None
 
     def gradients(self) -> dict[str, Tensor]:
-        """Name -> accumulated gradient, of the weights that have one; float32 for those with masters."""
+        """Name -> accumulated gradient, of the weights that have one; float32 once it is a sum of several."""
         found = ((name, slot.gradient()) for name, slot in self._slots.items())
         return {name: gradient for name, gradient in found if gradient is not None}
 
     def grad_norm(self) -> Tensor:
-        """Scalar on the device: the 2-norm over all gradients of the model."""
+        """Scalar on the device: the 2-norm over all gradients of the model, in float32 or better."""
         gradients = list(self.gradients().values())
         if not gradients:
             return torch.zeros(())
-        norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        precision = torch.float64 if gradients[0].dtype == torch.float64 else torch.float32
+        norm: Tensor = torch.linalg.vector_norm(
+            torch.stack(torch._foreach_norm(gradients, 2, dtype=precision))
+        )
         return norm
-
-    def scale_grads(self, factor: float) -> None:
-        """Multiply all gradients."""
-        if factor != 1.0:
-            torch._foreach_mul_(list(self.gradients().values()), factor)
 
     def park(self) -> None:
         """Keep masters and moments in host memory until `restore`; no step can be taken meanwhile."""
@@ -135,12 +137,21 @@ class Optimizer:
         self._parking.restore()
 
     @torch.no_grad()
-    def step(self) -> None:
-        """Update the weights that have a gradient; the model's own become the masters, rounded."""
+    def step(self, scale: Tensor | None = None) -> None:
+        """Update the weights that have a gradient; the model's own become the masters, rounded.
+
+        scale: scalar on the device that multiplies all gradients first; NaN leaves everything as it is. On a GPU
+        nothing waits for it.
+        """
         assert not self._parking.is_parked, "a step while the optimiser is parked"
         for slots, weight_decay in self._groups:
-            self._update([slot for slot in slots if slot.gradient() is not None], weight_decay)
-        self._write_images()
+            with_gradient = [slot for slot in slots if slot.gradient() is not None]
+            if not with_gradient:
+                continue
+            if all(_fits_the_kernel(slot) for slot in with_gradient):
+                self._update_in_one_pass(with_gradient, weight_decay, scale)
+            else:
+                self._update(with_gradient, weight_decay, scale)
 
     def weights(self) -> dict[str, Tensor]:
         """Name -> the weight in full precision: the master where there is one. References, not copies."""
@@ -172,12 +183,44 @@ class Optimizer:
         if self.scaler and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
 
-    def _update(self, slots: Sequence[_Slot], weight_decay: float) -> None:
-        if not slots:
+    def _update_in_one_pass(self, slots: Sequence[_Slot], weight_decay: float, scale: Tensor | None) -> None:
+        from dovetail.training.adamw_kernel import WeightState, adamw_step  # Triton comes with CUDA alone
+
+        device = slots[0].weight.device
+        factor = torch.ones((), device=device) if scale is None else scale.to(device, torch.float32)
+        torch._foreach_add_([slot.step for slot in slots], factor.isfinite().float())
+        states = [
+            WeightState(
+                weight=slot.weight,
+                gradient=slot.gradient(),  # type: ignore[arg-type]
+                exp_avg=slot.exp_avg,
+                exp_avg_sq=slot.exp_avg_sq,
+                step=slot.step,
+                image=slot.parameter if slot.has_master else None,
+            )
+            for slot in slots
+        ]
+        adamw_step(
+            states,
+            scale=factor,
+            learning_rate=self.learning_rate,
+            weight_decay=weight_decay,
+            betas=self._betas,
+            eps=self._eps,
+        )
+
+    def _update(self, slots: Sequence[_Slot], weight_decay: float, scale: Tensor | None) -> None:
+        factor = 1.0 if scale is None else float(scale)
+        if math.isnan(factor):
             return
+        gradients = [
+            gradient.to(slot.weight.dtype) for slot in slots if (gradient := slot.gradient()) is not None
+        ]
+        if factor != 1.0:
+            torch._foreach_mul_(gradients, factor)
         adamw(
             [slot.weight for slot in slots],
-            [gradient for slot in slots if (gradient := slot.gradient()) is not None],
+            gradients,
             [slot.exp_avg for slot in slots],
             [slot.exp_avg_sq for slot in slots],
             [],
@@ -191,6 +234,7 @@ class Optimizer:
             eps=self._eps,
             maximize=False,
         )
+        self._write_images()
 
     def _write_images(self) -> None:
         if self._images:
@@ -225,6 +269,17 @@ def _decays(name: str, parameter: Tensor) -> bool:
     """A reward model's head is called `score` in every Hugging Face class; peft adds its own names around
     it."""
     return parameter.ndim >= 2 and "score" not in name.split(".")
+
+
+def _fits_the_kernel(slot: _Slot) -> bool:
+    """Of training/adamw_kernel.py: on a GPU, float32 state, plain and contiguous tensors at round addresses."""
+    if not slot.weight.is_cuda or slot.weight.dtype != torch.float32:
+        return False
+    gradient = slot.gradient()
+    tensors = (slot.weight, gradient, slot.exp_avg, slot.exp_avg_sq, slot.parameter)
+    return all(
+        tensor is not None and tensor.is_contiguous() and tensor.data_ptr() % 16 == 0 for tensor in tensors
+    )
 
 
 def _slot_of(parameter: nn.Parameter) -> _Slot:

@@ -80,12 +80,16 @@ def gradient_step(
     if len({term.name for term in terms}) != len(terms):
         raise ValueError(f"two terms of a step have the same name: {[term.name for term in terms]}")
     optimizer.set_learning_rate(learning_rate)
-    sums, grad_norm = retry_on_out_of_memory(
+    device_sums, device_norm = retry_on_out_of_memory(
         lambda: _accumulate(optimizer, terms, budget.tokens, device),
         budget,
         clean_up=optimizer.zero_grad,
         unit_tokens=lambda: [unit.num_tokens for term in terms for unit in term.batch.micro_batches(1)],
     )
+    values = _stack([value for own in device_sums for value in own.values()] + [device_norm], device)
+    totals = _stack([own.total for own in device_sums], device)
+    optimizer.step(_clip_scale(totals, values[-1], max_grad_norm, _loss_scale(optimizer)))
+    sums, grad_norm = _on_host(device_sums, values, _loss_scale(optimizer))
     losses = {
         term.name: own.total / _global_targets(term.batch) for term, own in zip(terms, sums, strict=True)
     }
@@ -93,8 +97,6 @@ def gradient_step(
     is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
     if is_finite:
         _expect_same_targets(terms, sums)
-        optimizer.scale_grads(min(1.0, max_grad_norm / (grad_norm + 1e-6)) / _loss_scale(optimizer))
-        optimizer.step()
         _record_taken(optimizer)
     else:
         _record_skipped(model, optimizer, losses, grad_norm)
@@ -147,8 +149,9 @@ class _Sums:
 
 def _accumulate(
     optimizer: Optimizer, terms: Sequence[Term], max_tokens: int, device: torch.device
-) -> tuple[list[_Sums], float]:
-    """Gradients of all terms in the optimiser (times the loss scale); their sums and the gradient's norm."""
+) -> tuple[list[_Sums], Tensor]:
+    """Gradients of all terms in the optimiser (times the loss scale); their sums and the gradient's norm, on
+    the device."""
     optimizer.zero_grad()
     loss_scale = _loss_scale(optimizer)
     sums: list[_Sums] = []
@@ -160,13 +163,17 @@ def _accumulate(
             (loss.total * factor).backward()  # type: ignore[no-untyped-call]
             own.add(loss)
         sums.append(own)
-    flat = _to_host([value for own in sums for value in own.values()] + [optimizer.grad_norm()], device)
-    hosted = []
-    for own in sums:
-        num = len(own.values())
-        hosted.append(own.on_host(flat[:num]))
-        del flat[:num]
-    return hosted, flat[0] / loss_scale
+    return sums, optimizer.grad_norm()
+
+
+def _clip_scale(totals: Tensor, norm: Tensor, max_norm: float, loss_scale: float) -> Tensor:
+    """Scalar on the device: what all gradients are multiplied by; NaN if the step must not be taken.
+
+    totals: the losses; norm: of the gradients, both times the loss scale where there is one. float64.
+    """
+    factor = (max_norm / (norm / loss_scale + 1e-6)).clamp(max=1.0) / loss_scale
+    is_finite = totals.isfinite().all() & norm.isfinite()
+    return torch.where(is_finite, factor, torch.nan)
 
 
 def _parts(batch: MicroBatchable, max_tokens: int) -> list[Any]:
@@ -176,11 +183,19 @@ def _parts(batch: MicroBatchable, max_tokens: int) -> list[Any]:
     return [part for part in batch.micro_batches(max_tokens) if part.num_targets]
 
 
-def _to_host(values: Sequence[Any], device: torch.device) -> list[float]:
-    """The one time in a step that Python waits for the device."""
-    scalars = [torch.as_tensor(value, dtype=torch.float64, device=device) for value in values]
-    numbers: list[float] = torch.stack(scalars).tolist()
-    return numbers
+def _stack(values: Sequence[Any], device: torch.device) -> Tensor:
+    return torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device) for value in values])
+
+
+def _on_host(sums: Sequence[_Sums], values: Tensor, loss_scale: float) -> tuple[list[_Sums], float]:
+    """The sums and the norm as plain numbers; the one time in a step that Python waits for the device."""
+    flat: list[float] = values.tolist()
+    hosted = []
+    for own in sums:
+        num = len(own.values())
+        hosted.append(own.on_host(flat[:num]))
+        del flat[:num]
+    return hosted, flat[0] / loss_scale
 
 
 def _global_targets(batch: MicroBatchable) -> float:
