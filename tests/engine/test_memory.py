@@ -40,12 +40,12 @@ def test_an_arena_is_bounded_by_free_memory(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("error", [RuntimeError, torch.OutOfMemoryError])
-def test_a_failed_allocation_is_halved_and_says_so(
+def test_after_a_failed_allocation_fewer_pages_are_tried_and_it_says_so(
     monkeypatch: pytest.MonkeyPatch, error: type[RuntimeError]
 ) -> None:
     monkeypatch.setattr(memory, "KVArena", failing_above(5, error))
-    with pytest.warns(UserWarning, match="fewer answers run at once"):
-        assert memory.allocate_arena(SHAPE, 20, CPU).num_pages == 5
+    with pytest.warns(UserWarning, match="memory for 4 pages in place of 20; fewer answers run at once"):
+        assert memory.allocate_arena(SHAPE, 20, CPU).num_pages == 4  # 20, 15, 11, 8, 6, 4
 
 
 def test_no_memory_for_one_page_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:

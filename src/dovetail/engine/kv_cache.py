@@ -45,15 +45,18 @@ class KVShape:
 
 
 class KVArena:
-    """The pages' storage: one tensor [layers, 2, pages, heads, 64, width], allocated once."""
+    """The pages' storage: a tensor [2, pages, heads, 64, width] a layer, allocated once.
+
+    One a layer, because free memory between training's tensors is seldom in one piece.
+    """
 
     def __init__(self, shape: KVShape, num_pages: int, device: torch.device, *, dense: bool = True) -> None:
         self.shape = shape
         self.num_pages = num_pages
         self.dense = dense
         """Used pages are kept together, and cleared when taken: attention reads them whole."""
-        size = (shape.num_layers, 2, num_pages, shape.num_heads, PAGE_TOKENS, shape.head_width)
-        self._storage = torch.empty(size, dtype=shape.dtype, device=device)
+        size = (2, num_pages, shape.num_heads, PAGE_TOKENS, shape.head_width)
+        self._storage = [torch.empty(size, dtype=shape.dtype, device=device) for _ in range(shape.num_layers)]
         # Views made once, because making them for each token and layer would show on the CPU.
         self._rows = [tuple(kind.view(-1, shape.head_width) for kind in layer) for layer in self._storage]
         self._tiles = [
@@ -94,13 +97,16 @@ class KVArena:
         finite, because 0 times the infinity left behind by another sequence would be NaN.
         """
         if pages:
-            self._storage.index_fill_(2, torch.tensor(pages, device=self._storage.device), 0)
+            index = torch.tensor(pages, device=self._storage[0].device)
+            for layer in self._storage:
+                layer.index_fill_(1, index, 0)
 
     def move(self, moves: Sequence[tuple[int, int]]) -> None:
         """Copy pages (from, to)."""
         if moves:
-            source, target = torch.tensor(moves, device=self._storage.device).unbind(1)
-            self._storage[:, :, target] = self._storage[:, :, source]
+            source, target = torch.tensor(moves, device=self._storage[0].device).unbind(1)
+            for layer in self._storage:
+                layer[:, target] = layer[:, source]
 
 
 class PagePool:

@@ -33,10 +33,10 @@ def free_bytes(device: torch.device) -> int:
 
 def allocate_arena(shape: KVShape, wanted_pages: int, device: torch.device, *, dense: bool = True) -> KVArena:
     """An arena of `wanted_pages`, or of what fits, down to a single page; sequences then take turns."""
-    num_pages = max(1, min(wanted_pages, int(_USABLE * free_bytes(device)) // shape.page_bytes))
+    planned = num_pages = max(1, min(wanted_pages, int(_USABLE * free_bytes(device)) // shape.page_bytes))
     while True:
         try:
-            return KVArena(shape, num_pages, device, dense=dense)
+            arena = KVArena(shape, num_pages, device, dense=dense)
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
@@ -45,10 +45,14 @@ def allocate_arena(shape: KVShape, wanted_pages: int, device: torch.device, *, d
                     f"no memory for one page of the KV cache ({shape.page_bytes} bytes) on {device}",
                     hint="free memory on the device, or use a smaller model or precision",
                 ) from error
-        num_pages //= 2
-        warnings.warn(
-            f"KV cache: out of memory, trying {num_pages} pages; fewer answers run at once", stacklevel=2
-        )
+            num_pages = num_pages * 3 // 4
+            continue
+        if num_pages < planned:
+            warnings.warn(
+                f"KV cache: memory for {num_pages} pages in place of {planned}; fewer answers run at once",
+                stacklevel=2,
+            )
+        return arena
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dovetail.errors import ModelError
 from dovetail.model.copies import copy_of
+from dovetail.model.lora_linear import AdaptedLinear
 
 ALL_LINEAR = "all-linear"
 
@@ -56,6 +57,7 @@ def add_lora(
         modules_to_save=["score"] if is_scalar else None,
         fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in linear.values()),
     )
+    settings._register_custom_module({nn.Linear: AdaptedLinear})
     devices = sorted({parameter.device.index for parameter in model.parameters() if parameter.is_cuda})
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
