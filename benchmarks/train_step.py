@@ -20,6 +20,7 @@ from typing import Any
 
 import shapes
 import torch
+from peft import LoraConfig, get_peft_model
 
 from dovetail.batches import pack
 from dovetail.model.forward import plain_model
@@ -44,9 +45,9 @@ def main() -> None:
     for name, make in makers.items():
         shapes.fresh(device)
         model = model_of(options, device)
+        step = make(model, options, device)  # puts adapters on the model in place
         frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        step = make(model, options, device)
         times = []
         for _ in range(2 + options.repeats):
             start = shapes.now(device)
@@ -84,10 +85,12 @@ def arguments() -> argparse.Namespace:
 
 def model_of(options: argparse.Namespace, device: torch.device) -> Any:
     model = shapes.causal_lm(options.model, device, getattr(torch, options.dtype))
-    return (add_lora(model, rank=options.lora, alpha=options.lora, seed=0) if options.lora else model).train()
+    return model.train()
 
 
 def ours(model: Any, options: argparse.Namespace, device: torch.device) -> Callable[[], None]:
+    if options.lora:
+        model = add_lora(model, rank=options.lora, alpha=options.lora, seed=0)
     optimizer = build_optimizer(model, learning_rate=1e-5)
     ids = shapes.prompts_of(options.sequences, LENGTH, plain_model(model).config.vocab_size)
     batch = pack(ids, [[True] * LENGTH] * options.sequences)
@@ -105,6 +108,9 @@ def ours(model: Any, options: argparse.Namespace, device: torch.device) -> Calla
 def hugging_face(
     model: Any, options: argparse.Namespace, device: torch.device, *, autocast: bool
 ) -> Callable[[], None]:
+    if options.lora:
+        settings = LoraConfig(r=options.lora, lora_alpha=options.lora, target_modules="all-linear")
+        model = get_peft_model(model, settings, autocast_adapter_dtype=False)
     if autocast:
         model.float()
     plain_model(model).set_attn_implementation("sdpa")

@@ -84,7 +84,8 @@ def test_sequences_that_share_pages_attend_as_if_each_had_its_own(groups: int) -
     tables = [[0, 1, 5], [0, 1, 3], [4], [0, 2]]
     lengths = [140, 150, 60, 100]
     arena = KVArena(KVShape(1, 2, 8, torch.float64), 7, CPU)
-    arena._storage.copy_(torch.randn(arena._storage.shape, generator=generator))
+    for layer in arena._storage:
+        layer.copy_(torch.randn(layer.shape, generator=generator))
     query = torch.randn(1, 2 * groups, 4, 8, generator=generator).double()
     new = torch.randn(2, 1, 2, 4, 8, generator=generator).double()
     last = torch.tensor(lengths) - 1

@@ -47,8 +47,9 @@ def test_paged_attention_is_the_plain_one_and_stores_the_new_token(
     exact = KVArena(KVShape(2, heads, width, torch.float64), num_pages, device)
     tested = KVArena(KVShape(2, heads, width, dtype), num_pages, device, dense=False)
     past = torch.randn(2, 2, num_pages, heads, PAGE_TOKENS, width, generator=generator).to(device, dtype)
-    exact._storage.copy_(past)
-    tested._storage.copy_(past)
+    for arena in (exact, tested):
+        for layer, values in zip(arena._storage, past, strict=True):
+            layer.copy_(values)
     query, key, value = (
         torch.randn(1, count, num_rows, width, generator=generator).to(device, dtype)
         for count in (heads * groups, heads, heads)
@@ -70,7 +71,8 @@ def test_paged_attention_is_the_plain_one_and_stores_the_new_token(
         out[:, :num_rows].double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype]
     )
     assert torch.equal(out[:, num_rows:], torch.zeros_like(out[:, num_rows:]))
-    assert torch.equal(tested._storage.double(), exact._storage)  # all else untouched, too
+    for found, wanted in zip(tested._storage, exact._storage, strict=True):
+        assert torch.equal(found.double(), wanted)  # all else untouched, too
 
 
 def drawn(

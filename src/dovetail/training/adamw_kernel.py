@@ -18,105 +18,126 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_BLOCK = 4096
-_COLUMNS = 6
-"""Of the table, one row a weight: addresses of weight, gradient, both moments and image; number of elements."""
+_BLOCK = 2048
+"""Elements that a program moves, eight a thread: of all sizes tried, the one that comes nearest to the floor."""
+_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightState:
-    """One weight and what AdamW keeps of it; all contiguous and on one device."""
+    """One weight and what AdamW keeps of it; contiguous, on one device, at addresses that 16 divides."""
 
     weight: Tensor
     """float32, updated in place."""
-    gradient: Tensor
-    """float32, bf16 or fp16; read only."""
     exp_avg: Tensor
     exp_avg_sq: Tensor
     step: Tensor
-    """float32 scalar, steps taken so far, this one included."""
+    """float32 scalar, steps taken so far."""
     image: Tensor | None
-    """Becomes the weight, rounded to its own precision."""
+    """Becomes the weight, rounded to its own precision; its gradients have that precision or float32."""
 
 
 @triton.jit
-def _update(
-    table_ptr, weight_of_block_ptr, start_of_block_ptr, scale_ptr, step_size_ptr, root_of_correction_ptr, shrink,
-    beta1: tl.constexpr, beta2: tl.constexpr, eps: tl.constexpr,
-    GRADIENT: tl.constexpr, IMAGE: tl.constexpr, HAS_IMAGE: tl.constexpr, BLOCK: tl.constexpr,
+def _move(
+    row, place, is_real, scale, step_size, root_of_correction, shrink,
+    beta1: tl.constexpr, beta2: tl.constexpr, eps: tl.constexpr, IMAGE: tl.constexpr, HAS_IMAGE: tl.constexpr,
 ):  # fmt: skip
-    scale = tl.load(scale_ptr)
-    index = tl.load(weight_of_block_ptr + tl.program_id(0))
-    row = table_ptr + index.to(tl.int64) * 6
-    place = tl.load(start_of_block_ptr + tl.program_id(0)) + tl.arange(0, BLOCK)
-    is_real = (place < tl.load(row + 5)) & (scale == scale)  # NaN: leave everything as it is
-    weight_ptr = tl.multiple_of(tl.load(row).to(tl.pointer_type(tl.float32)), 16)
-    gradient_ptr = tl.multiple_of(tl.load(row + 1).to(tl.pointer_type(GRADIENT)), 16)
-    mean_ptr = tl.multiple_of(tl.load(row + 2).to(tl.pointer_type(tl.float32)), 16)
-    square_ptr = tl.multiple_of(tl.load(row + 3).to(tl.pointer_type(tl.float32)), 16)
-    gradient = tl.load(gradient_ptr + place, mask=is_real).to(tl.float32) * scale
-    mean = tl.load(mean_ptr + place, mask=is_real)
+    weight_ptr = tl.multiple_of(tl.load(row).to(tl.pointer_type(tl.float32)), 16) + place
+    mean_ptr = tl.multiple_of(tl.load(row + 2).to(tl.pointer_type(tl.float32)), 16) + place
+    square_ptr = tl.multiple_of(tl.load(row + 3).to(tl.pointer_type(tl.float32)), 16) + place
+    if tl.load(row + 6) != 0:
+        gradient_ptr = tl.multiple_of(tl.load(row + 1).to(tl.pointer_type(tl.float32)), 16)
+        gradient = tl.load(gradient_ptr + place, mask=is_real)
+    else:
+        narrow_ptr = tl.multiple_of(tl.load(row + 1).to(tl.pointer_type(IMAGE)), 16)
+        gradient = tl.load(narrow_ptr + place, mask=is_real).to(tl.float32)
+    gradient *= scale
+    mean = tl.load(mean_ptr, mask=is_real)
     mean += (gradient - mean) * (1 - beta1)
-    square = tl.load(square_ptr + place, mask=is_real) * beta2 + gradient * gradient * (1 - beta2)
-    weight = tl.load(weight_ptr + place, mask=is_real) * shrink
-    spread = tl.sqrt_rn(square) / tl.load(root_of_correction_ptr + index) + eps
-    weight -= tl.load(step_size_ptr + index) * mean / spread
-    tl.store(mean_ptr + place, mean, mask=is_real)
-    tl.store(square_ptr + place, square, mask=is_real)
-    tl.store(weight_ptr + place, weight, mask=is_real)
+    square = tl.load(square_ptr, mask=is_real) * beta2 + gradient * gradient * (1 - beta2)
+    weight = tl.load(weight_ptr, mask=is_real) * shrink
+    weight -= step_size * mean / (tl.sqrt_rn(square) / root_of_correction + eps)
+    tl.store(mean_ptr, mean, mask=is_real)
+    tl.store(square_ptr, square, mask=is_real)
+    tl.store(weight_ptr, weight, mask=is_real)
     if HAS_IMAGE:
         image_ptr = tl.multiple_of(tl.load(row + 4).to(tl.pointer_type(IMAGE)), 16)
         tl.store(image_ptr + place, weight.to(IMAGE), mask=is_real)
 
 
-def adamw_step(
-    states: Sequence[WeightState],
-    *,
-    scale: Tensor,
-    learning_rate: float,
-    weight_decay: float,
-    betas: tuple[float, float],
-    eps: float,
-) -> None:
-    """Move all weights by one step; without waiting for the device.
+@triton.jit
+def _update(
+    table_ptr, weight_of_block_ptr, first_block_ptr, scale_ptr, step_size_ptr, root_of_correction_ptr, shrink,
+    beta1: tl.constexpr, beta2: tl.constexpr, eps: tl.constexpr,
+    IMAGE: tl.constexpr, HAS_IMAGE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    scale = tl.load(scale_ptr)
+    index = tl.load(weight_of_block_ptr + tl.program_id(0))
+    row = table_ptr + index.to(tl.int64) * 7
+    start = (tl.program_id(0) - tl.load(first_block_ptr + index)).to(tl.int64) * BLOCK
+    place = start + tl.arange(0, BLOCK)
+    size = tl.load(row + 5)
+    step_size = tl.load(step_size_ptr + index)
+    root = tl.load(root_of_correction_ptr + index)
+    if scale == scale:  # NaN: leave everything as it is
+        if start + BLOCK <= size:  # without a mask loads and stores are as wide as they can be
+            _move(row, place, None, scale, step_size, root, shrink, beta1, beta2, eps, IMAGE, HAS_IMAGE)
+        else:
+            real = place < size
+            _move(row, place, real, scale, step_size, root, shrink, beta1, beta2, eps, IMAGE, HAS_IMAGE)
 
-    scale: float32 scalar on the device, multiplies every gradient; NaN leaves weights and moments as they are.
-    """
-    kinds: dict[tuple[torch.dtype, torch.dtype | None], list[WeightState]] = {}
-    for state in states:
-        kinds.setdefault(
-            (state.gradient.dtype, state.image.dtype if state.image is not None else None), []
-        ).append(state)
-    for (gradient, image), alike in kinds.items():
-        steps = torch.stack([state.step for state in alike]).double()
-        table, weight_of_block, start_of_block = _table(alike, scale.device)
-        _update[(len(weight_of_block),)](
-            table, weight_of_block, start_of_block, scale,
-            (learning_rate / (1 - betas[0] ** steps)).float(), (1 - betas[1] ** steps).sqrt().float(),
-            1 - learning_rate * weight_decay,
-            beta1=betas[0], beta2=betas[1], eps=eps, GRADIENT=_triton_dtype(gradient),
-            IMAGE=_triton_dtype(image or torch.float32), HAS_IMAGE=image is not None, BLOCK=_BLOCK, num_warps=8,
+
+class OnePassAdamW:
+    """The update of weights whose images are all of one precision, or that all have none."""
+
+    def __init__(self, states: Sequence[WeightState], *, betas: tuple[float, float], eps: float) -> None:
+        self._states = tuple(states)
+        self._betas = betas
+        self._eps = eps
+        image = states[0].image
+        self._image_dtype = _DTYPES[torch.float32 if image is None else image.dtype]
+        device = states[0].weight.device
+        blocks = torch.tensor([triton.cdiv(state.weight.numel(), _BLOCK) for state in states])
+        self._first_block = (blocks.cumsum(0) - blocks).int().to(device)
+        self._weight_of_block = torch.repeat_interleave(torch.arange(len(states)), blocks).int().to(device)
+
+    def step(
+        self, gradients: Sequence[Tensor | None], *, scale: Tensor, learning_rate: float, weight_decay: float
+    ) -> None:
+        """Move the weights that have a gradient by one step; without waiting for the device.
+
+        gradients: one a weight, in the order given. scale: float32 scalar on the device, multiplies every gradient;
+        NaN leaves weights and moments as they are.
+        """
+        gradients = [None if gradient is None else _at_a_round_address(gradient) for gradient in gradients]
+        moved = [state.step for state, g in zip(self._states, gradients, strict=True) if g is not None]
+        if not moved:
+            return
+        torch._foreach_add_(moved, [(~scale.isnan()).float()] * len(moved))
+        steps = torch.stack([state.step for state in self._states]).double().clamp_(min=1.0)
+        _update[(len(self._weight_of_block),)](
+            self._table(gradients), self._weight_of_block, self._first_block, scale,
+            (learning_rate / (1 - self._betas[0] ** steps)).float(), (1 - self._betas[1] ** steps).sqrt().float(),
+            1 - learning_rate * weight_decay, beta1=self._betas[0], beta2=self._betas[1], eps=self._eps,
+            IMAGE=self._image_dtype, HAS_IMAGE=self._states[0].image is not None, BLOCK=_BLOCK, num_warps=8,
         )  # fmt: skip
 
-
-def _table(states: Sequence[WeightState], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """(addresses and sizes [weights, 6], weight of each block, first element of each block), on the device."""
-    sizes = [state.weight.numel() for state in states]
-    blocks = torch.tensor([triton.cdiv(size, _BLOCK) for size in sizes])
-    rows = torch.tensor([
-        [
-            state.weight.data_ptr(), state.gradient.data_ptr(), state.exp_avg.data_ptr(),
-            state.exp_avg_sq.data_ptr(), state.image.data_ptr() if state.image is not None else 0, size,
-        ]
-        for state, size in zip(states, sizes, strict=True)
-    ])  # fmt: skip
-    weight_of_block = torch.repeat_interleave(torch.arange(len(states)), blocks)
-    first_block = blocks.cumsum(0) - blocks
-    start_of_block = (torch.arange(len(weight_of_block)) - first_block[weight_of_block]) * _BLOCK
-    return tuple(  # type: ignore[return-value]
-        t.pin_memory().to(device, non_blocking=True) for t in (rows, weight_of_block, start_of_block)
-    )
+    def _table(self, gradients: Sequence[Tensor | None]) -> Tensor:
+        """A row a weight: addresses of weight, gradient, both moments and image, number of elements to move, and
+        whether the gradient is float32. Made anew each step: parked state comes back to other addresses."""
+        rows = [
+            [
+                state.weight.data_ptr(), 0 if gradient is None else gradient.data_ptr(), state.exp_avg.data_ptr(),
+                state.exp_avg_sq.data_ptr(), 0 if state.image is None else state.image.data_ptr(),
+                0 if gradient is None else state.weight.numel(),
+                gradient is not None and gradient.dtype == torch.float32,
+            ]
+            for state, gradient in zip(self._states, gradients, strict=True)
+        ]  # fmt: skip
+        table = torch.tensor(rows, dtype=torch.int64).pin_memory()
+        return table.to(self._states[0].weight.device, non_blocking=True)
 
 
-def _triton_dtype(dtype: torch.dtype) -> tl.dtype:
-    return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]
+def _at_a_round_address(gradient: Tensor) -> Tensor:
+    gradient = gradient.contiguous()
+    return gradient if gradient.data_ptr() % 16 == 0 else gradient.clone()

@@ -13,7 +13,7 @@ import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,9 @@ from dovetail.errors import CheckpointError, ModelError, TrainingStopped
 from dovetail.training.loss_scale import LossScaler
 from dovetail.training.memory import is_out_of_memory
 from dovetail.training.parking import ParkingSpace
+
+if TYPE_CHECKING:
+    from dovetail.training.adamw_kernel import OnePassAdamW
 
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 
@@ -58,6 +61,16 @@ class _Slot:
         parameter.grad = None
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Group:
+    """Weights that are updated together."""
+
+    slots: Sequence[_Slot]
+    weight_decay: float
+    one_pass: "OnePassAdamW | None"
+    """The kernel for them, where there is one."""
+
+
 class Optimizer:
     """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101, algorithm 2) over a model's trainable weights.
 
@@ -85,11 +98,14 @@ class Optimizer:
                 f"{type(model).__name__} has no trainable weights",
                 hint="leave requires_grad on for the weights to be trained, or add LoRA adapters",
             )
-        decayed = [slot for name, slot in self._slots.items() if _decays(name, slot.parameter)]
-        others = [slot for name, slot in self._slots.items() if not _decays(name, slot.parameter)]
-        self._groups = (
-            [(decayed, weight_decay), (others, 0.0)] if weight_decay else [([*decayed, *others], 0.0)]
-        )
+        grouped: dict[Any, list[_Slot]] = {}
+        for name, slot in self._slots.items():
+            decay = weight_decay if _decays(name, slot.parameter) else 0.0
+            grouped.setdefault((decay, slot.parameter.dtype, _suits_one_pass(slot)), []).append(slot)
+        self._groups = [
+            _Group(slots, decay, self._one_pass(slots) if one_pass else None)
+            for (decay, _, one_pass), slots in grouped.items()
+        ]
         with_master = [slot for slot in self._slots.values() if slot.has_master]
         self._parking = ParkingSpace([tensor for slot in self._slots.values() for tensor in _large(slot)])
         self._images = [slot.parameter for slot in with_master]
@@ -144,14 +160,17 @@ class Optimizer:
         nothing waits for it.
         """
         assert not self._parking.is_parked, "a step while the optimiser is parked"
-        for slots, weight_decay in self._groups:
-            with_gradient = [slot for slot in slots if slot.gradient() is not None]
-            if not with_gradient:
+        for group in self._groups:
+            if group.one_pass is None:
+                self._update(group, scale)
                 continue
-            if all(_fits_the_kernel(slot) for slot in with_gradient):
-                self._update_in_one_pass(with_gradient, weight_decay, scale)
-            else:
-                self._update(with_gradient, weight_decay, scale)
+            device = group.slots[0].weight.device
+            group.one_pass.step(
+                [slot.gradient() for slot in group.slots],
+                scale=torch.ones((), device=device) if scale is None else scale.to(device, torch.float32),
+                learning_rate=self.learning_rate,
+                weight_decay=group.weight_decay,
+            )
 
     def weights(self) -> dict[str, Tensor]:
         """Name -> the weight in full precision: the master where there is one. References, not copies."""
@@ -183,16 +202,12 @@ class Optimizer:
         if self.scaler and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
 
-    def _update_in_one_pass(self, slots: Sequence[_Slot], weight_decay: float, scale: Tensor | None) -> None:
-        from dovetail.training.adamw_kernel import WeightState, adamw_step  # Triton comes with CUDA alone
+    def _one_pass(self, slots: Sequence[_Slot]) -> "OnePassAdamW":
+        from dovetail.training.adamw_kernel import OnePassAdamW, WeightState  # Triton comes with CUDA alone
 
-        device = slots[0].weight.device
-        factor = torch.ones((), device=device) if scale is None else scale.to(device, torch.float32)
-        torch._foreach_add_([slot.step for slot in slots], factor.isfinite().float())
         states = [
             WeightState(
                 weight=slot.weight,
-                gradient=slot.gradient(),  # type: ignore[arg-type]
                 exp_avg=slot.exp_avg,
                 exp_avg_sq=slot.exp_avg_sq,
                 step=slot.step,
@@ -200,18 +215,14 @@ class Optimizer:
             )
             for slot in slots
         ]
-        adamw_step(
-            states,
-            scale=factor,
-            learning_rate=self.learning_rate,
-            weight_decay=weight_decay,
-            betas=self._betas,
-            eps=self._eps,
-        )
+        return OnePassAdamW(states, betas=self._betas, eps=self._eps)
 
-    def _update(self, slots: Sequence[_Slot], weight_decay: float, scale: Tensor | None) -> None:
+    def _update(self, group: "_Group", scale: Tensor | None) -> None:
+        """torch's own kernel, after a look at the scale: one over all tensors, also on the CPU, where it is ten
+        times as fast as one for each."""
         factor = 1.0 if scale is None else float(scale)
-        if math.isnan(factor):
+        slots = [slot for slot in group.slots if slot.gradient() is not None]
+        if math.isnan(factor) or not slots:
             return
         gradients = [
             gradient.to(slot.weight.dtype) for slot in slots if (gradient := slot.gradient()) is not None
@@ -225,12 +236,12 @@ class Optimizer:
             [slot.exp_avg_sq for slot in slots],
             [],
             [slot.step for slot in slots],
-            fused=True,  # one kernel over all tensors, also on the CPU, where it is ten times as fast
+            fused=True,
             amsgrad=False,
             beta1=self._betas[0],
             beta2=self._betas[1],
             lr=self.learning_rate,
-            weight_decay=weight_decay,
+            weight_decay=group.weight_decay,
             eps=self._eps,
             maximize=False,
         )
@@ -271,14 +282,13 @@ def _decays(name: str, parameter: Tensor) -> bool:
     return parameter.ndim >= 2 and "score" not in name.split(".")
 
 
-def _fits_the_kernel(slot: _Slot) -> bool:
-    """Of training/adamw_kernel.py: on a GPU, float32 state, plain and contiguous tensors at round addresses."""
-    if not slot.weight.is_cuda or slot.weight.dtype != torch.float32:
-        return False
-    gradient = slot.gradient()
-    tensors = (slot.weight, gradient, slot.exp_avg, slot.exp_avg_sq, slot.parameter)
-    return all(
-        tensor is not None and tensor.is_contiguous() and tensor.data_ptr() % 16 == 0 for tensor in tensors
+def _suits_one_pass(slot: _Slot) -> bool:
+    """For training/adamw_kernel.py: on a GPU, float32 state, plain tensors at addresses that 16 divides."""
+    tensors = (slot.weight, slot.parameter)
+    return (
+        slot.weight.is_cuda
+        and slot.weight.dtype == torch.float32
+        and all(tensor.is_contiguous() and tensor.data_ptr() % 16 == 0 for tensor in tensors)
     )
 
 
