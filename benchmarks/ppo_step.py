@@ -64,6 +64,10 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--micro-tokens", type=int, default=16384)
     parser.add_argument("--steps", type=int, default=4, help="the first is not counted")
     parser.add_argument("--peer", choices=["naive", "trl"])
+    parser.add_argument(
+        "--only", choices=["generate", "learn"], help="one phase with all parts in memory: its time and peak"
+    )
+    parser.add_argument("--naive-micro", type=int, default=16, help="sequences; halved until they fit")
     parser.add_argument("--trl-micro", type=int, default=16, help="sequences; divides the batch")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default="cuda")
@@ -80,8 +84,15 @@ def measure_ours(options: argparse.Namespace, device: torch.device, lengths: Seq
     roles, learners = make_parts(options, device, config)
     rows = []
     for step in range(options.steps):
-        rows.append(one_step(options, roles, learners, config, lengths, step))
+        if options.only == "generate":
+            rows.append(generate_twice(options, roles, lengths, step))
+        elif options.only == "learn":
+            rows.append(learn(options, roles, learners, config, made_up(options, roles, lengths, step), step))
+        else:
+            rows.append(one_step(options, roles, learners, config, lengths, step))
         shapes.show(benchmark="ppo_step", system="dovetail", step=step, **rows[-1], **shapes.memory(device))
+    if options.only:
+        return statistics.median(sum(row.values()) for row in rows[1:])
     names = ("generate", "score", "train", "seconds")
     medians = {name: statistics.median(row[name] for row in rows[1:]) for name in names}
     shapes.show(
@@ -131,15 +142,51 @@ def one_step(
         )
         for prompt, found in zip(prompts, completions, strict=True)
     ]  # fmt: skip
+    phases = learn(options, roles, learners, config, answers, step)
+    seconds = generated - start + sum(phases.values())
+    return {"generate": generated - start, **phases, "seconds": seconds, "micro_tokens": roles.budget.tokens}
+
+
+def learn(
+    options: argparse.Namespace, roles: Roles, learners: Learners, config: PpoConfig, answers: Sequence[Answer],
+    step: int,
+) -> dict[str, float]:  # fmt: skip
+    """Seconds of scoring and of both updates."""
+    start = shapes.now(roles.device)
     with_old = config.needs_old_logprobs(step)
     collected = score_answers(answers, roles, config, kl_coefficient=0.05, with_old_logprobs=with_old)
     scored = shapes.now(roles.device)
     update(collected.experience, roles, learners, config, iteration=step, seed=0)
-    end = shapes.now(roles.device)
-    return {
-        "generate": generated - start, "score": scored - generated, "train": end - scored, "seconds": end - start,
-        "micro_tokens": roles.budget.tokens,
-    }  # fmt: skip
+    return {"score": scored - start, "train": shapes.now(roles.device) - scored}
+
+
+def generate_twice(
+    options: argparse.Namespace, roles: Roles, lengths: Sequence[int], step: int
+) -> dict[str, float]:
+    """`switch`: into generation and out of it, that is, what the first call takes longer than a second one in the
+    same block, which finds cache and graphs in place."""
+    prompts = shapes.prompts_of(options.batch, options.prompt, roles.engine.vocabulary, seed=step)
+    requests, seeds = [Sampling(max_new_tokens=n) for n in lengths], request_seeds(step, len(prompts))
+    start = shapes.now(roles.device)
+    with roles.engine.generating() as generate:
+        generate(prompts, requests, seeds=seeds)
+        between = shapes.now(roles.device)
+        generate(prompts, requests, seeds=seeds)
+        second = shapes.now(roles.device) - between
+    both = shapes.now(roles.device) - start
+    return {"generate": second, "switch": both - 2 * second}
+
+
+def made_up(options: argparse.Namespace, roles: Roles, lengths: Sequence[int], step: int) -> list[Answer]:
+    """Answers of the right lengths that nobody drew."""
+    vocabulary = roles.engine.vocabulary
+    prompts = shapes.prompts_of(options.batch, options.prompt, vocabulary, seed=step)
+    answers = (shapes.prompts_of(1, length, vocabulary, seed=-step)[0] for length in lengths)
+    return [
+        Answer(messages=(), text="", prompt_ids=tuple(prompt), answer_ids=tuple(ids), logprobs=(-10.8,) * len(ids),
+               finished=True)
+        for prompt, ids in zip(prompts, answers, strict=True)
+    ]  # fmt: skip
 
 
 def rates(
@@ -185,8 +232,8 @@ def measure_trl(options: argparse.Namespace, device: torch.device, lengths: Sequ
 
 
 def measure_naive(options: argparse.Namespace, device: torch.device, lengths: Sequence[int]) -> float:
-    """The largest micro-batch that fits, found by halving; the rollout is always the whole batch."""
-    micro = options.batch
+    """The largest micro-batch that fits, found by halving from --naive-micro; the rollout is the whole batch."""
+    micro = min(options.naive_micro, options.batch)
     while micro:
         try:
             return naive_run(options, device, lengths, micro)

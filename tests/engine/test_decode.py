@@ -79,18 +79,28 @@ def test_paged_attention_is_attention(
 
 
 @pytest.mark.parametrize("groups", [1, 3])
-def test_sequences_that_share_pages_attend_as_if_each_had_its_own(groups: int) -> None:
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [([0, 1, 5], 140), ([0, 1, 3], 150), ([4], 60), ([0, 2], 100)],
+        [([3, 1], 100), ([5], 60)],  # the pages between belong to prompts that are still being read
+        [([4, 2], 100)],
+        [([3], 60)],
+    ],
+)
+def test_sequences_that_share_pages_attend_as_if_each_had_its_own(
+    rows: list[tuple[list[int], int]], groups: int
+) -> None:
     generator = torch.Generator().manual_seed(1)
-    tables = [[0, 1, 5], [0, 1, 3], [4], [0, 2]]
-    lengths = [140, 150, 60, 100]
+    tables, lengths = zip(*rows, strict=True)
     arena = KVArena(KVShape(1, 2, 8, torch.float64), 7, CPU)
     for layer in arena._storage:
         layer.copy_(torch.randn(layer.shape, generator=generator))
-    query = torch.randn(1, 2 * groups, 4, 8, generator=generator).double()
-    new = torch.randn(2, 1, 2, 4, 8, generator=generator).double()
+    query = torch.randn(1, 2 * groups, len(rows), 8, generator=generator).double()
+    new = torch.randn(2, 1, 2, len(rows), 8, generator=generator).double()
     last = torch.tensor(lengths) - 1
-    rows = arena.rows_of(torch.tensor([table[-1] for table in tables]), last % PAGE_TOKENS)
-    layout = DecodeLayout(arena, PageMap(tables, CPU), rows, torch.tensor(lengths))
+    places = arena.rows_of(torch.tensor([table[-1] for table in tables]), last % PAGE_TOKENS)
+    layout = DecodeLayout(arena, PageMap(tables, CPU), places, torch.tensor(lengths))
     options = {"scaling": 0.7, "sliding_window": None, "softcap": None}
     out = layout.attend(LAYER, query, new[0], new[1], **options)
     keys, values = arena.pages(0)

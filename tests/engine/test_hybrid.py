@@ -60,6 +60,17 @@ def test_greedy_tokens_are_those_of_transformers_for_ragged_prompts_even_after_p
         assert (engine.counts.preempted > 0) == ("max_cache_tokens" in options)
 
 
+def test_greedy_tokens_are_right_while_a_long_prompt_is_still_being_read() -> None:
+    """Its pages lie between those of answers that decode already, and between those of some that have left."""
+    model = tiny_model()
+    prompts = prompts_of((70, 400, 3, 65, 300, 130, 2, 350))
+    settings = [Sampling(max_new_tokens=2 + 9 * (i % 3), temperature=0.0) for i in range(len(prompts))]
+    with HybridEngine(model, max_running=3, max_prefill_tokens=50).generating() as generate:
+        completions = generate(prompts, settings, seeds=range(len(prompts)))
+    for prompt, completion in zip(prompts, completions, strict=True):
+        assert list(completion.token_ids) == hf_greedy(model, prompt, len(completion.token_ids))
+
+
 @pytest.mark.parametrize("name", TINY)
 def test_logprobs_are_those_of_the_training_forward(name: str) -> None:
     model = tiny_model(name)

@@ -48,7 +48,7 @@ class PageMap:
             for n, page in enumerate(row):
                 owners.setdefault(page, []).append((b, n))
         self.num_rows = len(tables)
-        self.num_pages = len(owners)
+        self.num_pages = max(owners) + 1  # those between belong to prompts that are still being read
         self.width = max(map(len, tables))
         self.num_owners = max(map(len, owners.values()))
         table = [0] * (self.num_rows * self.width)
@@ -62,6 +62,8 @@ class PageMap:
                 self._owned.append(q)
         self.in_order = table == list(range(self.num_pages))
         """Pages lie in the order of the sequences, unshared and without padding: nothing to regroup."""
+        self.all_owned = len(self._owned) == len(owner)
+        """No page between belongs to anybody else, nor to nobody."""
         self.table_BN = torch.tensor(table, device=device)
         self.owner_Q = torch.tensor(owner, device=device)
         self.place_Q = torch.tensor(place, device=device)
@@ -133,7 +135,7 @@ class DecodeLayout:
         mixed_QHK = self._by_owner(mixed, num_heads)
         if pages.width == 1 and pages.num_owners == 1:
             return mixed_QHK if pages.in_order else mixed_QHK[pages.table_BN]
-        if num_rows == 1:
+        if num_rows == 1 and pages.all_owned:
             return mixed_QHK.sum(dim=0, keepdim=True)
         # A product rather than index_add: it adds in a fixed order on every device.
         summed = pages.ownership(mixed.dtype) @ mixed_QHK.reshape(len(mixed_QHK), -1)
