@@ -9,6 +9,7 @@ Not responsible for: our own mistakes, which are assertions and keep their trace
     ├── ModelError           a model or tokenizer cannot be loaded or used
     ├── CheckpointError      a checkpoint or run folder is damaged, foreign or cannot be written
     ├── GenerationError      a request cannot be generated
+    ├── LabelError           a label, or the database that keeps labels, cannot be used
     ├── ParityError          generation or training disagrees with the model's own forward
     └── TrainingStopped      a run that was stopped on purpose (NaN loss, KL run-away), with a diagnosis
 """
@@ -44,6 +45,10 @@ class CheckpointError(DovetailError):
 
 class GenerationError(DovetailError):
     """A request cannot be generated: too long, empty, or more than the cache can hold."""
+
+
+class LabelError(DovetailError):
+    """A label, or the database that keeps labels, cannot be used."""
 
 
 class ParityError(DovetailError):

@@ -1,16 +1,15 @@
 """The kinds of rows that stages learn from, as text.
 
-Responsible for: what a row is, and a hash of its content.
+Responsible for: what a row is, and what each stage takes from it.
 Not responsible for: where it comes from (sources.py), or tokens (tokenize.py).
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import dataclass
 from typing import Literal
 
+from dovetail.text.content_hash import content_hash as content_hash
 from dovetail.text.message import Message as Message
 from dovetail.text.message import Role as Role
 from dovetail.text.message import message
@@ -70,12 +69,6 @@ class Text:
 
 
 Record = Prompt | Demonstration | Comparison | Text
-
-
-def content_hash(*parts: object) -> str:
-    """128 bits of the parts' content, in hex. Sources, line numbers and column names do not enter."""
-    canonical = json.dumps(parts, ensure_ascii=True, separators=(",", ":"), sort_keys=True)
-    return hashlib.sha256(canonical.encode()).hexdigest()[:32]
 
 
 def kinds_of(record: Record) -> tuple[Kind, ...]:

@@ -1,0 +1,73 @@
+"""Who labels: people invited by token.
+
+Responsible for: invitations, and telling who shows a token. Not responsible for: cookies (labelling/access.py).
+
+A token is 256 random bits, so a plain hash of it is as good as a slow one, and nobody can try them all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import secrets
+from dataclasses import dataclass
+
+from sqlalchemy import select
+
+from dovetail.errors import LabelError
+from dovetail.preferences.database import Store
+from dovetail.preferences.plain_text import expect_text
+from dovetail.preferences.schema import Annotator, Token
+
+_LONGEST_NAME = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Person:
+    """An annotator who has shown a token."""
+
+    id: int
+    name: str
+    is_admin: bool
+
+
+def invite(store: Store, name: str, *, is_admin: bool = False) -> str:
+    """A new token for an annotator, who is added if there is none of that name. It cannot be shown again.
+
+    Earlier tokens stay good. An annotator who is no admin does not become one this way: LabelError.
+    """
+    name = expect_text("name", name).strip()
+    if not 1 <= len(name) <= _LONGEST_NAME:
+        raise LabelError(
+            f"the name has {len(name)} characters", hint=f"give a name of 1 to {_LONGEST_NAME} characters"
+        )
+    token = secrets.token_urlsafe(32)
+    now = store.clock()
+    with store.writing() as session:
+        annotator = session.scalar(select(Annotator).where(Annotator.name == name))
+        if annotator is None:
+            annotator = Annotator(name=name, is_admin=is_admin, created_at=now)
+            session.add(annotator)
+            session.flush()
+        elif annotator.is_admin != is_admin:
+            role = "an admin" if annotator.is_admin else "no admin"
+            raise LabelError(f"{name} is there already, as {role}", hint="invite under another name")
+        session.add(Token(digest=_digest(token), annotator_id=annotator.id, created_at=now))
+    return token
+
+
+def person_of(store: Store, token: str) -> Person | None:
+    """Whose token it is; None if nobody's."""
+    digest = _digest(token)
+    with store.reading() as session:
+        found = session.execute(
+            select(Token.digest, Annotator).join(Annotator, Annotator.id == Token.annotator_id)
+            .where(Token.digest == digest)
+        ).first()  # fmt: skip
+        if found is None or not hmac.compare_digest(found[0], digest):
+            return None
+        return Person(found[1].id, found[1].name, found[1].is_admin)
+
+
+def _digest(token: str) -> str:
+    return hashlib.sha256(token.encode("utf-8", "surrogatepass")).hexdigest()

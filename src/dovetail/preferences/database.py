@@ -1,0 +1,205 @@
+"""Open a database of preferences: SQLite by default, PostgreSQL by URL.
+
+Responsible for: URLs, connections, migrations at the start, transactions that many processes can hold at once.
+Not responsible for: tables (schema.py) and what is done with them (the other modules here).
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from alembic import command
+from alembic.config import Config
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url, select, text
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+from sqlalchemy.orm import Session
+
+from dovetail.errors import LabelError
+from dovetail.preferences.schema import Project
+
+_WAIT_SECONDS = 60
+_MIGRATION_LOCK = 0x646F7665
+"""Key of the PostgreSQL advisory lock that one migration at a time holds."""
+
+
+class NotFoundError(LabelError):
+    """What was asked for is not there, or belongs to somebody else."""
+
+
+class ConflictError(LabelError):
+    """What was asked for cannot be done any more, such as labelling what is labelled."""
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """An open database at the newest version of its tables. May be used by many threads and processes."""
+
+    engine: Engine
+    clock: Callable[[], float] = time.time
+    """The time in Unix seconds."""
+
+    @contextmanager
+    def reading(self) -> Iterator[Session]:
+        """A transaction that changes nothing."""
+        with Session(self.engine) as session, session.begin():
+            yield session
+
+    @contextmanager
+    def writing(self, project_id: int | None = None) -> Iterator[Session]:
+        """A transaction that is committed at the end of the block, or not at all if it raises.
+
+        SQLite has one writer at a time. On PostgreSQL those of one project wait for each other, so what they
+        count (free places of a task) still holds when they commit.
+        """
+        engine = self.engine.execution_options(writes=True)
+        with Session(engine, expire_on_commit=False) as session, session.begin():
+            if project_id is not None:
+                session.execute(select(Project.id).where(Project.id == project_id).with_for_update())
+            yield session
+
+    def close(self) -> None:
+        """Give all connections back."""
+        self.engine.dispose()
+
+
+def open_store(url: str, *, must_exist: bool = False, clock: Callable[[], float] = time.time) -> Store:
+    """Connect, and bring the tables to the newest version; safe when many processes start at once.
+
+    must_exist: a SQLite file that is not there is an error instead of being made.
+    Raises LabelError for a URL that is none, or a database that cannot be reached or is newer than this package.
+    """
+    parsed = _checked(url, must_exist=must_exist)
+    engine: Engine | None = None
+    try:
+        engine = _engine(parsed)
+        _migrate(engine)
+    except (SQLAlchemyError, sqlite3.Error) as error:
+        if engine is not None:
+            engine.dispose()
+        raise LabelError(
+            f"{shown(url)}: the database cannot be used: {_cause(error)}",
+            hint="check that the file is a SQLite database in a writable folder"
+            if parsed.get_backend_name() == "sqlite"
+            else "check host, port, user and database; the password may stand in ~/.pgpass",
+        ) from error
+    return Store(engine, clock)
+
+
+def shown(url: str) -> str:
+    """The URL without its password."""
+    try:
+        return make_url(url).render_as_string(hide_password=True)
+    except ArgumentError:
+        return url
+
+
+def _checked(url: str, *, must_exist: bool) -> URL:
+    examples = "sqlite:///labels.db, or postgresql://user@host/database"
+    try:
+        parsed = make_url(url)
+    except ArgumentError:
+        raise LabelError(f"{url!r} is no URL of a database", hint=f"such as {examples}") from None
+    backend = parsed.get_backend_name()
+    if backend not in ("sqlite", "postgresql"):
+        raise LabelError(f"{shown(url)}: labels are not kept in {backend}", hint=f"such as {examples}")
+    if backend == "postgresql":
+        return parsed.set(drivername="postgresql+psycopg")
+    if not parsed.database or parsed.database == ":memory:":
+        raise LabelError(f"{url}: labels in memory would be lost", hint="name a file: sqlite:///labels.db")
+    file = Path(parsed.database)
+    if must_exist and not file.is_file():
+        raise LabelError(
+            f"{url}: there is no file {file}", hint="`dovetail label` makes it; check folder and name"
+        )
+    if not file.absolute().parent.is_dir():
+        raise LabelError(f"{url}: there is no folder {file.parent}", hint="make it first")
+    return parsed
+
+
+def _engine(url: URL) -> Engine:
+    if url.get_backend_name() == "postgresql":
+        try:
+            return create_engine(url, pool_pre_ping=True)
+        except ModuleNotFoundError as error:
+            raise LabelError(
+                "PostgreSQL needs the package psycopg", hint="pip install 'dovetail-rlhf[postgresql]'"
+            ) from error
+    # No pool limit that requests would wait for: a connection to a file costs nothing, and SQLite queues writers.
+    engine = create_engine(url, connect_args={"timeout": _WAIT_SECONDS}, max_overflow=-1)
+    event.listen(engine, "connect", _set_up_sqlite)
+    event.listen(engine, "begin", _begin_sqlite)
+    return engine
+
+
+def _set_up_sqlite(connection: Any, _record: object) -> None:
+    connection.isolation_level = None  # the driver begins no transactions of its own: see _begin_sqlite
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA foreign_keys = ON")
+    cursor.execute("PRAGMA synchronous = FULL")  # a commit is on the disk when it returns
+    cursor.close()
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    # A transaction that reads first and writes later fails when another wrote in between; one that says at
+    # the beginning that it will write waits for its turn.
+    writes = connection.get_execution_options().get("writes", False)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+
+def _migrate(engine: Engine) -> None:
+    config = Config()
+    config.set_main_option("script_location", str(resources.files("dovetail.preferences") / "migrations"))
+    config.set_main_option("path_separator", "os")
+    scripts = ScriptDirectory.from_config(config)
+    newest = scripts.get_current_head()
+    with engine.connect() as connection:
+        if _version(connection) == newest:
+            return
+    if engine.dialect.name == "sqlite":
+        _use_write_ahead_log(engine)
+    with engine.execution_options(writes=True).begin() as connection:
+        if engine.dialect.name == "postgresql":
+            connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _MIGRATION_LOCK})
+        version = _version(connection)
+        if version is not None and version not in {script.revision for script in scripts.walk_revisions()}:
+            raise LabelError(
+                f"the database is of version {version}, which this program does not know",
+                hint="it was made by a newer one: pip install -U dovetail-rlhf",
+            )
+        config.attributes["connection"] = connection
+        command.upgrade(config, "head")
+
+
+def _version(connection: Connection) -> str | None:
+    return MigrationContext.configure(connection).get_current_revision()
+
+
+def _use_write_ahead_log(engine: Engine) -> None:
+    """Readers and the writer do not wait for each other. Kept in the file, so done once."""
+    connection = engine.raw_connection()
+    deadline = time.monotonic() + _WAIT_SECONDS
+    try:
+        while True:
+            try:
+                connection.cursor().execute("PRAGMA journal_mode = WAL")
+            except sqlite3.OperationalError:  # another process is switching: SQLite does not wait for that
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.02)
+            else:
+                return
+    finally:
+        connection.close()
+
+
+def _cause(error: Exception) -> str:
+    return str(getattr(error, "orig", None) or error).strip().partition("\n")[0]

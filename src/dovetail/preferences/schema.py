@@ -1,0 +1,175 @@
+"""The tables of people's preferences.
+
+Responsible for: what is kept, and what the database itself refuses. Not responsible for: opening it
+(database.py), how tables come to be (migrations/), or who may do what (queue.py, labels.py).
+
+    Project 1 - n Task 1 - n Answer
+                  Task 1 - n Assignment n - 1 Annotator 1 - n Token
+                             Assignment 1 - n Label 1 - 0..1 Void
+
+Labels and voids are only ever added. Times are Unix seconds.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    CheckConstraint,
+    Double,
+    ForeignKey,
+    MetaData,
+    String,
+    UniqueConstraint,
+)
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
+
+from dovetail.text.message import Message
+
+VERDICTS = ("answer", "tie", "both_bad")
+"""One answer is best; they are equally good; none of them is any good."""
+STATES = ("open", "labelled", "skipped", "voided")
+"""Of an assignment. Open ones hold their task while the lease lasts; skipped and voided ones hold nothing."""
+_NAMES = {
+    "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+    "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+    "ck": "ck_%(table_name)s_%(constraint_name)s",
+    "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+    "pk": "pk_%(table_name)s",
+}
+
+
+class Table(DeclarativeBase):
+    """What all tables share: how their constraints are called."""
+
+    metadata = MetaData(naming_convention=_NAMES)
+
+
+class Project(Table):
+    """Tasks that are labelled under the same guidelines."""
+
+    __tablename__ = "projects"
+    __table_args__ = (CheckConstraint("overlap >= 1", name="overlap"),)
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(String(200), unique=True)
+    overlap: Mapped[int]
+    """How many annotators label each task."""
+    guidelines: Mapped[str]
+    created_at: Mapped[float] = mapped_column(Double)
+
+
+class Task(Table):
+    """A prompt with two or more answers to compare."""
+
+    __tablename__ = "tasks"
+    __table_args__ = (UniqueConstraint("project_id", "key"),)
+    id: Mapped[int] = mapped_column(primary_key=True)
+    project_id: Mapped[int] = mapped_column(ForeignKey("projects.id"), index=True)
+    key: Mapped[str] = mapped_column(String(64))
+    """Hash of the prompt and its answers."""
+    prompt_key: Mapped[str] = mapped_column(String(64), index=True)
+    """Hash of the prompt alone."""
+    messages: Mapped[list[Message]] = mapped_column(JSON)
+    margin: Mapped[float | None] = mapped_column(Double)
+    """Between the two best scores of a reward model; the smallest are offered first. None: not scored."""
+    created_at: Mapped[float] = mapped_column(Double)
+    answers: Mapped[list[Answer]] = relationship(order_by="Answer.position", back_populates="task")
+    project: Mapped[Project] = relationship()
+
+
+class Answer(Table):
+    """One sampled answer and where it is from."""
+
+    __tablename__ = "answers"
+    __table_args__ = (UniqueConstraint("task_id", "position"),)
+    id: Mapped[int] = mapped_column(primary_key=True)
+    task_id: Mapped[int] = mapped_column(ForeignKey("tasks.id"))
+    position: Mapped[int]
+    """0, 1, ...; not the place where an annotator sees it."""
+    text: Mapped[str]
+    model: Mapped[str]
+    seed: Mapped[int] = mapped_column(BigInteger)
+    sampling: Mapped[dict[str, Any]] = mapped_column(JSON)
+    score: Mapped[float | None] = mapped_column(Double)
+    task: Mapped[Task] = relationship(back_populates="answers")
+
+
+class Annotator(Table):
+    """A person who labels, or looks after those who do."""
+
+    __tablename__ = "annotators"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(String(100), unique=True)
+    is_admin: Mapped[bool]
+    created_at: Mapped[float] = mapped_column(Double)
+
+
+class Token(Table):
+    """An invitation. Only its hash is kept, so a copy of the database lets nobody in."""
+
+    __tablename__ = "tokens"
+    digest: Mapped[str] = mapped_column(String(64), primary_key=True)
+    annotator_id: Mapped[int] = mapped_column(ForeignKey("annotators.id"), index=True)
+    created_at: Mapped[float] = mapped_column(Double)
+
+
+class Assignment(Table):
+    """A task served to an annotator, at most once."""
+
+    __tablename__ = "assignments"
+    __table_args__ = (
+        UniqueConstraint("task_id", "annotator_id"),
+        CheckConstraint("state IN ('open', 'labelled', 'skipped', 'voided')", name="state"),
+    )
+    id: Mapped[int] = mapped_column(primary_key=True)
+    task_id: Mapped[int] = mapped_column(ForeignKey("tasks.id"))
+    annotator_id: Mapped[int] = mapped_column(ForeignKey("annotators.id"), index=True)
+    shown_order: Mapped[list[int]] = mapped_column(JSON)
+    """The position of the answer shown first, second, ..."""
+    state: Mapped[str] = mapped_column(String(10))
+    leased_until: Mapped[float] = mapped_column(Double)
+    """While open: until then nobody else is given its place."""
+    created_at: Mapped[float] = mapped_column(Double)
+    task: Mapped[Task] = relationship()
+    annotator: Mapped[Annotator] = relationship()
+
+
+class Label(Table):
+    """What an annotator said of a task. Never changed: see Void."""
+
+    __tablename__ = "labels"
+    __table_args__ = (
+        CheckConstraint("verdict IN ('answer', 'tie', 'both_bad')", name="verdict"),
+        CheckConstraint("(verdict = 'answer') = (chosen IS NOT NULL)", name="chosen"),
+        CheckConstraint("seconds >= 0", name="seconds"),
+    )
+    id: Mapped[int] = mapped_column(primary_key=True)
+    assignment_id: Mapped[int] = mapped_column(ForeignKey("assignments.id"), index=True)
+    verdict: Mapped[str] = mapped_column(String(10))
+    chosen: Mapped[int | None]
+    """Position of the better answer, if the verdict names one."""
+    ratings: Mapped[list[int | None]] = mapped_column(JSON)
+    """Of each answer by position, 1 (bad) to 5 (excellent); None where none was given."""
+    edited: Mapped[str | None]
+    """An answer better than all that were shown."""
+    note: Mapped[str | None]
+    seconds: Mapped[float] = mapped_column(Double)
+    """How long the task was looked at."""
+    shown_order: Mapped[list[int]] = mapped_column(JSON)
+    created_at: Mapped[float] = mapped_column(Double)
+    assignment: Mapped[Assignment] = relationship()
+    void: Mapped[Void | None] = relationship(back_populates="label")
+
+
+class Void(Table):
+    """A label that no longer counts: undone by its annotator, or voided by an admin."""
+
+    __tablename__ = "voids"
+    label_id: Mapped[int] = mapped_column(ForeignKey("labels.id"), primary_key=True)
+    annotator_id: Mapped[int] = mapped_column(ForeignKey("annotators.id"))
+    """Who did it."""
+    reason: Mapped[str]
+    created_at: Mapped[float] = mapped_column(Double)
+    label: Mapped[Label] = relationship(back_populates="void")

@@ -1,0 +1,138 @@
+"""How the labelling goes: progress, agreement, speed.
+
+Responsible for: which labels enter the figures. Not responsible for: kappa itself (maths/agreement.py).
+
+Annotators agree on a task when they chose the same answer, both said tie, or both said that all are bad.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from statistics import median
+
+from sqlalchemy import func, select
+
+from dovetail.maths.agreement import cohen_kappa, fleiss_kappa
+from dovetail.preferences.database import Store
+from dovetail.preferences.labels import counting_labels, num_labels
+from dovetail.preferences.schema import Annotator, Label, Task
+from dovetail.preferences.tasks import project_of
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """What is done and what is there."""
+
+    own_labels: int
+    labels: int
+    """Of all annotators."""
+    wanted: int
+    """Tasks times overlap, so far: more tasks may come."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """How far two annotators agree on the tasks that both labelled."""
+
+    first: str
+    second: str
+    tasks: int
+    agreement: float
+    """Share of the tasks with the same verdict."""
+    kappa: float | None
+    """Cohen's; None where it is undefined."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Speed:
+    """One annotator's work."""
+
+    name: str
+    is_admin: bool
+    labels: int
+    median_seconds: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Statistics:
+    """All of it."""
+
+    progress: Progress
+    verdicts: dict[str, int]
+    shared_tasks: int
+    """Tasks with two labels or more."""
+    fleiss: float | None
+    """Fleiss' kappa over the shared tasks; None where it is undefined."""
+    pairs: tuple[Pair, ...]
+    speeds: tuple[Speed, ...]
+
+
+def progress(store: Store, project_id: int, annotator_id: int) -> Progress:
+    """What an annotator may know."""
+    with store.reading() as session:
+        project = project_of(session, project_id)
+        tasks = session.scalar(select(func.count(Task.id)).where(Task.project_id == project_id)) or 0
+        return Progress(
+            own_labels=num_labels(session, project_id, annotator_id),
+            labels=num_labels(session, project_id),
+            wanted=tasks * project.overlap,
+        )
+
+
+def statistics(store: Store, project_id: int, annotator_id: int) -> Statistics:
+    """What an admin may know; `annotator_id` is theirs."""
+    with store.reading() as session:
+        labels = counting_labels(session, project_id)
+        people = session.scalars(select(Annotator).order_by(Annotator.name)).all()
+        speeds = tuple(_speed(person, labels) for person in people)
+    by_task: dict[int, dict[str, str]] = defaultdict(dict)
+    for label in labels:
+        by_task[label.assignment.task_id][label.assignment.annotator.name] = category(label)
+    shared = [said for said in by_task.values() if len(said) >= 2]
+    overall = fleiss_kappa([Counter(said.values()) for said in shared])
+    return Statistics(
+        progress=progress(store, project_id, annotator_id),
+        verdicts=dict(Counter(label.verdict for label in labels)),
+        shared_tasks=len(shared),
+        fleiss=None if overall is None else float(overall),
+        pairs=_pairs(shared),
+        speeds=speeds,
+    )
+
+
+def category(label: Label) -> str:
+    """What counts as the same verdict: the answer itself, not where it was shown."""
+    return label.verdict if label.chosen is None else f"answer {label.chosen}"
+
+
+def _pairs(shared: Sequence[dict[str, str]]) -> tuple[Pair, ...]:
+    names = sorted({name for said in shared for name in said})
+    found = []
+    for first, second in combinations(names, 2):
+        both = [(said[first], said[second]) for said in shared if first in said and second in said]
+        if both:
+            kappa = cohen_kappa([a for a, _ in both], [b for _, b in both])
+            agreement = sum(a == b for a, b in both) / len(both)
+            found.append(
+                Pair(
+                    first=first,
+                    second=second,
+                    tasks=len(both),
+                    agreement=agreement,
+                    kappa=None if kappa is None else float(kappa),
+                )
+            )
+    return tuple(found)
+
+
+def _speed(person: Annotator, labels: Sequence[Label]) -> Speed:
+    seconds = [label.seconds for label in labels if label.assignment.annotator_id == person.id]
+    return Speed(
+        name=person.name,
+        is_admin=person.is_admin,
+        labels=len(seconds),
+        median_seconds=median(seconds) if seconds else None,
+    )

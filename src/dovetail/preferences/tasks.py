@@ -1,0 +1,141 @@
+"""What there is to label.
+
+Responsible for: projects, and adding tasks to them. Not responsible for: sampling answers
+(labelling/supply.py), or who gets which task (queue.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from dovetail.errors import LabelError
+from dovetail.preferences.database import NotFoundError, Store
+from dovetail.preferences.plain_text import expect_text, is_storable
+from dovetail.preferences.queue import num_taken
+from dovetail.preferences.schema import Answer, Project, Task
+from dovetail.text.content_hash import content_hash
+from dovetail.text.message import Message
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampled:
+    """One answer and where it is from."""
+
+    text: str
+    model: str
+    seed: int
+    sampling: Mapping[str, Any]
+    """The settings it was drawn with."""
+    score: float | None = None
+    """Of a reward model."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewTask:
+    """A prompt with the answers to compare."""
+
+    messages: Sequence[Message]
+    answers: Sequence[Sampled]
+
+    def is_comparable(self) -> bool:
+        """Whether there are two or more answers, all different, that a database can hold."""
+        texts = [answer.text for answer in self.answers]
+        return len(set(texts)) == len(texts) >= 2 and all(map(is_storable, texts))
+
+    def margin(self) -> float | None:
+        """Between the two best scores; None unless all answers are scored."""
+        scores = sorted(answer.score for answer in self.answers if answer.score is not None)
+        return scores[-1] - scores[-2] if len(scores) == len(self.answers) else None
+
+
+def open_project(
+    store: Store, name: str, *, overlap: int | None = None, guidelines: str | None = None
+) -> int:
+    """The id of a project, made if there is none. Overlap (1 for a new one) and guidelines are set where given."""
+    if not 1 <= len(expect_text("the project's name", name).strip()) <= 200:
+        raise LabelError(f"{name!r} is no name of a project", hint="give 1 to 200 characters")
+    if overlap is not None and overlap < 1:
+        raise LabelError(f"overlap = {overlap}", hint="each pair is labelled by 1 annotator or more")
+    with store.writing() as session:
+        project = session.scalar(select(Project).where(Project.name == name))
+        if project is None:
+            project = Project(
+                name=name, overlap=overlap or 1, guidelines=guidelines or "", created_at=store.clock()
+            )
+            session.add(project)
+        project.overlap = overlap or project.overlap
+        project.guidelines = (
+            project.guidelines if guidelines is None else expect_text("guidelines", guidelines)
+        )
+        session.flush()
+        return project.id
+
+
+def project_of(session: Session, project_id: int) -> Project:
+    """The project; NotFoundError if there is none."""
+    project = session.get(Project, project_id)
+    if project is None:
+        raise NotFoundError(f"there is no project {project_id}", hint="open it by name")
+    return project
+
+
+def add_tasks(store: Store, project_id: int, tasks: Sequence[NewTask]) -> int:
+    """Add those that can be compared and are not there yet; how many these were."""
+    added = 0
+    with store.writing(project_id) as session:
+        for task in tasks:
+            key = content_hash(task.messages, [answer.text for answer in task.answers])
+            known = select(Task.id).where(Task.project_id == project_id, Task.key == key)
+            if task.is_comparable() and session.scalar(known) is None:
+                session.add(_row(task, key, project_id, store.clock()))
+                session.flush()
+                added += 1
+    return added
+
+
+def num_unfinished(store: Store, project_id: int) -> int:
+    """Tasks with a free place."""
+    with store.reading() as session:
+        project = project_of(session, project_id)
+        free = num_taken(store.clock()) < project.overlap
+        return session.scalar(select(func.count(Task.id)).where(Task.project_id == project_id, free)) or 0
+
+
+def used_prompts(store: Store, project_id: int) -> frozenset[str]:
+    """The keys (see `prompt_key`) of all prompts that have a task."""
+    with store.reading() as session:
+        return frozenset(session.scalars(select(Task.prompt_key).where(Task.project_id == project_id)))
+
+
+def prompt_key(messages: Sequence[Message]) -> str:
+    """Hash of a prompt."""
+    return content_hash(messages)
+
+
+def _row(task: NewTask, key: str, project_id: int, now: float) -> Task:
+    margin = task.margin()
+    return Task(
+        project_id=project_id,
+        key=key,
+        prompt_key=prompt_key(task.messages),
+        messages=[dict(turn) for turn in task.messages],
+        margin=margin if margin is not None and math.isfinite(margin) else None,
+        created_at=now,
+        answers=[
+            Answer(
+                position=position,
+                text=answer.text,
+                model=answer.model,
+                seed=answer.seed,
+                sampling=dict(answer.sampling),
+                score=answer.score,
+            )
+            for position, answer in enumerate(task.answers)
+        ],
+    )
