@@ -41,7 +41,8 @@ def pipeline(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
     return ran
 
 
-COMMANDS = ["train", "sft", "reward", "ppo", "demo", "chat", "export", "doctor", "data", "data preview"]
+COMMANDS = ["train", "sft", "reward", "ppo", "demo", "chat", "export", "doctor", "data", "data preview",
+            "label", "label start", "label export", "label invite"]  # fmt: skip
 
 
 def test_help_lists_every_command(run: Run) -> None:

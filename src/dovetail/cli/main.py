@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 import dovetail
-from dovetail.cli import chat, data, demo, doctor, export, train
+from dovetail.cli import chat, data, demo, doctor, export, label, train
 from dovetail.cli.flag_lists import repeat_flags
 from dovetail.errors import DovetailError
 
@@ -26,7 +26,8 @@ EPILOG = """Begin here:
   dovetail demo                                  the whole system in minutes, no GPU, no downloads
   dovetail train opt-1.3b --dry-run              what a recipe would do, every setting spelt out
   dovetail train opt-1.3b data.blend='\\[my_pairs.jsonl]'
-  dovetail chat runs/opt-1.3b                    talk to the result"""
+  dovetail chat runs/opt-1.3b                    talk to the result
+  dovetail label runs/opt-1.3b --prompts my_prompts.jsonl"""
 
 app = typer.Typer(
     name="dovetail",
@@ -47,6 +48,7 @@ app.command("reward", rich_help_panel=TRAINING)(train.reward)
 app.command("ppo", rich_help_panel=TRAINING)(train.ppo)
 app.command("demo", rich_help_panel=TRAINING)(demo.demo)
 app.command("chat", rich_help_panel=RESULTS)(chat.chat)
+app.add_typer(label.app, name="label", rich_help_panel=RESULTS)
 app.command("export", rich_help_panel=RESULTS)(export.export)
 app.command("doctor", rich_help_panel=LOOKING)(doctor.doctor)
 data_app = typer.Typer(no_args_is_help=True, help="Look at the data as the model will see it.")

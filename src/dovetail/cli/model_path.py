@@ -1,6 +1,6 @@
 """Which model a path on the command line means.
 
-Responsible for: finding the chat model of a run. Not responsible for: loading it (model/load.py).
+Responsible for: finding the chat model, or the reward model, of a run. Not responsible for: loading it (model/load.py).
 """
 
 from pathlib import Path
@@ -22,3 +22,9 @@ def model_folder(path: str) -> str:
         if (folder / "config.yaml").is_file()
         else "give a run folder with sft/model or ppo/model, or a folder with config.json",
     )
+
+
+def reward_folder(path: str) -> str:
+    """The finished reward model in a run folder; anything else is the name of a model itself."""
+    inside = Path(path).expanduser() / "reward" / "model"
+    return str(inside) if (inside / "config.json").is_file() else path

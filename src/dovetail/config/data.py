@@ -27,9 +27,9 @@ class SourceConfig(FrozenModel):
 
     path: str
     """A registered name (rm-static), a file (.json .jsonl .jsonl.gz .parquet .csv), a folder saved with
-    `save_to_disk`, or a hub name."""
+    `save_to_disk`, a hub name, or `labels:` and the URL of a database of labels (labels:sqlite:///labels.db)."""
     name: str | None = None
-    """Configuration of a hub data set."""
+    """Configuration of a hub data set, or project of a database of labels."""
     revision: str | None = None
     """Branch, tag or commit of a hub data set; `refs/convert/parquet` for sets that come with a script."""
     split: str = "train"

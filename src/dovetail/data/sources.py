@@ -1,8 +1,8 @@
 """One source: from its path to records.
 
-Responsible for: finding the table (file, folder or hub name), and what happens to rows that cannot be used:
-the first one stops (strict), or they are counted and skipped.
-Not responsible for: formats (tables.py, hub.py), columns (forms.py), stages (blend.py).
+Responsible for: finding the table (file, folder, hub name or database of labels), and what happens to rows that
+cannot be used: the first one stops (strict), or they are counted and skipped.
+Not responsible for: formats (tables.py, hub.py, label_rows.py), columns (forms.py), stages (blend.py).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dovetail.config.data import SourceConfig
 from dovetail.data.columns import BadRowError
 from dovetail.data.forms import record_of, with_guessed_columns
 from dovetail.data.hub import hub_rows, is_saved, saved_rows
+from dovetail.data.label_rows import is_labels, label_rows, without_password
 from dovetail.data.records import Record
 from dovetail.data.registry import short_names
 from dovetail.data.report import Tally
@@ -34,11 +35,11 @@ def read_source(source: SourceConfig, *, strict: bool = True, tally: Tally | Non
     yield from records if source.limit is None else _smallest(records, source.limit)
     if counts.read == 0:
         raise DataError(
-            f"{source.path}: there are no rows in it", hint="check path, split and limit of the source"
+            f"{label_of(source)}: there are no rows in it", hint="check path, split and limit of the source"
         )
     if counts.read == counts.bad:
         raise DataError(
-            f"{source.path}: none of its {counts.read:,} rows can be used; the first: {counts.first_bad[0]}",
+            f"{label_of(source)}: none of its {counts.read:,} rows can be used; the first: {counts.first_bad[0]}",
             hint="check the columns that the source names",
         )
 
@@ -46,7 +47,8 @@ def read_source(source: SourceConfig, *, strict: bool = True, tally: Tally | Non
 def label_of(source: SourceConfig) -> str:
     """What a source is called in reports."""
     split = f" {source.split}" if source.split != "train" else ""
-    return f"{source.path}{f' {source.name}' if source.name else ''}{split}"
+    path = without_password(source.path) if is_labels(source.path) else source.path
+    return f"{path}{f' {source.name}' if source.name else ''}{split}"
 
 
 def _records(source: SourceConfig, *, strict: bool, counts: Tally) -> Iterator[Record]:
@@ -81,6 +83,9 @@ def _smallest(records: Iterable[Record], limit: int) -> Iterator[Record]:
 
 def _rows(source: SourceConfig) -> Iterator[Placed]:
     """Rows with places that name the file: "rows.jsonl line 3"."""
+    if is_labels(source.path):
+        rows = label_rows(source.path, source.name)
+        return (Placed(f"{label_of(source)} {place}", row) for place, row in rows)
     path = Path(source.path).expanduser()
     if path.is_file() and not is_table(path):
         raise DataError(

@@ -1,0 +1,298 @@
+"""`dovetail label`: people compare a model's answers in the browser, and their labels as a file.
+
+Responsible for: the commands `start`, `export` and `invite`, and that `dovetail label MODEL` means `start`.
+Not responsible for: pages (labelling/), what is kept (preferences/).
+"""
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from dovetail.cli.model_path import model_folder, reward_folder
+from dovetail.errors import ConfigError
+
+if TYPE_CHECKING:
+    from dovetail.labelling.supply import Supply
+    from dovetail.preferences.database import Store
+
+SERVER = "The server and its people"
+SAMPLING = "Sampling"
+
+StoreUrl = Annotated[
+    str,
+    typer.Option(
+        "--store",
+        help="Database of the labels: a SQLite file (sqlite:///labels.db), which is made if it is not there, or "
+        "postgresql://user@host/database.",
+    ),
+]
+Project = Annotated[
+    str, typer.Option(help="Name of the project: tasks that are labelled under the same guidelines.")
+]
+
+
+class StartByDefault(TyperGroup):
+    """A group whose first argument is a command, or else the first argument of `start`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Put `start` in front of what names no command."""
+        is_command = bool(args) and (args[0] in self.commands or args[0] in ("--help", "-h"))
+        return super().parse_args(ctx, args if is_command or not args else ["start", *args])
+
+
+app = typer.Typer(
+    cls=StartByDefault,
+    no_args_is_help=True,
+    help="""People compare a model's answers in the browser; a reward model learns from it.
+
+    dovetail label MODEL ... is dovetail label start MODEL ...; see dovetail label start --help.""",
+)
+
+
+Models = Annotated[
+    list[str] | None,
+    typer.Argument(
+        help="One or two run folders or models whose answers are compared. Left out: only what was sampled "
+        "before is labelled.",
+        show_default=False,
+    ),
+]
+Prompts = Annotated[
+    str | None,
+    typer.Option(
+        help="Source of the prompts: a file, a registered name, or {path: rows.csv, prompt: question}.",
+        show_default=False,
+    ),
+]
+Overlap = Annotated[
+    int | None, typer.Option(min=1, help="Annotators per pair. By default as the project has it, at first 1.")
+]
+Guidelines = Annotated[
+    Path | None, typer.Option(help="A text file that annotators see beside their work.", show_default=False)
+]
+UncertainFirst = Annotated[
+    str | None,
+    typer.Option(
+        help="A reward model, or a run with one: pairs on which it is least sure are offered first.",
+        show_default=False,
+    ),
+]
+Invite = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Print a link for this annotator. May be given several times.",
+        rich_help_panel=SERVER,
+        show_default=False,
+    ),
+]
+Host = Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 for all.", rich_help_panel=SERVER)]
+Port = Annotated[
+    int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.", rich_help_panel=SERVER)
+]
+Answers = Annotated[int, typer.Option(min=2, max=9, help="Answers to each prompt.", rich_help_panel=SAMPLING)]
+Ahead = Annotated[int, typer.Option(min=1, help="Tasks to keep ready.", rich_help_panel=SAMPLING)]
+BatchSize = Annotated[int, typer.Option(min=1, help="Prompts sampled at once.", rich_help_panel=SAMPLING)]
+Temperature = Annotated[float, typer.Option(min=0, help="Higher is more varied.", rich_help_panel=SAMPLING)]
+TopP = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        max=1,
+        help="Draw from the likeliest words that make up this share.",
+        rich_help_panel=SAMPLING,
+        show_default=False,
+    ),
+]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer.", rich_help_panel=SAMPLING)]
+Seed = Annotated[int, typer.Option(min=0, help="The same draws the same answers.", rich_help_panel=SAMPLING)]
+Device = Annotated[str, typer.Option(help="cuda, cpu, or auto.", rich_help_panel=SAMPLING)]
+
+
+@app.command()
+def start(
+    models: Models = None,
+    store: StoreUrl = "sqlite:///labels.db",
+    prompts: Prompts = None,
+    project: Project = "default",
+    overlap: Overlap = None,
+    guidelines: Guidelines = None,
+    uncertain_first: UncertainFirst = None,
+    invite: Invite = None,
+    host: Host = "127.0.0.1",
+    port: Port = 8001,
+    answers: Answers = 2,
+    ahead: Ahead = 64,
+    batch_size: BatchSize = 16,
+    temperature: Temperature = 1.0,
+    top_p: TopP = None,
+    max_new_tokens: MaxNewTokens = 256,
+    seed: Seed = 0,
+    device: Device = "auto",
+) -> None:
+    """Sample answers and serve the pages on which people compare them, until Ctrl-C.
+
+      dovetail label runs/demo-tiny-0 --prompts my_prompts.jsonl --invite ann --invite ben --overlap 2
+
+      dovetail label runs/demo-tiny-0/sft/model runs/demo-tiny-0 --prompts my_prompts.jsonl
+
+      dovetail label --store sqlite:///labels.db --project default
+
+    Prints a link for the admin, and one for each --invite. Only hashes of links are kept; for a lost one, invite
+    again. Each label is on the disk before the page shows the next pair.
+    """
+    _expect_models_with_prompts(models or [], prompts, uncertain_first)
+    text = None if guidelines is None else _read(guidelines)
+    from dovetail.labelling.server import listen
+    from dovetail.preferences.tasks import open_project
+
+    with _opened(store) as opened, listen(host, port) as listener:
+        project_id = open_project(opened, project, overlap=overlap, guidelines=text)
+        supply = None
+        if prompts is not None:
+            from dovetail.engine.sampling import Sampling  # here and not above: it imports torch
+            from dovetail.labelling.supply import Plan
+
+            sampling = Sampling(temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens)
+            plan = Plan(
+                sampling=sampling, answers_per_prompt=answers, batch_size=batch_size, ahead=ahead, seed=seed
+            )
+            wanted = Wanted(models or [], prompts, uncertain_first, device)
+            supply = supply_of(opened, project_id, wanted, plan)
+        _print_links(opened, invite or [], _base_url(host, listener.getsockname()[1]))
+        _serve(opened, project_id, supply, listener)
+
+
+@app.command()
+def export(
+    store: StoreUrl = "sqlite:///labels.db",
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write.")] = Path("pairs.jsonl"),
+    project: Annotated[
+        str | None, typer.Option(help="Only this project. By default all.", show_default=False)
+    ] = None,
+) -> None:
+    """Write the comparisons: prompt, chosen, rejected, and where each is from, one JSON object a line.
+
+      dovetail label export --store sqlite:///labels.db --output pairs.jsonl
+
+    Ties and pairs of which both are bad say nothing of which is better, and are left out; an edited answer is
+    better than all that were shown; what was undone or voided does not count. The reward stage can also read the
+    database itself: data.blend='\\[labels:sqlite:///labels.db]'.
+    """
+    from dovetail.labelling.export import export as write
+
+    with _opened(store, must_exist=True) as opened:
+        count = write(opened, output, project)
+    typer.echo(f"written: {output}, {count} comparisons")
+
+
+@app.command()
+def invite(
+    name: Annotated[str, typer.Argument(help="Who is invited.")],
+    store: StoreUrl = "sqlite:///labels.db",
+    admin: Annotated[
+        bool, typer.Option("--admin", help="One who sees everybody's labels, invites and voids.")
+    ] = False,
+) -> None:
+    """Print a token with which somebody can log in. Only its hash is kept, so it cannot be shown again."""
+    from dovetail.preferences.annotators import invite as new_token
+
+    with _opened(store) as opened:
+        typer.echo(new_token(opened, name, is_admin=admin))
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What is to be sampled, as it was typed."""
+
+    models: Sequence[str]
+    prompts: str
+    uncertain_first: str | None
+    device: str
+
+
+def supply_of(store: "Store", project_id: int, wanted: Wanted, plan: Any) -> "Supply":
+    """Load what samples and scores."""
+    from dovetail.labelling.answerer import ModelAnswerer, reward_scorer
+    from dovetail.labelling.prompts import read_prompts
+    from dovetail.labelling.supply import Supply
+
+    prompts = read_prompts(wanted.prompts, seed=plan.seed)
+    models = []
+    for path in wanted.models:
+        found = model_folder(path)
+        typer.echo(f"loading {found}", err=True)
+        models.append(ModelAnswerer(found, device=wanted.device))
+    scorer = None
+    if wanted.uncertain_first is not None:
+        scorer = reward_scorer(reward_folder(wanted.uncertain_first), device=wanted.device)
+    return Supply(store, project_id, prompts, models, plan, scorer)
+
+
+@contextmanager
+def _opened(url: str, *, must_exist: bool = False) -> Iterator["Store"]:
+    from dovetail.preferences.database import open_store  # here and not above: help need not wait for it
+
+    store = open_store(url, must_exist=must_exist)
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+def _serve(store: "Store", project_id: int, supply: "Supply | None", listener: Any) -> None:
+    from dovetail.labelling.router import labelling_router
+    from dovetail.labelling.server import labelling_app, serve
+
+    if supply is None:
+        serve(labelling_app(labelling_router(store, project_id)), listener)
+        return
+    supply.start()
+    try:
+        serve(labelling_app(labelling_router(store, project_id, supply=supply.state)), listener)
+    finally:
+        supply.stop()
+
+
+def _print_links(store: "Store", names: Sequence[str], base: str) -> None:
+    from dovetail.preferences.annotators import invite as new_token
+
+    for name in names:
+        typer.echo(f"{name}: {base}/label/#token={new_token(store, name)}")
+    typer.echo(f"admin: {base}/label/#token={new_token(store, 'admin', is_admin=True)}")
+    typer.echo("Each link lets its owner in; Ctrl-C ends the server, and nothing is lost.")
+    sys.stdout.flush()
+
+
+def _base_url(host: str, port: int) -> str:
+    named = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    return f"http://{named}:{port}"
+
+
+def _expect_models_with_prompts(
+    models: Sequence[str], prompts: str | None, uncertain_first: str | None
+) -> None:
+    if len(models) > 2:
+        raise ConfigError(f"{len(models)} models were given", hint="compare the answers of one or two")
+    if models and prompts is None:
+        raise ConfigError(
+            "--prompts is missing", hint="say what the models are to answer: --prompts prompts.jsonl"
+        )
+    if uncertain_first is not None and prompts is None:
+        raise ConfigError(
+            "--uncertain-first scores answers when they are sampled", hint="give a model and --prompts too"
+        )
+    if prompts is not None and not models:
+        raise ConfigError("--prompts needs a model to answer them", hint="dovetail label MODEL --prompts ...")
+
+
+def _read(guidelines: Path) -> str:
+    try:
+        return guidelines.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--guidelines {guidelines}: {error}", hint="give a text file in UTF-8") from error

@@ -1,0 +1,37 @@
+"""Labels of people as a source: `labels:` and the URL of the database that keeps them.
+
+Responsible for: such paths. Not responsible for: which pairs a label says (preferences/comparisons.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from dovetail.data.tables import Placed
+
+_SCHEME = "labels:"
+
+
+def is_labels(path: str) -> bool:
+    """Whether a source's path means a database of labels."""
+    return path.startswith(_SCHEME)
+
+
+def label_rows(path: str, project: str | None) -> Iterator[Placed]:
+    """One row for each pair, of one project or of all."""
+    from dovetail.preferences.comparisons import comparison_rows  # here and not above: files need no database
+    from dovetail.preferences.database import open_store
+
+    store = open_store(path.removeprefix(_SCHEME), must_exist=True)
+    try:
+        for label_id, row in comparison_rows(store, project):
+            yield Placed(f"label {label_id}", row)
+    finally:
+        store.close()
+
+
+def without_password(path: str) -> str:
+    """The path as reports may show it."""
+    from dovetail.preferences.database import shown
+
+    return _SCHEME + shown(path.removeprefix(_SCHEME))

@@ -1,0 +1,156 @@
+"""Sample answers ahead of need, beside a server that hands them out.
+
+Responsible for: batches of new tasks, made while few are left, in a thread of its own.
+Not responsible for: models (answerer.py), prompts (prompts.py), what is kept (preferences/).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Protocol
+
+from dovetail.engine.sampling import Sampling
+from dovetail.errors import DovetailError
+from dovetail.labelling.router import SupplyState
+from dovetail.preferences.database import Store
+from dovetail.preferences.tasks import NewTask, Sampled, add_tasks, num_unfinished, prompt_key, used_prompts
+from dovetail.rlhf.rewards import Answer, Scorer
+from dovetail.telemetry.log import say, warn
+from dovetail.text.content_hash import content_hash
+from dovetail.text.message import Message
+
+_LOOK_EVERY_SECONDS = 1.0
+_RECORDED = ("temperature", "top_p", "top_k", "max_new_tokens")
+
+Prompt = Sequence[Message]
+
+
+class Answerer(Protocol):
+    """A model that answers; see ModelAnswerer."""
+
+    name: str
+
+    def answers(
+        self,
+        prompts: Sequence[Prompt],
+        seeds: Sequence[int],
+        sampling: Sampling,
+        is_cancelled: Callable[[], bool],
+    ) -> list[Answer | None]:
+        """An answer to each prompt, None where it does not fit."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """How answers are made."""
+
+    sampling: Sampling
+    answers_per_prompt: int = 2
+    """Of two models, each gives every other one."""
+    batch_size: int = 16
+    """Prompts sampled at once."""
+    ahead: int = 64
+    """Tasks with a free place that should be there; fewer, and a batch is made."""
+    seed: int = 0
+
+
+@dataclass(slots=True)
+class Supply:
+    """Makes tasks of prompts, in a thread once started."""
+
+    store: Store
+    project_id: int
+    prompts: Sequence[Prompt]
+    models: Sequence[Answerer]
+    plan: Plan
+    scorer: Scorer | None = None
+    """Its scores decide which tasks are offered first: those with the smallest margin."""
+    _problem: str | None = None
+    _is_done: bool = False
+    _stop: threading.Event = field(default_factory=threading.Event)
+    _thread: threading.Thread | None = None
+
+    def state(self) -> SupplyState:
+        """For the pages; may be asked by any thread."""
+        return SupplyState(is_sampling=not self._is_done, problem=self._problem)
+
+    def start(self) -> None:
+        """Begin, in a thread."""
+        self._thread = threading.Thread(target=self._run, name="supply", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End soon, in the middle of a batch if need be, and wait for that."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            self.work()
+        except DovetailError as error:
+            self._problem = error.message
+            warn(f"no more answers are sampled: {error.message}", hint=error.hint)
+        except Exception as error:  # a thread's last chance to say what ended it; labelling goes on
+            self._problem = f"{type(error).__name__}: {error}"
+            warn(f"no more answers are sampled: {self._problem}")
+        finally:
+            self._is_done = True
+
+    def work(self) -> None:
+        """Make tasks of all prompts that have none in this project, never many more than are needed."""
+        used = used_prompts(self.store, self.project_id)
+        waiting = [prompt for prompt in self.prompts if prompt_key(prompt) not in used]
+        made = asked = 0
+        while asked < len(waiting) and not self._stop.is_set():
+            if num_unfinished(self.store, self.project_id) >= self.plan.ahead:
+                self._stop.wait(_LOOK_EVERY_SECONDS)
+                continue
+            batch = waiting[asked : asked + self.plan.batch_size]
+            tasks = self.tasks_of(batch)
+            if self._stop.is_set():
+                return
+            made += add_tasks(self.store, self.project_id, tasks)
+            asked += len(batch)
+        left_out = f"; {asked - made} left out, too long or with equal answers" if asked > made else ""
+        say(f"sampled {made} tasks from {asked} prompts{left_out}")
+
+    def tasks_of(self, prompts: Sequence[Prompt]) -> list[NewTask]:
+        """Sampled and scored tasks; prompts that do not fit a model are left out."""
+        count = self.plan.answers_per_prompt
+        columns = [self._sample(prompts, position) for position in range(count)]
+        rows = [[one for one in row if one is not None] for row in zip(*columns, strict=True)]
+        whole = [(prompt, row) for prompt, row in zip(prompts, rows, strict=True) if len(row) == count]
+        scores = self._scores([answer for _, row in whole for answer, _ in row])
+        tasks = []
+        for index, (prompt, row) in enumerate(whole):
+            own = scores[index * count : (index + 1) * count] if scores else [None] * count
+            answers = [replace(sampled, score=score) for (_, sampled), score in zip(row, own, strict=True)]
+            tasks.append(NewTask(messages=prompt, answers=answers))
+        return tasks
+
+    def _sample(self, prompts: Sequence[Prompt], position: int) -> list[tuple[Answer, Sampled] | None]:
+        """The answers at one position of every prompt."""
+        model = self.models[position % len(self.models)]
+        seeds = [answer_seed(self.plan.seed, prompt, position) for prompt in prompts]
+        answers = model.answers(prompts, seeds, self.plan.sampling, self._stop.is_set)
+        settings = {name: asdict(self.plan.sampling)[name] for name in _RECORDED}
+        return [
+            None
+            if answer is None
+            else (answer, Sampled(text=answer.text, model=model.name, seed=seed, sampling=settings))
+            for answer, seed in zip(answers, seeds, strict=True)
+        ]
+
+    def _scores(self, answers: Sequence[Answer]) -> list[float]:
+        if self.scorer is None or not answers or self._stop.is_set():
+            return []
+        return [float(score) for score in self.scorer(answers)]
+
+
+def answer_seed(seed: int, prompt: Prompt, position: int) -> int:
+    """The seed of one answer: whatever else is sampled with it, the same prompt gives the same answer."""
+    return int(content_hash(seed, prompt_key(prompt), position)[:15], 16)
