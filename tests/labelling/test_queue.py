@@ -8,7 +8,7 @@ from dovetail.preferences.database import ConflictError, NotFoundError, Store, o
 from dovetail.preferences.labels import Submission, list_labels, submit, undo, void
 from dovetail.preferences.queue import Assigned, next_task, skip
 from dovetail.preferences.schema import Assignment, Label, Void
-from dovetail.preferences.tasks import add_tasks, num_unfinished
+from dovetail.preferences.tasks import add_tasks, num_ready
 from tests.labelling.work import Clock, annotator, new_project, task
 
 
@@ -38,7 +38,7 @@ def test_the_open_task_is_served_again_and_a_labelled_one_never(store: Store) ->
     assert second.messages[0]["content"] == "Question 2?"
     choose(store, project, ann, second, "bad 2")
     assert next_task(store, project, ann) is None
-    assert num_unfinished(store, project) == 2  # each lacks a second annotator
+    assert num_ready(store, project) == 0  # each lacks a second annotator, but ann has had them all
 
 
 def test_a_lease_keeps_others_away_until_it_ends(url: str) -> None:
@@ -165,7 +165,7 @@ def test_tasks_without_two_different_answers_are_not_offered(store: Store) -> No
         add_tasks(store, project, [task(1), task(2, "same", "same"), task(3, "one"), task(4, "nul \0", "b")])
         == 0
     )
-    assert num_unfinished(store, project) == 1
+    assert num_ready(store, project) == 1
 
 
 def test_labels_are_only_ever_added(store: Store) -> None:

@@ -15,7 +15,7 @@ from dovetail.engine.sampling import Sampling
 from dovetail.errors import DovetailError
 from dovetail.labelling.router import SupplyState
 from dovetail.preferences.database import Store
-from dovetail.preferences.tasks import NewTask, Sampled, add_tasks, num_unfinished, prompt_key, used_prompts
+from dovetail.preferences.tasks import NewTask, Sampled, add_tasks, num_ready, prompt_key, used_prompts
 from dovetail.rlhf.rewards import Answer, Scorer
 from dovetail.telemetry.log import say, warn
 from dovetail.text.content_hash import content_hash
@@ -53,7 +53,7 @@ class Plan:
     batch_size: int = 16
     """Prompts sampled at once."""
     ahead: int = 64
-    """Tasks with a free place that should be there; fewer, and a batch is made."""
+    """Tasks that each annotator should still find; fewer, and a batch is made."""
     seed: int = 0
 
 
@@ -106,7 +106,7 @@ class Supply:
         waiting = [prompt for prompt in self.prompts if prompt_key(prompt) not in used]
         made = asked = 0
         while asked < len(waiting) and not self._stop.is_set():
-            if num_unfinished(self.store, self.project_id) >= self.plan.ahead:
+            if num_ready(self.store, self.project_id) >= self.plan.ahead:
                 self._stop.wait(_LOOK_EVERY_SECONDS)
                 continue
             batch = waiting[asked : asked + self.plan.batch_size]

@@ -18,7 +18,7 @@ from dovetail.errors import LabelError
 from dovetail.preferences.database import NotFoundError, Store
 from dovetail.preferences.plain_text import expect_text, is_storable
 from dovetail.preferences.queue import num_taken
-from dovetail.preferences.schema import Answer, Project, Task
+from dovetail.preferences.schema import Answer, Assignment, Project, Task
 from dovetail.text.content_hash import content_hash
 from dovetail.text.message import Message
 
@@ -99,12 +99,14 @@ def add_tasks(store: Store, project_id: int, tasks: Sequence[NewTask]) -> int:
     return added
 
 
-def num_unfinished(store: Store, project_id: int) -> int:
-    """Tasks with a free place."""
+def num_ready(store: Store, project_id: int) -> int:
+    """How many tasks each annotator can still be given: those with a free place, less what the busiest one has
+    been served of them. Before anybody begins, all with a free place."""
     with store.reading() as session:
-        project = project_of(session, project_id)
-        free = num_taken(store.clock()) < project.overlap
-        return session.scalar(select(func.count(Task.id)).where(Task.project_id == project_id, free)) or 0
+        free = num_taken(store.clock()) < project_of(session, project_id).overlap
+        here = select(func.count()).select_from(Task).where(Task.project_id == project_id, free)
+        served = here.join(Assignment, Assignment.task_id == Task.id).group_by(Assignment.annotator_id)
+        return (session.scalar(here) or 0) - max(session.scalars(served), default=0)
 
 
 def used_prompts(store: Store, project_id: int) -> frozenset[str]:
