@@ -3,6 +3,7 @@
 #   make demo                    install, train a small model through all three stages, show the gain
 #   make demo MODEL=smollm2      the same from the real SmolLM2-135M weights
 #   make test | test-slow        the tests that take minutes | those that take longer
+#   make test-system             those that need a browser and PostgreSQL, which it installs (Debian, as root)
 #   make bench                   ratios to Hugging Face's generate and TRL's PPO on a CPU, into bench.json
 #   make check                   format, lint, types, imports, then test
 #   make format                  rewrite the files as the formatter wants them
@@ -10,6 +11,8 @@
 PYTHON ?= python3
 MODEL ?= tiny
 SEED ?= 0
+# What tests marked `system` drive; they fail where it is missing.
+SYSTEM_PACKAGES := chromium postgresql
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -18,7 +21,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow bench check lint format clean
+.PHONY: help demo test test-slow test-system bench check lint format clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -30,7 +33,12 @@ test: $(VENV)/dev.stamp
 	$(PYTEST) -m "not gpu and not slow and not system" -n logical --maxprocesses 8
 
 test-slow: $(VENV)/dev.stamp $(VENV)/smollm2.stamp
-	$(PYTEST) -m "slow and not gpu"
+	$(PYTEST) -m "slow and not gpu and not system"
+
+test-system: $(VENV)/dev.stamp
+	@dpkg -s $(SYSTEM_PACKAGES) > /dev/null 2>&1 \
+	    || { apt-get update -qq && apt-get install --yes -qq --no-install-recommends $(SYSTEM_PACKAGES); }
+	$(PYTEST) -m "system and not gpu"
 
 bench: $(VENV)/bench.stamp
 	TOKENIZERS_PARALLELISM=false $(BIN)/python benchmarks/cpu.py --output bench.json

@@ -6,7 +6,9 @@ Not responsible for: routes (router.py), making tasks (supply.py).
 
 from __future__ import annotations
 
+import signal
 import socket
+import sys
 
 import uvicorn
 from fastapi import APIRouter, FastAPI
@@ -43,6 +45,11 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def serve(app: FastAPI, listener: socket.socket) -> None:
-    """Answer requests until SIGINT or SIGTERM; those under way are finished first."""
+    """Answer requests until SIGINT or SIGTERM; those under way are finished first. SIGTERM then ends in SystemExit(0).
+
+    uvicorn hands the signal on when it has finished. By default that ends the process at once, before the
+    caller's `finally`.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False)
     uvicorn.Server(config).run(sockets=[listener])

@@ -1,6 +1,6 @@
 """How the labelling goes: progress, agreement, speed.
 
-Responsible for: which labels enter the figures. Not responsible for: kappa itself (maths/agreement.py).
+Responsible for: which labels enter the figures. Not responsible for: kappa itself (agreement.py).
 
 Annotators agree on a task when they chose the same answer, both said tie, or both said that all are bad.
 """
@@ -15,7 +15,7 @@ from statistics import median
 
 from sqlalchemy import func, select
 
-from dovetail.maths.agreement import cohen_kappa, fleiss_kappa
+from dovetail.preferences.agreement import cohen_kappa, fleiss_kappa
 from dovetail.preferences.database import Store
 from dovetail.preferences.labels import counting_labels, num_labels
 from dovetail.preferences.schema import Annotator, Label, Task

@@ -82,10 +82,15 @@ function draw(next) {
 
 async function loadNext() {
   draw(await ask("next", {}));
-  await drawHistory();
+  drawHistory();
 }
 
-async function drawHistory() {
+// Nobody waits for it: the next verdict may come first.
+function drawHistory() {
+  listLabels().catch((error) => notice(error.message));
+}
+
+async function listLabels() {
   const lines = await ask("labels");
   show("history", lines.length > 0);
   find("lines").replaceChildren(...lines.map((line) => make("tr", { className: line.void === null ? "" : "void" },
@@ -121,7 +126,7 @@ async function skip() {
 async function undo() {
   draw(await ask("undo", {}));
   notice("Your newest label is undone: here is its task again.");
-  await drawHistory();
+  drawHistory();
 }
 
 function open(box, field) {

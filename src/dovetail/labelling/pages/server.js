@@ -51,7 +51,7 @@ export function notice(text) {
 
 export function verdictOf(line) {
   const said = { tie: "tie", both_bad: "all bad", answer: line.chosen }[line.verdict];
-  return line.edited === null ? said : `${said}; better: ${line.edited}`;
+  return line.edited === null ? said : `${said}\nbetter: ${line.edited}`;
 }
 
 export function cell(text, head, className = "") {

@@ -1,7 +1,7 @@
 """How far annotators agree beyond chance.
 
 Responsible for: Cohen's kappa of two annotators, Fleiss' kappa of any number.
-Not responsible for: which labels enter (preferences/statistics.py).
+Not responsible for: which labels enter (statistics.py).
 
 Counts go in and fractions come out, so nothing is rounded.
 """
