@@ -82,3 +82,16 @@ def test_three_stages_and_a_chat_work(installed: Path, tmp_path: Path) -> None:
     dovetail(installed, "chat", config.output_dir, "-p", "hello", "--max-new-tokens", "8", "--device", "cpu")
     for model in ("sft/model", "reward/model", "ppo/model"):
         assert (tmp_path / "run" / model / "model.safetensors").is_file()
+
+
+def test_the_labelling_pages_and_migrations_are_in_it(installed: Path, tmp_path: Path) -> None:
+    store = f"sqlite:///{tmp_path / 'labels.db'}"
+    assert len(dovetail(installed, "label", "invite", "ann", "--store", store).strip()) == 43
+    script = (
+        "import sys; from dovetail.preferences.database import open_store; "
+        "from dovetail.labelling.router import labelling_router; labelling_router(open_store(sys.argv[1]), 1)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(installed)}
+    subprocess.run(
+        [sys.executable, "-c", script, store], cwd=tmp_path, env=environment, check=True, timeout=300
+    )

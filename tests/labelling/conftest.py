@@ -8,15 +8,15 @@ import pytest
 from sqlalchemy import create_engine, text
 
 from dovetail.preferences.database import Store, open_store
-from tests.labelling.postgres import postgres
+from tests.labelling.postgres import Postgres, postgres
 
 _NUMBERS = count()
 
 
 @pytest.fixture(scope="session")
-def postgres_url() -> Iterator[str]:
-    with postgres() as url:
-        yield url
+def postgres_server() -> Iterator[Postgres]:
+    with postgres() as server:
+        yield server
 
 
 @pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.system)])
@@ -24,15 +24,13 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """The URL of an empty database."""
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path / 'labels.db'}"
-    server: str = request.getfixturevalue("postgres_url")
+    server: Postgres = request.getfixturevalue("postgres_server")
     name = f"labels{next(_NUMBERS)}"
-    engine = create_engine(
-        server.format("postgres").replace(":", "+psycopg:", 1), isolation_level="AUTOCOMMIT"
-    )
+    engine = create_engine(server.url("postgres").replace(":", "+psycopg:", 1), isolation_level="AUTOCOMMIT")
     with engine.connect() as connection:
         connection.execute(text(f"CREATE DATABASE {name}"))
     engine.dispose()
-    return server.format(name)
+    return server.url(name)
 
 
 @pytest.fixture

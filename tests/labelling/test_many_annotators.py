@@ -1,4 +1,4 @@
-"""Eight annotators at once, and a server that dies under them."""
+"""Eight annotators at once, and servers that die under them."""
 
 import threading
 from collections import Counter
@@ -6,12 +6,15 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 
 import httpx
+import pytest
 from sqlalchemy import select
+from sqlalchemy.exc import InternalError, OperationalError
 
 from dovetail.preferences.database import Store, open_store
 from dovetail.preferences.labels import Submission, list_labels, submit
 from dovetail.preferences.queue import next_task
 from dovetail.preferences.schema import Assignment
+from tests.labelling.postgres import postgres
 from tests.labelling.served import Served, a_label, served
 from tests.labelling.work import annotator, new_project, task
 
@@ -95,3 +98,34 @@ def test_labels_survive_a_server_that_is_killed_under_load(url: str) -> None:
         number: OVERLAP for number in range(1, TASKS + 1)
     }
     store.close()
+
+
+@pytest.mark.system
+def test_labels_survive_a_postgresql_that_is_killed_under_load() -> None:
+    with postgres() as database:
+        store = open_store(database.url("postgres"))
+        project = new_project(store, *map(task, range(200)), overlap=2)
+        people = [annotator(store, name) for name in NAMES]
+        acknowledged: list[int] = []
+        enough = threading.Event()
+
+        def work(person: int) -> None:
+            while (assigned := next_task(store, project, person)) is not None:
+                said = Submission(assignment_id=assigned.id, verdict="tie", seconds=1)
+                acknowledged.append(submit(store, project, person, said))
+                if len(acknowledged) >= 40:
+                    enough.set()
+
+        with ThreadPoolExecutor(len(people)) as pool:
+            done = [pool.submit(work, person) for person in people]
+            assert enough.wait(60)
+            database.kill()
+            failures = [type(one.exception(timeout=60)) for one in done]
+        assert set(failures) <= {OperationalError, InternalError}  # nobody was told that all was done
+        store.close()
+        database.start()
+        again = open_store(database.url("postgres"))
+        kept = {line.id for line in list_labels(again, project, limit=1000)}
+        assert set(acknowledged) <= kept
+        assert len(kept) < 400
+        again.close()

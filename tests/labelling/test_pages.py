@@ -16,7 +16,7 @@ from dovetail.preferences.database import Store, open_store
 from dovetail.preferences.labels import list_labels
 from dovetail.preferences.tasks import NewTask, Sampled, open_project
 from dovetail.text.message import message
-from tests.labelling.served import Served, served
+from tests.labelling.served import Served, a_label, served
 from tests.labelling.work import new_project
 
 pytestmark = pytest.mark.system
@@ -60,7 +60,7 @@ def tasks() -> list[NewTask]:
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[Store]:
     opened = open_store(f"sqlite:///{tmp_path / 'labels.db'}")
-    new_project(opened, *tasks())
+    new_project(opened, *tasks(), overlap=2)
     open_project(opened, "test", guidelines=GUIDELINES)
     yield opened
     opened.close()
@@ -68,7 +68,7 @@ def store(tmp_path: Path) -> Iterator[Store]:
 
 @pytest.fixture
 def server(store: Store, tmp_path: Path) -> Iterator[Served]:
-    with served(f"sqlite:///{tmp_path / 'labels.db'}", ["ann"]) as running:
+    with served(f"sqlite:///{tmp_path / 'labels.db'}", ["ann", "ben"]) as running:
         yield running
 
 
@@ -161,19 +161,29 @@ def test_ten_pairs_by_keyboard_one_undone_and_all_exported(
     assert counting[6].edited == "Honey."
     assert [line.void for line in list_labels(store, 1) if line.void] == ["undone"]
     assert all(0 < line.seconds < 60 for line in counting)
-    export(browser, server, tmp_path, counting_answers=8)
+    label_six(server)
+    export(browser, server, tmp_path)
 
 
-def export(browser: "sync_api.Browser", server: Served, tmp_path: Path, *, counting_answers: int) -> None:
+def label_six(server: Served) -> None:
+    """A second annotator, who takes the longer answer each time."""
+    with server.client("ben") as ben:
+        for _ in range(6):
+            found = ben.post("next", json={}).json()["task"]
+            longer = max((0, 1), key=lambda shown: len(found["answers"][shown]))
+            ben.post("labels", json=a_label(found, "") | {"chosen": longer, "seconds": 4}).raise_for_status()
+
+
+def export(browser: "sync_api.Browser", server: Served, tmp_path: Path) -> None:
     """As the admin, from the admin page; one label is voided there first."""
     page = open_page(browser, server, "admin")
     page.get_by_role("link", name="Admin").click()
     page.wait_for_selector("#all:not([hidden])")
-    page.fill("#new-name", "ben")
+    page.fill("#new-name", "cem")
     page.get_by_role("button", name="Invite").click()
     page.wait_for_selector("#invitation:not([hidden])")
     assert "/label/#token=" in page.locator("#link").inner_text()
-    page.locator("tr", has_text=QUESTIONS[0][0]).get_by_role("button", name="Void").click()
+    page.locator("tr", has_text=QUESTIONS[0][0]).last.get_by_role("button", name="Void").click()
     page.fill("#reason", "a trial")
     page.keyboard.press("Enter")
     page.wait_for_selector("tr.void:has-text('a trial')")
@@ -184,7 +194,8 @@ def export(browser: "sync_api.Browser", server: Served, tmp_path: Path, *, count
     file = tmp_path / "pairs.jsonl"
     download.value.save_as(file)
     records = list(read_source(SourceConfig(path=str(file))))
-    assert len(records) == counting_answers - 1 + 2  # an edited answer is better than both
+    # ann: 8 preferences, the first of them voided, and an edited answer that is better than both; ben: 6.
+    assert len(records) == 8 - 1 + 2 + 6
 
 
 def test_a_wrong_token_is_refused_and_a_right_one_typed(browser: "sync_api.Browser", server: Served) -> None:

@@ -15,8 +15,9 @@ async function run(action) {
 
 async function drawOverview() {
   const all = await ask("admin/overview");
-  const kinds = Object.entries(all.verdicts).map(([verdict, count]) => `${count} ${verdict.replace("_", " ")}`);
-  find("progress").textContent = `${all.progress.labels} of ${all.progress.wanted} labels. ${kinds.join(", ")}`;
+  const count = (verdict) => all.verdicts[verdict] ?? 0;
+  find("progress").textContent = `${all.progress.labels} of ${all.progress.wanted} labels. ` +
+    `One answer best: ${count("answer")}, tie: ${count("tie")}, all bad: ${count("both_bad")}`;
   find("fleiss").textContent = `Fleiss' kappa: ${number(all.fleiss, 3)}, over ${all.shared_tasks} tasks with two labels or more`;
   find("pairs").replaceChildren(...all.pairs.map((pair) => make("tr", {},
     cell(`${pair.first} and ${pair.second}`, "Annotators"), cell(pair.tasks, "Tasks both labelled"),
