@@ -51,6 +51,20 @@ class MicroBatchable(Protocol):
         """Tokens of the whole batch."""
         ...
 
+    @property
+    def unit_tokens(self) -> Sequence[int]:
+        """Tokens of each unit that cannot be cut: a sequence, or a group of ranked answers."""
+        ...
+
+    @property
+    def unit_targets(self) -> Sequence[float]:
+        """Targets of each unit; they add up to `num_targets`."""
+        ...
+
+    def units(self, index: Sequence[int]) -> Any:
+        """The record of the given units alone."""
+        ...
+
     def micro_batches(self, max_tokens: int) -> list[Any]:
         """Cut into parts of at most `max_tokens` tokens (a single longer unit stays whole)."""
         ...
@@ -94,6 +108,14 @@ class PackedBatch:
     @property
     def num_sequences(self) -> int:
         return len(self.lengths)
+
+    @property
+    def unit_tokens(self) -> Sequence[int]:
+        return self.lengths
+
+    @property
+    def unit_targets(self) -> Sequence[float]:
+        return self.target_counts
 
     @property
     def max_length(self) -> int:
@@ -141,9 +163,12 @@ class PackedBatch:
         counts = tuple(self.target_counts[i] for i in index)
         return replace(self, lengths=lengths, target_counts=counts, **columns)
 
+    def units(self: PackedT, index: Sequence[int]) -> PackedT:
+        return self.sequences(index)
+
     def micro_batches(self: PackedT, max_tokens: int) -> list[PackedT]:
-        """Parts of at most `max_tokens` tokens, balanced; a sequence longer than that is a part of its own."""
-        return [self.sequences(index) for index in balanced_parts(self.lengths, max_tokens)]
+        """Parts of at most `max_tokens` tokens, balanced; a unit longer than that is a part of its own."""
+        return [self.units(index) for index in balanced_parts(self.unit_tokens, max_tokens)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -206,11 +231,18 @@ class RankedBatch(PackedBatch):
         """Prompts with pairs: what their weights sum to."""
         return float(sum(self.is_ranked))
 
-    def micro_batches(self, max_tokens: int) -> list[RankedBatch]:
-        """Parts of at most `max_tokens` tokens; the answers of one prompt stay together."""
+    @property
+    def unit_tokens(self) -> Sequence[int]:
+        """Of each prompt, all its answers together."""
         starts = cumulative(self.group_sizes)
-        group_tokens = [sum(self.lengths[a:b]) for a, b in itertools.pairwise(starts)]
-        return [self.groups(part) for part in balanced_parts(group_tokens, max_tokens)]
+        return [sum(self.lengths[a:b]) for a, b in itertools.pairwise(starts)]
+
+    @property
+    def unit_targets(self) -> Sequence[float]:
+        return self.is_ranked
+
+    def units(self, index: Sequence[int]) -> RankedBatch:
+        return self.groups(index)
 
     def groups(self, index: Sequence[int]) -> RankedBatch:
         """The given prompts with all their answers and pairs."""

@@ -228,4 +228,4 @@ def on_disk(*, full_from_step: int) -> Callable[..., Checkpoints]:
             raise OSError(errno.ENOSPC, "No space left on device")
         return open_file(path)
 
-    return lambda folder, *, keep: Checkpoints(folder, keep=keep, open_file=opened)
+    return lambda folder, **options: Checkpoints(folder, open_file=opened, **options)

@@ -88,3 +88,15 @@ def test_the_words_of_every_allocator_are_known() -> None:
 def test_an_empty_budget_is_refused() -> None:
     with pytest.raises(ValueError, match="0 tokens"):
         TokenBudget(0)
+
+
+def test_a_budget_that_may_not_shrink_ends_the_run_and_says_with_what_to_start_again() -> None:
+    budget = TokenBudget(100, may_shrink=False)
+
+    def attempt() -> None:
+        raise MemoryError
+
+    with pytest.raises(TrainingStopped, match="100 tokens does not fit") as caught:
+        retry_on_out_of_memory(attempt, budget, unit_tokens=lambda: [10] * 20)
+    assert "micro_batch_tokens=50" in str(caught.value.hint)
+    assert budget.tokens == 100

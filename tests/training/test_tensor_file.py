@@ -6,7 +6,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load
 
-from dovetail.training.tensor_file import num_bytes, read_tensors, write_tensors
+from dovetail.training.tensor_file import TensorFiles, num_bytes, write_tensors
 
 EVERY_KIND = {
     "scalar": torch.tensor(3.5),
@@ -34,7 +34,8 @@ def test_the_library_reads_every_kind_of_tensor_back_bit_for_bit(tmp_path: Path)
     path = tmp_path / "tensors.safetensors"
     with path.open("wb") as file:
         write_tensors(file, EVERY_KIND)
-    for found in (read_tensors(path), load(path.read_bytes())):
+    files = TensorFiles(tmp_path, [path.name], {})
+    for found in ({name: files.read(name) for name in EVERY_KIND}, load(path.read_bytes())):
         assert found.keys() == EVERY_KIND.keys()
         for name, tensor in EVERY_KIND.items():
             assert found[name].dtype == tensor.dtype
@@ -58,3 +59,18 @@ def test_no_tensors_make_a_valid_file() -> None:
 @pytest.mark.parametrize(("tensor", "size"), [(torch.zeros(3, 5).bfloat16(), 30), (torch.zeros(()), 4)])
 def test_sizes_are_those_of_the_elements(tensor: torch.Tensor, size: int) -> None:
     assert num_bytes(tensor) == size
+
+
+def test_rows_are_read_across_files(tmp_path: Path) -> None:
+    whole = torch.arange(30).reshape(10, 3)
+    bounds = {"a": (0, 4), "b": (4, 8), "c": (8, 10), "d": (10, 10)}
+    for name, (start, end) in bounds.items():
+        with (tmp_path / name).open("wb") as file:
+            write_tensors(file, {"cut": whole[start:end]} | ({"uncut": whole + 1} if name == "a" else {}))
+    files = TensorFiles(tmp_path, list(bounds), {"cut": bounds})
+    assert files.shape("cut") == files.shape("uncut") == whole.shape
+    assert torch.equal(files.read("cut"), whole)
+    for start in range(11):
+        for end in range(start, 11):
+            assert torch.equal(files.read("cut", start, end), whole[start:end])
+            assert torch.equal(files.read("uncut", start, end), whole[start:end] + 1)

@@ -10,6 +10,7 @@ from pydantic import NonNegativeInt, PositiveInt, model_validator
 from dovetail.config.data import DataConfig
 from dovetail.config.frozen import FrozenModel
 from dovetail.config.model import ModelConfig, Precision
+from dovetail.config.sharding import ZeroStageConfig
 from dovetail.config.stages import PpoConfig, RewardConfig, SftConfig
 
 StageName = Literal["sft", "reward", "ppo"]
@@ -52,6 +53,8 @@ class RunConfig(FrozenModel):
     """bf16 where the device computes in it, fp16 with loss scaling on older cards, else fp32."""
     device: str = "auto"
     """cuda, cpu, or auto = the first GPU if there is one."""
+    zero_stage: ZeroStageConfig = ZeroStageConfig()
+    """What several processes divide of each model; nothing to divide for one."""
     num_gpus: PositiveInt = 1
     """GPUs of the run. More than one is not there yet."""
     tracking: TrackingConfig = TrackingConfig()

@@ -16,7 +16,7 @@ parameter changed between two blocks is what the second one uses.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
@@ -72,12 +72,17 @@ class HybridEngine:
         max_running: int = 256,
         max_prefill_tokens: int = 8192,
         max_cache_tokens: int | None = None,
+        weights: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
-        """See `Limits` for the numbers; `device`: where the parameters are, unless given."""
+        """See `Limits` for the numbers; `device`: where the parameters are, unless given.
+
+        weights: within whose block the model's parameters are there, if that is not always.
+        """
         self._wrapped = model
         self.model = plain_model(model)
         expect_causal_lm(self.model)
         self._device = device
+        self.weights = weights
         self._limits = Limits(max_running, max_prefill_tokens, max_cache_tokens)
         self.modules = PackedModules(self.model)
         self.vocabulary = vocabulary_of(self.model)
@@ -93,12 +98,15 @@ class HybridEngine:
         """Evaluation mode, our attention, KV arena; all undone at the end of the block."""
         assert not self._is_generating, "generating() is not re-entrant"
         self._is_generating = True
-        session = _Session(self)
         try:
-            with evaluation_mode(self._wrapped), session.attention():
-                yield session
+            with self.weights():
+                session = _Session(self)
+                try:
+                    with evaluation_mode(self._wrapped), session.attention():
+                        yield session
+                finally:
+                    session.close()
         finally:
-            session.close()
             self._is_generating = False
 
     def paged_generation(self) -> PagedGeneration | None:

@@ -12,6 +12,8 @@ from transformers import PreTrainedModel
 
 from dovetail.batches import PackedBatch
 from dovetail.model.forward import token_logprobs
+from dovetail.parallel.shard import give_back, world_of
+from dovetail.parallel.share import parts_of
 from dovetail.rlhf.roles import Roles
 
 
@@ -24,10 +26,13 @@ def language_model_quality(
         return {}
     was_training = model.training
     model.train(False)
-    total = sum(
-        -token_logprobs(model, part.to(device)).logprobs_T.double().sum()
-        for part in batch.micro_batches(max_tokens)
-    )
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for part in parts_of(batch.lengths, max_tokens, world_of(model)):
+        found = token_logprobs(model, batch.sequences(part.index).to(device))
+        if part.counts:
+            total -= found.logprobs_T.double().sum()
+    world_of(model).sum(total)
+    give_back(model)
     model.train(was_training)
     loss = float(total) / batch.num_targets
     return {"held_out_loss": loss, "held_out_perplexity": math.exp(min(loss, 700.0))}

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dovetail.batches import RankedBatch, balanced_parts
+from dovetail.batches import RankedBatch
 from dovetail.maths.ranking import ranking_loss, won_pairs
 from dovetail.model.forward import last_scores
+from dovetail.parallel.shard import give_back, world_of
+from dovetail.parallel.share import parts_of
 
 
 @torch.no_grad()
@@ -46,9 +48,12 @@ def scores_of(model: PreTrainedModel, batch: RankedBatch, max_tokens: int, devic
     """float32 [S] on the CPU."""
     was_training = model.training
     model.train(False)
-    scores_S = torch.zeros(batch.num_sequences)
-    for index in balanced_parts(batch.lengths, max_tokens):
-        part = batch.sequences(index).to(device)
-        scores_S[torch.tensor(index)] = last_scores(model, part).float().cpu()
+    scores_S = torch.zeros(batch.num_sequences, device=device)
+    for part in parts_of(batch.lengths, max_tokens, world_of(model)):
+        found_S = last_scores(model, batch.sequences(part.index).to(device)).float()
+        if part.counts:
+            scores_S[torch.tensor(part.index, device=device)] = found_S
+    world_of(model).sum(scores_S)
+    give_back(model)
     model.train(was_training)
-    return scores_S
+    return scores_S.cpu()

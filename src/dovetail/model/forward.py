@@ -13,9 +13,10 @@ Shapes: T packed tokens, S sequences, A tokens whose mask is True, L longest seq
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +27,8 @@ from dovetail.batches import PackedBatch
 from dovetail.errors import ModelError
 from dovetail.model.attention import ATTENTION_NAME, PackedLayout, use_packed_attention, why_not_packed
 from dovetail.model.linear_logprobs import head_of, linear_logprobs
+
+TensorsT = TypeVar("TensorsT", bound="Tensor | tuple[Tensor | None, ...]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +43,21 @@ class LogProbs:
 
 def hidden_states(model: Any, batch: PackedBatch) -> Tensor:
     """[T, D]: the backbone's output, no head applied. Row t has seen its sequence up to and with token t."""
+    return _with_weights(model, lambda: _hidden_states(model, batch))
+
+
+def _with_weights(model: Any, function: Callable[[], TensorsT]) -> TensorsT:
+    """The result of a function that reads the model's weights, backbone and head.
+
+    A model whose weights are sharded (parallel/shard.py) gathers them around the call, and watches the tensors that
+    come out for the backward pass; others just run.
+    """
+    run = getattr(plain_model(model), "run_with_weights", None)
+    result: TensorsT = function() if run is None else run(function)
+    return result
+
+
+def _hidden_states(model: Any, batch: PackedBatch) -> Tensor:
     inner = plain_model(model)
     reason = None if inner.config._attn_implementation == ATTENTION_NAME else why_not_packed(inner)
     if reason is not None:
@@ -64,15 +82,18 @@ def token_logprobs(
 ) -> LogProbs:
     """log p(token t | its sequence before it) where `mask_T` is True, logits divided by `temperature`."""
     index_A = masked_index(batch)
-    hidden_TD = hidden_states(model, batch)
-    # Token t was chosen by the state that had seen everything up to t - 1.
-    logprobs_A, entropy_A = linear_logprobs(
-        hidden_TD.index_select(0, index_A - 1),
-        head_of(model),
-        batch.token_ids_T[index_A],
-        temperature=temperature,
-        with_entropy=with_entropy,
-    )
+
+    def score() -> tuple[Tensor, Tensor | None]:
+        # Token t was chosen by the state that had seen everything up to t - 1.
+        return linear_logprobs(
+            _hidden_states(model, batch).index_select(0, index_A - 1),
+            head_of(model),
+            batch.token_ids_T[index_A],
+            temperature=temperature,
+            with_entropy=with_entropy,
+        )
+
+    logprobs_A, entropy_A = _with_weights(model, score)
     zeros_T = logprobs_A.new_zeros(batch.num_tokens)
     return LogProbs(
         logprobs_T=zeros_T.index_copy(0, index_A, logprobs_A),
@@ -82,14 +103,17 @@ def token_logprobs(
 
 def token_values(model: Any, batch: PackedBatch) -> Tensor:
     """[T], float32: value of the state in which token t was chosen; 0 for first tokens, chosen by nobody."""
-    scores_T = scalar_head(model, hidden_states(model, batch))
+    scores_T = _with_weights(model, lambda: _scalar_head(model, _hidden_states(model, batch))).squeeze(-1)
     values_T = pad(scores_T[:-1], (1, 0))
     return values_T.index_fill(0, batch.cu_seqlens_S1[:-1].long(), 0.0)
 
 
 def last_scores(model: Any, batch: PackedBatch) -> Tensor:
     """[S], float32: scalar head at each sequence's last token, as `...ForSequenceClassification` reads it."""
-    return scalar_head(model, last_hidden_states(model, batch))
+    last_S = batch.last_index_S()
+    return _with_weights(
+        model, lambda: _scalar_head(model, _hidden_states(model, batch).index_select(0, last_S))
+    ).squeeze(-1)
 
 
 def last_hidden_states(model: Any, batch: PackedBatch) -> Tensor:
@@ -99,6 +123,11 @@ def last_hidden_states(model: Any, batch: PackedBatch) -> Tensor:
 
 def scalar_head(model: Any, hidden_ND: Tensor) -> Tensor:
     """[N], float32 at least: one number per hidden state."""
+    return _with_weights(model, lambda: _scalar_head(model, hidden_ND)).squeeze(-1)
+
+
+def _scalar_head(model: Any, hidden_ND: Tensor) -> Tensor:
+    """[N, 1]; no view, which what watches a sharded model could lose."""
     score = getattr(plain_model(model), "score", None)
     if score is None or score.weight.shape[0] != 1:
         raise ModelError(
@@ -107,8 +136,8 @@ def scalar_head(model: Any, hidden_ND: Tensor) -> Tensor:
         )
     float_type = torch.promote_types(hidden_ND.dtype, torch.float32)
     bias = None if score.bias is None else score.bias.to(float_type)
-    scores_N: Tensor = linear(hidden_ND.to(float_type), score.weight.to(float_type), bias).squeeze(-1)
-    return scores_N
+    scores_N1: Tensor = linear(hidden_ND.to(float_type), score.weight.to(float_type), bias)
+    return scores_N1
 
 
 def plain_model(model: Any) -> PreTrainedModel:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from dovetail.batches import pack
 from dovetail.errors import ModelError
 from dovetail.model.forward import hidden_states, plain_model, scalar_head
+from dovetail.model.shards import assign, whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,16 +46,16 @@ def centre_on(model: Any, hidden_ND: Tensor, scores_N: Tensor) -> Centring:
     if len(hidden_ND) == 0:
         raise ModelError("there are no demonstrations to centre the scores on")
     hidden_ND = hidden_ND.double()
-    weight_D = _score_parameter(model).double().squeeze(0)
+    weight_D = whole(_score_parameter(model)).double().squeeze(0)
     mean = scores_N.double().mean()
     norm = None if hasattr(model, "peft_config") else final_layer_norm(model)
     if norm is not None and norm.bias is not None:
-        before_D = norm.bias.to(torch.float64, copy=True)
-        norm.bias.copy_(before_D - mean * weight_D / (weight_D @ weight_D))
-        moved = (norm.bias.double() - before_D) @ weight_D
+        before_D = whole(norm.bias).to(torch.float64, copy=True)
+        assign(norm.bias, before_D - mean * weight_D / (weight_D @ weight_D))
+        moved = (whole(norm.bias).double() - before_D) @ weight_D
         return Centring(float(mean), float(mean + moved), 0.0)
     unit_D = _nearest_to_one(hidden_ND)
-    _score_parameter(model).copy_((weight_D - mean * unit_D)[None])
+    assign(_score_parameter(model), (weight_D - mean * unit_D)[None])
     after_N = scalar_head(model, hidden_ND)
     return Centring(float(mean), float(after_N.mean()), float((hidden_ND @ unit_D).std(correction=0)))
 

@@ -74,10 +74,15 @@ def adapter_disabled(model: Any) -> Iterator[None]:
     learning = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         with model.disable_adapter():
+            _set_learning(learning)  # peft sets these as it sees fit
             yield
     finally:
-        for parameter, was_learning in learning:  # peft sets these as it sees fit
-            parameter.requires_grad_(was_learning)
+        _set_learning(learning)
+
+
+def _set_learning(learning: Sequence[tuple[nn.Parameter, bool]]) -> None:
+    for parameter, was_learning in learning:
+        parameter.requires_grad_(was_learning)
 
 
 def merged_copy(

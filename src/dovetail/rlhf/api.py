@@ -70,7 +70,8 @@ class RLHFEngine:
             return
         chat = self.roles.chat
         ids = [chat.prompt_ids(as_messages(prompt)) for prompt in prompts[: len(PROMPT_TOKENS)]]
-        report = check_parity(self.roles.engine, ids, decode_text=chat.decode)
+        with self.roles.engine.weights():
+            report = check_parity(self.roles.engine, ids, decode_text=chat.decode)
         self._is_checked = True
         say(
             f"parity: {report.num_tokens} tokens of {len(ids)} answers, generated and trained on, against the plain "

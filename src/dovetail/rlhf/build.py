@@ -5,12 +5,14 @@ Not responsible for: reading weights (model/load.py), using the roles (rlhf/role
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dovetail.config.model import LoraConfig
+from dovetail.config.sharding import ZeroStageConfig
 from dovetail.config.stages import OptimizerConfig, PpoConfig, StageConfig
 from dovetail.data.records import Message
 from dovetail.engine.hybrid import HybridEngine
@@ -22,7 +24,10 @@ from dovetail.model.forward import plain_model
 from dovetail.model.load import expect_rows_for, load_causal_lm, load_scalar_model
 from dovetail.model.lora import add_lora
 from dovetail.model.scalar import scalar_model_from
+from dovetail.parallel.shard import gathered, generation_model, spread
+from dovetail.parallel.world import ALONE, World
 from dovetail.rlhf.rewards import (
+    FirstRankScorer,
     FunctionScorer,
     RewardFunction,
     RewardModelScorer,
@@ -56,6 +61,10 @@ class Setup:
     critic_lora: LoraConfig | None = None
     reward_tokenizer: PreTrainedTokenizerBase | None = None
     """The reward model's, when it is passed in as a module and has one of its own."""
+    world: World = ALONE
+    """The processes that hold the models together."""
+    zero_stage: ZeroStageConfig = field(default_factory=ZeroStageConfig)
+    """What they divide of each."""
 
 
 def make_roles(
@@ -67,27 +76,34 @@ def make_roles(
     setup: Setup,
 ) -> Roles:
     """Actor, reference, critic and scorer; dropout off everywhere, all but actor and critic frozen."""
-    device = resolve_device(setup.device)
+    world, stage = setup.world, setup.zero_stage
+    device = world.device(resolve_device(setup.device))
+    at = loading_device(device, world)
     dtype = resolve_dtype(setup.precision, device)
     chat = ChatFormat(tokenizer)
-    budget = TokenBudget(config.micro_batch_tokens)
+    budget = TokenBudget(config.micro_batch_tokens, may_shrink=world.size == 1)
     actor = (
-        load_causal_lm(actor_model, dtype=dtype, device=device)
-        if isinstance(actor_model, str)
-        else actor_model
+        load_causal_lm(actor_model, dtype=dtype, device=at) if isinstance(actor_model, str) else actor_model
     )
     expect_rows_for(tokenizer, actor, name_of(actor_model))
     disable_dropout(actor)
-    reward_model, reward_chat = _reward_model(critic_model, chat, dtype, device, setup)
+    reward_model, reward_chat = _reward_model(critic_model, chat, dtype, at, setup)
     # A critic reads the actor's tokens: with another tokenizer it cannot start from the reward model.
     if reward_model is not None and reward_chat is None:
         critic = copy_of(reward_model)
     else:
         critic = scalar_model_from(actor, seed=setup.seed, pad_token_id=tokenizer.pad_token_id)
     reference = None if setup.actor_lora else _frozen(copy_of(actor))
-    score = _scorer(reward_model, reward_chat, reward, config, budget, device)
+    model_scorer = (
+        None if reward_model is None else RewardModelScorer(reward_model, budget, device, reward_chat)
+    )
+    score = _scorer(model_scorer, reward, config, world)
     actor = _trainable(actor, setup.actor_lora, seed=setup.seed)
     critic = _trainable(critic, setup.critic_lora, seed=setup.seed + 1)
+    models = ((actor, stage.actor), (critic, stage.critic), (reference, stage.reference))
+    for model, own_stage in (*models, (reward_model, stage.reward_model)):
+        if model is not None:
+            spread(model, stage=own_stage, world=world, device=device)
     checkpoint_activations([actor, critic], config, device=device, is_averaged=True)
     return Roles(
         actor=actor,
@@ -95,10 +111,15 @@ def make_roles(
         reference=reference,
         score=score,
         chat=chat,
-        engine=HybridEngine(actor, device=device),
+        engine=HybridEngine(generation_model(actor), device=device, weights=partial(gathered, actor)),
         device=device,
         budget=budget,
     )
+
+
+def loading_device(device: torch.device, world: World) -> torch.device:
+    """Where a model is loaded: in a group in host memory, from where each process takes what it is to hold."""
+    return torch.device("cpu") if world.is_group else device
 
 
 def make_learners(roles: Roles, config: PpoConfig, *, total_steps: int) -> Learners:
@@ -191,27 +212,23 @@ def _reward_model(
 
 
 def _scorer(
-    reward_model: PreTrainedModel | None,
-    reward_chat: ChatFormat | None,
-    reward: RewardFunction | None,
-    config: PpoConfig,
-    budget: TokenBudget,
-    device: torch.device,
+    model_scorer: RewardModelScorer | None, reward: RewardFunction | None, config: PpoConfig, world: World
 ) -> Scorer:
     function: Scorer | None = None
     if reward is not None:
         function = FunctionScorer(reward, getattr(reward, "__name__", "reward"))
     elif config.reward_function is not None:
         function = load_reward_function(config.reward_function)
-    if reward_model is None and function is None:
+    if function is not None and world.size > 1:
+        function = FirstRankScorer(function, world)
+    if model_scorer is None and function is None:
         raise ConfigError(
             "PPO has neither a reward model nor a reward function",
             hint="train stage 2 first, give reward_model.path, or set ppo.reward_function=module:function",
         )
-    if reward_model is None or (function is not None and config.reward_function_weight is None):
+    if model_scorer is None or (function is not None and config.reward_function_weight is None):
         assert function is not None
         return function
-    model_scorer = RewardModelScorer(reward_model, budget, device, reward_chat)
     if function is None:
         return model_scorer
     assert config.reward_function_weight is not None

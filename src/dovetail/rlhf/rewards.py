@@ -20,10 +20,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dovetail.batches import balanced_parts, moved, pack
+from dovetail.batches import moved, pack
 from dovetail.data.records import Message
 from dovetail.errors import ConfigError
 from dovetail.model.forward import last_scores
+from dovetail.parallel.shard import give_back, world_of
+from dovetail.parallel.share import parts_of
+from dovetail.parallel.world import World
 from dovetail.rlhf.limits import expect_readable
 from dovetail.text.chat_format import ChatFormat
 from dovetail.training.memory import TokenBudget, retry_on_out_of_memory
@@ -79,11 +82,13 @@ class RewardModelScorer:
             longest=max(map(len, sequences)),
             highest_id=max(map(max, sequences)),
         )
-        return retry_on_out_of_memory(
+        scores_S = retry_on_out_of_memory(
             lambda: self._scores_S(sequences),
             self.budget,
             unit_tokens=lambda: [len(ids) for ids in sequences],
         )
+        give_back(self.model)
+        return scores_S
 
     def _token_ids(self, answer: Answer) -> list[int]:
         if self.chat is None:
@@ -92,14 +97,17 @@ class RewardModelScorer:
         return self.chat.conversation([*answer.messages, turn])[0]
 
     def _scores_S(self, sequences: Sequence[Sequence[int]]) -> Tensor:
-        parts = balanced_parts([len(ids) for ids in sequences], self.budget.tokens)
-        found: list[Tensor] = []
-        for index in parts:
-            part = [sequences[i] for i in index]
-            batch = pack(part, [[False] * len(ids) for ids in part]).to(self.device)
-            found.append(last_scores(self.model, batch).float())
-        place_S = torch.tensor([i for index in parts for i in index])
-        return torch.cat(found).index_select(0, moved(place_S.argsort(), self.device))
+        """Of all answers; each process that holds the model scores its share."""
+        world = world_of(self.model)
+        parts = parts_of([len(ids) for ids in sequences], self.budget.tokens, world)
+        scores_S = torch.zeros(len(sequences), device=self.device)
+        for part in parts:
+            picked = [sequences[i] for i in part.index]
+            batch = pack(picked, [[False] * len(ids) for ids in picked]).to(self.device)
+            found_S = last_scores(self.model, batch).float()
+            if part.counts:
+                scores_S.index_copy_(0, moved(torch.tensor(part.index), self.device), found_S)
+        return world.sum(scores_S)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +146,18 @@ class FunctionScorer:
                 hint=_ONE_EACH,
             )
         return number
+
+
+@dataclass(frozen=True, slots=True)
+class FirstRankScorer:
+    """Asks in the first process alone and tells the others: a function may be costly, or answer otherwise next time."""
+
+    scorer: Scorer
+    world: World
+
+    def __call__(self, answers: Sequence[Answer]) -> Tensor:
+        scores = self.scorer(answers).tolist() if self.world.is_first else []
+        return torch.tensor(self.world.from_first(scores), dtype=torch.float32)
 
 
 @dataclass(frozen=True, slots=True)

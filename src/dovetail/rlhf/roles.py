@@ -15,10 +15,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dovetail.batches import PackedBatch, balanced_parts
+from dovetail.batches import PackedBatch
 from dovetail.engine.hybrid import HybridEngine
 from dovetail.model.forward import LogProbs, token_logprobs, token_values
 from dovetail.model.lora import adapter_disabled
+from dovetail.parallel.shard import give_back, world_of
+from dovetail.parallel.share import parts_of
+from dovetail.parallel.world import ALONE, World
 from dovetail.rlhf.limits import expect_readable
 from dovetail.rlhf.rewards import Scorer
 from dovetail.text.chat_format import ChatFormat
@@ -51,19 +54,19 @@ class Roles:
             assert found.entropy_T is not None
             return found.logprobs_T, found.entropy_T
 
-        logprobs_T, entropy_T = self._over_tokens(batch, forward)
+        logprobs_T, entropy_T = self._over_tokens(self.actor, batch, forward)
         return LogProbs(logprobs_T=logprobs_T, entropy_T=entropy_T)
 
     def reference_logprobs(self, batch: PackedBatch, *, temperature: float) -> Tensor:
         """float32 [T] log-probabilities of the marked tokens under the reference."""
         with self._reference() as model:
             return self._over_tokens(
-                batch, lambda part: (token_logprobs(model, part, temperature=temperature).logprobs_T,)
+                model, batch, lambda part: (token_logprobs(model, part, temperature=temperature).logprobs_T,)
             )[0]
 
     def values(self, batch: PackedBatch) -> Tensor:
         """float32 [T] critic's value of the state in which each token was chosen."""
-        return self._over_tokens(batch, lambda part: (token_values(self.critic, part),))[0]
+        return self._over_tokens(self.critic, batch, lambda part: (token_values(self.critic, part),))[0]
 
     def expect_readable(self, batch: PackedBatch) -> None:
         """Raise ModelError if the critic cannot read a batch of the actor's answers that is still on the host."""
@@ -78,27 +81,36 @@ class Roles:
 
     @torch.no_grad()
     def _over_tokens(
-        self, batch: PackedBatch, forward: Callable[[PackedBatch], Sequence[Tensor]]
+        self, model: PreTrainedModel, batch: PackedBatch, forward: Callable[[PackedBatch], Sequence[Tensor]]
     ) -> list[Tensor]:
-        return retry_on_out_of_memory(
-            lambda: over_tokens(batch, forward, self.budget.tokens),
+        columns = retry_on_out_of_memory(
+            lambda: over_tokens(batch, forward, self.budget.tokens, world_of(model)),
             self.budget,
             unit_tokens=lambda: batch.lengths,
         )
+        give_back(model)
+        return columns
 
 
 def over_tokens(
-    batch: PackedBatch, forward: Callable[[PackedBatch], Sequence[Tensor]], max_tokens: int
+    batch: PackedBatch,
+    forward: Callable[[PackedBatch], Sequence[Tensor]],
+    max_tokens: int,
+    world: World = ALONE,
 ) -> list[Tensor]:
-    """Run `forward` over micro-batches and lay its [T] columns back in the order of `batch`."""
-    if batch.num_tokens <= max_tokens:
+    """Run `forward` over micro-batches and lay its [T] columns back in the order of `batch`.
+
+    Each process of `world` runs it over its share of the sequences; all get all columns.
+    """
+    if batch.num_tokens <= max_tokens and world.size == 1:
         return list(forward(batch))
     columns: list[Tensor] = []
-    for index in balanced_parts(batch.lengths, max_tokens):
-        index_T = batch.token_index_T(index)
-        found = forward(batch.sequences(index))
+    for part in parts_of(batch.lengths, max_tokens, world):
+        found = forward(batch.sequences(part.index))
         if not columns:
             columns = [torch.zeros(batch.num_tokens, dtype=c.dtype, device=c.device) for c in found]
-        for column, part in zip(columns, found, strict=True):
-            column[index_T] = part
-    return columns
+        if part.counts:
+            index_T = batch.token_index_T(part.index)
+            for column, values in zip(columns, found, strict=True):
+                column[index_T] = values
+    return [world.sum(column) for column in columns]

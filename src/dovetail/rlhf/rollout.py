@@ -25,6 +25,9 @@ from dovetail.maths.mismatch import mismatch
 from dovetail.maths.rewards import clip_scores, per_token_rewards, replace_missing_end
 from dovetail.maths.value_loss import explained_variance
 from dovetail.model.forward import masked_index
+from dovetail.parallel.shard import world_of
+from dovetail.parallel.share import deal
+from dovetail.parallel.world import ALONE, World
 from dovetail.rlhf.rewards import Answer
 from dovetail.rlhf.roles import Roles
 from dovetail.text.chat_format import ChatFormat
@@ -105,7 +108,9 @@ def sample_answers(
         max_new_tokens=sampling.max_new_tokens,
         stop_token_ids=roles.chat.stop_token_ids,
     )
-    return complete(prompt_ids, prompts, roles.engine, roles.chat, how, seed=seed)
+    return complete(
+        prompt_ids, prompts, roles.engine, roles.chat, how, seed=seed, world=world_of(roles.actor)
+    )
 
 
 def complete(
@@ -116,10 +121,17 @@ def complete(
     how: Sampling,
     *,
     seed: int,
+    world: World = ALONE,
 ) -> list[Answer]:
-    """Generate and decode one answer to each tokenised prompt."""
+    """Generate and decode one answer to each tokenised prompt; each process of `world` answers its share."""
+    seeds = request_seeds(seed, len(prompt_ids))
+    shares = deal([len(ids) + how.max_new_tokens for ids in prompt_ids], world.size)
+    mine = shares[world.rank]
     with engine.generating() as generate:
-        completions = generate(prompt_ids, how, seeds=request_seeds(seed, len(prompt_ids)))
+        own = generate([prompt_ids[i] for i in mine], how, seeds=[seeds[i] for i in mine])
+    everybodys = zip(shares, world.gather(own), strict=True)
+    found = {i: completion for share, part in everybodys for i, completion in zip(share, part, strict=True)}
+    completions = [found[i] for i in range(len(prompt_ids))]
     return [
         Answer(
             messages=tuple(messages),

@@ -4,7 +4,7 @@ Responsible for: opening a run once and handing its parts to the stages.
 Not responsible for: what a stage does with them.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 
 from dovetail.config.run import RunConfig
 from dovetail.config.stages import StageConfig
+from dovetail.parallel.world import ALONE, World, joined
 from dovetail.telemetry.log import say
 from dovetail.telemetry.metrics import Metrics
 from dovetail.telemetry.progress import Progress
@@ -38,25 +39,30 @@ class Context:
     folder: RunFolder
     device: torch.device
     dtype: torch.dtype
+    world: World = ALONE
+    """The processes of the run; the first alone writes into the folder."""
 
     def checkpoints(self, stage: str, settings: StageConfig) -> Checkpoints:
         """The stage's checkpoints, newest kept as its settings say."""
-        return Checkpoints(self.folder.checkpoints(stage), keep=settings.keep_checkpoints)
+        return Checkpoints(self.folder.checkpoints(stage), keep=settings.keep_checkpoints, world=self.world)
 
     @contextmanager
     def metrics(self, stage: str, *, start: int) -> Iterator[Metrics]:
         """Sinks of this stage; rows of steps that a killed run wrote after its last checkpoint are dropped."""
+        metrics = Metrics(self._sinks(stage, start) if self.world.is_first else [])
+        try:
+            yield metrics
+        finally:
+            metrics.close()
+
+    def _sinks(self, stage: str, start: int) -> list[Sink]:
         tracking = self.config.tracking
         sinks: list[Sink] = [JsonlSink(self.folder.metrics, prefix=f"{stage}/", start=start)]
         if tracking.tensorboard:
             sinks.append(TensorBoardSink(self.folder.tensorboard / stage, start=start))
         if tracking.wandb_project:
             sinks.append(WandbSink(tracking.wandb_project, name=f"{self.folder.path.name}/{stage}"))
-        metrics = Metrics(sinks)
-        try:
-            yield metrics
-        finally:
-            metrics.close()
+        return sinks
 
     def progress(self, stage: str, *, total: int, start: int) -> Progress:
         """A bar with rate and remaining time, or a line now and then when nobody watches."""
@@ -65,17 +71,35 @@ class Context:
 
 @contextmanager
 def open_run(config: RunConfig) -> Iterator[Context]:
-    """Create or reopen the run's folder, refusing another run's; locked against a second process."""
-    device = resolve_device(config.device)
-    dtype = resolve_dtype(config.precision, device)
-    with RunFolder.open(config.output_dir, config.model_dump(mode="json")) as folder:
-        say(f"run {folder.path}: {device}, {str(dtype).removeprefix('torch.')}")
-        yield Context(config, folder, device, dtype)
+    """Join the run's processes, and create or reopen its folder, refusing another run's; locked against a second
+    run."""
+    kind = resolve_device(config.device)
+    with joined(kind) as world, _folder_of(config, world) as folder:
+        device = world.device(kind)
+        dtype = resolve_dtype(config.precision, device)
+        number = f"{world.size} processes, " if world.size > 1 else ""
+        say(f"run {folder.path}: {number}{device}, {str(dtype).removeprefix('torch.')}")
+        yield Context(config, folder, device, dtype, world)
 
 
-def resume(checkpoints: Checkpoints, load: Any, stage: str) -> int:
-    """Load the newest sound checkpoint, if there is one; returns the step to go on with."""
-    found = checkpoints.latest()
+def _folder_of(config: RunConfig, world: World) -> RunFolder:
+    """Opened by the first process; the others only know its names, when it is there."""
+    if not world.is_first:
+        world.wait()
+        return RunFolder(config.output_dir)
+    folder = RunFolder.open(config.output_dir, config.model_dump(mode="json"))
+    world.wait()
+    return folder
+
+
+def resume(
+    checkpoints: Checkpoints, load: Callable[[Mapping[str, Any]], None], stage: str, like: Mapping[str, Any]
+) -> int:
+    """Load the newest sound checkpoint, if there is one; returns the step to go on with.
+
+    like: the state as it is now, to see which rows of sharded tensors are wanted.
+    """
+    found = checkpoints.latest(like)
     if found is None:
         return 0
     step, state = found

@@ -34,12 +34,13 @@ from dovetail.data.synthetic import (
 from dovetail.engine.hybrid import HybridEngine
 from dovetail.engine.sampling import Sampling
 from dovetail.model.load import load_causal_lm
-from dovetail.model.save import save_model
+from dovetail.parallel.shard import spread
 from dovetail.rlhf.rewards import Answer
 from dovetail.rlhf.rollout import complete
 from dovetail.rlhf.update import language_model_loss
 from dovetail.stages.context import Context, open_run
 from dovetail.stages.pipeline import run_stages
+from dovetail.stages.saving import save_model
 from dovetail.stages.supervised import Task, fit
 from dovetail.telemetry.log import say
 from dovetail.text.chat_format import ChatFormat
@@ -70,14 +71,19 @@ def run(plan: DemoPlan) -> dict[str, Any]:
     started = time.monotonic()
     rows = dataset(plan.run.seed, plan.sizes)
     with open_run(plan.run) as context:
-        rows.write(context.folder.path / "data")
+        if context.world.is_first:
+            rows.write(context.folder.path / "data")
+        context.world.wait()
         if plan.base is not None:
             make_base_model(rows, plan.base, context)
         run_stages(replace(context, config=plan.run.model_copy(update={"stages": ("sft",)})))
         make_comparisons(rows, plan, context)
         run_stages(context, judge=gold_judge)
         seconds = time.monotonic() - started
-        context.folder.update_summary(measure(rows, plan, context) | {"seconds": {"total": seconds}})
+        measured = measure(rows, plan, context)
+        if context.world.is_first:
+            context.folder.update_summary(measured | {"seconds": {"total": seconds}})
+        context.world.wait()
         return context.folder.read_summary()
 
 
@@ -93,6 +99,7 @@ def make_base_model(rows: Dataset, settings: SftConfig, context: Context) -> Non
     )
     model = new_model(small_llama(tokenizer), seed=context.config.seed)
     nn.Module.to(model, device=context.device, dtype=context.dtype)
+    spread(model, stage=context.config.zero_stage.actor, world=context.world, device=context.device)
     texts = [[*tokenizer(text).input_ids, tokenizer.eos_token_id] for text in rows.documents]
     task = Task(
         stage="base",
@@ -123,9 +130,12 @@ def make_comparisons(rows: Dataset, plan: DemoPlan, context: Context) -> None:
     sample = sampler_of(context.folder.model("sft"), context)
     rng = random.Random(f"comparisons {plan.run.seed}")
     train = compare(rows.reward_prompts, sample, rng, plan)
-    write_lines(folder / "comparisons.jsonl", train)
     honest = replace(plan, answers_per_prompt=2, from_writers=0.0, careless=0.0)
-    write_lines(folder / "held_out_comparisons.jsonl", compare([*rows.test, *rows.dev], sample, rng, honest))
+    held_out = compare([*rows.test, *rows.dev], sample, rng, honest)
+    if context.world.is_first:
+        write_lines(folder / "comparisons.jsonl", train)
+        write_lines(folder / "held_out_comparisons.jsonl", held_out)
+    context.world.wait()
     say(f"comparisons: {len(train)} prompts with {plan.answers_per_prompt} rated answers each")
 
 
@@ -167,7 +177,7 @@ def sampler_of(model: Path, context: Context) -> Sample:
         )
         messages = [prompt.messages for prompt in prompts]
         ids = [chat.prompt_ids(m) for m in messages]
-        return complete(ids, messages, engine, chat, how, seed=seed)
+        return complete(ids, messages, engine, chat, how, seed=seed, world=context.world)
 
     return sample
 
@@ -198,7 +208,8 @@ def measure(rows: Dataset, plan: DemoPlan, context: Context) -> dict[str, Any]:
             judged = dict(gold_judge(answers))
             results["gold" + kind][name] = judged.pop("gold")
             results["parts" + kind][name] = {part: judged[f"gold_{part}"] for part in PARTS}
-        write_lines(folder.path / "answers" / f"{name}.jsonl", [answer_row(a) for a in answers])
+        if context.world.is_first:
+            write_lines(folder.path / "answers" / f"{name}.jsonl", [answer_row(a) for a in answers])
     return results
 
 

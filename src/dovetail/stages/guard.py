@@ -10,8 +10,8 @@ from typing import Any
 
 from dovetail.config.stages import PpoConfig
 from dovetail.errors import TrainingStopped
-from dovetail.model.save import save_model
 from dovetail.rlhf.api import RLHFEngine
+from dovetail.stages.saving import save_model
 from dovetail.telemetry.log import warn
 
 

@@ -32,8 +32,9 @@ from dovetail.model.forward import last_hidden_states, scalar_head
 from dovetail.model.heads import centre_on
 from dovetail.model.load import expect_rows_for, load_causal_lm, load_scalar_model
 from dovetail.model.lora import add_lora
+from dovetail.parallel.shard import given_back_after_use, spread
 from dovetail.rlhf.api import RLHFEngine
-from dovetail.rlhf.build import Setup, checkpoint_activations
+from dovetail.rlhf.build import Setup, checkpoint_activations, loading_device
 from dovetail.rlhf.limits import expect_room
 from dovetail.stages.context import Context
 from dovetail.telemetry.log import say
@@ -79,18 +80,18 @@ def trainable_causal_lm(
     loaded = load_causal_lm(
         model.path,
         dtype=context.dtype,
-        device=context.device,
+        device=loading_device(context.device, context.world),
         revision=model.revision,
         trust_remote_code=model.trust_remote_code,
     )
     expect_rows_for(chat.tokenizer, loaded, model.path)
-    return ready_to_train(loaded, model, settings, context)
+    return ready_to_train(loaded, model, settings, context, zero_stage=context.config.zero_stage.actor)
 
 
 def ready_to_train(
-    loaded: PreTrainedModel, model: ModelConfig, settings: StageConfig, context: Context
+    loaded: PreTrainedModel, model: ModelConfig, settings: StageConfig, context: Context, *, zero_stage: int
 ) -> PreTrainedModel:
-    """Adapters if asked for, activation checkpointing if asked for or needed, training mode."""
+    """Adapters if asked for, on the devices, activation checkpointing if asked for or needed, training mode."""
     if model.lora is not None:
         loaded = add_lora(
             loaded,
@@ -101,6 +102,7 @@ def ready_to_train(
             seed=context.config.seed,
         )
     loaded.train()
+    spread(loaded, stage=zero_stage, world=context.world, device=context.device)
     checkpoint_activations([loaded], settings, device=context.device, is_averaged=False)
     return loaded
 
@@ -130,6 +132,8 @@ def rlhf_engine(context: Context, chat: ChatFormat, *, total_steps: int) -> RLHF
             seed=config.seed,
             actor_lora=config.actor.lora,
             critic_lora=config.reward_model.lora if config.reward_model else None,
+            world=context.world,
+            zero_stage=config.zero_stage,
         ),
     )
     # A reward model that reads the actor's tokens is what the critic is a copy of; another reads text of its own.
@@ -161,20 +165,22 @@ def reward_model_path(context: Context) -> str | None:
 def demonstration_rows(context: Context, chat: ChatFormat, part: Part) -> TokenizedRows:
     """Demonstrations of stage 1, tokenised; says what became of the rows."""
     data = context.config.data
-    rows = tokenize_demonstrations(load_stage(data, "sft", part), chat, data)
-    return _reported(rows)
+    with context.world.first_goes_first():
+        return _reported(tokenize_demonstrations(load_stage(data, "sft", part), chat, data))
 
 
 def comparison_rows(context: Context, chat: ChatFormat, part: Part) -> TokenizedComparisons:
     """Comparisons of stage 2, tokenised; says what became of the rows."""
     data = context.config.data
-    return _reported(tokenize_comparisons(load_stage(data, "reward", part), chat, data))
+    with context.world.first_goes_first():
+        return _reported(tokenize_comparisons(load_stage(data, "reward", part), chat, data))
 
 
 def prompts_of(context: Context, chat: ChatFormat, part: Part) -> list[Sequence[Message]]:
     """Prompts of stage 3 as messages, those that fit; says what became of the rows."""
     data = context.config.data
-    prompts = fitting_prompts(load_stage(data, "ppo", part), chat, data)
+    with context.world.first_goes_first():
+        prompts = fitting_prompts(load_stage(data, "ppo", part), chat, data)
     for line in prompts.report.lines():
         say(line)
     return [prompt.messages for prompt in prompts]
@@ -196,8 +202,9 @@ def plain_text(context: Context, chat: ChatFormat, actor: PreTrainedModel) -> Pl
     if not data.pretraining:
         say("mixture training: off, data.pretraining lists no text")
         return PlainText()
-    train = _reported(tokenize_texts(load_stage(data, "text", "train"), chat, data))
-    held_out = _reported(tokenize_texts(load_stage(data, "text", "held_out"), chat, data))
+    with context.world.first_goes_first():
+        train = _reported(tokenize_texts(load_stage(data, "text", "train"), chat, data))
+        held_out = _reported(tokenize_texts(load_stage(data, "text", "held_out"), chat, data))
     expect_rows_fit(actor, train, held_out)
     judged = pack_rows(held_out, range(len(held_out))) if len(held_out) else None
     if config.ptx_coefficient == 0.0:
@@ -227,14 +234,16 @@ def trainable_scalar_model(start: ModelConfig, chat: ChatFormat, context: Contex
     model = load_scalar_model(
         start.path,
         dtype=context.dtype,
-        device=context.device,
+        device=loading_device(context.device, context.world),
         seed=context.config.seed,
         pad_token_id=chat.tokenizer.pad_token_id,
         revision=start.revision,
         trust_remote_code=start.trust_remote_code,
     )
     expect_rows_for(chat.tokenizer, model, start.path)
-    return ready_to_train(model, start, context.config.reward, context)
+    return ready_to_train(
+        model, start, context.config.reward, context, zero_stage=context.config.zero_stage.critic
+    )
 
 
 @torch.no_grad()
@@ -250,8 +259,9 @@ def centre_on_demonstrations(
     batch = pack(best, [[False] * len(ids) for ids in best])
     model.train(False)
     parts = batch.micro_batches(context.config.reward.micro_batch_tokens)
-    hidden_ND = torch.cat([last_hidden_states(model, part.to(context.device)) for part in parts])
-    centring = centre_on(model, hidden_ND, scalar_head(model, hidden_ND))
+    with given_back_after_use(model):
+        hidden_ND = torch.cat([last_hidden_states(model, part.to(context.device)) for part in parts])
+        centring = centre_on(model, hidden_ND, scalar_head(model, hidden_ND))
     return {"centred_by": centring.mean_before, "centring_disturbance": centring.disturbance}
 
 

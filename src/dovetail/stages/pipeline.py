@@ -43,6 +43,10 @@ def run_stages(context: Context, judge: Judge | None = None) -> None:
         report = run_stage(context)
         seconds = time.monotonic() - start
         results = {key.removeprefix(f"{name}/"): value for key, value in report.results.items()}
-        context.folder.update_summary({name: {"steps": report.steps, **results}, "seconds": {name: seconds}})
-        context.folder.mark_done(name)
+        if context.world.is_first:
+            context.folder.update_summary(
+                {name: {"steps": report.steps, **results}, "seconds": {name: seconds}}
+            )
+            context.folder.mark_done(name)
+        context.world.wait()
         say(f"{TITLES[name]}: {report.steps} steps in {seconds:.0f} s -> {context.folder.model(name)}")

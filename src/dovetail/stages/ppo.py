@@ -6,18 +6,18 @@ Not responsible for: what experience is (batches.py, rlhf/rollout.py), the losse
 The tour of one step: this file, batches.py, rlhf/rollout.py, maths/, rlhf/update.py. See docs/a-ppo-step.md.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import torch
-from torch import nn
+from transformers import PreTrainedModel
 
+from dovetail.batches import PackedBatch
 from dovetail.data.loader import BatchOrder
+from dovetail.data.records import Message
 from dovetail.evaluation.answers import Judge, evaluate_answers
 from dovetail.evaluation.held_out import held_out_text_loss
-from dovetail.model.copies import copy_of
-from dovetail.model.save import save_model
+from dovetail.parallel.shard import layout_of
 from dovetail.rlhf.api import RLHFEngine
 from dovetail.rlhf.rollout import collect
 from dovetail.rlhf.update import next_kl_coefficient, update
@@ -25,6 +25,7 @@ from dovetail.stages.context import Context, StageReport, resume
 from dovetail.stages.guard import Best, check_kl
 from dovetail.stages.parts import actor_chat, plain_text, prompts_of, rlhf_engine
 from dovetail.stages.samples import SampleLog
+from dovetail.stages.saving import save_model
 from dovetail.telemetry.timing import Stopwatch
 from dovetail.training.run_folder import RunFolder
 
@@ -42,8 +43,13 @@ def run(context: Context, judge: Judge | None = None) -> StageReport:
     engine = rlhf_engine(context, chat, total_steps=iterations * config.ppo_epochs * config.minibatches)
     roles, learners, beta = engine.roles, engine.learners, config.kl_coefficient
     texts = plain_text(context, chat, roles.actor)
-    best = Best(folder.model("best"), kl_limit=config.kl_limit)
-    checkpoints = context.checkpoints("ppo", config)
+    best, checkpoints = (
+        Best(folder.model("best"), kl_limit=config.kl_limit),
+        context.checkpoints("ppo", config),
+    )
+
+    def state() -> dict[str, Any]:
+        return {"engine": engine.state_dict(), "best": best.state_dict(), "kl_coefficient": beta}
 
     def load(state: Mapping[str, Any]) -> None:
         nonlocal beta
@@ -51,17 +57,12 @@ def run(context: Context, judge: Judge | None = None) -> StageReport:
         best.load_state_dict(state["best"])
         beta = state["kl_coefficient"]
 
-    def held_out_stats(step: int) -> dict[str, float]:
-        judged = evaluate_answers(held_out, engine, judge)
-        best.offer(judged.stats, engine, step=step)
-        return judged.stats | held_out_text_loss(roles, texts.held_out, config.micro_batch_tokens)
-
+    held_out_stats = partial(judge_held_out, held_out, texts.held_out, engine, best, judge)
     sample = partial(collect, roles=roles, config=config, seed=seed)
     learn = partial(update, roles=roles, learners=learners, config=config, seed=seed, next_texts=texts.next)
-    results: dict[str, float] = {}
-    start = resume(checkpoints, load, "ppo")
+    results, start = dict[str, float](), resume(checkpoints, load, "ppo", like=state())
     engine.check_parity(prompts)
-    samples = SampleLog(folder.samples, start=start, every=config.print_samples_every)
+    samples = SampleLog(folder.samples, start=start, every=config.print_samples_every, world=context.world)
     with (
         context.metrics("ppo", start=start) as metrics,
         context.progress("ppo", total=iterations, start=start) as progress,
@@ -75,7 +76,8 @@ def run(context: Context, judge: Judge | None = None) -> StageReport:
                 collected = sample(batch, kl_coefficient=beta, iteration=iteration)
             with watch.phase("update"):
                 report = learn(collected.experience, iteration=iteration)
-            row = collected.stats | report.stats | watch.seconds("ppo") | {"ppo/kl_coefficient": beta}
+            row = collected.stats | report.stats | watch.seconds("ppo") | gather_costs(roles.actor)
+            row["ppo/kl_coefficient"] = beta
             beta = next_kl_coefficient(beta, collected, config)
             if done % config.eval_every == 0 or done == iterations:
                 row |= (results := held_out_stats(done))
@@ -84,17 +86,40 @@ def run(context: Context, judge: Judge | None = None) -> StageReport:
             progress.advance({"score": row["ppo/score_mean"], "kl": row["ppo/kl_nats_per_answer"]})
             check_kl(row, config, step=done)
             if done % config.save_every == 0 or done == iterations:
-                state = {"engine": engine.state_dict(), "best": best.state_dict(), "kl_coefficient": beta}
-                checkpoints.save(done, state)
+                checkpoints.save(done, state())
     save_actor(engine, folder)
     return StageReport(iterations, results or held_out_stats(iterations))
+
+
+def judge_held_out(
+    prompts: Sequence[Sequence[Message]],
+    texts: PackedBatch | None,
+    engine: RLHFEngine,
+    best: Best,
+    judge: Judge | None,
+    step: int,
+) -> dict[str, float]:
+    """What held-out prompts and texts say of the actor after `step` rollouts; it is kept if it is the best so far."""
+    judged = evaluate_answers(prompts, engine, judge)
+    best.offer(judged.stats, engine, step=step)
+    return judged.stats | held_out_text_loss(engine.roles, texts, engine.config.micro_batch_tokens)
+
+
+def gather_costs(actor: PreTrainedModel) -> dict[str, float]:
+    """What generation with a sharded actor cost beside generating: nothing where it is not sharded."""
+    layout = layout_of(actor)
+    seconds, received = layout.take_costs()
+    return {"ppo/gather_seconds": seconds, "ppo/gather_bytes": float(received)} if layout.is_sharded else {}
 
 
 def save_actor(engine: RLHFEngine, folder: RunFolder) -> None:
     """The actor, and its float32 moving average as a float32 model folder of its own."""
     stops = engine.roles.chat.stop_token_ids
     save_model(engine.roles.actor, engine.tokenizer, folder.model("ppo"), stop_token_ids=stops)
-    averaged = copy_of(engine.roles.actor, device=torch.device("cpu"))
-    nn.Module.float(averaged)
-    engine.learners.ema.copy_to(averaged)
-    save_model(averaged, engine.tokenizer, folder.model("ema"), stop_token_ids=stops)
+    save_model(
+        engine.roles.actor,
+        engine.tokenizer,
+        folder.model("ema"),
+        stop_token_ids=stops,
+        weights=engine.learners.ema.averages(),
+    )

@@ -14,7 +14,6 @@ from dovetail.batches import RankedBatch, SummedLoss
 from dovetail.evaluation.reward_accuracy import reward_accuracy
 from dovetail.maths.ranking import ranking_loss, won_pairs
 from dovetail.model.forward import last_scores
-from dovetail.model.save import save_model
 from dovetail.stages.context import Context, StageReport
 from dovetail.stages.parts import (
     centre_on_demonstrations,
@@ -24,6 +23,7 @@ from dovetail.stages.parts import (
     reward_start,
     trainable_scalar_model,
 )
+from dovetail.stages.saving import save_model
 from dovetail.stages.supervised import Task, fit
 
 

@@ -6,6 +6,7 @@ Responsible for: `ppo/samples.jsonl`. Not responsible for: metrics (telemetry/).
 import json
 from pathlib import Path
 
+from dovetail.parallel.world import ALONE, World
 from dovetail.rlhf.rollout import Collected
 from dovetail.telemetry.log import say
 
@@ -14,19 +15,23 @@ KEPT = 8
 
 
 class SampleLog:
-    """Appends one JSON line per kept answer; lines of steps after `start` are of a killed run and are dropped."""
+    """Appends one JSON line per kept answer; lines of steps after `start` are of a killed run and are dropped.
 
-    def __init__(self, path: Path, *, start: int, every: int) -> None:
+    Of several processes that hold the same answers, the first one keeps and prints them.
+    """
+
+    def __init__(self, path: Path, *, start: int, every: int, world: World = ALONE) -> None:
         self.path = path
         self.every = every
-        if path.exists():
+        self._is_kept = world.is_first
+        if self._is_kept and path.exists():
             lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
             kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start]
             path.write_text("".join(kept), encoding="utf-8")
 
     def show_if_due(self, step: int, collected: Collected) -> None:
         """Keep the first few answers of the rollout, and print two."""
-        if step % self.every:
+        if step % self.every or not self._is_kept:
             return
         scores = collected.experience.scores_S.tolist()
         rows = [

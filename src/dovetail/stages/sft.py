@@ -7,10 +7,10 @@ Not responsible for: gradient steps (training/step.py), reading rows (data/).
 from functools import partial
 
 from dovetail.evaluation.held_out import language_model_quality
-from dovetail.model.save import save_model
 from dovetail.rlhf.update import language_model_loss
 from dovetail.stages.context import Context, StageReport
 from dovetail.stages.parts import chat_of, demonstration_rows, expect_rows_fit, pack_rows, trainable_causal_lm
+from dovetail.stages.saving import save_model
 from dovetail.stages.supervised import Task, fit
 
 

@@ -16,6 +16,7 @@ from dovetail.batches import PackedBatch, SummedLoss, cumulative
 from dovetail.config.stages import RewardConfig, SftConfig
 from dovetail.data.loader import BatchOrder
 from dovetail.engine.parity import check_training_parity
+from dovetail.parallel.shard import gathered
 from dovetail.rlhf.build import optimizer_for
 from dovetail.stages.context import Context, resume
 from dovetail.telemetry.log import say
@@ -48,27 +49,35 @@ class Task:
 
 def fit(task: Task, context: Context) -> Mapping[str, float]:
     """Train to the end, from the newest checkpoint if there is one; returns the last evaluation."""
-    optimizer = optimizer_for(task.model, task.settings.optimizer)
+    optimizer, world = optimizer_for(task.model, task.settings.optimizer), context.world
     # A pure function of the step, so that a resumed run sees the same rows.
     order = BatchOrder(task.num_rows, task.settings.batch_size, context.config.seed)
-    budget = TokenBudget(task.settings.micro_batch_tokens)
+    budget = TokenBudget(task.settings.micro_batch_tokens, may_shrink=world.size == 1)
     checkpoints = context.checkpoints(task.stage, task.settings)
+
+    def state() -> dict[str, Any]:
+        return {
+            "model": trained_weights(task.model),
+            "optimizer": optimizer.state_dict(),
+            "budget": budget.tokens,
+        }
 
     def load(state: Mapping[str, Any]) -> None:
         load_trained(task.model, state["model"])
         optimizer.load_state_dict(state["optimizer"])
         budget.tokens = state["budget"]
 
-    start = resume(checkpoints, load, task.stage)
+    start = resume(checkpoints, load, task.stage, like=state())
     if start < task.total_steps:
-        check_forward(task.model, task.batch_of(order.batch(start)))
+        with gathered(task.model) as plain:
+            check_forward(plain, task.batch_of(order.batch(start)))
     results: Mapping[str, float] = {}
     with (
         context.metrics(task.stage, start=start) as metrics,
         context.progress(task.stage, total=task.total_steps, start=start) as progress,
     ):
         for step in range(start, task.total_steps):
-            seed_step(context.config.seed, step)
+            seed_step(context.config.seed, step, world.rank)
             report = gradient_step(
                 task.model,
                 optimizer,
@@ -86,12 +95,7 @@ def fit(task: Task, context: Context) -> Mapping[str, float]:
             metrics.record(done, row)
             progress.advance({"loss": report.loss})
             if done == task.total_steps or done % task.settings.save_every == 0:
-                state = {
-                    "model": trained_weights(task.model),
-                    "optimizer": optimizer.state_dict(),
-                    "budget": budget.tokens,
-                }
-                checkpoints.save(done, state)
+                checkpoints.save(done, state())
     return results or task.evaluate()
 
 
@@ -106,9 +110,9 @@ def check_forward(model: PreTrainedModel, batch: PackedBatch) -> None:
     )
 
 
-def seed_step(seed: int, step: int) -> None:
+def seed_step(seed: int, step: int, rank: int) -> None:
     """Dropout and NEFTune draw from torch's global generator: seeded anew each step, nothing is to be saved."""
-    torch.manual_seed(step_seed(seed, step))
+    torch.manual_seed(step_seed(seed, step) + (rank << 40))
 
 
 def rate_of(task: Task, step: int) -> float:

@@ -2,12 +2,14 @@
 
 Responsible for: writing a state (nested dicts of tensors and plain values) so that a kill, a power cut or a
 full disk at any moment leaves the ones before it usable; finding the newest sound one; keeping the last
-few.
+few. Several processes write one checkpoint together, each the rows of sharded tensors that it holds; any number may
+read it, each the rows that it needs.
 Not responsible for: what a state holds (each part has its own `state_dict`), model folders for users.
 
 On disk: `step-00000100/` with `tensors.safetensors`, `state.json` (the structure and the plain values) and
-`manifest.json` (sizes and SHA-256 of both). A folder gets this name, by a rename, only once all of it is on
-the disk. No pickle: reading a stranger's checkpoint runs no code.
+`manifest.json` (sizes and SHA-256 of both). Several processes leave `tensors-00000.safetensors` and so on instead, and
+the manifest says which rows lie where. A folder gets its name, by a rename, only once all of it is on the disk. No
+pickle: reading a stranger's checkpoint runs no code.
 """
 
 import hashlib
@@ -21,9 +23,11 @@ from typing import Any, BinaryIO
 from torch import Tensor
 
 from dovetail.errors import CheckpointError
+from dovetail.model.shards import bounds, is_shard, local, shard_like
+from dovetail.parallel.world import ALONE, World
 from dovetail.telemetry.log import warn
 from dovetail.training.disk import OpenFile, open_file, sync_file, sync_folder, write_failure
-from dovetail.training.tensor_file import num_bytes, read_tensors, write_tensors
+from dovetail.training.tensor_file import TensorFiles, num_bytes, write_tensors
 
 TENSORS, VALUES, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 _NAME = re.compile(r"step-(\d{8,})(?:\.(\d+))?")
@@ -34,54 +38,76 @@ _MARK = "$tensor"
 class Checkpoints:
     """The checkpoints of one stage, in one folder.
 
-    keep: how many of the newest stay. open_file: how files are opened for writing.
-    One process at a time may save (training/run_folder.py sees to it); any number may read.
+    keep: how many of the newest stay. open_file: how files are opened for writing. world: the processes that save and
+    read together, in one folder that all of them see.
+    One run at a time may save (training/run_folder.py sees to it); any number may read.
     """
 
-    def __init__(self, folder: Path, *, keep: int = 2, open_file: OpenFile = open_file) -> None:
+    def __init__(
+        self, folder: Path, *, keep: int = 2, open_file: OpenFile = open_file, world: World = ALONE
+    ) -> None:
         if keep < 1:
             raise ValueError(f"keep = {keep}: at least one checkpoint must stay")
         self.folder = folder
         self._keep = keep
         self._open_file = open_file
+        self._world = world
         self._damaged: set[Path] = set()
 
     def save(self, step: int, state: Mapping[str, Any]) -> Path:
-        """Write the state after `step` steps, then remove what is older than the last `keep`.
+        """Write the state after `step` steps, then remove what is older than the last `keep`. A collective.
 
         Raises CheckpointError if the disk refuses; the checkpoints before are intact then, and no rest is
         left.
         """
         tensors: dict[str, Tensor] = {}
         values = json.dumps(_split(state, "", tensors))
-        target = self._free_name(step)
+        own = self._own_tensors(tensors)
+        target = self.folder / self._world.from_first(self._free_name(step).name)
         temporary = self.folder / f".writing-{target.name}"
-        needed = sum(num_bytes(tensor) for tensor in tensors.values()) + len(values)
+        needed = sum(num_bytes(tensor) for tensor in own.values()) + len(values)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._remove_unfinished()
-            temporary.mkdir()
-            self._write(temporary, step, values, tensors)
-            temporary.rename(target)
-            sync_folder(self.folder)
+            if self._world.is_first:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._remove_unfinished()
+                temporary.mkdir()
+            self._world.wait()
+            self._write(temporary, step, values, own, self._rows(tensors))
+            if self._world.is_first:
+                temporary.rename(target)
+                sync_folder(self.folder)
         except OSError as error:
             shutil.rmtree(temporary, ignore_errors=True)
             raise write_failure(error, target, needed_bytes=needed) from error
-        self._remove_old()
+        if self._world.is_first:
+            self._remove_old()
+        self._world.wait()
         return target
 
-    def latest(self) -> tuple[int, dict[str, Any]] | None:
+    def latest(self, like: Mapping[str, Any] | None = None) -> tuple[int, dict[str, Any]] | None:
         """Step and state of the newest sound checkpoint, tensors on the CPU; None if there is none at all.
 
-        A damaged one is passed over with a warning. Raises CheckpointError if all are damaged.
+        like: a state of the same structure; of a tensor that is sharded there, only the same rows are read, and come
+        back as such a shard. A damaged checkpoint is passed over with a warning. Raises CheckpointError if all are
+        damaged. A collective: the first process looks which one is sound.
         """
+        found = self._newest_sound() if self._world.is_first else None
+        step_and_name = self._world.from_first(found)
+        if step_and_name is None:
+            return None
+        step, name = step_and_name
+        return step, _load(self.folder / name, like or {})
+
+    def _newest_sound(self) -> tuple[int, str] | None:
         found = self._finished()
         for step, folder in reversed(found):
             try:
-                return step, _read(folder)
+                _expect_sound(folder)
             except (OSError, ValueError, KeyError) as error:
                 self._damaged.add(folder)
                 warn(f"checkpoint {folder} is damaged and passed over: {error}")
+            else:
+                return step, folder.name
         if found:
             raise CheckpointError(
                 f"all {len(found)} checkpoints in {self.folder} are damaged",
@@ -107,14 +133,42 @@ class Checkpoints:
         ]
         return plain if not taken else plain.with_name(f"{plain.name}.{max(taken) + 1}")
 
-    def _write(self, folder: Path, step: int, values: str, tensors: Mapping[str, Tensor]) -> None:
+    def _own_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What this process writes: its rows of what is sharded; the first one also all that is not."""
+        return {
+            name: local(tensor)
+            for name, tensor in tensors.items()
+            if is_shard(tensor) or self._world.is_first
+        }
+
+    def _rows(self, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, tuple[int, int]]]:
+        """Name -> file -> rows, of the tensors that lie in several files."""
+        if self._world.size == 1:
+            return {}
+        own = {name: bounds(tensor) for name, tensor in tensors.items() if is_shard(tensor)}
+        found = self._world.gather(own)
+        return {name: {_file_of(rank): rows[name] for rank, rows in enumerate(found)} for name in own}
+
+    def _write(
+        self,
+        folder: Path,
+        step: int,
+        values: str,
+        tensors: Mapping[str, Tensor],
+        rows: Mapping[str, Mapping[str, tuple[int, int]]],
+    ) -> None:
         files: dict[str, dict[str, Any]] = {}
-        with self._hashed(folder / TENSORS, files) as file:
+        name = TENSORS if self._world.size == 1 else _file_of(self._world.rank)
+        with self._hashed(folder / name, files) as file:
             write_tensors(file, tensors)
+        files = {name: facts for found in self._world.gather(files) for name, facts in found.items()}
+        if not self._world.is_first:
+            return
         with self._hashed(folder / VALUES, files) as file:
             file.write(values.encode())
         with self._hashed(folder / MANIFEST, {}) as file:
-            file.write(json.dumps({"format": 1, "step": step, "files": files}, indent=1).encode())
+            manifest = {"format": 1, "step": step, "files": files} | ({"rows": rows} if rows else {})
+            file.write(json.dumps(manifest, indent=1).encode())
         sync_folder(folder)
 
     def _hashed(self, path: Path, files: dict[str, dict[str, Any]]) -> "_HashedFile":
@@ -182,27 +236,46 @@ def _split(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     )
 
 
-def _join(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+def _join(value: Any, like: Any, files: TensorFiles) -> Any:
     """Undo `_split`; tuples have become lists."""
     if isinstance(value, dict):
         if value.keys() == {_MARK}:
-            return tensors[value[_MARK]]
-        return {key: _join(item, tensors) for key, item in value.items()}
-    return [_join(item, tensors) for item in value] if isinstance(value, list) else value
+            return _tensor(value[_MARK], like, files)
+        inner = like if isinstance(like, Mapping) else {}
+        return {key: _join(item, inner.get(key), files) for key, item in value.items()}
+    return [_join(item, None, files) for item in value] if isinstance(value, list) else value
 
 
-def _read(folder: Path) -> dict[str, Any]:
-    """The state in a checkpoint. Raises OSError, ValueError or KeyError if anything about it is wrong."""
+def _tensor(name: str, like: Any, files: TensorFiles) -> Tensor:
+    # A tensor of another shape is read whole, so that whoever loads it can say what is wrong.
+    if not isinstance(like, Tensor) or not is_shard(like) or files.shape(name) != like.shape:
+        return files.read(name)
+    return shard_like(like, files.read(name, *bounds(like)))
+
+
+def _file_of(rank: int) -> str:
+    return f"tensors-{rank:05d}.safetensors"
+
+
+def _load(folder: Path, like: Mapping[str, Any]) -> dict[str, Any]:
+    """The state in a sound checkpoint."""
     manifest = json.loads((folder / MANIFEST).read_text())
-    for name in (TENSORS, VALUES):
+    names = [name for name in manifest["files"] if name != VALUES]
+    files = TensorFiles(folder, names, manifest.get("rows", {}))
+    state: dict[str, Any] = _join(json.loads((folder / VALUES).read_text()), like, files)
+    return state
+
+
+def _expect_sound(folder: Path) -> None:
+    """Raise OSError, ValueError or KeyError if anything about a checkpoint is wrong."""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    for name in {VALUES, *manifest["files"]}:
         expected = manifest["files"][name]
         size, digest = _fingerprint(folder / name)
         if size != expected["bytes"]:
             raise ValueError(f"{name} has {size:,} bytes, {expected['bytes']:,} were written")
         if digest != expected["sha256"]:
             raise ValueError(f"the contents of {name} have changed (SHA-256 differs)")
-    state: dict[str, Any] = _join(json.loads((folder / VALUES).read_text()), read_tensors(folder / TENSORS))
-    return state
 
 
 def _fingerprint(path: Path) -> tuple[int, str]:

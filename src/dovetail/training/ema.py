@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dovetail.errors import CheckpointError
+from dovetail.model.shards import assign, local, shard_like
 from dovetail.training.optim import Optimizer
 from dovetail.training.parking import ParkingSpace
 from dovetail.training.weights import trained_weights
@@ -23,7 +24,7 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
 class Ema:
-    """average <- decay * average + (1 - decay) * weight, for every trainable weight.
+    """average <- decay * average + (1 - decay) * weight, for every trainable weight (the rows that are here).
 
     optimizer: where the full-precision weights are, if the model computes in bf16 or fp16.
     """
@@ -31,7 +32,10 @@ class Ema:
     def __init__(self, model: nn.Module, *, decay: float, optimizer: Optimizer | None = None) -> None:
         self.decay = decay
         self._weights = optimizer.weights if optimizer is not None else lambda: trained_weights(model)
-        self._averages = {name: _full_precision(weight).clone() for name, weight in self._weights().items()}
+        self._averages = {
+            name: _full_precision(local(weight)).clone() for name, weight in self._weights().items()
+        }
+        self._parameters = {name: p for name, p in model.named_parameters() if name in self._averages}
         self._parking = ParkingSpace(list(self._averages.values()))
 
     def park(self) -> None:
@@ -46,7 +50,7 @@ class Ema:
     def update(self) -> None:
         """Move towards the weights as they are now."""
         assert not self._parking.is_parked, "an update while the average is parked"
-        weights = [_full_precision(weight) for weight in self._weights().values()]
+        weights = [_full_precision(local(weight)) for weight in self._weights().values()]
         torch._foreach_lerp_(list(self._averages.values()), weights, 1.0 - self.decay)
 
     @torch.no_grad()
@@ -54,12 +58,12 @@ class Ema:
         """Overwrite the model's trainable weights, rounded to its precision."""
         for name, parameter in model.named_parameters():
             if name in self._averages:
-                parameter.copy_(self._averages[name])
+                local(parameter).copy_(self._averages[name])
 
     @contextmanager
     def applied_to(self, model: ModelT) -> Iterator[ModelT]:
         """Within the block the model is the average; afterwards its own weights are back, bit for bit."""
-        own = {name: p.detach().clone() for name, p in model.named_parameters() if name in self._averages}
+        own = {name: local(p).clone() for name, p in model.named_parameters() if name in self._averages}
         self.copy_to(model)
         try:
             yield model
@@ -67,11 +71,17 @@ class Ema:
             with torch.no_grad():
                 for name, parameter in model.named_parameters():
                     if name in own:
-                        parameter.copy_(own[name])
+                        local(parameter).copy_(own[name])
+
+    def averages(self) -> dict[str, Tensor]:
+        """Name -> average, float32, sharded as the weight is: references, not copies."""
+        return {
+            name: shard_like(parameter, self._averages[name]) for name, parameter in self._parameters.items()
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """The averages, float32: references, not copies."""
-        return {"averages": dict(self._averages)}
+        return {"averages": self.averages()}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -84,7 +94,7 @@ class Ema:
                 hint="resume with the model and adapters that the run began with",
             )
         for name, average in self._averages.items():
-            average.copy_(saved[name])
+            assign(shard_like(self._parameters[name], average), saved[name])
 
 
 def _full_precision(weight: Tensor) -> Tensor:

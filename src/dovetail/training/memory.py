@@ -26,6 +26,8 @@ class TokenBudget:
     """Tokens of one forward and backward pass. Shared by all that run on a device, halved for all."""
 
     tokens: int
+    may_shrink: bool = True
+    """False where processes run the same passes together: one of them cannot go on in smaller parts alone."""
 
     def __post_init__(self) -> None:
         if self.tokens < 1:
@@ -44,7 +46,7 @@ def retry_on_out_of_memory(
     clean_up: undoes a failed attempt, so that a later one gives what a first one would have given.
     unit_tokens: the sizes of the units that cannot be cut (sequences). Asked after a failure: with them the
     budget is halved from what was really used, and the retries end as soon as halving cannot help.
-    Raises TrainingStopped when one unit alone does not fit.
+    Raises TrainingStopped when one unit alone does not fit, or the budget may not shrink.
     """
     while True:
         try:
@@ -68,6 +70,12 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def _halve(budget: TokenBudget, unit_tokens: Sequence[int] | None, reason: str) -> None:
+    if not budget.may_shrink:
+        raise TrainingStopped(
+            f"a micro-batch of {budget.tokens} tokens does not fit in the memory of one of the processes ({reason})",
+            hint=f"start again with micro_batch_tokens={max(1, budget.tokens // 2)}: the run goes on from its last "
+            "checkpoint, and results do not depend on it",
+        )
     longest = max(unit_tokens) if unit_tokens else 1
     used = min(budget.tokens, sum(unit_tokens)) if unit_tokens else budget.tokens
     if used <= longest:

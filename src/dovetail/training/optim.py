@@ -21,6 +21,7 @@ from torch.optim.adamw import adamw
 from torch.utils.hooks import RemovableHandle
 
 from dovetail.errors import CheckpointError, ModelError, TrainingStopped
+from dovetail.model.shards import assign, is_shard, local, shard_like
 from dovetail.training.loss_scale import LossScaler
 from dovetail.training.memory import is_out_of_memory
 from dovetail.training.parking import ParkingSpace
@@ -33,11 +34,11 @@ _LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 @dataclass(slots=True, eq=False)
 class _Slot:
-    """One trained parameter and what AdamW keeps of it."""
+    """One trained parameter and what AdamW keeps of it: of a sharded one, for the rows that are here."""
 
     parameter: nn.Parameter
     weight: Tensor
-    """What is updated: the float32 master, or the parameter itself."""
+    """What is updated: the float32 master, or the parameter's own memory."""
     step: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor
@@ -47,17 +48,19 @@ class _Slot:
     once there are several."""
 
     def gradient(self) -> Tensor | None:
-        return self.master_gradient if self.has_master else self.parameter.grad
+        if self.has_master:
+            return self.master_gradient
+        return None if self.parameter.grad is None else local(self.parameter.grad)
 
     def take_gradient(self, parameter: Tensor) -> None:
         """Called by autograd when the parameter's gradient is complete: take it away, or add it in float32."""
         assert parameter.grad is not None
         if self.master_gradient is None:
-            self.master_gradient = parameter.grad
+            self.master_gradient = local(parameter.grad)
         elif self.master_gradient.dtype == torch.float32:
-            self.master_gradient.add_(parameter.grad)
+            self.master_gradient.add_(local(parameter.grad))
         else:
-            self.master_gradient = self.master_gradient.float().add_(parameter.grad)
+            self.master_gradient = self.master_gradient.float().add_(local(parameter.grad))
         parameter.grad = None
 
 
@@ -134,7 +137,7 @@ class Optimizer:
         return {name: gradient for name, gradient in found if gradient is not None}
 
     def grad_norm(self) -> Tensor:
-        """Scalar on the device: the 2-norm over all gradients of the model, in float32 or better."""
+        """Scalar on the device: the 2-norm over all gradients of the model that are here, in float32 or better."""
         gradients = list(self.gradients().values())
         if not gradients:
             return torch.zeros(())
@@ -173,7 +176,8 @@ class Optimizer:
             )
 
     def weights(self) -> dict[str, Tensor]:
-        """Name -> the weight in full precision: the master where there is one. References, not copies."""
+        """Name -> the weight in full precision, the rows that are here: the master where there is one. References,
+        not copies."""
         return {name: slot.weight.detach() for name, slot in self._slots.items()}
 
     def state_dict(self) -> dict[str, Any]:
@@ -192,7 +196,7 @@ class Optimizer:
         saved: Mapping[str, Mapping[str, Tensor]] = state["parameters"]
         for name, slot in self._slots.items():
             for key, tensor in _state_of(slot).items():
-                tensor.copy_(_matching(saved, name, key, tensor))
+                assign(tensor, _matching(saved, name, key, tensor))
         if len(saved) != len(self._slots):
             surplus = sorted(saved.keys() - self._slots.keys())
             raise _foreign(f"the checkpoint also trains {surplus[0]}, which this model does not")
@@ -211,7 +215,7 @@ class Optimizer:
                 exp_avg=slot.exp_avg,
                 exp_avg_sq=slot.exp_avg_sq,
                 step=slot.step,
-                image=slot.parameter if slot.has_master else None,
+                image=local(slot.parameter) if slot.has_master else None,
             )
             for slot in slots
         ]
@@ -249,7 +253,7 @@ class Optimizer:
 
     def _write_images(self) -> None:
         if self._images:
-            torch._foreach_copy_([image.data for image in self._images], self._masters)
+            torch._foreach_copy_([local(image) for image in self._images], self._masters)
 
 
 def build_optimizer(
@@ -284,7 +288,7 @@ def _decays(name: str, parameter: Tensor) -> bool:
 
 def _suits_one_pass(slot: _Slot) -> bool:
     """For training/adamw_kernel.py: on a GPU, float32 state, plain tensors at addresses that 16 divides."""
-    tensors = (slot.weight, slot.parameter)
+    tensors = (slot.weight, local(slot.parameter))
     return (
         slot.weight.is_cuda
         and slot.weight.dtype == torch.float32
@@ -294,7 +298,8 @@ def _suits_one_pass(slot: _Slot) -> bool:
 
 def _slot_of(parameter: nn.Parameter) -> _Slot:
     has_master = parameter.dtype in _LOW_PRECISION
-    weight = parameter.detach().float() if has_master else parameter
+    rows = local(parameter) if is_shard(parameter) else parameter
+    weight = rows.detach().float() if has_master else rows
     return _Slot(
         parameter=parameter,
         weight=weight,
@@ -311,8 +316,9 @@ def _large(slot: _Slot) -> list[Tensor]:
 
 
 def _state_of(slot: _Slot) -> dict[str, Tensor]:
-    state = {"step": slot.step, "exp_avg": slot.exp_avg, "exp_avg_sq": slot.exp_avg_sq}
-    return state | {"master": slot.weight} if slot.has_master else state
+    of_weight = {"exp_avg": slot.exp_avg, "exp_avg_sq": slot.exp_avg_sq}
+    of_weight |= {"master": slot.weight} if slot.has_master else {}
+    return {"step": slot.step} | {key: shard_like(slot.parameter, rows) for key, rows in of_weight.items()}
 
 
 def _matching(saved: Mapping[str, Mapping[str, Tensor]], name: str, key: str, tensor: Tensor) -> Tensor:

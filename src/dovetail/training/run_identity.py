@@ -24,6 +24,7 @@ MAY_CHANGE = (
     "device",
     "stages",
     "tracking.*",
+    "zero_stage.*",
     "data.cache_dir",
     "*.micro_batch_tokens",
     "*.activation_checkpointing",

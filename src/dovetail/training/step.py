@@ -8,12 +8,15 @@ Not responsible for: losses (maths/), the update rule (training/optim.py), the l
 (training/schedule.py).
 
 The gradient does not depend on how the batch is cut, because a loss is a sum and is divided by the number of
-targets of the whole batch, known before the first forward pass; never by a micro-batch's own number.
+targets of the whole batch, known before the first forward pass; never by a micro-batch's own number. Where several
+processes hold the model, each is given the whole batch and takes its share of it; sums, norm and the verdict on the
+step are those of all.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, islice
 from typing import Any
 
 import torch
@@ -21,6 +24,10 @@ from torch import Tensor, nn
 
 from dovetail.batches import MicroBatchable, SummedLoss
 from dovetail.errors import TrainingStopped
+from dovetail.model.shards import local
+from dovetail.parallel.shard import before_backward, give_back, layout_of, reduce_gradients, world_of
+from dovetail.parallel.share import shared_micro_batches
+from dovetail.parallel.world import World
 from dovetail.telemetry.log import warn
 from dovetail.training.memory import TokenBudget, retry_on_out_of_memory
 from dovetail.training.optim import Optimizer
@@ -58,7 +65,7 @@ class StepReport:
     skipped: bool
     """The gradient was not finite: the weights are as they were."""
     num_tokens: int
-    """Tokens that went through the model."""
+    """Tokens of the batch."""
 
 
 def gradient_step(
@@ -80,16 +87,16 @@ def gradient_step(
     if len({term.name for term in terms}) != len(terms):
         raise ValueError(f"two terms of a step have the same name: {[term.name for term in terms]}")
     optimizer.set_learning_rate(learning_rate)
-    device_sums, device_norm = retry_on_out_of_memory(
-        lambda: _accumulate(optimizer, terms, budget.tokens, device),
+    sums, own_norm = retry_on_out_of_memory(
+        lambda: _accumulate(model, optimizer, terms, budget.tokens, device),
         budget,
         clean_up=optimizer.zero_grad,
         unit_tokens=lambda: [unit.num_tokens for term in terms for unit in term.batch.micro_batches(1)],
     )
-    values = _stack([value for own in device_sums for value in own.values()] + [device_norm], device)
-    totals = _stack([own.total for own in device_sums], device)
-    optimizer.step(_clip_scale(totals, values[-1], max_grad_norm, _loss_scale(optimizer)))
-    sums, grad_norm = _on_host(device_sums, values, _loss_scale(optimizer))
+    numbers = _over_all(model, sums, own_norm, device)
+    give_back(model)
+    optimizer.step(_clip_scale(sums, numbers, max_grad_norm, _loss_scale(optimizer)))
+    sums, grad_norm = _on_host(sums, numbers, _loss_scale(optimizer))
     losses = {
         term.name: own.total / _global_targets(term.batch) for term, own in zip(terms, sums, strict=True)
     }
@@ -130,76 +137,106 @@ class _Sums:
     stats: dict[str, Any] = field(default_factory=dict)
     maxima: dict[str, Any] = field(default_factory=dict)
 
-    def add(self, loss: SummedLoss) -> None:
-        self.total = self.total + loss.total.detach()
-        self.count = self.count + loss.count
+    def add(self, loss: SummedLoss, *, counts: bool) -> None:
+        """counts: False adds nothing, but the names, and maxima of sequences that another process counts."""
+        self.total = self.total + (loss.total.detach() if counts else 0.0)
+        self.count = self.count + (loss.count if counts else 0.0)
         for name, value in loss.stats.items():
-            self.stats[name] = self.stats.get(name, 0.0) + value.detach()
+            self.stats[name] = self.stats.get(name, 0.0) + (value.detach() if counts else 0.0)
         for name, value in loss.maxima.items():
             self.maxima[name] = torch.maximum(self.maxima.get(name, value), value.detach())
 
-    def values(self) -> list[Any]:
-        return [self.total, self.count, *self.stats.values(), *self.maxima.values()]
+    def sums(self) -> list[Any]:
+        return [self.total, self.count, *self.stats.values()]
 
-    def on_host(self, values: Sequence[float]) -> "_Sums":
-        end = 2 + len(self.stats)
-        stats = dict(zip(self.stats, values[2:end], strict=True))
-        return _Sums(values[0], values[1], stats, dict(zip(self.maxima, values[end:], strict=True)))
+    def on_host(self, sums: Sequence[float], maxima: Sequence[float]) -> "_Sums":
+        stats = dict(zip(self.stats, sums[2:], strict=True))
+        return _Sums(sums[0], sums[1], stats, dict(zip(self.maxima, maxima, strict=True)))
 
 
 def _accumulate(
-    optimizer: Optimizer, terms: Sequence[Term], max_tokens: int, device: torch.device
+    model: nn.Module, optimizer: Optimizer, terms: Sequence[Term], max_tokens: int, device: torch.device
 ) -> tuple[list[_Sums], Tensor]:
-    """Gradients of all terms in the optimiser (times the loss scale); their sums and the gradient's norm, on
-    the device."""
+    """Gradients of all terms in the optimiser (times the loss scale); this process's sums and the norm of the
+    gradients that are here, on the device."""
     optimizer.zero_grad()
-    loss_scale = _loss_scale(optimizer)
+    loss_scale, world = _loss_scale(optimizer), world_of(model)
+    cut = [_parts(term.batch, max_tokens, world) for term in terms]
+    num_left = sum(map(len, cut))
     sums: list[_Sums] = []
-    for term in terms:
+    for term, parts in zip(terms, cut, strict=True):
         own = _Sums()
         factor = term.weight * loss_scale / _global_targets(term.batch)
-        for part in _parts(term.batch, max_tokens):
+        for part, counts in parts:
+            num_left -= 1
+            before_backward(model, is_last=num_left == 0)
             loss = term.loss_of(part.to(device))
-            (loss.total * factor).backward()  # type: ignore[no-untyped-call]
-            own.add(loss)
+            (loss.total * (factor if counts else 0.0)).backward()  # type: ignore[no-untyped-call]
+            own.add(loss, counts=counts)
         sums.append(own)
+    reduce_gradients(model, optimizer.gradients())
     return sums, optimizer.grad_norm()
 
 
-def _clip_scale(totals: Tensor, norm: Tensor, max_norm: float, loss_scale: float) -> Tensor:
+def _over_all(model: nn.Module, sums: Sequence[_Sums], norm: Tensor, device: torch.device) -> Tensor:
+    """float64, on the device, over all processes: the sums of each term, the maxima of each, the gradient's norm."""
+    layout = layout_of(model)
+    added = [value for own in sums for value in own.sums()]
+    largest = [value for own in sums for value in own.maxima.values()]
+    # Each process holds other rows of a sharded gradient: the squares add up. Replicas have the whole already.
+    if layout.is_sharded:
+        summed = layout.world.sum(_together([*added, norm.double() ** 2], device))
+        return torch.cat([summed[:-1], layout.world.max(_together(largest, device)), summed[-1:].sqrt()])
+    summed = layout.world.sum(_together(added, device))
+    return torch.cat([summed, layout.world.max(_together([*largest, norm], device))])
+
+
+def _clip_scale(sums: Sequence[_Sums], numbers: Tensor, max_norm: float, loss_scale: float) -> Tensor:
     """Scalar on the device: what all gradients are multiplied by; NaN if the step must not be taken.
 
-    totals: the losses; norm: of the gradients, both times the loss scale where there is one. float64.
+    numbers: of `_over_all`; the norm among them is times the loss scale.
     """
+    starts = list(accumulate((len(own.sums()) for own in sums), initial=0))[:-1]
+    norm = numbers[-1]
     factor = (max_norm / (norm / loss_scale + 1e-6)).clamp(max=1.0) / loss_scale
-    is_finite = totals.isfinite().all() & norm.isfinite()
+    is_finite = norm.isfinite()
+    for start in starts:
+        is_finite = is_finite & numbers[start].isfinite()
     return torch.where(is_finite, factor, torch.nan)
 
 
-def _parts(batch: MicroBatchable, max_tokens: int) -> list[Any]:
-    """The micro-batches that hold targets; the others have no gradient. A batch that fits is not cut."""
-    if batch.num_tokens <= max_tokens:
-        return [batch]
-    return [part for part in batch.micro_batches(max_tokens) if part.num_targets]
-
-
-def _stack(values: Sequence[Any], device: torch.device) -> Tensor:
-    return torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device) for value in values])
-
-
-def _on_host(sums: Sequence[_Sums], values: Tensor, loss_scale: float) -> tuple[list[_Sums], float]:
+def _on_host(sums: Sequence[_Sums], numbers: Tensor, loss_scale: float) -> tuple[list[_Sums], float]:
     """The sums and the norm as plain numbers; the one time in a step that Python waits for the device."""
-    flat: list[float] = values.tolist()
-    hosted = []
-    for own in sums:
-        num = len(own.values())
-        hosted.append(own.on_host(flat[:num]))
-        del flat[:num]
-    return hosted, flat[0] / loss_scale
+    flat: list[float] = numbers.tolist()
+    num_added = sum(len(own.sums()) for own in sums)
+    added, largest = iter(flat[:num_added]), iter(flat[num_added:-1])
+    hosted = [
+        own.on_host(list(islice(added, len(own.sums()))), list(islice(largest, len(own.maxima))))
+        for own in sums
+    ]
+    return hosted, flat[-1] / loss_scale
+
+
+def _parts(batch: MicroBatchable, max_tokens: int, world: World) -> list[tuple[Any, bool]]:
+    """(micro-batch, whether it counts) of this process: those that hold targets; the others have no gradient.
+
+    A batch that fits is not cut where one process works on it.
+    """
+    if world.size > 1:
+        return shared_micro_batches(batch, max_tokens, world)
+    if batch.num_tokens <= max_tokens:
+        return [(batch, True)]
+    return [(part, True) for part in batch.micro_batches(max_tokens) if part.num_targets]
+
+
+def _together(values: Sequence[Any], device: torch.device) -> Tensor:
+    """float64, one after another."""
+    scalars = [torch.as_tensor(value, dtype=torch.float64, device=device) for value in values]
+    return torch.stack(scalars) if scalars else torch.zeros(0, dtype=torch.float64, device=device)
 
 
 def _global_targets(batch: MicroBatchable) -> float:
-    """What a term is divided by: the targets of the whole batch on all ranks; there is one rank."""
+    """What a term is divided by: the targets of the whole batch, all processes' shares together."""
     if batch.num_targets <= 0:
         raise ValueError("a batch without targets (every token masked) has no gradient")
     return batch.num_targets
@@ -247,7 +284,7 @@ def _record_skipped(
 
 def _diagnosis(model: nn.Module, optimizer: Optimizer, loss_is_finite: bool) -> str:
     """Where the NaN or infinity is, as far as it can be seen."""
-    weights = [name for name, p in model.named_parameters() if not _all_finite(p.detach())]
+    weights = [name for name, p in model.named_parameters() if not _all_finite(local(p))]
     if weights:
         return f"{len(weights)} weights of the model are no numbers themselves, the first is {weights[0]}"
     if not loss_is_finite:

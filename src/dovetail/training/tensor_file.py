@@ -7,12 +7,12 @@ Not responsible for: names and structure of a state (checkpoint.py).
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor
 
 _NAMES = {
@@ -52,9 +52,44 @@ def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor]) -> None:
         file.write(flat.view(torch.uint8).numpy().data)
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors, on the CPU."""
-    return load_file(path)
+class TensorFiles:
+    """Tensors in the files of one folder, read on the CPU when asked for; a tensor's rows may lie in several files.
+
+    rows: for tensors cut by rows, name -> file, in the order of the rows -> (first row, one after the last).
+    """
+
+    def __init__(
+        self, folder: Path, names: Sequence[str], rows: Mapping[str, Mapping[str, Sequence[int]]]
+    ) -> None:
+        self._files: dict[str, Any] = {name: safe_open(folder / name, framework="pt") for name in names}
+        self._rows = rows
+        self._file_of = {key: file for file in self._files.values() for key in file.keys()}  # noqa: SIM118
+
+    def shape(self, name: str) -> torch.Size:
+        """Of the whole tensor. Raises KeyError if no file has it."""
+        shape = self._file_of[name].get_slice(name).get_shape()
+        if name in self._rows:
+            shape[0] = max(end for _, end in self._rows[name].values())
+        return torch.Size(shape)
+
+    def read(self, name: str, start: int | None = None, end: int | None = None) -> Tensor:
+        """The tensor, or its rows from `start` to before `end`. Raises KeyError if no file has it."""
+        if start is None and name not in self._rows:
+            tensor: Tensor = self._file_of[name].get_tensor(name)
+            return tensor
+        if name not in self._rows:
+            rows: Tensor = self._file_of[name].get_slice(name)[start:end]
+            return rows
+        pieces = [self._piece(name, file, start or 0, end) for file in self._rows[name]]
+        return torch.cat(pieces)
+
+    def _piece(self, name: str, file: str, start: int, end: int | None) -> Tensor:
+        """What a file has of the rows from `start` to before `end`; perhaps none."""
+        begin, stop = self._rows[name][file]
+        low = max(start, begin) - begin
+        high = (stop if end is None else min(stop, end)) - begin
+        piece: Tensor = self._files[file].get_slice(name)[low : max(low, high)]
+        return piece
 
 
 def num_bytes(tensor: Tensor) -> int:

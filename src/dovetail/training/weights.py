@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dovetail.errors import CheckpointError
+from dovetail.model.shards import assign
 
 
 def trained_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -31,4 +32,4 @@ def load_trained(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
             hint="resume with the model and adapters that the run began with, or start a new output_dir",
         )
     for name, weight in own.items():
-        weight.copy_(saved[name])
+        assign(weight, saved[name])

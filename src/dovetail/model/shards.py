@@ -1,0 +1,69 @@
+"""Tensors of which this process may hold a shard: some of the rows.
+
+Responsible for: the local rows, the whole, and writing to either; for tensors that are not sharded, the tensor itself.
+Not responsible for: sharding a model (parallel/shard.py).
+
+A shard is a DTensor on a one-dimensional mesh, split by rows as `torch.chunk` does: what FSDP2 makes of parameters.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def is_shard(tensor: Tensor) -> bool:
+    """Whether this process holds some rows of it."""
+    return hasattr(tensor, "to_local")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The rows that are here, sharing their memory; without gradient."""
+    held: Any = tensor.detach()
+    rows: Tensor = held.to_local() if is_shard(held) else held
+    return rows
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All rows. A collective if the tensor is sharded."""
+    held: Any = tensor.detach()
+    rows: Tensor = held.full_tensor() if is_shard(held) else held
+    return rows
+
+
+def bounds(tensor: Tensor) -> tuple[int, int]:
+    """First row that is here, and the one after the last."""
+    if not is_shard(tensor):
+        return 0, len(tensor)
+    mesh = tensor.device_mesh  # type: ignore[attr-defined]
+    num_rows = tensor.shape[0]
+    per_rank = -(-num_rows // mesh.size())
+    start = min(mesh.get_local_rank() * per_rank, num_rows)
+    return start, min(start + per_rank, num_rows)
+
+
+@torch.no_grad()
+def assign(target: Tensor, value: Tensor) -> None:
+    """Overwrite `target` with `value`, a shard of the same rows or a whole tensor."""
+    if is_shard(target) and not is_shard(value):
+        start, end = bounds(target)
+        value = value[start:end]
+    local(target).copy_(local(value))
+
+
+def shard_like(tensor: Tensor, rows: Tensor) -> Tensor:
+    """`rows` as what this process holds of a tensor that is sharded as `tensor` is; `rows` itself if it is not."""
+    if not is_shard(tensor):
+        return rows
+    from torch.distributed.tensor import DTensor  # only where there is a group
+
+    sharded: Any = tensor
+    made: Tensor = DTensor.from_local(
+        rows,
+        sharded.device_mesh,
+        sharded.placements,
+        run_check=False,
+        shape=sharded.shape,
+        stride=sharded.stride(),
+    )
+    return made

@@ -1,0 +1,1 @@
+"""Several processes, one per device, that train one model together."""

@@ -1,0 +1,267 @@
+"""One model's weights over the processes: replicated, or sharded with FSDP2.
+
+Responsible for: the ZeRO stages (Rajbhandari et al. 2019, arXiv:1910.02054), when gradients are reduced, and the two
+other layouts of a sharded model: whole on every device to generate with, whole in one process's host memory to save.
+Not responsible for: gradient steps (training/step.py), optimiser states, which follow the parameters
+(training/optim.py), checkpoints of shards (training/checkpoint.py).
+
+Stages, in terms of FSDP2, which always shards parameters, gradients and optimiser states at rest:
+  0  nothing is sharded: whole replicas, gradients summed once per step
+  1  parameters stay gathered from forward to backward; gradients are accumulated whole and reduced once per step
+  2  the same, with gradients reduced after each micro-batch: less memory, more communication
+  3  parameters are given back after each layer, and gathered again for its backward pass
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import MethodType
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+from dovetail.model.copies import copy_of
+from dovetail.model.forward import plain_model
+from dovetail.model.shards import is_shard, whole
+from dovetail.parallel.world import ALONE, World
+
+R = TypeVar("R")
+
+BUCKET_ELEMENTS = 1 << 24
+"""Gradients of replicas are summed in pieces of about this many numbers: large enough for the network's full speed."""
+
+
+@dataclass(slots=True, eq=False)
+class Layout:
+    """How a model's weights lie on the processes."""
+
+    world: World = ALONE
+    stage: int = 0
+    skeleton: nn.Module | None = None
+    """The model as it was before sharding, without memory behind its weights; None if nothing is sharded."""
+    gather_seconds: float = 0.0
+    """Spent on gathering the whole model, since last asked for."""
+    gather_bytes: int = 0
+    """Received by this process in doing so."""
+    _depth: int = field(default=0)
+
+    @property
+    def is_sharded(self) -> bool:
+        return self.skeleton is not None
+
+    def take_costs(self) -> tuple[float, int]:
+        """(seconds, bytes received) of gathering since the last call."""
+        costs = self.gather_seconds, self.gather_bytes
+        self.gather_seconds, self.gather_bytes = 0.0, 0
+        return costs
+
+
+_LAYOUTS: WeakKeyDictionary[nn.Module, Layout] = WeakKeyDictionary()
+_UNSHARED = Layout()
+
+
+def layout_of(model: Any) -> Layout:
+    """How the model lies; alone on its device unless `spread` was called."""
+    return _LAYOUTS.get(plain_model(model), _UNSHARED)
+
+
+def world_of(model: Any) -> World:
+    """The processes that hold the model together."""
+    return layout_of(model).world
+
+
+def spread(model: Any, *, stage: int, world: World, device: torch.device) -> None:
+    """Let the processes of `world` hold the model together, at a ZeRO stage, on their devices; in place.
+
+    Call it with the same weights in each process, before the optimiser is made. In a world without a group: nothing.
+    """
+    if not world.is_group:
+        return
+    inner: Any = plain_model(model)
+    if stage == 0:
+        model.to(device)
+        _LAYOUTS[inner] = Layout(world)
+        return
+    skeleton = copy_of(model, device=torch.device("meta"))
+    inner.run_with_weights = MethodType(_run, inner)
+    # Sums, because losses are divided by the count of all processes already; float32 on the way, as in one process.
+    options: dict[str, Any] = {
+        "mesh": world.mesh(device),
+        "reshard_after_forward": stage == 3,
+        "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False),
+    }
+    for module in [*_layers(inner), inner]:
+        sharded = fully_shard(module, **options)
+        sharded.set_gradient_divide_factor(1.0)
+        sharded.set_force_sum_reduction_for_comms(True)
+    register_fsdp_forward_method(inner, "run_with_weights")
+    _share_buffers(model, skeleton)
+    _LAYOUTS[inner] = Layout(world, stage, skeleton)
+
+
+def before_backward(model: Any, *, is_last: bool) -> None:
+    """To be called before the forward pass of each micro-batch of a step; `is_last`: of the last one."""
+    layout, inner = layout_of(model), plain_model(model)
+    if isinstance(inner, FSDPModule):
+        inner.set_is_last_backward(is_last)
+        if layout.stage == 1:
+            inner.set_requires_gradient_sync(is_last)
+            inner.set_reshard_after_backward(is_last)
+
+
+def reduce_gradients(model: Any, gradients: Mapping[str, Tensor]) -> None:
+    """Sum the gradients of replicas over the processes, in place; those of shards are reduced already."""
+    layout = layout_of(model)
+    if layout.is_sharded or layout.world.size == 1:
+        return
+    bucket: list[Tensor] = []
+    for gradient in gradients.values():
+        if bucket and (
+            gradient.dtype != bucket[0].dtype
+            or sum(tensor.numel() for tensor in bucket) + gradient.numel() > BUCKET_ELEMENTS
+        ):
+            _sum_together(bucket, layout.world)
+            bucket = []
+        bucket.append(gradient)
+    if bucket:
+        _sum_together(bucket, layout.world)
+
+
+def give_back(model: Any) -> None:
+    """Free gathered weights that a forward pass left; must be called before the weights change."""
+    inner = plain_model(model)
+    if isinstance(inner, FSDPModule):
+        for module in inner.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+
+@contextmanager
+def given_back_after_use(model: Any) -> Iterator[None]:
+    """Within the block no forward pass leaves gathered weights behind: what the model calls its weights are shards."""
+    layout, inner = layout_of(model), plain_model(model)
+    if not isinstance(inner, FSDPModule):
+        yield
+        return
+    give_back(model)
+    inner.set_reshard_after_forward(True)
+    try:
+        yield
+    finally:
+        inner.set_reshard_after_forward(layout.stage == 3)
+
+
+@contextmanager
+def gathered(model: Any) -> Iterator[Any]:
+    """Within the block: a plain model on the device with the weights as they are now, whole; not to be trained.
+
+    The model itself if it is not sharded. Blocks may be nested; the weights are gathered by the outermost.
+    """
+    layout = layout_of(model)
+    if layout.skeleton is None:
+        yield model
+        return
+    if layout._depth == 0:
+        _fill(model, layout)
+    layout._depth += 1
+    try:
+        yield layout.skeleton
+    finally:
+        layout._depth -= 1
+        if layout._depth == 0:
+            _replace(layout.skeleton, lambda _, tensor: torch.empty_like(tensor, device="meta"))
+
+
+def generation_model(model: Any) -> Any:
+    """What generates: the model itself, or what `gathered` fills."""
+    return layout_of(model).skeleton or model
+
+
+def whole_model(model: Any, weights: Mapping[str, Tensor] | None = None) -> Any | None:
+    """A plain model to save, in the first process; None in the others. A collective: one weight after another is
+    gathered and goes to the host.
+
+    weights: name -> what stands in the place of the model's own, whole or sharded as they are; the result is then a
+    float32 copy. Without them, and if nothing is sharded: the model itself.
+    """
+    layout = layout_of(model)
+    if layout.skeleton is None and weights is None:
+        return model if layout.world.is_first else None
+    give_back(model)
+    host = torch.device("cpu")
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        full = whole((weights or {}).get(name, parameter))
+        if layout.world.is_first:
+            tensors[name] = full.to(host, torch.float32 if weights is not None else None, copy=True)
+    if not layout.world.is_first:
+        return None
+    made: Any = copy_of(layout.skeleton or model, device=torch.device("meta"))
+    _share_buffers(model, made)
+    _replace(made, lambda name, _: tensors[name])
+    made.to(host)
+    return made if weights is None else nn.Module.float(made)
+
+
+def _run(_: nn.Module, function: Callable[[], R]) -> R:
+    """Becomes a method of a sharded model; FSDP2 gathers its own weights around the call."""
+    return function()
+
+
+def _layers(inner: Any) -> list[nn.Module]:
+    """The decoder's layers: what is gathered and given back together."""
+    num_layers = inner.config.get_text_config().num_hidden_layers
+    for module in inner.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers:
+            return list(module)
+    return []
+
+
+def _share_buffers(model: nn.Module, skeleton: nn.Module) -> None:
+    """Buffers are no weights: both have the same."""
+    modules = dict(skeleton.named_modules())
+    for name, module in model.named_modules():
+        for key, buffer in module._buffers.items():
+            modules[name]._buffers[key] = buffer
+
+
+def _fill(model: Any, layout: Layout) -> None:
+    assert layout.skeleton is not None
+    start = time.monotonic()
+    give_back(model)
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        tensors[name] = whole(parameter)
+        if is_shard(parameter):
+            num_bytes = parameter.numel() * parameter.element_size()
+            layout.gather_bytes += num_bytes - num_bytes // layout.world.size
+    _replace(layout.skeleton, lambda name, _: tensors[name])
+    for device in {tensor.device for tensor in tensors.values() if tensor.is_cuda}:
+        torch.cuda.synchronize(device)  # once per generate phase, so that the seconds are true
+    layout.gather_seconds += time.monotonic() - start
+
+
+def _replace(model: nn.Module, tensor_of: Callable[[str, Tensor], Tensor]) -> None:
+    """Put other tensors in the place of all parameters; tied ones stay tied."""
+    made: dict[int, nn.Parameter] = {}
+    for name, module in model.named_modules():
+        for key, old in module._parameters.items():
+            if old is None:
+                continue
+            if id(old) not in made:
+                tensor = tensor_of(f"{name}.{key}" if name else key, old)
+                made[id(old)] = nn.Parameter(tensor, requires_grad=False)
+            module._parameters[key] = made[id(old)]
+
+
+def _sum_together(tensors: list[Tensor], world: World) -> None:
+    wide = torch.promote_types(tensors[0].dtype, torch.float32)  # rounded once, after the sum
+    flat = torch.cat([tensor.flatten().to(wide) for tensor in tensors])
+    world.sum(flat)
+    pieces = flat.split_with_sizes([tensor.numel() for tensor in tensors])
+    for tensor, piece in zip(tensors, pieces, strict=True):
+        tensor.copy_(piece.view_as(tensor))

@@ -1,0 +1,193 @@
+"""The processes of a run: who they are, how they meet, and what they tell each other.
+
+Responsible for: joining the group that `torchrun` describes in the environment, its end (also by an error), and the
+few collectives the rest of the code needs.
+Not responsible for: starting processes, which weights lie where (shard.py), who works on what (share.py).
+
+A process that was not started as one of a group is a world of one, `ALONE`: torch.distributed is never touched.
+"""
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
+
+from dovetail.errors import ConfigError
+from dovetail.telemetry.log import CONSOLE
+
+T = TypeVar("T")
+
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""Set by torchrun for each process it starts."""
+PATIENCE = timedelta(minutes=30)
+"""How long a collective waits for the slowest process; loading and saving large models happen within one."""
+
+_FAILURES = "dovetail/failures"
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """This process among those of the run. All collectives must be called by all of them, in the same order."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    """Among the processes of this machine: the number of its GPU."""
+    is_group: bool = False
+    """A group was joined, if only of one process."""
+
+    @property
+    def is_first(self) -> bool:
+        """The one process that writes and speaks."""
+        return self.rank == 0
+
+    def device(self, device: torch.device) -> torch.device:
+        """The device of this process: its own GPU where `device` is any."""
+        return torch.device("cuda", self.local_rank) if self.is_group and device.type == "cuda" else device
+
+    def mesh(self, device: torch.device) -> DeviceMesh:
+        """All processes in one row."""
+        return init_device_mesh(device.type, (self.size,), mesh_dim_names=("data",))
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over all processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def max(self, tensor: Tensor) -> Tensor:
+        """The largest of all processes, element by element, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return tensor
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all processes, by rank; plain Python data."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value)
+        return found
+
+    def from_first(self, value: T) -> T:
+        """The first process's value; what the others passed is ignored."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def wait(self) -> None:
+        """Until all are here."""
+        self.gather(None)
+
+    @contextmanager
+    def first_goes_first(self) -> Iterator[None]:
+        """The block runs in the first process, then in the others, which find what it left on disk."""
+        if not self.is_first:
+            self.wait()
+        yield
+        if self.is_first:
+            self.wait()
+
+
+ALONE = World()
+"""One process, no group."""
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[World]:
+    """The group that the environment describes, left at the end of the block; `ALONE` if it describes none.
+
+    device: what kind the run computes on; NCCL connects GPUs, gloo everything else. Processes other than the first
+    print nothing. When one fails, it alone is heard: those that it leaves waiting, and those that meet the same
+    error, exit with status 1 and no word.
+    Raises ConfigError if the environment is half a description, or names a GPU that is not there.
+    """
+    world = _described()
+    if not world.is_group:
+        yield ALONE
+        return
+    _expect_device(world, device)
+    store, _, _ = next(rendezvous("env://", rank=world.rank, world_size=world.size, timeout=PATIENCE))
+    if device.type == "cuda":
+        torch.cuda.set_device(world.local_rank)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=PATIENCE)
+    try:
+        with _silent(not world.is_first):
+            yield world
+            world.wait()
+    except Exception as error:
+        # The group is not taken down: that would wait for the others, who wait for this process.
+        if not _is_first_to_fail(store):
+            raise SystemExit(1) from error
+        raise
+    dist.destroy_process_group()
+
+
+def _described() -> World:
+    """The world of the environment variables."""
+    given = {name: os.environ.get(name) for name in VARIABLES}
+    if given["RANK"] is None and int(given["WORLD_SIZE"] or 1) == 1:
+        return ALONE
+    missing = [name for name, value in given.items() if value is None]
+    if missing:
+        raise ConfigError(
+            f"this process is one of several (RANK={given['RANK']}, WORLD_SIZE={given['WORLD_SIZE']}), but "
+            f"{', '.join(missing)} is not set",
+            hint="start it with torchrun, which sets all of them; alone, unset RANK and WORLD_SIZE",
+        )
+    numbers = {name: _number(name, given[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    if not 0 <= numbers["RANK"] < numbers["WORLD_SIZE"]:
+        raise ConfigError(
+            f"RANK={numbers['RANK']} is not one of WORLD_SIZE={numbers['WORLD_SIZE']} processes",
+            hint="ranks run from 0 to WORLD_SIZE - 1; torchrun numbers them",
+        )
+    return World(numbers["RANK"], numbers["WORLD_SIZE"], numbers["LOCAL_RANK"], is_group=True)
+
+
+def _number(name: str, value: str | None) -> int:
+    try:
+        return int(value or "")
+    except ValueError as error:
+        raise ConfigError(f"{name}={value!r} is no number", hint="torchrun sets it") from error
+
+
+def _expect_device(world: World, device: torch.device) -> None:
+    if device.type == "cuda" and world.local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"process {world.local_rank} of this machine has no GPU: there are {torch.cuda.device_count()}",
+            hint="start as many processes per machine as it has GPUs",
+        )
+
+
+def _is_first_to_fail(store: Any) -> bool:
+    """Whether no other process has failed before. Whoever cannot ask any more was left behind."""
+    try:
+        number: int = store.add(_FAILURES, 1)
+    except RuntimeError:
+        return False
+    return number == 1
+
+
+@contextmanager
+def _silent(wanted: bool) -> Iterator[None]:
+    before = CONSOLE.quiet
+    CONSOLE.quiet = before or wanted
+    try:
+        with warnings.catch_warnings():
+            if wanted:
+                warnings.simplefilter("ignore")
+            yield
+    finally:
+        CONSOLE.quiet = before

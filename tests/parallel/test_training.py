@@ -1,0 +1,188 @@
+"""Several processes come to what one comes to: losses, statistics and weights of all three stages.
+
+The reference is the path of one process, which knows nothing of groups. Tolerance: tests/tolerance.py, float32.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dovetail.config.run import RunConfig
+from dovetail.stages import pipeline
+from dovetail.training.checkpoint import Checkpoints
+from tests.parallel.group import Case, run_all
+from tests.parallel.worker import Stopped, stop_at
+from tests.stages.runs import tiny_run
+from tests.tolerance import assert_near
+
+MODELS = ("sft/model", "reward/model", "ppo/model", "ppo/model_ema", "ppo/best")
+MICRO = {stage: {"micro_batch_tokens": 100} for stage in ("sft", "reward", "ppo")}
+"""Several micro-batches a step, and not as many in every process."""
+SEVERAL_STEPS = {"ppo": {"minibatches": 2, "ppo_epochs": 2, "micro_batch_tokens": 60}}
+LORA = {"actor": {"lora": {"rank": 4, "alpha": 8}}, "reward_model": {"lora": {"rank": 4, "alpha": 8}}}
+RECOMPUTED = {stage: {"activation_checkpointing": True} for stage in ("sft", "reward", "ppo")}
+
+
+def zero(stage: int) -> dict[str, Any]:
+    frozen = 3 if stage == 3 else 0
+    return {"zero_stage": {"actor": stage, "critic": stage, "reference": frozen, "reward_model": frozen}}
+
+
+ALIKE: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "lora": ("opt", LORA),
+    "several-steps": ("qwen2", SEVERAL_STEPS),
+}
+"""Runs of one process: name -> (architecture, changes)."""
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "zero-3": ("llama", zero(3) | MICRO),
+    "zero-1-lora": ("lora", zero(1)),
+}
+"""Runs of several: name -> (the run that it must equal, changes)."""
+MORE_CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "zero-0": ("llama", zero(0) | MICRO),
+    "zero-1": ("llama", zero(1) | MICRO),
+    "zero-2": ("llama", zero(2) | MICRO),
+    "zero-0-lora": ("lora", zero(0) | MICRO),
+    "zero-2-lora": ("lora", zero(2) | MICRO),
+    "zero-3-lora": ("lora", zero(3) | RECOMPUTED),
+    "zero-0-several-steps": ("several-steps", zero(0)),
+    "zero-1-several-steps": ("several-steps", zero(1)),
+    "zero-2-several-steps": ("several-steps", zero(2)),
+    "zero-3-several-steps": ("several-steps", zero(3)),
+    "zero-3-recomputed": ("llama", zero(3) | RECOMPUTED),
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator["Runs"]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield Runs(tmp_path_factory.mktemp("parallel"))
+    torch.set_num_threads(threads)
+
+
+class Runs:
+    """Folders of finished runs, made when asked for the first time."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def config(self, name: str, **changes: Any) -> RunConfig:
+        """Of a run of one process, in its own folder unless the changes say otherwise."""
+        architecture, own = ALIKE[name]
+        return tiny_run(
+            self.folder, architecture, **merged({"output_dir": str(self.folder / name)}, own, changes)
+        )
+
+    def alone(self, name: str) -> Path:
+        """The run of one process."""
+        folder = self.folder / name
+        if not folder.exists():
+            pipeline.run(self.config(name))
+        return folder
+
+    def together(self, cases: dict[str, tuple[str, dict[str, Any]]], *, size: int) -> dict[str, Path]:
+        """Case -> folder of its run of `size` processes."""
+        folders = {case: self.folder / f"{case}-on-{size}" for case in cases}
+        if not all(folder.exists() for folder in folders.values()):
+            runs: list[Case] = [
+                (self.config(alike, **changes, output_dir=str(folders[case])), None)
+                for case, (alike, changes) in cases.items()
+            ]
+            if cases is CASES:  # the same processes, because starting some takes longer than all they do here
+                runs.append((self.moving(), ("ppo", 1)))
+            said = run_all(runs, size=size)
+            assert said[1:] == [""] * (size - 1), "only the first process speaks"
+        return folders
+
+    def moving(self) -> RunConfig:
+        """A run that one process began, and stopped after the second step of stage 1."""
+        config = self.config("llama", **zero(3), output_dir=str(self.folder / "moving"))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Checkpoints, "save", Checkpoints.save)  # to have it back afterwards
+            stop_at("sft", 2)
+            with pytest.raises(Stopped):
+                pipeline.run(config)
+        return config
+
+
+def merged(*groups: dict[str, Any]) -> dict[str, Any]:
+    both: dict[str, Any] = {}
+    for group in groups:
+        for key, value in group.items():
+            both[key] = merged(both.get(key, {}), value) if isinstance(value, dict) else value
+    return both
+
+
+def metrics_of(run: Path) -> list[tuple[int, dict[str, float]]]:
+    """All rows but their times, and what only sharded runs report."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [
+        (row["step"], {k: v for k, v in row.items() if "/" in k and "seconds" not in k and "gather" not in k})
+        for row in rows
+    ]
+
+
+def expect_alike(run: Path, reference: Path) -> None:
+    """All numbers and all weights of two runs are the same to float32 tolerance, and every answer."""
+    assert (run / "ppo/samples.jsonl").read_text() == (reference / "ppo/samples.jsonl").read_text()
+    for (step, row), (expected_step, expected) in zip(metrics_of(run), metrics_of(reference), strict=True):
+        assert step == expected_step
+        assert row.keys() == expected.keys()
+        for name, value in row.items():
+            assert_near(torch.tensor(value), expected[name]), name
+    for model in MODELS:
+        weights, same = (load_file(folder / model / "model.safetensors") for folder in (run, reference))
+        assert weights.keys() == same.keys()
+        for name, weight in weights.items():
+            assert_near(weight, same[name])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_come_to_what_one_comes_to(runs: Runs, case: str) -> None:
+    expect_alike(runs.together(CASES, size=2)[case], runs.alone(CASES[case][0]))
+
+
+def test_a_sharded_run_reports_what_gathering_for_generation_cost(runs: Runs) -> None:
+    run = runs.together(CASES, size=2)["zero-3"]
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    received = [row["ppo/gather_bytes"] for row in rows if "ppo/gather_bytes" in row]
+    weights = load_file(run / "ppo/model/model.safetensors").values()
+    half = sum(weight.numel() * weight.element_size() for weight in weights) / 2
+    # One gathering per rollout; the parity check and the first evaluation come before the first row.
+    assert received == [3 * half, half, 2 * half]
+
+
+def test_a_run_moves_from_one_process_to_two_and_back(runs: Runs) -> None:
+    runs.together(CASES, size=2)
+    moving = runs.config("llama", **zero(3), output_dir=str(runs.folder / "moving"))
+    assert not (runs.folder / "moving/ppo/model").exists()
+    pipeline.run(moving)
+    expect_alike(runs.folder / "moving", runs.alone("llama"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", MORE_CASES)
+def test_two_processes_come_to_what_one_comes_to_in_every_way(runs: Runs, case: str) -> None:
+    expect_alike(runs.together(MORE_CASES, size=2)[case], runs.alone(MORE_CASES[case][0]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES | MORE_CASES)
+def test_four_processes_come_to_what_one_comes_to(runs: Runs, case: str) -> None:
+    cases = CASES | MORE_CASES
+    expect_alike(runs.together(cases, size=4)[case], runs.alone(cases[case][0]))
+
+
+@pytest.mark.slow
+def test_a_run_moves_from_one_process_to_four_to_two_and_back(runs: Runs) -> None:
+    config = runs.config("llama", **zero(3), output_dir=str(runs.folder / "far"))
+    for size, stop in [(1, ("sft", 2)), (4, ("reward", 1)), (2, ("ppo", 2)), (1, None)]:
+        run_all([(config, stop)], size=size)
+    expect_alike(runs.folder / "far", runs.alone("llama"))

@@ -1,0 +1,55 @@
+"""One process of a group: runs the configurations of a file, one after the other.
+
+RANK=0 WORLD_SIZE=2 LOCAL_RANK=0 MASTER_ADDR=... python -m tests.parallel.worker CASES.json
+
+CASES.json: [{"config": a RunConfig, "stop": null}, ...]; `stop` may be [stage, step]: the process ends there, right
+after the checkpoint.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dovetail.config.run import RunConfig
+from dovetail.stages import pipeline
+from dovetail.training.checkpoint import Checkpoints
+
+
+class Stopped(Exception):
+    """Raised in the place of an end from outside."""
+
+
+def stop_at(stage: str, step: int) -> None:
+    """From now on, `Checkpoints.save` raises Stopped after it has written that step."""
+    save = Checkpoints.save
+
+    def save_and_stop(self: Checkpoints, at: int, state: Any) -> Path:
+        path = save(self, at, state)
+        if self.folder.parent.name == stage and at == step:
+            raise Stopped
+        return path
+
+    Checkpoints.save = save_and_stop  # type: ignore[method-assign]
+
+
+def main(cases_file: str) -> None:
+    """Run all cases."""
+    torch.set_num_threads(1)
+    for number, case in enumerate(json.loads(Path(cases_file).read_text())):
+        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(number)  # the same store, as after a restart
+        if case["stop"]:
+            stop_at(*case["stop"])
+        try:
+            pipeline.run(RunConfig.model_validate(case["config"]))
+        except (Stopped, SystemExit):
+            if not case["stop"]:
+                raise
+            os._exit(0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
