@@ -11,6 +11,7 @@ from dovetail.cli.main import main
 from dovetail.config.load import load
 from dovetail.config.run import RunConfig
 from dovetail.errors import DataError
+from dovetail.parallel.world import ALONE, World
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -32,8 +33,13 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 def pipeline(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
     """Stands in for the stages: the configurations they were run with."""
     ran: list[RunConfig] = []
+
+    def run(config: RunConfig) -> World:
+        ran.append(config)
+        return ALONE
+
     module = ModuleType("dovetail.stages.pipeline")
-    module.run = ran.append  # type: ignore[attr-defined]
+    module.run = run  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "dovetail.stages.pipeline", module)
     import dovetail.stages
 

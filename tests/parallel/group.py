@@ -28,7 +28,12 @@ Case = tuple[RunConfig, tuple[str, int] | None]
 
 def run_all(cases: Sequence[Case], *, size: int) -> list[str]:
     """Run the cases one after the other on `size` processes; returns what each process printed."""
-    described = [{"config": config.model_dump(mode="json"), "stop": stop} for config, stop in cases]
+    # As torchrun does, a store for each time that the processes meet.
+    stores = [new_store() for _ in cases]
+    described = [
+        {"config": config.model_dump(mode="json"), "stop": stop, "port": store.port}
+        for (config, stop), store in zip(cases, stores, strict=True)
+    ]
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         json.dump(described, file)
         file.flush()
@@ -43,7 +48,7 @@ def run_group(arguments: Sequence[str], *, size: int) -> tuple[list[int], list[s
 
     When one has failed the others get a minute to notice.
     """
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = new_store()
     with tempfile.TemporaryDirectory() as folder:
         said = [Path(folder) / f"rank-{rank}.log" for rank in range(size)]
         processes = [_start(rank, size, arguments, store.port, said[rank]) for rank in range(size)]
@@ -59,6 +64,11 @@ def run_group(arguments: Sequence[str], *, size: int) -> tuple[list[int], list[s
         return [process.wait() for process in processes], [path.read_text() for path in said]
 
 
+def new_store() -> TCPStore:
+    """Where processes meet; lives in this process."""
+    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
 def _start(rank: int, size: int, arguments: Sequence[str], port: int, log: Path) -> subprocess.Popen[bytes]:
     environment = {
         **os.environ,
@@ -69,7 +79,6 @@ def _start(rank: int, size: int, arguments: Sequence[str], port: int, log: Path)
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "TORCHELASTIC_RESTART_COUNT": "0",
         "OMP_NUM_THREADS": "1",
     }
     with log.open("wb") as file:

@@ -2,8 +2,8 @@
 
 RANK=0 WORLD_SIZE=2 LOCAL_RANK=0 MASTER_ADDR=... python -m tests.parallel.worker CASES.json
 
-CASES.json: [{"config": a RunConfig, "stop": null}, ...]; `stop` may be [stage, step]: the process ends there, right
-after the checkpoint.
+CASES.json: [{"config": a RunConfig, "port": where the processes meet, "stop": null}, ...]; `stop` may be [stage,
+step]: the process ends there, right after the checkpoint.
 """
 
 import json
@@ -39,8 +39,8 @@ def stop_at(stage: str, step: int) -> None:
 def main(cases_file: str) -> None:
     """Run all cases."""
     torch.set_num_threads(1)
-    for number, case in enumerate(json.loads(Path(cases_file).read_text())):
-        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(number)  # the same store, as after a restart
+    for case in json.loads(Path(cases_file).read_text()):
+        os.environ["MASTER_PORT"] = str(case["port"])
         if case["stop"]:
             stop_at(*case["stop"])
         try:

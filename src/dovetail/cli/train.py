@@ -193,11 +193,11 @@ def carry_out(resolved: Resolved, *, dry_run: bool) -> None:
     from dovetail.stages import pipeline  # here and not above: it imports torch
 
     try:
-        pipeline.run(resolved.config)
+        world = pipeline.run(resolved.config)
     except KeyboardInterrupt:
         typer.echo("\nstopped; the same command goes on from the last checkpoint", err=True)
         raise typer.Exit(130) from None
-    if "ppo" in resolved.config.stages or "sft" in resolved.config.stages:
+    if world.is_first and ("ppo" in resolved.config.stages or "sft" in resolved.config.stages):
         typer.echo(f"talk to it: dovetail chat {resolved.config.output_dir}")
 
 

@@ -127,7 +127,7 @@ def scalar_head(model: Any, hidden_ND: Tensor) -> Tensor:
 
 
 def _scalar_head(model: Any, hidden_ND: Tensor) -> Tensor:
-    """[N, 1]; no view, which what watches a sharded model could lose."""
+    """[N, 1]; not a view: FSDP2 watches what comes out of a model for the backward pass, and could lose one."""
     score = getattr(plain_model(model), "score", None)
     if score is None or score.weight.shape[0] != 1:
         raise ModelError(

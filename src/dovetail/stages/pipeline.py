@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from dovetail.config.run import RunConfig, StageName
 from dovetail.evaluation.answers import Judge
+from dovetail.parallel.world import World
 from dovetail.stages import ppo, reward, sft
 from dovetail.stages.context import Context, StageReport, open_run
 from dovetail.telemetry.log import say
@@ -19,10 +20,11 @@ TITLES: dict[StageName, str] = {
 }
 
 
-def run(config: RunConfig) -> None:
-    """Run the stages of `config.stages` in `config.output_dir`."""
+def run(config: RunConfig) -> World:
+    """Run the stages of `config.stages` in `config.output_dir`; returns the processes that did."""
     with open_run(config) as context:
         run_stages(context)
+    return context.world
 
 
 def run_stages(context: Context, judge: Judge | None = None) -> None:
