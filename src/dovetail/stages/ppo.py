@@ -43,10 +43,8 @@ def run(context: Context, judge: Judge | None = None) -> StageReport:
     engine = rlhf_engine(context, chat, total_steps=iterations * config.ppo_epochs * config.minibatches)
     roles, learners, beta = engine.roles, engine.learners, config.kl_coefficient
     texts = plain_text(context, chat, roles.actor)
-    best, checkpoints = (
-        Best(folder.model("best"), kl_limit=config.kl_limit),
-        context.checkpoints("ppo", config),
-    )
+    best = Best(folder.model("best"), kl_limit=config.kl_limit)
+    checkpoints = context.checkpoints("ppo", config)
 
     def state() -> dict[str, Any]:
         return {"engine": engine.state_dict(), "best": best.state_dict(), "kl_coefficient": beta}
@@ -60,7 +58,8 @@ def run(context: Context, judge: Judge | None = None) -> StageReport:
     held_out_stats = partial(judge_held_out, held_out, texts.held_out, engine, best, judge)
     sample = partial(collect, roles=roles, config=config, seed=seed)
     learn = partial(update, roles=roles, learners=learners, config=config, seed=seed, next_texts=texts.next)
-    results, start = dict[str, float](), resume(checkpoints, load, "ppo", like=state())
+    results: dict[str, float] = {}
+    start = resume(checkpoints, load, "ppo", like=state())
     engine.check_parity(prompts)
     samples = SampleLog(folder.samples, start=start, every=config.print_samples_every, world=context.world)
     with (
