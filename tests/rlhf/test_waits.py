@@ -22,6 +22,8 @@ from dovetail.training.step import Term, gradient_step
 from tests.rlhf.tiny import PROMPTS, tiny_config, tiny_engine
 
 _SHAPED_BY_NUMBERS = {"nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive"}
+ON_A_CPU = "_update"
+"""torch's own AdamW, which looks at the scale first; on a GPU a kernel takes it from memory (tests/gpu)."""
 _READS = {"_local_scalar_dense", "equal", "is_nonzero"}
 
 
@@ -96,7 +98,8 @@ def test_a_ppo_step_waits_once_for_its_statistics_and_once_for_each_gradient_ste
     assert seen == ["expect_readable", "rollout_stats"]
     with watching(monkeypatch) as seen:
         trainer.update(collected)
-    assert [name for name in seen if name != "minibatches"] == ["_to_host"] * (2 * epochs * minibatches)
+    waits = [name for name in seen if name not in ("minibatches", ON_A_CPU)]
+    assert waits == ["_on_host"] * (2 * epochs * minibatches)
     assert seen.count("minibatches") == (
         epochs if minibatches > 1 else 0
     )  # the order of answers, on the host
@@ -121,4 +124,4 @@ def test_a_supervised_step_waits_once(monkeypatch: pytest.MonkeyPatch) -> None:
     step()
     with watching(monkeypatch) as seen:
         step()
-    assert seen == ["_to_host"]
+    assert [name for name in seen if name != ON_A_CPU] == ["_on_host"]
