@@ -10,13 +10,17 @@ Not responsible for: our own mistakes, which are assertions and keep their trace
     ├── CheckpointError      a checkpoint or run folder is damaged, foreign or cannot be written
     ├── GenerationError      a request cannot be generated
     ├── LabelError           a label, or the database that keeps labels, cannot be used
+    ├── LaunchError          the processes of a run could not start or find one another
+    │   └── ProcessFailed    one of them failed or was lost
     ├── ParityError          generation or training disagrees with the model's own forward
     └── TrainingStopped      a run that was stopped on purpose (NaN loss, KL run-away), with a diagnosis
 """
 
 
 class DovetailError(Exception):
-    """A problem the user can solve; `hint` says how."""
+    """A problem the user can solve; `hint` says how. `exit_code` is what a command leaves with."""
+
+    exit_code = 2
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(message)
@@ -49,6 +53,20 @@ class GenerationError(DovetailError):
 
 class LabelError(DovetailError):
     """A label, or the database that keeps labels, cannot be used."""
+
+
+class LaunchError(DovetailError):
+    """The processes of a run could not start, or could not find one another."""
+
+    exit_code = 3
+
+
+class ProcessFailed(LaunchError):
+    """One process of a run failed or was lost; the exit code is that of its error, 3 if it was killed."""
+
+    def __init__(self, message: str, *, hint: str | None, exit_code: int) -> None:
+        super().__init__(message, hint=hint)
+        self.exit_code = exit_code
 
 
 class ParityError(DovetailError):

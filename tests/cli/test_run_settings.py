@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 
+from dovetail.cli import run_settings
 from dovetail.cli.run_settings import Flags, resolve
 from dovetail.errors import ConfigError
 
@@ -58,10 +59,6 @@ def test_a_data_file_may_hold_all_data_settings(tmp_path: Path) -> None:
     [
         (Flags(), "neither a recipe nor a model was given"),
         (Flags(actor_model="350m", step=("4",)), "--step 4: no such stage"),
-        (Flags(actor_model="350m", num_nodes=2), "not there yet"),
-        (Flags(actor_model="350m", num_gpus=8), "not there yet"),
-        (Flags(actor_model="350m", deployment_type="multi_node"), "not there yet"),
-        (Flags(actor_model="350m", deployment_type="cloud"), "--deployment-type cloud: no such type"),
         (Flags(actor_model="350m", data=("none.yaml",)), "--data none.yaml: no such file"),
         (Flags(actor_model="350m", data=("{path: x",)), "not valid YAML"),
     ],
@@ -72,5 +69,15 @@ def test_what_cannot_be_is_said_plainly(flags: Flags, message: str) -> None:
 
 
 def test_zero_stages_are_taken_and_explained() -> None:
-    resolved = resolve(None, (), Flags(actor_model="350m", zero_stages=(3, 0), deployment_type="single_gpu"))
+    resolved = resolve(None, (), Flags(actor_model="350m", zero_stages={"actor.zero_stage": 3}))
     assert "on one GPU they change nothing" in resolved.notes[0]
+
+
+def test_zero_stages_become_settings_once_there_are_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_settings, "HAS_ZERO_STAGES", True)
+    taken: dict[str, object] = {}
+    monkeypatch.setattr(run_settings, "load", lambda recipe, overrides, flags: taken.update(flags))
+    stages = {"actor.zero_stage": 0, "reward.zero_stage": None}
+    assert resolve(None, (), Flags(actor_model="350m", zero_stages=stages)).notes[1:] == []
+    assert taken["actor.zero_stage"] == ("--actor-zero-stage", 0)
+    assert "reward.zero_stage" not in taken

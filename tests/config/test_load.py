@@ -115,11 +115,6 @@ def test_settings_that_do_not_fit_together_say_what_would(recipe: str) -> None:
         load(recipe, ["ppo.batch_size=64", "ppo.minibatches=3"])
 
 
-def test_more_than_one_gpu_is_plainly_not_there_yet(recipe: str) -> None:
-    with pytest.raises(ConfigError, match=r"^num_gpus = 2: training on several GPUs is not there yet"):
-        load(recipe, ["num_gpus=2"])
-
-
 def test_what_is_missing_is_named() -> None:
     with pytest.raises(ConfigError, match=r"actor is missing\noutput_dir is missing"):
         load(None)

@@ -1,8 +1,8 @@
 """`dovetail`: the commands, their help, and what a user sees when something is wrong.
 
 Responsible for: the command tree, list-valued flags, errors as message and hint, exit codes (0 done, 1
-stopped by a mistake of ours, 2 by one the user can repair, 130 by Ctrl-C). Not responsible for: what a
-command does (the modules beside this file).
+stopped by a mistake of ours, 2 by one the user can repair, 3 where the processes of a run did not start, meet
+or stay, 130 by Ctrl-C). Not responsible for: what a command does (the modules beside this file).
 """
 
 import sys
@@ -75,9 +75,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command and leave the process with its exit code."""
     argv = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        app(repeat_flags(argv))
+        app(repeat_flags(argv), obj=tuple(argv))
     except DovetailError as error:
         typer.secho(f"error: {error.message}", fg="red", err=True)
         if error.hint:
             typer.echo(f"hint: {error.hint}", err=True)
-        sys.exit(2)
+        sys.exit(error.exit_code)

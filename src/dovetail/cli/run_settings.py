@@ -5,11 +5,12 @@ Not responsible for: reading and checking (config/load.py), running.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dovetail.config.explain import setting_names
 from dovetail.config.load import load, parse_value
 from dovetail.config.recipes import recipe_for
 from dovetail.config.run import RunConfig, StageName
@@ -25,6 +26,10 @@ STAGES: dict[str, StageName] = {
 }
 
 
+HAS_ZERO_STAGES = {("actor", "zero_stage"), ("reward", "zero_stage")} <= set(setting_names(RunConfig))
+"""Whether models can be divided over processes: only then are there flags for it."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Flags:
     """What the flags of `dovetail train` and `train.py` were set to."""
@@ -36,9 +41,8 @@ class Flags:
     step: Sequence[str] = ()
     seed: int | None = None
     num_gpus: int | None = None
-    num_nodes: int = 1
-    deployment_type: str | None = None
-    zero_stages: Sequence[int] = ()
+    zero_stages: Mapping[str, int | None] = field(default_factory=dict)
+    """By setting: `actor.zero_stage` and `reward.zero_stage`."""
 
 
 @dataclass(slots=True)
@@ -53,7 +57,9 @@ def resolve(recipe: str | None, overrides: Sequence[str], flags: Flags) -> Resol
     """Recipe first, then flags, then overrides; without a recipe one is picked for the actor."""
     if recipe is not None and "=" in recipe and not Path(recipe).is_file():
         overrides, recipe = [recipe, *overrides], None
-    notes = _expect_one_gpu(flags)
+    notes = []
+    if any(flags.zero_stages.values()) and not HAS_ZERO_STAGES:
+        notes.append("ZeRO stages divide models over GPUs; on one GPU they change nothing")
     actor = _full_name(flags.actor_model)
     if recipe is None:
         if actor is None:
@@ -83,7 +89,17 @@ def _settings(flags: Flags, actor: str | None) -> dict[str, tuple[str, Any]]:
     for name, value in (("output_dir", flags.output_dir), ("seed", flags.seed), ("num_gpus", flags.num_gpus)):
         if value is not None:
             settings[name] = (f"--{name.replace('_', '-')}", value)
-    return settings
+    return settings | _zero_settings(flags.zero_stages)
+
+
+def _zero_settings(stages: Mapping[str, int | None]) -> dict[str, tuple[str, Any]]:
+    if not HAS_ZERO_STAGES:
+        return {}
+    given = {setting: stage for setting, stage in stages.items() if stage is not None}
+    return {
+        setting: (f"--{setting.replace('.', '-').replace('_', '-')}", stage)
+        for setting, stage in given.items()
+    }
 
 
 def _data_settings(items: Sequence[str]) -> dict[str, tuple[str, Any]]:
@@ -125,20 +141,3 @@ def _full_name(model: str | None) -> str | None:
     if model is not None and re.fullmatch(r"\d+(\.\d+)?[bm]", model) and not Path(model).exists():
         return f"facebook/opt-{model}"
     return model
-
-
-def _expect_one_gpu(flags: Flags) -> list[str]:
-    """Notes on flags that mean nothing on one GPU; an error for those that ask for more."""
-    if flags.num_nodes > 1 or flags.deployment_type in ("single_node", "multi_node"):
-        raise ConfigError(
-            "training on several GPUs or machines is not there yet",
-            hint="leave out --num-nodes and --deployment-type, or set --deployment-type single_gpu",
-        )
-    if flags.deployment_type not in (None, "single_gpu"):
-        raise ConfigError(
-            f"--deployment-type {flags.deployment_type}: no such type",
-            hint="single_gpu, single_node or multi_node",
-        )
-    if any(stage > 0 for stage in flags.zero_stages):
-        return ["ZeRO stages divide models over GPUs; on one GPU they change nothing"]
-    return []

@@ -4,14 +4,28 @@ Responsible for: flags and their help, the dry run, and the line that says what 
 Not responsible for: settings (run_settings.py), the stages themselves (stages/).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dovetail.cli.run_settings import STAGES, Flags, Resolved, resolve
+from dovetail.cli.processes import (
+    Hostfile,
+    MasterAddr,
+    MasterPort,
+    MaxRestarts,
+    NodeRank,
+    NumNodes,
+    RdzvId,
+    RdzvTimeout,
+    carry_out_everywhere,
+    commands,
+    world_for,
+)
+from dovetail.cli.run_settings import HAS_ZERO_STAGES, STAGES, Flags, Resolved, resolve
 from dovetail.config.load import dump
 from dovetail.config.run import RunConfig, StageName
+from dovetail.launch.world import DEFAULT_PORT, LaunchFlags, World
 
 if TYPE_CHECKING:
     from dovetail.training.run_folder import RunFolder
@@ -68,7 +82,12 @@ Seed = Annotated[
 ]
 NumGpus = Annotated[
     int | None,
-    typer.Option(help="GPUs; more than one is not there yet.", rich_help_panel=RUN, show_default=False),
+    typer.Option(
+        min=1,
+        help="GPUs of a machine; more than one is not there yet.",
+        rich_help_panel=RUN,
+        show_default=False,
+    ),
 ]
 DryRun = Annotated[
     bool,
@@ -84,7 +103,29 @@ Step = Annotated[
 ]
 
 
+DeploymentType = Annotated[
+    str | None,
+    typer.Option(
+        help="single_gpu, single_node (all GPUs of this machine) or multi_node.",
+        rich_help_panel=FROM_DEEPSPEED,
+        show_default=False,
+    ),
+]
+ZeroStage = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        max=3,
+        help="How far the model is divided over the processes.",
+        rich_help_panel=FROM_DEEPSPEED,
+        show_default=False,
+        hidden=not HAS_ZERO_STAGES,
+    ),
+]
+
+
 def train(
+    context: typer.Context,
     recipe: Recipe = None,
     overrides: Overrides = None,
     actor_model: ActorModel = None,
@@ -95,16 +136,17 @@ def train(
     seed: Seed = None,
     num_gpus: NumGpus = None,
     dry_run: DryRun = False,
-    num_nodes: Annotated[int, typer.Option(help="Machines; 1.", rich_help_panel=FROM_DEEPSPEED)] = 1,
-    deployment_type: Annotated[
-        str | None, typer.Option(help="single_gpu.", rich_help_panel=FROM_DEEPSPEED, show_default=False)
-    ] = None,
-    actor_zero_stage: Annotated[
-        int, typer.Option(help="Changes nothing on one GPU.", rich_help_panel=FROM_DEEPSPEED)
-    ] = 0,
-    reward_zero_stage: Annotated[
-        int, typer.Option(help="Changes nothing on one GPU.", rich_help_panel=FROM_DEEPSPEED)
-    ] = 0,
+    num_nodes: NumNodes = None,
+    node_rank: NodeRank = None,
+    master_addr: MasterAddr = None,
+    master_port: MasterPort = DEFAULT_PORT,
+    rdzv_id: RdzvId = None,
+    rdzv_timeout: RdzvTimeout = 300,
+    hostfile: Hostfile = None,
+    max_restarts: MaxRestarts = 0,
+    deployment_type: DeploymentType = None,
+    actor_zero_stage: ZeroStage = None,
+    reward_zero_stage: ZeroStage = None,
 ) -> None:
     """Run all three stages: supervised fine-tuning, reward model, PPO.
 
@@ -122,17 +164,28 @@ def train(
         step=step or (),
         seed=seed,
         num_gpus=num_gpus,
-        num_nodes=num_nodes,
-        deployment_type=deployment_type,
-        zero_stages=(actor_zero_stage, reward_zero_stage),
+        zero_stages={"actor.zero_stage": actor_zero_stage, "reward.zero_stage": reward_zero_stage},
     )
-    carry_out(resolve(recipe, overrides or (), flags), dry_run=dry_run)
+    launch = LaunchFlags(
+        num_gpus=num_gpus,
+        num_nodes=num_nodes,
+        node_rank=node_rank,
+        master_addr=master_addr,
+        master_port=master_port,
+        rdzv_id=rdzv_id,
+        rdzv_timeout=rdzv_timeout,
+        hostfile=hostfile,
+        max_restarts=max_restarts,
+        deployment_type=deployment_type,
+    )
+    carry_out(resolve(recipe, overrides or (), flags), launch, context.obj, dry_run=dry_run)
 
 
 def stage_command(stage: StageName, text: str) -> Callable[..., None]:
     """The command that runs one stage. All take the same flags: those of a run are the same at every stage."""
 
     def command(
+        context: typer.Context,
         recipe: Recipe = None,
         overrides: Overrides = None,
         actor_model: ActorModel = None,
@@ -140,7 +193,16 @@ def stage_command(stage: StageName, text: str) -> Callable[..., None]:
         data: Data = None,
         output_dir: OutputDir = None,
         seed: Seed = None,
+        num_gpus: NumGpus = None,
         dry_run: DryRun = False,
+        num_nodes: NumNodes = None,
+        node_rank: NodeRank = None,
+        master_addr: MasterAddr = None,
+        master_port: MasterPort = DEFAULT_PORT,
+        rdzv_id: RdzvId = None,
+        rdzv_timeout: RdzvTimeout = 300,
+        hostfile: Hostfile = None,
+        max_restarts: MaxRestarts = 0,
     ) -> None:
         # A reward model needs no actor; the run is then named after what it starts from.
         named_after = actor_model or (reward_model if stage == "reward" else None)
@@ -151,8 +213,20 @@ def stage_command(stage: StageName, text: str) -> Callable[..., None]:
             output_dir=output_dir,
             seed=seed,
             step=(stage,),
+            num_gpus=num_gpus,
         )
-        carry_out(resolve(recipe, overrides or (), flags), dry_run=dry_run)
+        launch = LaunchFlags(
+            num_gpus=num_gpus,
+            num_nodes=num_nodes,
+            node_rank=node_rank,
+            master_addr=master_addr,
+            master_port=master_port,
+            rdzv_id=rdzv_id,
+            rdzv_timeout=rdzv_timeout,
+            hostfile=hostfile,
+            max_restarts=max_restarts,
+        )
+        carry_out(resolve(recipe, overrides or (), flags), launch, context.obj, dry_run=dry_run)
 
     command.__doc__ = text
     return command
@@ -182,23 +256,35 @@ ppo = stage_command(
 )
 
 
-def carry_out(resolved: Resolved, *, dry_run: bool) -> None:
-    """Run what was asked for, or only say what would run."""
+def carry_out(resolved: Resolved, launch: LaunchFlags, arguments: Sequence[str], *, dry_run: bool) -> None:
+    """Run what was asked for, or only say what would run; `arguments` are those of the whole command."""
+    config = resolved.config
     for note in resolved.notes:
         typer.echo(note, err=True)
     if dry_run:
-        typer.echo(dump(resolved.config))
-        typer.echo("\n".join(f"# {line}" for line in plan(resolved.config)))
+        world = world_for(config, launch)
+        typer.echo(dump(config))
+        typer.echo("\n".join(f"# {line}" for line in [*plan(config), *_machines(world, arguments)]))
         return
-    from dovetail.stages import pipeline  # here and not above: it imports torch
-
     try:
-        world = pipeline.run(resolved.config)
+        done = carry_out_everywhere(config, launch, arguments, lambda: _run_stages(config))
     except KeyboardInterrupt:
         typer.echo("\nstopped; the same command goes on from the last checkpoint", err=True)
         raise typer.Exit(130) from None
-    if world.is_first and ("ppo" in resolved.config.stages or "sft" in resolved.config.stages):
-        typer.echo(f"talk to it: dovetail chat {resolved.config.output_dir}")
+    if done and {"ppo", "sft"} & set(config.stages):
+        typer.echo(f"talk to it: dovetail chat {config.output_dir}")
+
+
+def _run_stages(config: RunConfig) -> None:
+    from dovetail.stages import pipeline  # here and not above: it imports torch
+
+    pipeline.run(config)
+
+
+def _machines(world: World, arguments: Sequence[str]) -> list[str]:
+    if world.num_nodes > 1:
+        return [line.removeprefix("# ") for line in commands(world, arguments)]
+    return [f"{world.size} processes on this machine"] if world.size > 1 else []
 
 
 def plan(config: RunConfig) -> list[str]:

@@ -5,7 +5,7 @@ Responsible for: the root of the configuration. Not responsible for: YAML and ov
 
 from typing import Literal
 
-from pydantic import NonNegativeInt, PositiveInt, model_validator
+from pydantic import NonNegativeInt, PositiveInt
 
 from dovetail.config.data import DataConfig
 from dovetail.config.frozen import FrozenModel
@@ -56,17 +56,9 @@ class RunConfig(FrozenModel):
     zero_stage: ZeroStageConfig = ZeroStageConfig()
     """What several processes divide of each model; nothing to divide for one."""
     num_gpus: PositiveInt = 1
-    """GPUs of the run. More than one is not there yet."""
+    """Processes that `dovetail train` starts on each machine, one per GPU. More than one is not there yet."""
     tracking: TrackingConfig = TrackingConfig()
     """Where metrics go."""
-
-    @model_validator(mode="after")
-    def _one_gpu(self) -> "RunConfig":
-        if self.num_gpus > 1:
-            raise ValueError(
-                f"num_gpus = {self.num_gpus}: training on several GPUs is not there yet; set num_gpus to 1"
-            )
-        return self
 
     def reward_start(self) -> ModelConfig:
         """The model that stage 2 starts from when it does not start from the SFT model."""

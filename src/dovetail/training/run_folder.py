@@ -147,7 +147,9 @@ class RunFolder:
         if not self.path.is_dir() or self.config.exists():
             return
         foreign = sorted(
-            p.name for p in self.path.iterdir() if not p.name.startswith(".") and p.suffix != ".log"
+            p.name
+            for p in self.path.iterdir()
+            if not p.name.startswith(".") and p.suffix != ".log" and p.name != "logs"
         )
         if foreign:
             raise CheckpointError(

@@ -1,0 +1,208 @@
+"""From one command to all the processes of a run, or to the commands that are to be typed on each machine.
+
+Responsible for: deciding whether this process is the run, one of its ranks, or what starts them.
+Not responsible for: starting and watching (launch/), the work itself.
+"""
+
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dovetail.config.run import RunConfig
+from dovetail.errors import ConfigError
+from dovetail.launch.world import (
+    LaunchFlags,
+    World,
+    expect_enough_gpus,
+    expect_enough_work,
+    rank_of,
+    world_of,
+)
+
+MACHINES = "Several processes or machines"
+
+NumNodes = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Machines. Without --node-rank the command for each is printed and nothing runs.",
+        rich_help_panel=MACHINES,
+        show_default=False,
+    ),
+]
+NodeRank = Annotated[
+    int | None,
+    typer.Option(min=0, help="Number of this machine, from 0.", rich_help_panel=MACHINES, show_default=False),
+]
+MasterAddr = Annotated[
+    str | None,
+    typer.Option(
+        help="Name or address of machine 0; by default the first of --hostfile.",
+        rich_help_panel=MACHINES,
+        show_default=False,
+    ),
+]
+MasterPort = Annotated[
+    int, typer.Option(min=1, max=65535, help="Port where machines meet.", rich_help_panel=MACHINES)
+]
+RdzvId = Annotated[
+    str | None,
+    typer.Option(
+        help="Name under which they meet; by default that of the output folder.",
+        rich_help_panel=MACHINES,
+        show_default=False,
+    ),
+]
+RdzvTimeout = Annotated[
+    int, typer.Option(min=1, help="Seconds to wait for the other machines.", rich_help_panel=MACHINES)
+]
+Hostfile = Annotated[
+    str | None,
+    typer.Option(
+        help="File with lines such as: worker-0 slots=8", rich_help_panel=MACHINES, show_default=False
+    ),
+]
+MaxRestarts = Annotated[
+    int,
+    typer.Option(
+        min=0, help="Times to start all processes anew after one was lost.", rich_help_panel=MACHINES
+    ),
+]
+_VALUED = (
+    "--num-gpus",
+    "--num-nodes",
+    "--node-rank",
+    "--master-addr",
+    "--master-port",
+    "--rdzv-id",
+    "--rdzv-timeout",
+    "--hostfile",
+    "--max-restarts",
+    "--deployment-type",
+)
+
+
+def carry_out_everywhere(
+    config: RunConfig, flags: LaunchFlags, arguments: Sequence[str], work: Callable[[], None]
+) -> bool:
+    """Do `work` in as many processes as flags and configuration ask for.
+
+    arguments: those of this command, which every process is given too. Returns whether the work is done and
+    this is the process to say what comes next. Raises DovetailError, and typer.Exit after a signal.
+    """
+    if (rank := rank_of()) is not None:
+        _as_rank(config, rank[1], work)
+        return False
+    world = world_for(config, flags)
+    if world.node_rank is None:
+        typer.echo("\n".join(commands(world, arguments)))
+        return False
+    if world.size == 1:
+        work()
+    else:
+        _start(config, world, arguments)
+    return world.node_rank == 0
+
+
+def world_for(config: RunConfig, flags: LaunchFlags) -> World:
+    """The checked world of a run. Raises ConfigError."""
+    name = Path(config.output_dir).name
+    world = world_of(flags, num_gpus=config.num_gpus, run_name=name, count_gpus=_count_gpus)
+    _expect_possible(config, world.size)
+    return world
+
+
+def commands(world: World, arguments: Sequence[str]) -> Iterator[str]:
+    """The command for each machine, under a line that says where it belongs."""
+    if world.master_addr is None:
+        yield "# put the name of node 0, as the others can reach it, in place of NODE0"
+    for rank in range(world.num_nodes):
+        flags = {
+            "--num-gpus": world.num_gpus,
+            "--num-nodes": world.num_nodes,
+            "--node-rank": rank,
+            "--master-addr": world.master_addr or "NODE0",
+            "--master-port": world.master_port,
+            "--rdzv-id": world.rdzv_id,
+            "--rdzv-timeout": world.rdzv_timeout,
+            "--max-restarts": world.max_restarts,
+        }
+        words = [str(word) for flag in flags.items() for word in flag]
+        yield f"# on {world.hosts[rank] if world.hosts else f'node {rank}'}"
+        yield shlex.join(["dovetail", *without_launch_flags(arguments), *words])
+
+
+def without_launch_flags(arguments: Sequence[str]) -> list[str]:
+    """The arguments that say what to run, without those that say where."""
+    kept: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        name, equals, _ = word.partition("=")
+        if name not in _VALUED:
+            kept.append(word)
+        elif not equals:
+            next(words, None)
+    return kept
+
+
+def _as_rank(config: RunConfig, world_size: int, work: Callable[[], None]) -> None:
+    from dovetail.launch.rank import as_rank
+
+    with as_rank():
+        _expect_possible(config, world_size)
+        if world_size > 1:
+            from dovetail.launch.preflight import preflight  # here and not above: it imports torch
+
+            preflight(config.output_dir, device=config.device)
+        work()
+
+
+def _start(config: RunConfig, world: World, arguments: Sequence[str]) -> None:
+    with _quiet_stores():
+        from dovetail.launch.start import Stopped, start  # here and not above: it imports torch
+
+    if config.device != "cpu":
+        expect_enough_gpus(world.num_gpus, _count_gpus())
+    command = [sys.executable, "-u", "-X", "faulthandler", "-m", "dovetail"]
+    command += [*without_launch_flags(arguments), "--num-gpus", str(world.num_gpus)]
+    try:
+        start(world, command, config.output_dir)
+    except Stopped as stopped:
+        typer.echo(f"\nstopped by {stopped}; the same command goes on from the last checkpoint", err=True)
+        raise typer.Exit(128 + stopped.number) from None
+
+
+@contextmanager
+def _quiet_stores() -> Iterator[None]:
+    """Torch reads its C++ log level when imported. Where it meets a machine that has gone, it prints stack traces
+    as warnings; the processes themselves shall go on warning in their logs."""
+    given = os.environ.get("TORCH_CPP_LOG_LEVEL")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    try:
+        yield
+    finally:
+        if given is None:
+            del os.environ["TORCH_CPP_LOG_LEVEL"]
+
+
+def _expect_possible(config: RunConfig, world_size: int) -> None:
+    expect_enough_work(
+        {f"{stage}.batch_size": getattr(config, stage).batch_size for stage in config.stages}, world_size
+    )
+    # REMOVE WHEN the stages share their work over a process group: then this function ends above.
+    if world_size > 1:
+        raise ConfigError(
+            f"{world_size} processes: training on several GPUs is not there yet", hint="use one: --num-gpus 1"
+        )
+
+
+def _count_gpus() -> int:
+    import torch  # here and not above: --help must not wait for it
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -1,0 +1,162 @@
+"""What `dovetail train` makes of flags about processes: a run, ranks, or commands for several machines."""
+
+import shlex
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from dovetail.cli import processes
+from dovetail.cli.main import main
+from dovetail.cli.processes import without_launch_flags
+from dovetail.errors import ConfigError, ProcessFailed
+from dovetail.launch.world import World, expect_enough_work
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run a command in this process, with several processes allowed: exit code, stdout, stderr."""
+
+    def allow(config: Any, world_size: int) -> None:
+        expect_enough_work({"ppo.batch_size": config.ppo.batch_size}, world_size)
+
+    monkeypatch.setattr(processes, "_expect_possible", allow)
+
+    def run_command(*arguments: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as stopped:
+            main(arguments)
+        captured = capsys.readouterr()
+        return int(stopped.value.code or 0), captured.out, captured.err
+
+    return run_command
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[World, list[str]]]:
+    """Stands in for torch's agent: the worlds and commands that were started."""
+    starts: list[tuple[World, list[str]]] = []
+    module = ModuleType("dovetail.launch.start")
+    module.start = lambda world, command, output_dir: starts.append((world, command))  # type: ignore[attr-defined]
+    module.Stopped = KeyboardInterrupt  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "dovetail.launch.start", module)
+    return starts
+
+
+def test_every_process_is_given_the_same_command_without_what_says_where(
+    run: Run, started: list[tuple[World, list[str]]]
+) -> None:
+    flags = ["--num-gpus=3", "--max-restarts", "2", "--deployment-type", "single_node"]
+    assert run("train", "opt-125m", "--step", "1", "2", "seed=3", *flags)[0] == 0
+    ((world, command),) = started
+    assert (world.size, world.max_restarts) == (3, 2)
+    at = command.index("dovetail")
+    assert command[at + 1 :] == ["train", "opt-125m", "--step", "1", "2", "seed=3", "--num-gpus", "3"]
+    assert command[0] == sys.executable
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+def test_one_stage_takes_the_same_flags(run: Run, started: list[tuple[World, list[str]]], stage: str) -> None:
+    assert run(stage, "opt-125m", "--num-gpus", "2")[0] == 0
+    assert started[0][0].size == 2
+    assert stage in started[0][1]
+
+
+def test_a_recipe_may_say_how_many(run: Run, started: list[tuple[World, list[str]]]) -> None:
+    run("train", "opt-125m", "num_gpus=2")
+    assert started[0][0].size == 2
+
+
+def test_several_machines_get_a_command_each_that_leads_back_here(
+    run: Run, started: list[tuple[World, list[str]]]
+) -> None:
+    code, out, _ = run("train", "opt-125m", "seed=3", "--num-nodes", "2", "--num-gpus", "4", "--rdzv-id", "x")
+    assert code == 0
+    lines = out.splitlines()
+    assert [line for line in lines if line.startswith("#")][1:] == ["# on node 0", "# on node 1"]
+    assert started == []
+    for rank, line in enumerate(line for line in lines if not line.startswith("#")):
+        program, *arguments = shlex.split(line)
+        assert program == "dovetail"
+        run(*arguments)
+        world = started[rank][0]
+        assert (world.node_rank, world.size, world.rdzv_id) == (rank, 8, "x")
+        assert world.endpoint == "NODE0:29500"
+
+
+def test_a_hostfile_names_the_machines_of_the_commands(
+    run: Run, tmp_path: Any, started: list[tuple[World, list[str]]]
+) -> None:
+    (tmp_path / "hosts").write_text("a slots=2\nb slots=2\n")
+    _, out, _ = run("ppo", "opt-125m", "--hostfile", str(tmp_path / "hosts"))
+    assert [line for line in out.splitlines() if line.startswith("#")] == ["# on a", "# on b"]
+    assert "--master-addr a " in out
+    run("ppo", "opt-125m", "--hostfile", str(tmp_path / "hosts"), "--node-rank", "1")
+    assert (started[0][0].node_rank, started[0][0].size) == (1, 4)
+
+
+def test_a_dry_run_says_how_many_processes(run: Run, started: list[tuple[World, list[str]]]) -> None:
+    assert "# 2 processes on this machine" in run("train", "opt-125m", "--num-gpus", "2", "--dry-run")[1]
+    assert "--node-rank 1" in run("train", "opt-125m", "--num-nodes", "2", "--dry-run")[1]
+    assert started == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--num-gpus", "0"], "--num-gpus"),
+        (["--num-gpus", "-2"], "--num-gpus"),
+        (["num_gpus=0"], "num_gpus = 0"),
+        (["--num-nodes", "0"], "--num-nodes"),
+        (["--num-gpus", "2", "ppo.batch_size=1"], "ppo.batch_size = 1 is smaller than the 2 processes"),
+        (["--deployment-type", "cloud"], "--deployment-type cloud: no such type"),
+    ],
+)
+def test_wrong_counts_are_one_message(
+    run: Run, started: list[tuple[World, list[str]]], flags: list[str], message: str
+) -> None:
+    code, _, err = run("train", "opt-125m", *flags)
+    assert code == 2
+    assert message in err
+    assert "Traceback" not in err
+    assert started == []
+
+
+def test_more_processes_than_gpus_are_refused_unless_the_run_is_on_the_cpu(
+    run: Run, started: list[tuple[World, list[str]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "_count_gpus", lambda: 1)
+    code, _, err = run("train", "opt-125m", "--num-gpus", "2")
+    assert (code, err.splitlines()[0]) == (2, "error: --num-gpus 2: this machine has 1 GPU")
+    assert run("train", "opt-125m", "--num-gpus", "2", "device=cpu")[0] == 0
+    assert len(started) == 1
+
+
+def test_the_exit_code_is_that_of_the_failure(
+    run: Run, started: list[tuple[World, list[str]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise ProcessFailed("rank 1 was killed", hint="more memory", exit_code=3)
+
+    monkeypatch.setattr(sys.modules["dovetail.launch.start"], "start", fail)
+    assert run("train", "opt-125m", "--num-gpus", "2") == (
+        3, "", "error: rank 1 was killed\nhint: more memory\n",
+    )  # fmt: skip
+
+
+def test_until_stages_share_their_work_several_processes_are_refused_however_they_are_started(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from dovetail.config.load import load
+
+    with pytest.raises(ConfigError, match="2 processes: training on several GPUs is not there yet"):
+        processes._expect_possible(load("opt-125m"), 2)
+    processes._expect_possible(load("opt-125m"), 1)
+
+
+def test_flags_about_machines_are_taken_out_in_both_spellings() -> None:
+    given = ["train", "a=b", "--num-gpus=2", "--hostfile", "h", "--data", "x", "--rdzv-id=r", "--seed", "1"]
+    assert without_launch_flags(given) == ["train", "a=b", "--data", "x", "--seed", "1"]

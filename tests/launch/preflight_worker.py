@@ -1,0 +1,70 @@
+"""One rank of the preflight tests: `preflight_worker.py RANK PORT FOLDER FAULT...`.
+
+Runs a preflight of two ranks for each fault; rank 1 is the odd one. Prints what each raised, as JSON by fault.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+
+from dovetail.errors import LaunchError
+from dovetail.launch import preflight
+
+ADD_UP = dist.all_reduce
+
+
+def add_too_much(tensor: torch.Tensor) -> None:
+    tensor += 4
+    ADD_UP(tensor)
+
+
+@contextmanager
+def oddness(fault: str, folder: str) -> Iterator[str]:
+    """The folder to use while this rank is odd in one respect."""
+    match fault:
+        case "version":
+            with patch.object(preflight.dovetail, "__version__", "0.0.7"):
+                yield folder
+        case "sum":
+            with patch.object(dist, "all_reduce", add_too_much):
+                yield folder
+        case "folder":
+            yield f"{folder}-elsewhere"
+        case _:
+            yield folder
+
+
+def outcome(fault: str, folder: str, rank: str) -> str:
+    if fault == "missing" and rank == "1":
+        return "stayed away"
+    if fault == "file":
+        folder = f"{folder}-file"
+    if fault == "joined":
+        dist.init_process_group("gloo")
+    with oddness(fault if rank == "1" else "none", folder) as seen:
+        try:
+            preflight.preflight(seen, device="cpu", timeout_s=2 if fault == "missing" else 60, patience_s=0.5)
+        except LaunchError as error:
+            return error.message
+    joined = "still joined" if dist.is_initialized() else "left"
+    if joined == "still joined":
+        dist.destroy_process_group()
+    return f"ok, {joined}"
+
+
+def main(rank: str, port: str, folder: str, *faults: str) -> None:
+    os.environ |= {"RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1"}
+    told = {}
+    for number, fault in enumerate(faults):
+        os.environ["MASTER_PORT"] = str(int(port) + number)
+        told[fault] = outcome(fault, folder, rank)
+    sys.stdout.write(json.dumps(told))
+
+
+main(*sys.argv[1:])

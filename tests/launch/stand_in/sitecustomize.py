@@ -1,0 +1,60 @@
+"""In the processes of a launcher test: the stages are replaced by one deed, given as DEED=WHAT:RANK.
+
+Python imports this module by itself at its start when its folder is on PYTHONPATH. The deed is done by that
+rank; the others wait, as if in a collective.
+"""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from dovetail.cli import processes
+from dovetail.errors import DataError
+from dovetail.launch.world import expect_enough_work
+
+
+def run(config: Any) -> None:
+    rank, deed, doer = os.environ["RANK"], *os.environ["DEED"].split(":")
+    sys.stdout.write(f"rank {rank} of {os.environ['WORLD_SIZE']}\n")
+    folder = Path(config.output_dir)
+    if deed == "finish" or (folder / "died").exists():
+        return
+    (folder / f"pid-{rank}").write_text(str(os.getpid()))
+    if doer == rank:
+        while len(list(folder.glob("pid-*"))) < int(os.environ["WORLD_SIZE"]):
+            time.sleep(0.05)  # all must be there to see it
+        do(deed, folder)
+    time.sleep(600)
+
+
+def do(deed: str, folder: Path) -> None:
+    match deed:
+        case "error":
+            raise DataError("pairs.jsonl line 7: not JSON", hint="repair the line")
+        case "bug":
+            raise ZeroDivisionError("a mistake of ours")
+        case "die":
+            (folder / "died").touch()  # once: the next start ends well
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "leave":
+            sys.stdout.write("half a sentence\n")
+            os._exit(7)
+
+
+def expect_possible(config: Any, world_size: int) -> None:
+    expect_enough_work({"sft.batch_size": config.sft.batch_size}, world_size)
+
+
+if "DEED" in os.environ:
+    pipeline = ModuleType("dovetail.stages.pipeline")
+    pipeline.run = run  # type: ignore[attr-defined]
+    sys.modules["dovetail.stages.pipeline"] = pipeline
+    processes._expect_possible = expect_possible
+    if "PREFLIGHT" not in os.environ:
+        preflight = ModuleType("dovetail.launch.preflight")
+        preflight.preflight = lambda *_, **__: None  # type: ignore[attr-defined]
+        sys.modules["dovetail.launch.preflight"] = preflight

@@ -1,0 +1,142 @@
+"""The real command starts real processes; what is on screen, in the logs, and left behind."""
+
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.launch.launched import expect_gone, launched
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+
+
+def test_every_process_does_the_work_and_the_first_is_shown(tmp_path: Path) -> None:
+    with launched(tmp_path, "finish:0", "--num-gpus", "2") as command:
+        code, out, err = command.ended()
+    assert code == 0
+    assert out.splitlines() == ["rank 0 of 2", f"talk to it: dovetail chat {tmp_path}"]
+    assert err.splitlines() == [f"2 processes on this machine; the output of each is in {tmp_path / 'logs'}"]
+    assert [command.log(rank) for rank in (0, 1)] == ["rank 0 of 2\n", "rank 1 of 2\n"]
+
+
+def test_an_error_of_any_process_is_one_message(tmp_path: Path) -> None:
+    with launched(tmp_path, "error:1", "--num-gpus", "2") as command:
+        pids = command.pids(2)
+        code, _, err = command.ended()
+    assert code == 2
+    assert err.splitlines()[1:] == ["error: rank 1: pairs.jsonl line 7: not JSON", "hint: repair the line"]
+    assert "DataError" in command.log(1)
+    expect_gone(pids)
+
+
+def test_a_killed_process_is_named_and_the_others_end_with_it(tmp_path: Path) -> None:
+    with launched(tmp_path, "die:1", "--num-gpus", "2") as command:
+        pids = command.pids(2)
+        code, _, err = command.ended()
+    assert code == 3
+    assert err.splitlines()[1].startswith("error: rank 1 was killed by SIGKILL")
+    expect_gone(pids)
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [
+        (signal.SIGTERM, 143),
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
+        pytest.param(signal.SIGKILL, -9, marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_ends_every_process(tmp_path: Path, number: signal.Signals, code: int) -> None:
+    with launched(tmp_path, "sleep:0", "--num-gpus", "2") as command:
+        pids = command.pids(2)
+        command.process.send_signal(number)
+        assert command.ended()[0] == code
+    expect_gone(pids)
+
+
+@pytest.mark.slow
+def test_a_mistake_of_ours_has_its_traceback_in_the_log_and_not_on_screen(tmp_path: Path) -> None:
+    with launched(tmp_path, "bug:0", "--num-gpus", "2") as command:
+        code, out, err = command.ended()
+    assert code == 1
+    assert err.splitlines()[1] == "error: rank 0: ZeroDivisionError: a mistake of ours"
+    assert "Traceback" not in out + err
+    assert "Traceback" in command.log(0)
+
+
+@pytest.mark.slow
+def test_a_process_that_leaves_without_a_word_gives_its_exit_code(tmp_path: Path) -> None:
+    with launched(tmp_path, "leave:1", "--num-gpus", "2") as command:
+        code, _, err = command.ended()
+    assert code == 7
+    assert "rank 1 ended with exit code 7: half a sentence" in err
+
+
+@pytest.mark.slow
+def test_a_lost_process_is_started_again_with_all_others(tmp_path: Path) -> None:
+    with launched(tmp_path, "die:1", "--num-gpus", "2", "--max-restarts", "1") as command:
+        code, out, err = command.ended()
+    assert code == 0
+    assert "restart 1: a process was lost" in err
+    assert out.splitlines()[:2] == ["rank 0 of 2"] * 2
+    assert (tmp_path / "logs" / "rank-1.1.log").read_text() == "rank 1 of 2\n"
+
+
+@pytest.fixture
+def port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+@pytest.mark.slow
+def test_two_machines_meet_and_a_lost_process_of_one_restarts_both(tmp_path: Path, port: str) -> None:
+    where = ["--num-nodes", "2", "--master-addr", "127.0.0.1", "--master-port", port, "--max-restarts", "1"]
+    with (
+        launched(tmp_path, "die:1", *where, "--node-rank", "1") as second,
+        launched(tmp_path, "die:1", *where, "--node-rank", "0") as first,
+    ):
+        results = [first.ended(), second.ended()]
+    assert [code for code, _, _ in results] == [0, 0]
+    assert {out.splitlines()[0] for _, out, _ in results} == {
+        "rank 0: rank 0 of 2",
+        "rank 1: rank 1 of 2",
+    }
+    assert "talk to it" in results[0][1]
+    assert "talk to it" not in results[1][1]
+    assert all((tmp_path / "logs" / f"rank-{rank}.1.log").exists() for rank in (0, 1))
+
+
+@pytest.mark.slow
+def test_a_lost_machine_that_comes_back_goes_on_with_the_others(tmp_path: Path, port: str) -> None:
+    where = ["--num-nodes", "2", "--master-addr", "127.0.0.1", "--master-port", port, "--max-restarts", "2"]
+    with (
+        launched(tmp_path, "sleep:0", *where, "--node-rank", "0") as first,
+        launched(tmp_path, "sleep:0", *where, "--node-rank", "1") as second,
+    ):
+        first.pids(2)
+        second.process.kill()
+        second.ended()
+        (tmp_path / "pid-0").unlink()
+        (tmp_path / "pid-1").unlink()
+        with launched(tmp_path, "sleep:0", *where, "--node-rank", "1") as again:
+            pids = again.pids(2)
+            first.process.terminate()
+            assert first.ended()[0] == 143
+            code, _, err = again.ended()  # by itself: without node 0 there is nothing to wait for
+    assert code == 3
+    assert err.splitlines()[-2].startswith("error: node 0 of 2 has left 127.0.0.1:")
+    expect_gone(pids)
+
+
+def test_a_machine_that_does_not_come_is_named_and_nothing_is_started(tmp_path: Path, port: str) -> None:
+    where = ["--num-nodes", "2", "--node-rank", "0", "--master-addr", "127.0.0.1", "--master-port", port]
+    with launched(tmp_path, "finish:0", *where, "--rdzv-timeout", "1") as command:
+        code, out, err = command.ended()
+    assert code == 3
+    assert err.startswith(f"error: node 1 of 2 did not arrive at 127.0.0.1:{port} within 1 s: node 0 is ")
+    assert len(err.splitlines()) == 2
+    assert out == ""
+    assert not list(tmp_path.glob("pid-*"))
