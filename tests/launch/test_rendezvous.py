@@ -92,5 +92,7 @@ def test_machines_with_different_numbers_of_processes_are_refused(world: World) 
     assert any("takes 4 processes, this node (0) 2" in message for message in told)
 
 
-def test_the_address_is_the_one_on_the_way_to_node_0(world: World) -> None:
-    assert local_address(world) == "127.0.0.1"
+def test_a_machine_is_known_by_its_address_on_the_way_to_node_0(world: World) -> None:
+    assert local_address(replace(world, node_rank=1)) == "127.0.0.1"
+    assert local_address(replace(world, node_rank=1, master_addr="127.0.0.2")) != "127.0.0.2"
+    assert local_address(replace(world, master_addr="worker-0")) == "worker-0"

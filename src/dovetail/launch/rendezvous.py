@@ -65,7 +65,9 @@ def expect_port_free(port: int) -> None:
 
 
 def local_address(world: World) -> str:
-    """The address of this machine on the way to node 0: one that the other machines can reach."""
+    """An address by which the others reach this machine: of node 0 the given one, else that on the way there."""
+    if world.node_rank == 0:  # many systems resolve a machine's own name to a loopback address
+        return str(world.master_addr)
     family, _, _, _, address = socket.getaddrinfo(
         world.master_addr, world.master_port, type=socket.SOCK_DGRAM
     )[0]
