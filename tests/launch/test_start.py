@@ -31,6 +31,7 @@ def test_an_error_of_any_process_is_one_message(tmp_path: Path) -> None:
     expect_gone(pids)
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_named_and_the_others_end_with_it(tmp_path: Path) -> None:
     with launched(tmp_path, "die:1", "--num-gpus", "2") as command:
         pids = command.pids(2)
@@ -54,6 +55,14 @@ def test_a_signal_ends_every_process(tmp_path: Path, number: signal.Signals, cod
         command.process.send_signal(number)
         assert command.ended()[0] == code
     expect_gone(pids)
+
+
+@pytest.mark.slow
+def test_every_start_and_restart_has_a_preflight(tmp_path: Path) -> None:
+    with launched(tmp_path, "die:1", "--num-gpus", "2", "--max-restarts", "1", PREFLIGHT="1") as command:
+        code, out, _ = command.ended()
+    assert code == 0
+    assert out.splitlines()[:2] == ["rank 0 of 2"] * 2
 
 
 @pytest.mark.slow

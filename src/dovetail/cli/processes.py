@@ -9,6 +9,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated
 
@@ -74,18 +75,7 @@ MaxRestarts = Annotated[
         min=0, help="Times to start all processes anew after one was lost.", rich_help_panel=MACHINES
     ),
 ]
-_VALUED = (
-    "--num-gpus",
-    "--num-nodes",
-    "--node-rank",
-    "--master-addr",
-    "--master-port",
-    "--rdzv-id",
-    "--rdzv-timeout",
-    "--hostfile",
-    "--max-restarts",
-    "--deployment-type",
-)
+_VALUED = {f"--{field.name.replace('_', '-')}" for field in fields(LaunchFlags)}
 
 
 def carry_out_everywhere(
@@ -156,11 +146,15 @@ def _as_rank(config: RunConfig, world_size: int, work: Callable[[], None]) -> No
 
     with as_rank():
         _expect_possible(config, world_size)
-        if world_size > 1:
-            from dovetail.launch.preflight import preflight  # here and not above: it imports torch
+        if world_size == 1:
+            work()
+            return
+        from dovetail.launch.preflight import preflight, shared_store  # here and not above: it imports torch
+        from dovetail.launch.stuck import watched
 
-            preflight(config.output_dir, device=config.device)
-        work()
+        preflight(config.output_dir, device=config.device)
+        with watched(shared_store()):
+            work()
 
 
 def _start(config: RunConfig, world: World, arguments: Sequence[str]) -> None:

@@ -12,47 +12,67 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import rendezvous
 
 import dovetail
 from dovetail.errors import LaunchError
 
+TIMEOUT_S = 300
+"""Seconds that processes wait for one another."""
 
-def preflight(
-    output_dir: str | Path, *, device: str = "auto", timeout_s: float = 300, patience_s: float = 10
-) -> None:
+
+def preflight(output_dir: str | Path, *, device: str = "auto", patience_s: float = 10) -> None:
     """Check that the processes fit together; all of them call it, and all raise the same LaunchError.
 
     Uses the process group if this process has joined one, else one of its own for the time of the checks.
-    device: cpu, cuda or auto, as in the recipe. timeout_s: for one exchange. patience_s: how long a file of
+    device: cpu, cuda or auto, as in the recipe. patience_s: how long a file of
     rank 0 may take to appear to the others, as on network file systems.
     """
     on_gpu = device != "cpu" and torch.cuda.is_available()
-    with _group(on_gpu, timeout_s) as where:
+    with _group(on_gpu) as where:
         _expect_equal_versions(_gathered(_versions()))
         _expect_shared(Path(output_dir), patience_s)
         _expect_right_sum(where)
 
 
+@cache
+def shared_store() -> Store:
+    """The store through which the processes of the run find each other, kept as long as this one lives.
+
+    Rank 0 may be its host: it must not end between the preflight's process group and the run's.
+    """
+    store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=TIMEOUT_S)))
+    return PrefixStore("dovetail", store)
+
+
 @contextmanager
-def _group(on_gpu: bool, timeout_s: float) -> Iterator[torch.device]:
+def _group(on_gpu: bool) -> Iterator[torch.device]:
     device = _device() if on_gpu else torch.device("cpu")
     if dist.is_initialized():
         yield device
         return
+    timeout = timedelta(seconds=TIMEOUT_S)
     try:
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout_s)
+            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+            # Apart from the keys of the run's own group, which has the same name.
+            store=PrefixStore("preflight", shared_store()),
+            rank=int(os.environ["RANK"]),
+            world_size=int(os.environ["WORLD_SIZE"]),
+            timeout=timeout,
         )
     except (RuntimeError, ValueError) as error:
         raise LaunchError(
             f"this process could not join the others at {os.environ.get('MASTER_ADDR')}:"
-            f"{os.environ.get('MASTER_PORT')} within {timeout_s:g} s: {_first_line(error)}",
+            f"{os.environ.get('MASTER_PORT')} within {TIMEOUT_S} s: {_first_line(error)}",
             hint="the machines must reach each other on all ports; GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name "
             "the network interface when a machine has several",
         ) from error

@@ -54,10 +54,9 @@ def start(world: World, command: Sequence[str], output_dir: str | Path) -> None:
         ) from error
     send_agent_log_to(folder / f"launcher-{world.node_rank}.log")
     os.environ[LAUNCHER] = str(os.getpid())
-    if world.num_nodes > 1:
-        # A machine that joins again would wait forever for the address of a store that rank 0 tells only once.
-        # Without sharing, every round of the rendezvous has a store of its own.
-        os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    # By default the agent keeps one store over all restarts: processes then find the addresses of the dead in it,
+    # and a machine that joins again waits for one that is told only once. Without sharing each start has its own.
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // world.num_gpus)))
     logs = RankLogs(folder, before_restart=lambda ranks, number: _say_restart(logs, ranks, number))
     store = roll_call(world) if world.num_nodes > 1 else None

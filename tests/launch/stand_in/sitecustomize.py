@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,6 +20,11 @@ from dovetail.launch.world import expect_enough_work
 
 def run(config: Any) -> None:
     rank, deed, doer = os.environ["RANK"], *os.environ["DEED"].split(":")
+    if "PREFLIGHT" in os.environ:  # the run's own group follows on the preflight's
+        import torch.distributed as dist
+
+        dist.init_process_group("gloo")
+        dist.barrier()
     sys.stdout.write(f"rank {rank} of {os.environ['WORLD_SIZE']}\n")
     folder = Path(config.output_dir)
     if deed == "finish" or (folder / "died").exists():
@@ -57,4 +63,8 @@ if "DEED" in os.environ:
     if "PREFLIGHT" not in os.environ:
         preflight = ModuleType("dovetail.launch.preflight")
         preflight.preflight = lambda *_, **__: None  # type: ignore[attr-defined]
+        preflight.shared_store = lambda: None  # type: ignore[attr-defined]
         sys.modules["dovetail.launch.preflight"] = preflight
+        stuck = ModuleType("dovetail.launch.stuck")
+        stuck.watched = nullcontext  # type: ignore[attr-defined]
+        sys.modules["dovetail.launch.stuck"] = stuck

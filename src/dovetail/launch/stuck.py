@@ -1,0 +1,159 @@
+"""A run in which nobody moves ends with the names of those who are waited for, and not in silence.
+
+Responsible for: where each process stands, and telling a deadlock from a slow rank. Needs no help from the
+training loop: a thread of each process looks at the stack of the main thread, and takes it for moving when the
+stack differs from the last look. Not responsible for: time limits of single collectives (the process group has
+its own).
+"""
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+
+import torch
+from torch.distributed import DistError, Store  # type: ignore[attr-defined]
+
+from dovetail.errors import LaunchError
+from dovetail.launch.rank import record
+from dovetail.telemetry.log import warn
+
+STUCK_AFTER_S = 540
+"""Seconds without a step of any main thread. Less than the 600 s after which NCCL gives up without a diagnosis."""
+_LOOKS = 4
+"""A process whose thread has not looked while another looked so often is frozen, and not only short of a processor."""
+_TORCH = str(Path(torch.__file__).parent)
+_DISTRIBUTED = os.path.join(_TORCH, "distributed")  # noqa: PTH118 (compared with a frame's file name, a str)
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """Where the main thread of one process stands. `still_s`: seconds since it moved; `looks`: how often its
+    watching thread has looked, which stops when the process is frozen or gone."""
+
+    host: str
+    place: str
+    collective: str | None
+    still_s: float
+    looks: int
+
+
+@contextmanager
+def watched(store: Store, *, stuck_after_s: float = STUCK_AFTER_S) -> Iterator[None]:
+    """While the block runs, a thread tells the other processes where the main thread of this one stands.
+
+    Once no process has moved for `stuck_after_s`, it records a LaunchError that says where each stands and
+    ends this process with exit code 3; as long as another still moves, it warns once.
+    """
+    watch = _Watch(store, stuck_after_s)
+    watch.start()
+    try:
+        yield
+    finally:
+        watch.done.set()
+        watch.join()
+
+
+class _Watch(threading.Thread):
+    def __init__(self, store: Store, stuck_after_s: float) -> None:
+        super().__init__(name="stuck", daemon=True)
+        self.done = threading.Event()
+        self._store = store
+        self._stuck_after_s = stuck_after_s
+        self._period = min(10.0, stuck_after_s / 5)
+        self._stack: tuple[object, ...] = ()
+        self._moved = time.monotonic()
+        self._looks = 0
+        self._history: list[dict[int, Position]] = []
+
+    def run(self) -> None:
+        try:
+            while not self.done.wait(self._period):
+                self._look()
+        except DistError as error:  # the store went with rank 0: the process group will say the same
+            warn(f"where the other ranks stand is no longer known: {str(error).splitlines()[0]}")
+
+    def _look(self) -> None:
+        frames = _stack_of_main_thread()
+        stack = tuple((frame.f_code, frame.f_lasti) for frame in frames)
+        if stack != self._stack:
+            self._stack, self._moved = stack, time.monotonic()
+        self._looks += 1
+        still_s = time.monotonic() - self._moved
+        place, collective = _place(frames)
+        mine = Position(socket.gethostname(), place, collective, still_s, self._looks)
+        self._store.set(f"position-{os.environ['RANK']}", json.dumps(asdict(mine)))
+        if still_s < self._stuck_after_s:
+            self._history.clear()
+        else:
+            self._judge()
+
+    def _judge(self) -> None:
+        now = _positions(self._store)
+        self._history.append(now)
+        if len(self._history) < _LOOKS:
+            return
+        earlier = self._history[-_LOOKS]
+        silent = {rank for rank, position in earlier.items() if now[rank].looks == position.looks}
+        told = diagnosis(now, silent)
+        if all(rank in silent or now[rank].still_s >= self._stuck_after_s for rank in now):
+            error = LaunchError(
+                f"nothing has moved for {self._stuck_after_s:g} s: {told}",
+                hint="the rank named first is waited for; its log says what it did last",
+            )
+            record(error)
+            os._exit(error.exit_code)  # the main thread waits in a call that nothing else ends
+        if len(self._history) == _LOOKS:
+            warn(f"has not moved for {self._stuck_after_s:g} s: {told}")
+
+
+def diagnosis(positions: Mapping[int, Position], silent: set[int]) -> str:
+    """Who is waited for, and where the others wait."""
+    lines = [f"rank {rank} on {positions[rank].host} shows no sign of life" for rank in sorted(silent)]
+    groups: dict[tuple[str, str | None], list[int]] = defaultdict(list)
+    for rank, position in positions.items():
+        if rank not in silent:
+            groups[position.place, position.collective].append(rank)
+    # Those outside of a collective are waited for; among those inside, the fewest went astray.
+    for (place, collective), ranks in sorted(groups.items(), key=lambda g: (g[0][1] is not None, len(g[1]))):
+        who = f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+        verb = "wait" if len(ranks) > 1 else "waits"
+        stand = "stand" if len(ranks) > 1 else "stands"
+        lines.append(
+            f"{who} {verb} in {collective} at {place}" if collective else f"{who} {stand} at {place}"
+        )
+    return "; ".join(lines)
+
+
+def _positions(store: Store) -> dict[int, Position]:
+    keys = {rank: f"position-{rank}" for rank in range(int(os.environ["WORLD_SIZE"]))}
+    return {rank: Position(**json.loads(store.get(key))) for rank, key in keys.items() if store.check([key])}
+
+
+def _stack_of_main_thread() -> list[FrameType]:
+    """Its frames, innermost first."""
+    frames, frame = [], sys._current_frames().get(threading.main_thread().ident or 0)
+    while frame is not None:
+        frames.append(frame)
+        frame = frame.f_back
+    return frames
+
+
+def _place(frames: list[FrameType]) -> tuple[str, str | None]:
+    """The innermost line outside torch, and the function of torch.distributed that was called there, if any."""
+    collective = None
+    for frame in frames:
+        file = frame.f_code.co_filename
+        if not file.startswith(_TORCH):
+            return f"{'/'.join(Path(file).parts[-2:])}:{frame.f_lineno} ({frame.f_code.co_name})", collective
+        if file.startswith(_DISTRIBUTED) and frame.f_code.co_name != "wrapper":
+            collective = frame.f_code.co_name
+    return "no line of Python", None

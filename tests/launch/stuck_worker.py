@@ -1,0 +1,38 @@
+"""One rank of a stuck run: `stuck_worker.py RANK PORT HOW`; rank 1 does not come to the sum."""
+
+import os
+import signal
+import sys
+import time
+from email.utils import parsedate_to_datetime as parse_date
+
+import torch
+import torch.distributed as dist
+
+from dovetail.launch.preflight import shared_store
+from dovetail.launch.stuck import watched
+
+
+def load_rows(how: str) -> None:
+    match how:
+        case "asleep":
+            time.sleep(600)
+        case "frozen":
+            time.sleep(1)  # the watch must have been seen
+            os.kill(os.getpid(), signal.SIGSTOP)
+        case "busy":
+            end = time.monotonic() + 6
+            while time.monotonic() < end:  # as of rows, each read in many lines of Python
+                parse_date("Mon, 16 Nov 2009 13:32:02 +0100")
+
+
+def main(rank: str, port: str, how: str) -> None:
+    os.environ |= {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    dist.init_process_group("gloo")
+    with watched(shared_store(), stuck_after_s=2):
+        if rank == "1":
+            load_rows(how)
+        dist.all_reduce(torch.ones(1))
+
+
+main(*sys.argv[1:])

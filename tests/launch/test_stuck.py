@@ -1,0 +1,89 @@
+"""Who is waited for is named, in a stuck run of two real processes and by hand."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dovetail.launch.rank import ERROR_FILE
+from dovetail.launch.stuck import Position, diagnosis
+
+WORKER = Path(__file__).parent / "stuck_worker.py"
+HOST = socket.gethostname()
+
+
+def at(place: str, collective: str | None = None) -> Position:
+    return Position("worker", place, collective, still_s=600.0, looks=9)
+
+
+def test_the_rank_outside_of_the_collective_comes_first() -> None:
+    positions = {0: at("a.py:1", "all_reduce"), 1: at("b.py:2"), 2: at("a.py:1", "all_reduce")}
+    assert diagnosis(positions, set()) == "rank 1 stands at b.py:2; ranks 0, 2 wait in all_reduce at a.py:1"
+
+
+def test_of_two_collectives_that_do_not_fit_the_rarer_comes_first() -> None:
+    positions = {rank: at("a.py:1", "all_reduce") for rank in range(3)} | {3: at("a.py:9", "barrier")}
+    assert diagnosis(positions, set()).startswith("rank 3 waits in barrier at a.py:9; ranks 0, 1, 2 wait")
+
+
+def test_a_rank_without_a_sign_of_life_comes_before_all() -> None:
+    positions = {0: at("a.py:1"), 1: at("a.py:1", "all_reduce")}
+    assert diagnosis(positions, {1}) == "rank 1 on worker shows no sign of life; rank 0 stands at a.py:1"
+
+
+def stuck(how: str, folder: Path) -> tuple[int, dict[str, str] | None, str]:
+    """Exit code of rank 0, what it recorded, and what it printed; rank 1 is the launcher's to end, and ended here."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(WORKER), rank, port, how],
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", ERROR_FILE: str(folder / rank)},
+        )
+        for rank in ("0", "1")
+    ]
+    try:
+        printed = ranks[0].communicate(timeout=90)[1]
+        if how == "busy":
+            ranks[1].communicate(timeout=90)
+        code = ranks[0].returncode
+    finally:
+        for process in ranks:
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+    recorded = json.loads((folder / "0").read_text()) if (folder / "0").exists() else None
+    return code, recorded, printed
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="stops a process")
+@pytest.mark.parametrize(
+    ("how", "who"),
+    [("asleep", r"rank 1 stands at"), ("frozen", f"rank 1 on {HOST} shows no sign of life")],
+)
+def test_a_stuck_collective_ends_and_names_the_rank(how: str, who: str, tmp_path: Path) -> None:
+    code, recorded, _ = stuck(how, tmp_path)
+    assert recorded is not None
+    message = recorded["message"]["message"]  # type: ignore[index]
+    assert message.startswith(f"nothing has moved for 2 s: {who}")
+    assert "rank 0 waits in all_reduce at launch/stuck_worker.py:" in message
+    assert recorded["exit_code"] == 3
+    assert code == 3
+    if how == "asleep":
+        assert "(load_rows)" in message
+
+
+@pytest.mark.slow
+def test_a_slow_rank_is_told_of_and_waited_for(tmp_path: Path) -> None:
+    code, recorded, printed = stuck("busy", tmp_path)
+    assert code == 0
+    assert recorded is None
+    assert printed.count("warning: has not moved for 2 s: rank 1 stands at") == 1
