@@ -199,10 +199,3 @@ def test_a_flag_that_does_not_exist_is_refused(run: Run) -> None:
     code, _, err = run("train", "--actor-modle", "x")
     assert code == 2
     assert "--actor-model" in err
-
-
-def test_several_gpus_are_plainly_not_there_yet(run: Run, pipeline: list[RunConfig]) -> None:
-    code, _, err = run("train", "--actor-model", "1.3b", "--num-gpus", "8")
-    assert code == 2
-    assert "training on several GPUs is not there yet" in err
-    assert not pipeline

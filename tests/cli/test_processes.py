@@ -11,7 +11,7 @@ import pytest
 from dovetail.cli import processes
 from dovetail.cli.main import main
 from dovetail.cli.processes import without_launch_flags
-from dovetail.errors import ConfigError, ProcessFailed
+from dovetail.errors import ProcessFailed
 from dovetail.launch.world import World, expect_enough_work
 
 Run = Callable[..., tuple[int, str, str]]
@@ -145,16 +145,6 @@ def test_the_exit_code_is_that_of_the_failure(
     assert run("train", "opt-125m", "--num-gpus", "2") == (
         3, "", "error: rank 1 was killed\nhint: more memory\n",
     )  # fmt: skip
-
-
-def test_until_stages_share_their_work_several_processes_are_refused_however_they_are_started(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    from dovetail.config.load import load
-
-    with pytest.raises(ConfigError, match="2 processes: training on several GPUs is not there yet"):
-        processes._expect_possible(load("opt-125m"), 2)
-    processes._expect_possible(load("opt-125m"), 1)
 
 
 def test_flags_about_machines_are_taken_out_in_both_spellings() -> None:

@@ -2,7 +2,6 @@ from pathlib import Path
 
 import pytest
 
-from dovetail.cli import run_settings
 from dovetail.cli.run_settings import Flags, resolve
 from dovetail.errors import ConfigError
 
@@ -68,16 +67,8 @@ def test_what_cannot_be_is_said_plainly(flags: Flags, message: str) -> None:
         resolve(None, (), flags)
 
 
-def test_zero_stages_are_taken_and_explained() -> None:
-    resolved = resolve(None, (), Flags(actor_model="350m", zero_stages={"actor.zero_stage": 3}))
-    assert "on one GPU they change nothing" in resolved.notes[0]
-
-
-def test_zero_stages_become_settings_once_there_are_such(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_settings, "HAS_ZERO_STAGES", True)
-    taken: dict[str, object] = {}
-    monkeypatch.setattr(run_settings, "load", lambda recipe, overrides, flags: taken.update(flags))
-    stages = {"actor.zero_stage": 0, "reward.zero_stage": None}
-    assert resolve(None, (), Flags(actor_model="350m", zero_stages=stages)).notes[1:] == []
-    assert taken["actor.zero_stage"] == ("--actor-zero-stage", 0)
-    assert "reward.zero_stage" not in taken
+def test_zero_stages_become_settings() -> None:
+    config = resolve(None, (), Flags(actor_model="350m", actor_zero_stage=0, reward_zero_stage=3)).config
+    assert (config.zero_stage.actor, config.zero_stage.critic) == (0, 3)
+    given = resolve(None, ("zero_stage.actor=2",), Flags(actor_model="350m", actor_zero_stage=3)).config
+    assert given.zero_stage.actor == 2

@@ -9,8 +9,8 @@ from email.utils import parsedate_to_datetime as parse_date
 import torch
 import torch.distributed as dist
 
-from dovetail.launch.preflight import shared_store
 from dovetail.launch.stuck import watched
+from dovetail.parallel.world import shared_store
 
 
 def load_rows(how: str) -> None:

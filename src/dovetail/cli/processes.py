@@ -16,7 +16,6 @@ from typing import Annotated
 import typer
 
 from dovetail.config.run import RunConfig
-from dovetail.errors import ConfigError
 from dovetail.launch.world import (
     LaunchFlags,
     World,
@@ -149,8 +148,9 @@ def _as_rank(config: RunConfig, world_size: int, work: Callable[[], None]) -> No
         if world_size == 1:
             work()
             return
-        from dovetail.launch.preflight import preflight, shared_store  # here and not above: it imports torch
+        from dovetail.launch.preflight import preflight  # here and not above: it imports torch
         from dovetail.launch.stuck import watched
+        from dovetail.parallel.world import shared_store
 
         preflight(config.output_dir, device=config.device)
         with watched(shared_store()):
@@ -189,11 +189,6 @@ def _expect_possible(config: RunConfig, world_size: int) -> None:
     expect_enough_work(
         {f"{stage}.batch_size": getattr(config, stage).batch_size for stage in config.stages}, world_size
     )
-    # REMOVE WHEN the stages share their work over a process group: then this function ends above.
-    if world_size > 1:
-        raise ConfigError(
-            f"{world_size} processes: training on several GPUs is not there yet", hint="use one: --num-gpus 1"
-        )
 
 
 def _count_gpus() -> int:

@@ -5,12 +5,11 @@ Not responsible for: reading and checking (config/load.py), running.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dovetail.config.explain import setting_names
 from dovetail.config.load import load, parse_value
 from dovetail.config.recipes import recipe_for
 from dovetail.config.run import RunConfig, StageName
@@ -26,10 +25,6 @@ STAGES: dict[str, StageName] = {
 }
 
 
-HAS_ZERO_STAGES = {("actor", "zero_stage"), ("reward", "zero_stage")} <= set(setting_names(RunConfig))
-"""Whether models can be divided over processes: only then are there flags for it."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Flags:
     """What the flags of `dovetail train` and `train.py` were set to."""
@@ -41,8 +36,9 @@ class Flags:
     step: Sequence[str] = ()
     seed: int | None = None
     num_gpus: int | None = None
-    zero_stages: Mapping[str, int | None] = field(default_factory=dict)
-    """By setting: `actor.zero_stage` and `reward.zero_stage`."""
+    actor_zero_stage: int | None = None
+    reward_zero_stage: int | None = None
+    """DeepSpeed-Chat's name: the critic too, which starts from the reward model."""
 
 
 @dataclass(slots=True)
@@ -58,8 +54,6 @@ def resolve(recipe: str | None, overrides: Sequence[str], flags: Flags) -> Resol
     if recipe is not None and "=" in recipe and not Path(recipe).is_file():
         overrides, recipe = [recipe, *overrides], None
     notes = []
-    if any(flags.zero_stages.values()) and not HAS_ZERO_STAGES:
-        notes.append("ZeRO stages divide models over GPUs; on one GPU they change nothing")
     actor = _full_name(flags.actor_model)
     if recipe is None:
         if actor is None:
@@ -89,17 +83,11 @@ def _settings(flags: Flags, actor: str | None) -> dict[str, tuple[str, Any]]:
     for name, value in (("output_dir", flags.output_dir), ("seed", flags.seed), ("num_gpus", flags.num_gpus)):
         if value is not None:
             settings[name] = (f"--{name.replace('_', '-')}", value)
-    return settings | _zero_settings(flags.zero_stages)
-
-
-def _zero_settings(stages: Mapping[str, int | None]) -> dict[str, tuple[str, Any]]:
-    if not HAS_ZERO_STAGES:
-        return {}
-    given = {setting: stage for setting, stage in stages.items() if stage is not None}
-    return {
-        setting: (f"--{setting.replace('.', '-').replace('_', '-')}", stage)
-        for setting, stage in given.items()
+    zero_stages = {
+        "zero_stage.actor": ("--actor-zero-stage", flags.actor_zero_stage),
+        "zero_stage.critic": ("--reward-zero-stage", flags.reward_zero_stage),
     }
+    return settings | {name: given for name, given in zero_stages.items() if given[1] is not None}
 
 
 def _data_settings(items: Sequence[str]) -> dict[str, tuple[str, Any]]:

@@ -22,7 +22,7 @@ from dovetail.cli.processes import (
     commands,
     world_for,
 )
-from dovetail.cli.run_settings import HAS_ZERO_STAGES, STAGES, Flags, Resolved, resolve
+from dovetail.cli.run_settings import STAGES, Flags, Resolved, resolve
 from dovetail.config.load import dump
 from dovetail.config.run import RunConfig, StageName
 from dovetail.launch.world import DEFAULT_PORT, LaunchFlags, World
@@ -84,7 +84,7 @@ NumGpus = Annotated[
     int | None,
     typer.Option(
         min=1,
-        help="GPUs of a machine; more than one is not there yet.",
+        help="Processes on each machine, one per GPU.",
         rich_help_panel=RUN,
         show_default=False,
     ),
@@ -119,7 +119,6 @@ ZeroStage = Annotated[
         help="How far the model is divided over the processes.",
         rich_help_panel=FROM_DEEPSPEED,
         show_default=False,
-        hidden=not HAS_ZERO_STAGES,
     ),
 ]
 
@@ -164,7 +163,8 @@ def train(
         step=step or (),
         seed=seed,
         num_gpus=num_gpus,
-        zero_stages={"actor.zero_stage": actor_zero_stage, "reward.zero_stage": reward_zero_stage},
+        actor_zero_stage=actor_zero_stage,
+        reward_zero_stage=reward_zero_stage,
     )
     launch = LaunchFlags(
         num_gpus=num_gpus,

@@ -56,7 +56,7 @@ class RunConfig(FrozenModel):
     zero_stage: ZeroStageConfig = ZeroStageConfig()
     """What several processes divide of each model; nothing to divide for one."""
     num_gpus: PositiveInt = 1
-    """Processes that `dovetail train` starts on each machine, one per GPU. More than one is not there yet."""
+    """Processes that `dovetail train` starts on each machine, one per GPU."""
     tracking: TrackingConfig = TrackingConfig()
     """Where metrics go."""
 

@@ -12,18 +12,17 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
-from torch.distributed.rendezvous import rendezvous
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
 import dovetail
 from dovetail.errors import LaunchError
+from dovetail.parallel.world import shared_store
 
 TIMEOUT_S = 300
 """Seconds that processes wait for one another."""
@@ -41,16 +40,6 @@ def preflight(output_dir: str | Path, *, device: str = "auto", patience_s: float
         _expect_equal_versions(_gathered(_versions()))
         _expect_shared(Path(output_dir), patience_s)
         _expect_right_sum(where)
-
-
-@cache
-def shared_store() -> Store:
-    """The store through which the processes of the run find each other, kept as long as this one lives.
-
-    Rank 0 may be its host: it must not end between the preflight's process group and the run's.
-    """
-    store, _, _ = next(rendezvous("env://", timeout=timedelta(seconds=TIMEOUT_S)))
-    return PrefixStore("dovetail", store)
 
 
 @contextmanager

@@ -13,11 +13,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
+from itertools import count
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
@@ -31,7 +34,9 @@ VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 PATIENCE = timedelta(minutes=30)
 """How long a collective waits for the slowest process; loading and saving large models happen within one."""
 
-_FAILURES = "dovetail/failures"
+_FAILURES = "failures"
+_JOINS = count()
+"""Groups that this process joined so far; all processes of a run join the same ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +123,8 @@ def joined(device: torch.device) -> Iterator[World]:
         yield ALONE
         return
     _expect_device(world, device)
-    store, _, _ = next(rendezvous("env://", rank=world.rank, world_size=world.size, timeout=PATIENCE))
+    # A store of its own for each group: nobody finds the addresses of an earlier one in it.
+    store = PrefixStore(f"group-{next(_JOINS)}", shared_store())
     if device.type == "cuda":
         torch.cuda.set_device(world.local_rank)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -133,6 +139,18 @@ def joined(device: torch.device) -> Iterator[World]:
             raise SystemExit(1) from error
         raise
     dist.destroy_process_group()
+
+
+def shared_store() -> Store:
+    """Where the processes of the environment meet. Kept as long as this one lives, which may be its host."""
+    return _store_at(*(os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")))
+
+
+@cache
+def _store_at(address: str, port: str, rank: str, size: str) -> Store:
+    store: Store
+    store, _, _ = next(rendezvous("env://", rank=int(rank), world_size=int(size), timeout=PATIENCE))
+    return store
 
 
 def _described() -> World:

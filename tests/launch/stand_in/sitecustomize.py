@@ -63,8 +63,10 @@ if "DEED" in os.environ:
     if "PREFLIGHT" not in os.environ:
         preflight = ModuleType("dovetail.launch.preflight")
         preflight.preflight = lambda *_, **__: None  # type: ignore[attr-defined]
-        preflight.shared_store = lambda: None  # type: ignore[attr-defined]
         sys.modules["dovetail.launch.preflight"] = preflight
+        world = ModuleType("dovetail.parallel.world")
+        world.shared_store = lambda: None  # type: ignore[attr-defined]
+        sys.modules["dovetail.parallel.world"] = world
         stuck = ModuleType("dovetail.launch.stuck")
         stuck.watched = nullcontext  # type: ignore[attr-defined]
         sys.modules["dovetail.launch.stuck"] = stuck
