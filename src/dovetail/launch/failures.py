@@ -34,12 +34,12 @@ class Death:
 
     @property
     def order(self) -> tuple[int, int]:
-        """Smaller is nearer to the cause: killed from outside, then errors of its own, then lost peers, then
-        those that the agent itself ended."""
+        """Smaller is nearer to the cause: killed from outside, then errors of its own, then lost peers and those
+        that left without a word because another had failed, then those that the agent itself ended."""
         if self.exit_code < 0 and -self.exit_code not in (signal.SIGTERM, signal.SIGABRT):
             return 0, 0
         if self.report is None:
-            return (3 if self.exit_code == -signal.SIGTERM else 1), 0
+            return {-signal.SIGTERM: 3, 1: 2}.get(self.exit_code, 1), 0
         when = int(self.report["message"]["extraInfo"]["timestamp"])
         return (2 if self.lost_peer else 1), when
 

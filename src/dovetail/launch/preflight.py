@@ -53,7 +53,7 @@ def _group(on_gpu: bool) -> Iterator[torch.device]:
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
             # Apart from the keys of the run's own group, which has the same name.
-            store=PrefixStore("preflight", shared_store()),
+            store=PrefixStore("preflight", shared_store(timeout)),
             rank=int(os.environ["RANK"]),
             world_size=int(os.environ["WORLD_SIZE"]),
             timeout=timeout,

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import cache
 from itertools import count
 from typing import Any, TypeVar
 
@@ -35,6 +34,7 @@ PATIENCE = timedelta(minutes=30)
 """How long a collective waits for the slowest process; loading and saving large models happen within one."""
 
 _FAILURES = "failures"
+_STORES: dict[tuple[str, str], Store] = {}
 _JOINS = count()
 """Groups that this process joined so far; all processes of a run join the same ones."""
 
@@ -141,16 +141,19 @@ def joined(device: torch.device) -> Iterator[World]:
     dist.destroy_process_group()
 
 
-def shared_store() -> Store:
-    """Where the processes of the environment meet. Kept as long as this one lives, which may be its host."""
-    return _store_at(*(os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")))
+def shared_store(patience: timedelta = PATIENCE) -> Store:
+    """Where the processes of the environment meet. Kept as long as this one lives, which may be its host.
 
-
-@cache
-def _store_at(address: str, port: str, rank: str, size: str) -> Store:
-    store: Store
-    store, _, _ = next(rendezvous("env://", rank=int(rank), world_size=int(size), timeout=PATIENCE))
-    return store
+    patience: how long the first call waits for the others.
+    """
+    address, port, rank, size = (
+        os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")
+    )
+    if (address, port) not in _STORES:
+        _STORES[address, port], _, _ = next(
+            rendezvous("env://", rank=int(rank), world_size=int(size), timeout=patience)
+        )
+    return _STORES[address, port]
 
 
 def _described() -> World:

@@ -22,6 +22,7 @@ from dovetail.training.disk import write_atomically
 MAY_CHANGE = (
     "output_dir",
     "device",
+    "num_gpus",
     "stages",
     "tracking.*",
     "zero_stage.*",
