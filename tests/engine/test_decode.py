@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dovetail.engine.decode import DecodeLayout, PageMap
+from dovetail.engine.decode import DecodeLayout, LoneLayout, PageMap
 from dovetail.engine.kv_cache import PAGE_TOKENS, KVArena, KVShape, pages_for
 
 CPU = torch.device("cpu")
@@ -31,12 +31,15 @@ def attention_by_definition(
     )
 
 
-@pytest.mark.parametrize("lengths", [[1], [64], [200], [3, 40, 64], [65, 1, 300, 64, 130]])
-@pytest.mark.parametrize("shuffled", [False, True])
-@pytest.mark.parametrize(
+terms = pytest.mark.parametrize(
     ("groups", "window", "softcap"),
     [(1, None, None), (3, None, None), (2, 70, None), (2, 5, 2.0), (1, None, 1.5)],
 )
+
+
+@pytest.mark.parametrize("lengths", [[1], [64], [200], [3, 40, 64], [65, 1, 300, 64, 130]])
+@pytest.mark.parametrize("shuffled", [False, True])
+@terms
 def test_paged_attention_is_attention(
     lengths: list[int], shuffled: bool, groups: int, window: int | None, softcap: float | None
 ) -> None:
@@ -76,6 +79,35 @@ def test_paged_attention_is_attention(
                 softcap=softcap,
             )
             torch.testing.assert_close(out[0, row, head], expected)
+
+
+@pytest.mark.parametrize("length", [1, 64, 200])
+@terms
+def test_a_lone_sequence_s_attention_is_attention_whatever_lies_behind_it(
+    length: int, groups: int, window: int | None, softcap: float | None
+) -> None:
+    generator = torch.Generator().manual_seed(1)
+    arena = KVArena(KVShape(1, 2, 8, torch.float64), 5, CPU, lone=True)
+    arena._storage.fill_(torch.nan)
+    keys, values = torch.randn(2, 2, length, 8, generator=generator).double()
+    rows = [
+        arena.rows_of(torch.tensor([t // PAGE_TOKENS]), torch.tensor([t % PAGE_TOKENS]))
+        for t in range(length)
+    ]
+    for place in range(length - 1):
+        arena.write(0, keys[None, :, place], values[None, :, place], rows[place])
+    query = torch.randn(1, 2 * groups, 1, 8, generator=generator).double()
+    out = LoneLayout(arena, rows[-1], length).attend(
+        LAYER, query, keys[None, :, -1:], values[None, :, -1:], scaling=0.7, sliding_window=window,
+        softcap=softcap,
+    )  # fmt: skip
+    assert out.shape == (1, 1, 2 * groups, 8)
+    for head in range(2 * groups):
+        expected = attention_by_definition(
+            query[0, head, 0], keys[head // groups], values[head // groups], scaling=0.7, window=window,
+            softcap=softcap,
+        )  # fmt: skip
+        torch.testing.assert_close(out[0, 0, head], expected)
 
 
 @pytest.mark.parametrize("groups", [1, 3])

@@ -50,7 +50,12 @@ def test_greedy_tokens_are_those_of_transformers_for_ragged_prompts_even_after_p
     model = tiny_model(name, dtype=torch.float64)
     prompts = prompts_of()
     expected = [hf_greedy(model, prompt, 24) for prompt in prompts]
-    for options in ({}, {"max_cache_tokens": 5 * 64}, {"max_running": 2, "max_prefill_tokens": 50}):
+    for options in (
+        {},
+        {"max_cache_tokens": 5 * 64},
+        {"max_running": 2, "max_prefill_tokens": 50},
+        {"max_running": 1, "max_prefill_tokens": 50},
+    ):
         engine = HybridEngine(model, **options)  # type: ignore[arg-type]
         with engine.generating() as generate:
             completions = generate(
@@ -71,11 +76,12 @@ def test_greedy_tokens_are_right_while_a_long_prompt_is_still_being_read() -> No
         assert list(completion.token_ids) == hf_greedy(model, prompt, len(completion.token_ids))
 
 
+@pytest.mark.parametrize("options", [{"max_cache_tokens": 5 * 64}, {"max_running": 1}])
 @pytest.mark.parametrize("name", TINY)
-def test_logprobs_are_those_of_the_training_forward(name: str) -> None:
+def test_logprobs_are_those_of_the_training_forward(name: str, options: dict[str, int]) -> None:
     model = tiny_model(name)
     prompts = prompts_of()
-    completions = run(model, prompts, Sampling(max_new_tokens=24, temperature=0.7), max_cache_tokens=5 * 64)
+    completions = run(model, prompts, Sampling(max_new_tokens=24, temperature=0.7), **options)
     batch = pack(
         [[*prompt, *c.token_ids] for prompt, c in zip(prompts, completions, strict=True)],
         [[False] * len(p) + [True] * len(c.token_ids) for p, c in zip(prompts, completions, strict=True)],

@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 def failing_above(limit: int, error: type[RuntimeError]) -> Any:
     """An arena class whose allocation fails above so many pages."""
 
-    def allocate(shape: KVShape, num_pages: int, device: torch.device, *, dense: bool) -> KVArena:
+    def allocate(shape: KVShape, num_pages: int, device: torch.device, **_: bool) -> KVArena:
         if num_pages > limit:
             raise error("DefaultCPUAllocator: can't allocate memory: you tried to allocate 7 bytes")
         return KVArena(shape, num_pages, device)

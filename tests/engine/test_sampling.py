@@ -150,6 +150,16 @@ def test_random_numbers_are_uniform_and_uncorrelated_along_seeds_and_positions(a
     assert chi_square(pairs, dict.fromkeys(range(100), 0.01), num - 1) < limit(99) * 1.2  # overlapping pairs
 
 
+def test_each_draw_has_the_random_number_of_its_position_wherever_the_rows_began() -> None:
+    seeds, firsts = [3, 2**40, 7], [0, 5, 90]
+    rows = SamplingRows([Sampling(max_new_tokens=1)] * 3, seeds, firsts, device=CPU)
+    for draw in range(40):
+        for row, (seed, first) in enumerate(zip(seeds, firsts, strict=True)):
+            expected = uniforms(random_keys(torch.tensor([seed])), torch.tensor([first + draw]))
+            assert rows.uniforms_S()[row] == expected
+        rows.advance(torch.zeros(3, dtype=torch.long))
+
+
 def test_seeds_that_differ_only_above_32_bits_differ() -> None:
     keys = random_keys(torch.tensor([5, 5 + 2**32, 5 + 2**50]))
     assert len(set(keys.tolist())) == 3

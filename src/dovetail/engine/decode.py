@@ -16,9 +16,10 @@ width, are regrouped by sequence for the softmax, with the length (or window) ma
 page order for the product with the values, and one small product with the page-owner matrix adds the pages of
 each sequence up. A page that several sequences share is read once for all of them, with as many queries. On the
 CPU this equals scaled_dot_product_attention over contiguous slots for even lengths
-and is faster for ragged or grouped ones; for a single sequence it equals the cache concatenation and
-attention of transformers. Grouped-query heads share the key block of their group. A device kernel that walks
-the page tables can replace `DecodeLayout.attend` without touching anything else.
+and is faster for ragged or grouped ones. Grouped-query heads share the key block of their group. A device kernel
+that walks the page tables can replace `DecodeLayout.attend` without touching anything else.
+
+A sequence that is alone in its arena has its keys in one piece and needs none of this: `LoneLayout`.
 
 Shapes: B running sequences (one new token each), P used pages, M most owners of a page, Q = P x M, N pages of
 the longest, H query heads, C key heads, G query heads per key head, K head width, O the 64 places of a page.
@@ -31,12 +32,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from dovetail.engine.answers import Answer
 from dovetail.engine.kv_cache import PAGE_TOKENS, KVArena
 from dovetail.engine.modules import PackedModules
 from dovetail.engine.sampling import SamplingRows, sample_next
 from dovetail.engine.transfer import Draw, numbers_of
+from dovetail.model.attention import Layout, padded_attention
 
 
 class PageMap:
@@ -177,6 +180,43 @@ class DecodeLayout:
         return self._masks[window]
 
 
+class LoneLayout:
+    """The attention of one decode step of the only sequence there is: it reads the cache in place."""
+
+    def __init__(self, arena: KVArena, rows_HB: Tensor, length: int) -> None:
+        """`rows_HB`: where the new token goes; `length`: of the sequence with it."""
+        self._arena = arena
+        self._rows_HB = rows_HB
+        self._length = length
+
+    def attend(
+        self,
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scaling: float | None,
+        sliding_window: int | None,
+        softcap: float | None,
+    ) -> Tensor:
+        """Store key and value [1, kv heads, 1, K], attend with query [1, H, 1, K]; returns [1, 1, H, K]."""
+        layer: int = module.layer_idx
+        self._arena.write(layer, key, value, self._rows_HB)
+        start = 0 if sliding_window is None else max(0, self._length - sliding_window)
+        keys, values = self._arena.sequence(layer, start, self._length)
+        # The queries that share a key head are as many queries of that head, and all of them see everything.
+        query_1CGK = query.reshape(1, keys.shape[1], -1, query.shape[-1])
+        if softcap is None:
+            out_1CGK = scaled_dot_product_attention(query_1CGK, keys, values, scale=scaling)
+        else:
+            everything = torch.ones(1, dtype=torch.bool, device=query.device)
+            out_1CGK = padded_attention(
+                query_1CGK, keys, values, scaling=scaling, softcap=softcap, allowed=everything
+            )
+        return out_1CGK.reshape(1, 1, -1, query.shape[-1])
+
+
 class EagerDecoder:
     """A decode step, module by module; between two steps the host reads the tokens drawn."""
 
@@ -205,14 +245,18 @@ class EagerDecoder:
         elif version != self._version:
             self._remap()
         self._version = version
-        layout = DecodeLayout(self._arena, self._pages, self._rows_HB, self._positions_B + 1)
-        logits_BV = self._modules.next_logits(self._ids_B, self._positions_B, layout)
+        logits_BV = self._modules.next_logits(self._ids_B, self._positions_B, self._layout())
         ids_B, logprobs_B = sample_next(logits_BV, self._sampling)
         self._ids_B = ids_B
         self._positions_B += 1
         self._rows_HB += 1
         self._sampling.advance(ids_B)
         return Draw.of(answers, numbers_of(ids_B, logprobs_B))
+
+    def _layout(self) -> Layout:
+        if self._arena.lone:
+            return LoneLayout(self._arena, self._rows_HB, self._answers[0].num_tokens)
+        return DecodeLayout(self._arena, self._pages, self._rows_HB, self._positions_B + 1)
 
     def _start(self, answers: Sequence[Answer]) -> None:
         self._answers = list(answers)

@@ -31,7 +31,7 @@ from dovetail.engine.kernels.paged_attention import paged_attention
 from dovetail.engine.kernels.sampling import draw_tokens
 from dovetail.engine.kv_cache import KVArena
 from dovetail.engine.modules import PackedModules
-from dovetail.engine.sampling import Sampling, SamplingRows, random_keys, sample_next
+from dovetail.engine.sampling import Sampling, SamplingRows, random_keys, sample_next, uniforms
 from dovetail.engine.transfer import Draw, numbers_of, to_device
 
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
@@ -278,6 +278,10 @@ class _RowsOfState(SamplingRows):
         self.penalises = seen_BV is not None
         self.penalty_S = floats[:, Column.PENALTY]
         self.seen_SV = seen_BV
+
+    def uniforms_S(self) -> Tensor:
+        """Of the one draw that the table is for."""
+        return uniforms(self.keys_S, self.positions_S)
 
 
 @cache

@@ -8,7 +8,8 @@ block of one head is contiguous. Sequences that begin alike may share full pages
 attention has a kernel that walks page tables, pages lie anywhere. Elsewhere the arena is `dense`: the used
 pages are always the first ones, 0 to n - 1; when sequences leave, the last pages move into the holes. That
 costs at most one copied page for each freed page and lets attention read all used pages as one tensor, in
-place.
+place. An arena for one sequence at a time is `lone`: heads come before pages, so the keys of a head lie in one
+piece and any attention can read them in place.
 
 Shapes: T tokens, H heads (here: of keys and values), K head width.
 """
@@ -48,12 +49,18 @@ class KVArena:
     """The pages' storage: a tensor [2, pages, heads, 64, width] a layer, allocated once.
 
     One a layer, because free memory between training's tensors is seldom in one piece.
+
+    For a lone sequence [2, heads, pages, 64, width]: it holds pages 0, 1, 2, ... in this order.
     """
 
-    def __init__(self, shape: KVShape, num_pages: int, device: torch.device, *, dense: bool = True) -> None:
+    def __init__(
+        self, shape: KVShape, num_pages: int, device: torch.device, *, dense: bool = True, lone: bool = False
+    ) -> None:
         self.shape = shape
         self.num_pages = num_pages
-        self.dense = dense
+        self.lone = lone
+        """Serves one sequence at a time."""
+        self.dense = dense and not lone
         """Used pages are kept together, and cleared when taken: attention reads them whole."""
         size = (2, num_pages, shape.num_heads, PAGE_TOKENS, shape.head_width)
         self._storage = [torch.empty(size, dtype=shape.dtype, device=device) for _ in range(shape.num_layers)]
@@ -74,6 +81,12 @@ class KVArena:
         keys, values = self._tiles[layer]
         return keys[:count], values[:count]
 
+    def sequence(self, layer: int, start: int, end: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the lone sequence's tokens `start` to `end` - 1: [1, heads, T, K] each, no copy."""
+        size = (1, self.shape.num_heads, -1, self.shape.head_width)
+        keys, values = self._rows[layer]
+        return keys.view(size)[:, :, start:end], values.view(size)[:, :, start:end]
+
     def pages(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer, [pages, heads, 64, K] each, without a copy."""
         keys, values = self._storage[layer]
@@ -88,6 +101,8 @@ class KVArena:
     def rows_of(self, pages_T: Tensor, offsets_T: Tensor) -> Tensor:
         """Row numbers [heads x T], heads first, of the tokens at these places in these pages."""
         head_H1 = torch.arange(self.shape.num_heads, device=pages_T.device)[:, None]
+        if self.lone:
+            return ((head_H1 * self.num_pages + pages_T) * PAGE_TOKENS + offsets_T).view(-1)
         return ((pages_T * self.shape.num_heads + head_H1) * PAGE_TOKENS + offsets_T).view(-1)
 
     def clear(self, pages: Sequence[int]) -> None:

@@ -31,12 +31,14 @@ def free_bytes(device: torch.device) -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
-def allocate_arena(shape: KVShape, wanted_pages: int, device: torch.device, *, dense: bool = True) -> KVArena:
+def allocate_arena(
+    shape: KVShape, wanted_pages: int, device: torch.device, *, dense: bool = True, lone: bool = False
+) -> KVArena:
     """An arena of `wanted_pages`, or of what fits, down to a single page; sequences then take turns."""
     planned = num_pages = max(1, min(wanted_pages, int(_USABLE * free_bytes(device)) // shape.page_bytes))
     while True:
         try:
-            arena = KVArena(shape, num_pages, device, dense=dense)
+            arena = KVArena(shape, num_pages, device, dense=dense, lone=lone)
         except (torch.OutOfMemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise

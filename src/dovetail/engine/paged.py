@@ -82,10 +82,13 @@ class PagedGeneration:
         wanted = sum(heapq.nlargest(self._limits.max_running, pages))
         if self._limits.max_cache_tokens is not None:
             wanted = min(wanted, max(1, self._limits.max_cache_tokens // PAGE_TOKENS))
-        if self._arena is None or self._arena.num_pages < wanted:
-            self._arena = self._decoder = None  # the smaller one is freed first
-            self._arena = allocate_arena(self._shape, wanted, self._device, dense=not self._has_kernel)
         places = min(len(answers), self._limits.max_running)
+        lone = places == 1 and not self._has_kernel
+        if self._arena is None or self._arena.num_pages < wanted or self._arena.lone != lone:
+            self._arena = self._decoder = None  # the other one is freed first
+            self._arena = allocate_arena(
+                self._shape, wanted, self._device, dense=not self._has_kernel, lone=lone
+            )
         self._decoder = self._decoder_for(
             self._arena, places=places, pages=min(max(pages), self._arena.num_pages)
         )

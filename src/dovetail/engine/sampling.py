@@ -27,6 +27,7 @@ from torch import Tensor
 from dovetail.errors import GenerationError
 
 _MASK_32 = 0xFFFFFFFF
+_DRAWS_AHEAD = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,9 +84,11 @@ class SamplingRows:
         *,
         device: torch.device,
     ) -> None:
-        """`positions`: how many tokens each answer has already: the index of its next random number."""
+        """`positions`: how many tokens each answer has already: the index of its first random number here."""
         self.keys_S = random_keys(torch.tensor([seed & (2**63 - 1) for seed in seeds], device=device))
         self.positions_S = torch.tensor(list(positions), device=device)
+        self._num_drawn = 0
+        self._ahead_NS: Tensor | None = None
         temperatures = [s.temperature for s in settings]
         self.all_greedy = not any(temperatures)
         self.some_greedy = 0 in temperatures
@@ -110,9 +113,17 @@ class SamplingRows:
         for row, ids in enumerate(token_ids):
             self.seen_SV[row, torch.tensor(list(ids), device=device)] = True
 
+    def uniforms_S(self) -> Tensor:
+        """The random number of each sequence's next token. The hash is computed for some draws at once."""
+        place = self._num_drawn % _DRAWS_AHEAD
+        if place == 0 or self._ahead_NS is None:
+            draws_N1 = torch.arange(_DRAWS_AHEAD, device=self.keys_S.device)[:, None] + self._num_drawn
+            self._ahead_NS = uniforms(self.keys_S, self.positions_S + draws_N1)
+        return self._ahead_NS[place]
+
     def advance(self, ids_S: Tensor) -> None:
         """After a draw: the next random number, and one more token seen."""
-        self.positions_S += 1
+        self._num_drawn += 1
         if self.seen_SV is not None:
             self.seen_SV.scatter_(1, ids_S[:, None], True)
 
@@ -131,7 +142,7 @@ def sample_next(logits_SV: Tensor, rows: SamplingRows) -> tuple[Tensor, Tensor]:
     if rows.all_greedy:
         ids_S = logits_SV.argmax(dim=-1)
     else:
-        ids_S = invert_distribution(probs_SV, uniforms(rows.keys_S, rows.positions_S))
+        ids_S = invert_distribution(probs_SV, rows.uniforms_S())
         if rows.some_greedy:
             ids_S = torch.where(rows.greedy_S, logits_SV.argmax(dim=-1), ids_S)
     return ids_S, probs_SV.gather(1, ids_S[:, None]).squeeze(1).log()
