@@ -1,7 +1,8 @@
 """Attention over packed sequences, registered with transformers under the name "dovetail".
 
 Responsible for: the registered function, switching a model to it, and causal attention inside each sequence
-of a packed batch (flash attention on GPUs; elsewhere, and with soft-capped scores, a padded rectangle).
+of a packed batch (flash attention on GPUs; on CPUs one sequence after the other; else, as with soft-capped scores,
+a padded rectangle).
 Not responsible for: who calls the model (forward.py), or attention to cached keys (engine/).
 
 The one seam: every forward passes an object `layout`; whatever it is, its `attend` does the work. Training
@@ -85,6 +86,8 @@ class PackedLayout:
         window = sliding_window if sliding_window is not None and sliding_window < self.max_length else None
         if softcap is None and flash_can(query, value, window):
             return flash_attention(query, key, value, self, self, scaling=scaling, window=window)
+        if softcap is None and not query.is_cuda:
+            return self._one_by_one(query, key, value, scaling=scaling, window=window)
         query_SHLK, key_SHLK, value_SHLK = self.padded(query), self.padded(key), self.padded(value)
         needs_mask = window is not None or softcap is not None
         allowed_LL = self._window_mask(window or self.max_length) if needs_mask else None
@@ -92,6 +95,27 @@ class PackedLayout:
             query_SHLK, key_SHLK, value_SHLK, scaling=scaling, softcap=softcap, allowed=allowed_LL
         )
         return self.packed(out_SHLK)
+
+    def _one_by_one(
+        self, query: Tensor, key: Tensor, value: Tensor, *, scaling: float | None, window: int | None
+    ) -> Tensor:
+        """Each sequence alone. On a CPU calls are cheap, and half the work or more of a rectangle is padding."""
+        sequences = zip(
+            *(x.split(self.lengths, dim=2) for x in (query, key, value)), self.lengths, strict=True
+        )
+        out_1HTK = [
+            scaled_dot_product_attention(
+                query_1HLK,
+                key_1HLK,
+                value_1HLK,
+                attn_mask=None if window is None else self._window_mask(window)[:length, :length],
+                is_causal=window is None,
+                scale=scaling,
+                enable_gqa=True,
+            )
+            for query_1HLK, key_1HLK, value_1HLK, length in sequences
+        ]
+        return torch.cat(out_1HTK, dim=2).transpose(1, 2)
 
     def padded(self, x: Tensor) -> Tensor:
         """[1, H, T, K] -> [S, H, L, K], sequences aligned left; the filling cannot reach real tokens."""
@@ -291,7 +315,7 @@ def _softcapped(
 
 
 def _for_each_query_head(x_SHLK: Tensor, num_heads: int) -> Tensor:
-    """Key heads repeated so that each query head has its own (faster than SDPA's grouping on CPUs)."""
+    """Key heads repeated so that each query head has its own, which every kernel behind SDPA can read."""
     groups = num_heads // x_SHLK.shape[1]
     return x_SHLK if groups == 1 else x_SHLK.repeat_interleave(groups, dim=1)
 
