@@ -100,9 +100,7 @@ class PackedLayout:
         self, query: Tensor, key: Tensor, value: Tensor, *, scaling: float | None, window: int | None
     ) -> Tensor:
         """Each sequence alone. On a CPU calls are cheap, and half the work or more of a rectangle is padding."""
-        sequences = zip(
-            *(x.split(self.lengths, dim=2) for x in (query, key, value)), self.lengths, strict=True
-        )
+        parts = [torch.split_with_sizes(x, self.lengths, dim=2) for x in (query, key, value)]
         out_1HTK = [
             scaled_dot_product_attention(
                 query_1HLK,
@@ -113,7 +111,7 @@ class PackedLayout:
                 scale=scaling,
                 enable_gqa=True,
             )
-            for query_1HLK, key_1HLK, value_1HLK, length in sequences
+            for query_1HLK, key_1HLK, value_1HLK, length in zip(*parts, self.lengths, strict=True)
         ]
         return torch.cat(out_1HTK, dim=2).transpose(1, 2)
 
