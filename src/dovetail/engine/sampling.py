@@ -5,9 +5,9 @@ Not responsible for: when a sequence stops (answers.py), or where the logits com
 
 Randomness is a pure function: one uniform number per (seed, position), by an integer hash, turned into a
 token by inverting the cumulative distribution. So a draw depends on its own logits, seed and position and on
-nothing else in the batch, survives preemption, and needs no generator state. It costs about 50 microseconds a
-step on a CPU core whatever the batch and vocabulary, where Gumbel noise, one number a vocabulary entry, takes
-a millisecond for 64 x 1,024 of them.
+nothing else in the batch, survives preemption, and needs no generator state. It costs about 50 microseconds on a
+CPU core whatever the batch and vocabulary, once for some steps, where Gumbel noise, one number a vocabulary entry,
+takes a millisecond a step for 64 x 1,024 of them.
 
 The reported log-probability is that of the distribution actually drawn from: after repetition penalty,
 temperature and truncation. Without penalty and truncation (PPO uses neither) it is log softmax(logits /
@@ -28,6 +28,7 @@ from dovetail.errors import GenerationError
 
 _MASK_32 = 0xFFFFFFFF
 _DRAWS_AHEAD = 16
+"""Draws whose random numbers are hashed together."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
