@@ -101,13 +101,17 @@ class PackedLayout:
     ) -> Tensor:
         """Each sequence alone. On a CPU calls are cheap, and half the work or more of a rectangle is padding."""
         parts = [torch.split_with_sizes(x, self.lengths, dim=2) for x in (query, key, value)]
+        mask_LL = None
+        if window is not None:  # as numbers, once: given as bool, each sequence would turn and keep its own
+            mask_LL = query.new_zeros(self.max_length, self.max_length)
+            mask_LL.masked_fill_(~self._window_mask(window), -torch.inf)
         out_1HTK = [
             scaled_dot_product_attention(
                 query_1HLK,
                 key_1HLK,
                 value_1HLK,
-                attn_mask=None if window is None else self._window_mask(window)[:length, :length],
-                is_causal=window is None,
+                attn_mask=None if mask_LL is None else mask_LL[:length, :length],
+                is_causal=mask_LL is None,
                 scale=scaling,
                 enable_gqa=True,
             )
