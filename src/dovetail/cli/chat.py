@@ -13,8 +13,8 @@ from typing import Annotated, Protocol
 
 import typer
 
-from dovetail.cli.model_path import model_folder
 from dovetail.errors import DovetailError, GenerationError
+from dovetail.model.run_models import model_folder
 from dovetail.text.message import Message
 
 COMMANDS = """/reset         forget the conversation

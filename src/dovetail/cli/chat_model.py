@@ -6,7 +6,7 @@ Responsible for: loading it and asking it. Not responsible for: the conversation
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from dovetail.cli.text_stream import TextStream
+from dovetail.cli.shown_text import ShownText
 from dovetail.engine.hybrid import HybridEngine
 from dovetail.engine.modules import context_of
 from dovetail.engine.sampling import Sampling
@@ -47,7 +47,7 @@ class ModelSpeaker:
 
     def speak(self, prompt_ids: Sequence[int], *, turn: int, on_text: Callable[[str], None]) -> str:
         """Draw an answer, showing its pieces as they come."""
-        stream = TextStream(self._chat.decode, on_text, stops=_RUNAWAY)
+        stream = ShownText(self._chat.decode, on_text, stops=_RUNAWAY)
 
         def on_token(_request: int, token_id: int, _logprob: float) -> None:
             if token_id not in self._sampling.stop_token_ids:

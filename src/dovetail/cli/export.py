@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from dovetail.cli.model_path import model_folder
 from dovetail.config.load import check, read_recipe
 from dovetail.config.run import RunConfig
 from dovetail.errors import ModelError
+from dovetail.model.run_models import model_folder
 
 if TYPE_CHECKING:
     import torch

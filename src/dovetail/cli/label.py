@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from dovetail.cli.model_path import model_folder, reward_folder
+from dovetail.model.run_models import model_folder, reward_folder
 from dovetail.errors import ConfigError
 
 if TYPE_CHECKING:

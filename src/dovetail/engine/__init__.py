@@ -5,7 +5,7 @@ Not responsible for: training, or what the generated tokens are used for.
 """
 
 from dovetail.engine.answers import Completion, FinishReason
-from dovetail.engine.hybrid import Generate, HybridEngine
+from dovetail.engine.hybrid import Generate, HybridEngine, Serve
 from dovetail.engine.sampling import Sampling
 
-__all__ = ["Completion", "FinishReason", "Generate", "HybridEngine", "Sampling"]
+__all__ = ["Completion", "FinishReason", "Generate", "HybridEngine", "Sampling", "Serve"]

@@ -32,13 +32,15 @@ from dovetail.engine.modules import (
     vocabulary_of,
 )
 from dovetail.engine.padded import generate_padded
-from dovetail.engine.paged import Counts, Limits, PagedGeneration
+from dovetail.engine.paged import Counts, Limits, PagedGeneration, Source
 from dovetail.engine.sampling import Sampling
 from dovetail.errors import GenerationError
 from dovetail.model.attention import why_not_packed
 from dovetail.model.forward import plain_model
 
 _PADDED_BATCH = 32
+_UNLIMITED_CONTEXT = 32768
+"""Tokens kept room for where a model names no limit."""
 
 
 class Generate(Protocol):
@@ -109,6 +111,21 @@ class HybridEngine:
         finally:
             self._is_generating = False
 
+    @contextmanager
+    def serving(self) -> Iterator[Serve]:
+        """The same block for requests that come one after the other. Raises GenerationError for models that
+        take the padded way, whose batches nobody can join.
+        """
+        paged = self.paged_generation()
+        if paged is None:
+            raise GenerationError(
+                f"{type(self.model).__name__} generates in padded batches, which no request can join",
+                hint="dovetail chat and dovetail generate can use this model; for the server take another",
+            )
+        with evaluation_mode(self._wrapped), self.modules.our_attention():
+            longest = self._limits.max_cache_tokens or _UNLIMITED_CONTEXT
+            yield Serve(self, paged, min(paged.reserve_for(self.context or longest), self.context or longest))
+
     def paged_generation(self) -> PagedGeneration | None:
         """A new generation loop without arena yet; None if this model must take the padded way."""
         device = self._device or next(self.model.parameters()).device
@@ -129,6 +146,31 @@ class HybridEngine:
         if message not in self._warned:
             self._warned.add(message)
             warnings.warn(message, stacklevel=3)
+
+
+class Serve:
+    """What `serving()` hands out."""
+
+    def __init__(self, engine: HybridEngine, paged: PagedGeneration, max_tokens: int) -> None:
+        self._engine = engine
+        self._paged = paged
+        self.max_tokens = max_tokens
+        """The most tokens of prompt and answer together: the context, or what the KV cache holds if less."""
+
+    def expect_usable(self, answer: Answer, decode_text: DecodeText | None) -> None:
+        """Raise GenerationError unless the answer may be handed over by the source."""
+        listener = Listener(decode_text=decode_text)
+        expect_usable(answer, vocabulary=self._engine.vocabulary, context=self.max_tokens, listener=listener)
+        if answer.max_tokens > self.max_tokens:
+            raise GenerationError(
+                f"prompt and answer together may take {answer.max_tokens} tokens, and there is room for "
+                f"{self.max_tokens}",
+                hint=f"ask for at most {self.max_tokens - len(answer.prompt)} new tokens",
+            )
+
+    def __call__(self, source: Source, *, decode_text: DecodeText | None = None) -> None:
+        """Answer what the source hands over until it ends. One call at a time."""
+        self._paged.serve(source, Listener(decode_text=decode_text))
 
 
 class _Session:

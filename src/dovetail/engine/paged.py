@@ -26,7 +26,7 @@ from dovetail.engine.memory import allocate_arena
 from dovetail.engine.modules import PackedModules
 from dovetail.engine.prefill import Prefill
 from dovetail.engine.sampling import sample_next
-from dovetail.engine.scheduler import Chunk, Scheduler
+from dovetail.engine.scheduler import Chunk, Load, Scheduler
 from dovetail.engine.transfer import Draw, numbers_of
 
 
@@ -64,6 +64,18 @@ class Decoder(Protocol):
     def step(self, answers: Sequence[Answer], version: int) -> Draw: ...
 
 
+class Source(Protocol):
+    """Where requests come from while others are being answered."""
+
+    def poll(self, load: Load) -> Sequence[Answer] | None:
+        """Answers that join before the next step; None: no more will come, and those under way are left.
+
+        May block while `load` is idle. Between two polls the answers handed over have grown by what was drawn;
+        one whose `finish_reason` is set in here ("cancelled") gives its pages back before the next step.
+        """
+        ...
+
+
 class PagedGeneration:
     """Generation with one KV arena, which lives as long as this object."""
 
@@ -78,11 +90,18 @@ class PagedGeneration:
 
     def reserve(self, answers: Sequence[Answer]) -> int:
         """Make the arena as large as these answers can use; returns how many tokens it holds."""
-        pages = [pages_for(answer.max_tokens) for answer in answers]
+        return self._reserve([pages_for(answer.max_tokens) for answer in answers])
+
+    def reserve_for(self, num_tokens: int) -> int:
+        """The same for as many answers as may run, of up to `num_tokens` with their prompts."""
+        return self._reserve([pages_for(num_tokens)] * self._limits.max_running)
+
+    def _reserve(self, pages: Sequence[int]) -> int:
+        """pages: what each answer can use."""
         wanted = sum(heapq.nlargest(self._limits.max_running, pages))
         if self._limits.max_cache_tokens is not None:
             wanted = min(wanted, max(1, self._limits.max_cache_tokens // PAGE_TOKENS))
-        places = min(len(answers), self._limits.max_running)
+        places = min(len(pages), self._limits.max_running)
         lone = places == 1 and not self._has_kernel
         if self._arena is None or self._arena.num_pages < wanted or self._arena.lone != lone:
             self._arena = self._decoder = None  # the other one is freed first
@@ -107,31 +126,50 @@ class PagedGeneration:
     @torch.no_grad()
     def run(self, answers: Sequence[Answer], listener: Listener) -> Counts:
         """Bring every answer to its end."""
-        assert self._arena is not None
-        assert self._decoder is not None
-        limits, decoder = self._limits, self._decoder
-        scheduler = Scheduler(
-            answers, self._arena, max_running=limits.max_running, max_prefill_tokens=limits.max_prefill_tokens
-        )
+        scheduler, decoder = self._start(answers)
+        draws = _Draws(scheduler, decoder, listener)
         try:
-            self._loop(scheduler, decoder, _Draws(scheduler, decoder, listener))
+            while scheduler.waiting or scheduler.running:
+                self._step(scheduler, decoder, draws)
         finally:
             decoder.forget(answers)  # a listener may have raised; the rows serve the next call
         return Counts(scheduler.num_preempted, scheduler.num_shared_tokens)
 
-    def _loop(self, scheduler: Scheduler, decoder: Decoder, draws: _Draws) -> None:
-        while scheduler.waiting or scheduler.running:
-            chunks = scheduler.admit()
-            if chunks:
-                draws.add(self._read(chunks))
-            if scheduler.is_short_of_pages():
-                draws.read(keep=0)
-            decoder.forget(scheduler.make_room())
-            ready = scheduler.ready()
-            if ready:
-                draws.add(self._decode(ready, scheduler.version))
-            elif not chunks:
-                draws.read(keep=0)
+    @torch.no_grad()
+    def serve(self, source: Source, listener: Listener) -> None:
+        """Answer what the source hands over, each beside the others, until it says that no more will come."""
+        scheduler, decoder = self._start(())
+        draws = _Draws(scheduler, decoder, listener)
+        try:
+            while (arrived := source.poll(scheduler.load())) is not None:
+                decoder.forget(scheduler.drop_ended())
+                scheduler.waiting.extend(arrived)
+                if scheduler.waiting or scheduler.running:
+                    self._step(scheduler, decoder, draws)
+        finally:
+            decoder.forget(scheduler.running)
+
+    def _start(self, answers: Sequence[Answer]) -> tuple[Scheduler, Decoder]:
+        assert self._arena is not None
+        assert self._decoder is not None
+        limits = self._limits
+        scheduler = Scheduler(
+            answers, self._arena, max_running=limits.max_running, max_prefill_tokens=limits.max_prefill_tokens
+        )
+        return scheduler, self._decoder
+
+    def _step(self, scheduler: Scheduler, decoder: Decoder, draws: _Draws) -> None:
+        chunks = scheduler.admit()
+        if chunks:
+            draws.add(self._read(chunks))
+        if scheduler.is_short_of_pages():
+            draws.read(keep=0)
+        decoder.forget(scheduler.make_room())
+        ready = scheduler.ready()
+        if ready:
+            draws.add(self._decode(ready, scheduler.version))
+        elif not chunks:
+            draws.read(keep=0)
 
     def _read(self, chunks: Sequence[Chunk]) -> Draw | None:
         """Read parts of prompts; draw the next token of those that are complete."""

@@ -35,6 +35,20 @@ class Chunk:
         return self.end == self.answer.num_tokens
 
 
+@dataclass(frozen=True, slots=True)
+class Load:
+    """How much is going on."""
+
+    num_running: int
+    num_waiting: int
+    num_pages: int
+    """Pages of the KV cache in use."""
+
+    @property
+    def is_idle(self) -> bool:
+        return not self.num_running and not self.num_waiting
+
+
 class Scheduler:
     """The waiting and the running answers of one call to generate."""
 
@@ -105,6 +119,16 @@ class Scheduler:
             self.running = [answer for answer in self.running if not answer.finish_reason]
             self._release(finished)
         return finished
+
+    def load(self) -> Load:
+        """What runs and waits now."""
+        return Load(len(self.running), len(self.waiting), self._pool.num_used)
+
+    def drop_ended(self) -> list[Answer]:
+        """Let answers go that were ended from outside, waiting or running; returns those that ran."""
+        if any(answer.finish_reason for answer in self.waiting):
+            self.waiting = deque(answer for answer in self.waiting if not answer.finish_reason)
+        return self.retire()
 
     def _num_places(self) -> int:
         """How many may start now.

@@ -1,12 +1,12 @@
 import pytest
 
-from dovetail.cli.text_stream import TextStream
+from dovetail.cli.shown_text import ShownText
 
 
 def stream(data: bytes, stops: tuple[str, ...] = ()) -> tuple[list[str], str]:
     """The pieces shown when each byte is a token, and the whole text."""
     pieces: list[str] = []
-    shown = TextStream(lambda ids: bytes(ids).decode(errors="replace"), pieces.append, stops=stops)
+    shown = ShownText(lambda ids: bytes(ids).decode(errors="replace"), pieces.append, stops=stops)
     for token in data:
         shown.add(token)
     return pieces, shown.finish()

@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from dovetail.cli.model_path import model_folder
 from dovetail.errors import ModelError
+from dovetail.model.run_models import model_folder
 
 
 def finish(run: Path, *stages: str) -> None:

@@ -1,0 +1,118 @@
+"""Requests that join a running batch, against the same requests alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+
+from dovetail.engine import HybridEngine, Sampling
+from dovetail.engine.answers import Answer
+from dovetail.engine.scheduler import Load
+from dovetail.errors import GenerationError
+from tests.engine.test_hybrid import prompts_of, run
+from tests.fakes import tiny_model
+
+
+class Script:
+    """A source that acts at given polls and ends when nothing runs and nothing is to come."""
+
+    def __init__(self, **actions: Callable[[], Sequence[Answer]]) -> None:
+        self._actions = {int(name.removeprefix("at_")): action for name, action in actions.items()}
+        self.loads: list[Load] = []
+
+    def poll(self, load: Load) -> Sequence[Answer] | None:
+        action = self._actions.pop(len(self.loads), None)
+        self.loads.append(load)
+        if action is not None:
+            return action()
+        return None if load.is_idle and not self._actions else ()
+
+
+def request(index: int, prompt: Sequence[int], sampling: Sampling) -> Answer:
+    return Answer(index, tuple(prompt), sampling, seed=index, max_new_tokens=sampling.max_new_tokens)
+
+
+def serve(source: Script, **options: int) -> None:
+    model = tiny_model(dtype=torch.float64)
+    with HybridEngine(model, **options).serving() as answer_all:  # type: ignore[arg-type]
+        answer_all(source)
+
+
+def test_requests_that_arrive_one_by_one_are_answered_as_if_alone() -> None:
+    prompts, sampling = prompts_of(), Sampling(max_new_tokens=24, temperature=0.9)
+    model = tiny_model(dtype=torch.float64)
+    alone = [run(model, [p], sampling, seed=i)[0].token_ids for i, p in enumerate(prompts)]
+    for options in ({}, {"max_cache_tokens": 5 * 64}, {"max_running": 2}, {"max_prefill_tokens": 50}):
+        answers = [request(i, prompt, sampling) for i, prompt in enumerate(prompts)]
+        arrivals = {f"at_{3 * i}": lambda answer=answer: [answer] for i, answer in enumerate(answers)}
+        serve(Script(**arrivals), **options)
+        assert [tuple(answer.token_ids) for answer in answers] == alone
+
+
+def test_a_short_request_that_joins_ends_before_the_long_one_it_joined() -> None:
+    long, short = (
+        request(0, [5] * 20, Sampling(max_new_tokens=100)),
+        request(1, [6] * 9, Sampling(max_new_tokens=5)),
+    )
+    when_short_ended: list[int] = []
+
+    class Watching(Script):
+        def poll(self, load: Load) -> Sequence[Answer] | None:
+            if short.finish_reason and not when_short_ended:
+                when_short_ended.append(len(long.token_ids))
+            return super().poll(load)
+
+    serve(Watching(at_0=lambda: [long], at_10=lambda: [short]))
+    assert (long.finish_reason, short.finish_reason) == ("length", "length")
+    assert 10 < when_short_ended[0] < 20
+
+
+def test_a_cancelled_request_gives_its_pages_back_before_the_next_step() -> None:
+    kept = request(0, [5] * 20, Sampling(max_new_tokens=40))
+    gone = request(1, [6] * 130, Sampling(max_new_tokens=40))
+    waiting = request(2, [7] * 130, Sampling(max_new_tokens=40))
+
+    def cancel() -> list[Answer]:
+        gone.finish_reason = waiting.finish_reason = "cancelled"
+        return []
+
+    source = Script(at_0=lambda: [kept, gone, waiting], at_5=cancel)
+    serve(source, max_running=2)
+    assert (source.loads[5].num_running, source.loads[5].num_waiting, source.loads[5].num_pages) == (2, 1, 4)
+    assert (source.loads[6].num_running, source.loads[6].num_waiting, source.loads[6].num_pages) == (1, 0, 1)
+    assert (gone.pages, waiting.token_ids) == ([], [])
+    assert len(gone.token_ids) < 40 == len(kept.token_ids)
+    assert source.loads[-1] == Load(0, 0, 0)
+
+
+def test_a_long_prompt_cancelled_while_it_is_read_is_read_no_further() -> None:
+    gone = request(0, [6] * 400, Sampling(max_new_tokens=4))
+
+    def cancel() -> list[Answer]:
+        gone.finish_reason = "cancelled"
+        return []
+
+    source = Script(at_0=lambda: [gone], at_2=cancel)
+    serve(source, max_prefill_tokens=50)
+    assert len(source.loads) == 4
+    assert gone.token_ids == []
+
+
+def test_what_does_not_fit_is_refused_before_it_is_handed_over() -> None:
+    with HybridEngine(tiny_model(), max_cache_tokens=128).serving() as answer_all:
+        assert answer_all.max_tokens == 128
+        answer_all.expect_usable(request(0, [5] * 100, Sampling(max_new_tokens=28)), None)
+        with pytest.raises(GenerationError, match=r"may take 129 tokens.*room for 128") as caught:
+            answer_all.expect_usable(request(0, [5] * 100, Sampling(max_new_tokens=29)), None)
+        assert caught.value.hint == "ask for at most 28 new tokens"
+
+
+def test_models_that_take_the_padded_way_cannot_be_joined() -> None:
+    with (
+        pytest.warns(UserWarning, match="falls back to padded"),
+        pytest.raises(GenerationError, match="no request can join"),
+        HybridEngine(tiny_model("bloom")).serving(),
+    ):
+        raise AssertionError
