@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 import dovetail
-from dovetail.cli import chat, data, demo, doctor, export, label, train
+from dovetail.cli import chat, data, demo, doctor, export, label, serve, train
 from dovetail.cli.flag_lists import repeat_flags
 from dovetail.errors import DovetailError
 
@@ -49,6 +49,8 @@ app.command("ppo", rich_help_panel=TRAINING)(train.ppo)
 app.command("demo", rich_help_panel=TRAINING)(demo.demo)
 app.command("chat", rich_help_panel=RESULTS)(chat.chat)
 app.add_typer(label.app, name="label", rich_help_panel=RESULTS)
+app.command("serve", rich_help_panel=RESULTS)(serve.serve)
+app.command("api-key", rich_help_panel=RESULTS)(serve.api_key)
 app.command("export", rich_help_panel=RESULTS)(export.export)
 app.command("doctor", rich_help_panel=LOOKING)(doctor.doctor)
 data_app = typer.Typer(no_args_is_help=True, help="Look at the data as the model will see it.")

@@ -1,0 +1,105 @@
+"""The application: routes, gate and pages in one.
+
+Responsible for: putting it together. Not responsible for: sockets and signals (server.py).
+
+    app = create_app(load_models(["runs/demo"], EngineSettings()), routers=[label_pages(...)])
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+
+from fastapi import APIRouter, FastAPI, Response
+from fastapi.responses import JSONResponse
+from starlette.middleware.cors import CORSMiddleware
+
+from dovetail import __version__
+from dovetail.serving import problems
+from dovetail.serving.gate import Drain, Gate, RequestLimits
+from dovetail.serving.keys import ApiKeys
+from dovetail.serving.meters import Meters
+from dovetail.serving.pages import chat_pages
+from dovetail.serving.routes import Service, api_routes
+from dovetail.serving.served_model import ServedModel
+
+
+def create_app(
+    models: Sequence[ServedModel],
+    *,
+    limits: RequestLimits | None = None,
+    keys: ApiKeys | None = None,
+    cors_origins: Sequence[str] = (),
+    routers: Sequence[APIRouter] = (),
+    links: Mapping[str, str] | None = None,
+) -> FastAPI:
+    """The API, the chat page, health and figures, and whatever `routers` add.
+
+    keys: None asks for none. cors_origins: web pages of other origins that may call the API; none by default.
+    routers: further pages on the same port; they see bodies within the size limit and do their own logins.
+    links: title -> path of the pages among them that the chat page is to name.
+    The engines start and end with the application. `app.state.drain` says how it is to stop.
+    """
+    limits = limits or RequestLimits()
+    meters, drain = Meters(models), Drain()
+    service = Service({model.name: model for model in models}, limits, meters, started=int(time.time()))
+
+    @asynccontextmanager
+    async def engines(_app: FastAPI) -> AsyncIterator[None]:
+        loop = asyncio.get_running_loop()
+        try:
+            for model in models:
+                await asyncio.to_thread(model.thread.start, loop.call_soon_threadsafe)
+            yield
+        finally:
+            for model in models:
+                await asyncio.to_thread(model.thread.close)
+
+    app = FastAPI(
+        title="Dovetail",
+        version=__version__,
+        lifespan=engines,
+        docs_url=None,  # these pages load their scripts from elsewhere
+        redoc_url=None,
+    )
+    app.state.drain = drain
+    problems.install(app)
+    for router in (
+        api_routes(service),
+        _operations(models, meters, drain),
+        chat_pages(links or {}),
+        *routers,
+    ):
+        app.include_router(router)
+    app.add_middleware(Gate, limits=limits, keys=keys, meters=meters, drain=drain)
+    if cors_origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=list(cors_origins), allow_methods=["*"], allow_headers=["*"]
+        )
+    return app
+
+
+def _operations(models: Sequence[ServedModel], meters: Meters, drain: Drain) -> APIRouter:
+    """What those who run the server ask."""
+    router = APIRouter()
+
+    @router.get("/health")
+    async def health() -> dict[str, str]:
+        """The process answers."""
+        return {"status": "ok"}
+
+    @router.get("/ready", responses={503: {"description": "starting, stopping or failed"}})
+    async def ready() -> JSONResponse:
+        """Requests can come."""
+        status = "ready" if all(model.thread.is_alive for model in models) else "engine stopped"
+        if drain.has_begun:
+            status = "stopping"
+        return JSONResponse({"status": status}, 200 if status == "ready" else 503)
+
+    @router.get("/metrics", response_class=Response)
+    async def metrics() -> Response:
+        return Response(meters.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    return router

@@ -1,0 +1,183 @@
+"""What every request passes before anything reads it.
+
+Responsible for: drain, key, rate and body size, in this order, and counting what comes and goes.
+Not responsible for: what a request means (routes.py).
+
+Plain ASGI: streams pass through untouched, and a disconnected client is seen by the route that waits for it.
+Only the paths of the API need a key; pages of other parts of the server have logins of their own.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from dovetail.serving.keys import ApiKeys
+from dovetail.serving.meters import Meters
+from dovetail.serving.problems import Problem
+
+_GUARDED = ("/v1/", "/metrics")
+_MANY_CALLERS = 10_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestLimits:
+    """What one request, or one caller, may ask for."""
+
+    max_body_bytes: int = 1 << 20
+    max_prompt_tokens: int | None = None
+    """None: what the model's context has room for."""
+    max_new_tokens: int | None = None
+    """Of one answer; None: what is left of the context."""
+    max_choices: int = 16
+    """Answers that one request may ask for, all its prompts together."""
+    requests_per_minute: float | None = None
+    """Of one key, or of one address where no keys are asked for."""
+
+
+class Rate:
+    """A bucket for each caller: a minute's requests at once, refilled steadily."""
+
+    def __init__(self, per_minute: float, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._most = max(1.0, per_minute)
+        self._per_second = per_minute / 60
+        self._clock = clock
+        self._buckets: dict[str, tuple[float, float]] = {}
+        """Caller -> (requests left, at this time)."""
+
+    def wait(self, caller: str) -> float:
+        """Seconds until this caller may ask again; 0: now, and that is counted."""
+        now = self._clock()
+        if len(self._buckets) >= _MANY_CALLERS:
+            self._forget_the_idle(now)
+        left = self._left(caller, now)
+        if left < 1:
+            return (1 - left) / self._per_second
+        self._buckets[caller] = (left - 1, now)
+        return 0.0
+
+    def _left(self, caller: str, now: float) -> float:
+        left, then = self._buckets.get(caller, (self._most, now))
+        return min(self._most, left + (now - then) * self._per_second)
+
+    def _forget_the_idle(self, now: float) -> None:
+        self._buckets = {
+            caller: bucket for caller, bucket in self._buckets.items() if self._left(caller, now) < self._most
+        }
+
+
+class Gate:
+    """The outermost layer of the application."""
+
+    def __init__(
+        self, app: ASGIApp, *, limits: RequestLimits, keys: ApiKeys | None, meters: Meters, drain: Drain
+    ) -> None:
+        self._app = app
+        self._limits = limits
+        self._keys = keys
+        self._rate = Rate(limits.requests_per_minute) if limits.requests_per_minute else None
+        self._meters = meters
+        self._drain = drain
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        began, statuses = time.perf_counter(), [500]
+
+        async def noting(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                statuses[0] = message["status"]
+            await send(message)
+
+        self._drain.num_open += 1
+        try:
+            body = await self._admit(scope, receive)
+            await self._app(scope, _replay(body, receive) if body is not None else receive, noting)
+        except Problem as problem:  # of the gate; the application answers its own
+            await problem.response()(scope, receive, noting)
+        finally:
+            self._drain.num_open -= 1
+            self._meters.request_done(scope, statuses[0], time.perf_counter() - began)
+
+    async def _admit(self, scope: Scope, receive: Receive) -> bytes | None:
+        """The body, None for methods without one. Raises Problem for requests that may not pass."""
+        headers = Headers(scope=scope)
+        has_body = scope["method"] in ("POST", "PUT", "PATCH", "DELETE")
+        if has_body and self._drain.has_begun:
+            raise Problem(503, "the server is stopping", code="stopping", headers={"Retry-After": "5"})
+        if scope["path"].startswith(_GUARDED):
+            caller = self._caller(scope, headers)
+            if has_body and self._rate is not None and (seconds := self._rate.wait(caller)):
+                raise Problem(
+                    429,
+                    f"more than {self._limits.requests_per_minute:g} requests a minute; "
+                    f"try again in {seconds:.1f} s",
+                    code="rate_limit_exceeded",
+                    headers={"Retry-After": str(int(seconds) + 1)},
+                )
+        return await self._body(headers, receive) if has_body else None
+
+    def _caller(self, scope: Scope, headers: Headers) -> str:
+        """Whose request it is: a key's owner, or an address. Raises Problem for a wrong or missing key."""
+        if self._keys is None:
+            client = scope.get("client")
+            return client[0] if client else "unknown"
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or not key:
+            raise Problem(
+                401,
+                "no API key: send the header `Authorization: Bearer KEY`",
+                code="missing_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+        owner = self._keys.owner(key.strip())
+        if owner is None:
+            raise Problem(
+                401,
+                "this API key is not known",
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+        return owner
+
+    async def _body(self, headers: Headers, receive: Receive) -> bytes:
+        most = self._limits.max_body_bytes
+        too_large = Problem(413, f"the body is larger than {most} bytes", code="body_too_large")
+        declared = headers.get("content-length", "")
+        if declared.isdecimal() and int(declared) > most:
+            raise too_large
+        body = bytearray()
+        while True:
+            message = await receive()
+            body += message.get("body", b"")
+            if len(body) > most:
+                raise too_large
+            if not message.get("more_body", False):
+                return bytes(body)
+
+
+class Drain:
+    """Whether the server is stopping, and how many requests it still has."""
+
+    def __init__(self) -> None:
+        self.has_begun = False
+        self.num_open = 0
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """A `receive` that gives the body first, and then what comes after it."""
+    is_given = False
+
+    async def again() -> Message:
+        nonlocal is_given
+        if is_given:
+            return await receive()
+        is_given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return again

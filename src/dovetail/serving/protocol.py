@@ -1,0 +1,230 @@
+"""The requests and responses of OpenAI's API, as far as this server has them.
+
+Responsible for: names, types and bounds; unknown parameters are errors, never ignored.
+Not responsible for: what depends on the model (routes.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from dovetail.text.message import Message, message
+
+_INT64 = 2**63
+_MOST_STOPS = 4
+
+
+class _Request(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+def _only_zero(value: float | None) -> float | None:
+    if value:
+        raise ValueError("only 0 is possible: this server has repetition_penalty instead")
+    return value
+
+
+def _only_empty(value: dict[str, Any] | None) -> dict[str, Any] | None:
+    if value:
+        raise ValueError("this server cannot bias single tokens")
+    return value
+
+
+def _encodable(text: str) -> str:
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise ValueError("half a surrogate pair is no character")
+    return text
+
+
+_Text = Annotated[str, AfterValidator(_encodable)]
+_Zero = Annotated[
+    float | None, AfterValidator(_only_zero), Field(json_schema_extra={"minimum": 0, "maximum": 0})
+]
+_Stop = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(_encodable)]
+_Stops = _Stop | Annotated[list[_Stop], Field(max_length=_MOST_STOPS)] | None
+_TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+class StreamOptions(_Request):
+    """What a stream tells beside the answer."""
+
+    include_usage: bool = False
+    """End with a chunk that holds the token counts and no choice."""
+
+
+class SamplingRequest(_Request):
+    """What chat and text completions have in common."""
+
+    model: _Text
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    n: Annotated[int, Field(ge=1, le=128)] | None = 1
+    max_tokens: Annotated[int, Field(ge=1, le=2**31)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = 1.0
+    top_k: Annotated[int, Field(ge=1, le=2**31)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    seed: Annotated[int, Field(ge=-_INT64, lt=_INT64)] | None = None
+    stop: _Stops = None
+    presence_penalty: _Zero = None
+    frequency_penalty: _Zero = None
+    logit_bias: Annotated[
+        dict[str, Any] | None, AfterValidator(_only_empty), Field(json_schema_extra={"maxProperties": 0})
+    ] = None
+    user: str | None = None
+    """Taken for compatibility; changes nothing and is not stored."""
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The stop strings, one or several."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+
+class TextPart(_Request):
+    """A piece of a message's content."""
+
+    type: Literal["text"]
+    text: _Text
+
+
+class ResponseFormat(_Request):
+    """Plain text is the only one."""
+
+    type: Literal["text"]
+
+
+class ChatMessage(_Request):
+    """One turn of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: _Text | Annotated[list[TextPart], Field(min_length=1)]
+
+    def plain(self) -> Message:
+        """As a chat template takes it."""
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return message("system" if self.role == "developer" else self.role, text)
+
+
+class ChatRequest(SamplingRequest):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1, le=2**31)] | None = None
+    logprobs: bool | None = False
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    response_format: ResponseFormat | None = None
+
+
+class CompletionRequest(SamplingRequest):
+    """POST /v1/completions."""
+
+    prompt: _Text | list[_TokenId] | list[_Text] | list[list[_TokenId]]
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    echo: Literal[False] | None = None
+
+    def prompts(self) -> Sequence[str | Sequence[int]]:
+        """The prompts, one or several."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if self.prompt and isinstance(self.prompt[0], int):
+            return [[i for i in self.prompt if isinstance(i, int)]]
+        return [one for one in self.prompt if not isinstance(one, int)]
+
+
+class Usage(BaseModel):
+    """How many tokens."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class TokenLogprob(BaseModel):
+    """One token and how likely it was under the distribution it was drawn from."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None
+    top_logprobs: list[Any]
+
+
+class ChatLogprobs(BaseModel):
+    """Of an answer's tokens."""
+
+    content: list[TokenLogprob]
+
+
+class AnswerMessage(BaseModel):
+    """The turn that the model wrote."""
+
+    role: Literal["assistant"]
+    content: str
+
+
+class ChatChoice(BaseModel):
+    """One answer."""
+
+    index: int
+    message: AnswerMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: Literal["stop", "length"]
+
+
+class ChatCompletion(BaseModel):
+    """Response of POST /v1/chat/completions."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class TextLogprobs(BaseModel):
+    """Of a text's tokens."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+
+
+class TextChoice(BaseModel):
+    """One continuation."""
+
+    index: int
+    text: str
+    logprobs: TextLogprobs | None
+    finish_reason: Literal["stop", "length"]
+
+
+class Completion(BaseModel):
+    """Response of POST /v1/completions."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[TextChoice]
+    usage: Usage
+
+
+class Model(BaseModel):
+    """A model of this server."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    max_model_len: int
+    """The most tokens of prompt and answer together."""
+
+
+class ModelList(BaseModel):
+    """Response of GET /v1/models."""
+
+    object: Literal["list"]
+    data: list[Model]

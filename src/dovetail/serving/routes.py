@@ -1,0 +1,211 @@
+"""The routes of OpenAI's API.
+
+Responsible for: what a request asks of which model, checked against model and limits, and the two kinds of
+response, whole and streamed. Not responsible for: keys, rates, sizes (gate.py), generation (choices.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from dovetail.engine import Sampling
+from dovetail.serving.choices import Answering
+from dovetail.serving.gate import RequestLimits
+from dovetail.serving.meters import Meters
+from dovetail.serving.problems import ErrorBody, Problem
+from dovetail.serving.protocol import (
+    ChatCompletion,
+    ChatRequest,
+    Completion,
+    CompletionRequest,
+    Model,
+    ModelList,
+    SamplingRequest,
+)
+from dovetail.serving.responses import ChatForm, EventStream, Form, TextForm, whole
+from dovetail.serving.served_model import ServedModel
+
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": ErrorBody, "description": "what the caller can put right"},
+    "5XX": {"model": ErrorBody, "description": "what the server has to put right"},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """What the routes work with."""
+
+    models: dict[str, ServedModel]
+    limits: RequestLimits
+    meters: Meters
+    started: int
+    """Unix time, in seconds."""
+
+    def model(self, name: str) -> ServedModel:
+        """Raises Problem if there is none of that name."""
+        if name not in self.models:
+            known = ", ".join(self.models)
+            raise Problem(
+                404, f"no model {name!r} here; there are: {known}", param="model", code="model_not_found"
+            )
+        return self.models[name]
+
+    def described(self, model: ServedModel) -> dict[str, Any]:
+        """A model as /v1/models lists it."""
+        return {
+            "id": model.name,
+            "object": "model",
+            "created": self.started,
+            "owned_by": "dovetail",
+            "max_model_len": model.thread.max_tokens,
+        }
+
+
+def api_routes(service: Service) -> APIRouter:
+    """/v1/models, /v1/chat/completions and /v1/completions."""
+    router = APIRouter(prefix="/v1", responses=_ERRORS)
+    streams: dict[int | str, dict[str, Any]] = {
+        200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
+    }
+
+    @router.get("/models", response_model=ModelList)
+    async def list_models() -> dict[str, Any]:
+        return {"object": "list", "data": [service.described(model) for model in service.models.values()]}
+
+    @router.get("/models/{name:path}", response_model=Model)
+    async def show_model(name: str) -> dict[str, Any]:
+        return service.described(service.model(name))
+
+    @router.post("/chat/completions", response_model=ChatCompletion, responses=streams)
+    async def complete_chat(wanted: ChatRequest, request: Request) -> Response | dict[str, Any]:
+        return await _complete_chat(service, wanted, request)
+
+    @router.post("/completions", response_model=Completion, responses=streams)
+    async def complete_text(wanted: CompletionRequest, request: Request) -> Response | dict[str, Any]:
+        return await _complete_text(service, wanted, request)
+
+    return router
+
+
+async def _complete_chat(
+    service: Service, wanted: ChatRequest, request: Request
+) -> Response | dict[str, Any]:
+    model = service.model(wanted.model)
+    if wanted.top_logprobs:
+        raise _no_alternatives("top_logprobs")
+    if wanted.top_logprobs is not None and not wanted.logprobs:
+        raise Problem(400, "top_logprobs: it needs logprobs = true", param="top_logprobs")
+    if wanted.max_tokens and wanted.max_completion_tokens:
+        raise Problem(400, "give max_completion_tokens or max_tokens, not both", param="max_tokens")
+    prompt = await asyncio.to_thread(model.chat_ids, [turn.plain() for turn in wanted.messages])
+    answering = _begin(
+        service,
+        model,
+        wanted,
+        [prompt],
+        max_tokens=wanted.max_completion_tokens or wanted.max_tokens,
+        stops=(*wanted.stops, *model.chat_stops),
+    )
+    form = ChatForm(_new_id("chatcmpl"), wanted.model, model.chat, has_logprobs=bool(wanted.logprobs))
+    return await _respond(answering, form, wanted, request)
+
+
+async def _complete_text(
+    service: Service, wanted: CompletionRequest, request: Request
+) -> Response | dict[str, Any]:
+    model = service.model(wanted.model)
+    if wanted.logprobs:
+        raise _no_alternatives("logprobs")
+    if not wanted.prompts():
+        raise Problem(400, "prompt: it is an empty list", param="prompt")
+    prompts = [
+        await asyncio.to_thread(model.text_ids, prompt) if isinstance(prompt, str) else prompt
+        for prompt in wanted.prompts()
+    ]
+    answering = _begin(service, model, wanted, prompts, max_tokens=wanted.max_tokens, stops=wanted.stops)
+    form = TextForm(_new_id("cmpl"), wanted.model, model.chat, has_logprobs=wanted.logprobs is not None)
+    return await _respond(answering, form, wanted, request)
+
+
+async def _respond(
+    answering: Answering, form: Form, wanted: SamplingRequest, request: Request
+) -> Response | dict[str, Any]:
+    if wanted.stream:
+        options = wanted.stream_options
+        return EventStream(answering, form, has_usage=options is not None and options.include_usage)
+    return await whole(answering, form, request)
+
+
+def _begin(
+    service: Service,
+    model: ServedModel,
+    wanted: SamplingRequest,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_tokens: int | None,
+    stops: tuple[str, ...],
+) -> Answering:
+    if wanted.stream_options is not None and not wanted.stream:
+        raise Problem(400, "stream_options: only with stream = true", param="stream_options")
+    num_choices = wanted.n or 1
+    if num_choices * len(prompts) > service.limits.max_choices:
+        raise Problem(
+            400,
+            f"n: {num_choices * len(prompts)} answers, and one request may ask for {service.limits.max_choices}",
+            param="n",
+        )
+    sampling = Sampling(
+        max_new_tokens=_room_for_answers(service.limits, model, prompts, max_tokens),
+        temperature=1.0 if wanted.temperature is None else wanted.temperature,
+        top_p=wanted.top_p,
+        top_k=wanted.top_k,
+        min_p=wanted.min_p,
+        repetition_penalty=wanted.repetition_penalty,
+        stop_token_ids=model.chat.stop_token_ids,
+        stop_strings=stops,
+    )
+    seed = secrets.randbits(62) if wanted.seed is None else wanted.seed
+    return Answering(model, prompts, sampling, seed=seed, num_choices=num_choices, meters=service.meters)
+
+
+def _room_for_answers(
+    limits: RequestLimits, model: ServedModel, prompts: Sequence[Sequence[int]], wanted: int | None
+) -> int:
+    """The most new tokens. Raises Problem where prompt, limits and context leave no room for what is wanted."""
+    context, longest = model.thread.max_tokens, max(map(len, prompts))
+    if limits.max_prompt_tokens is not None and longest > limits.max_prompt_tokens:
+        raise Problem(
+            400,
+            f"the prompt has {longest} tokens, and this server takes {limits.max_prompt_tokens}",
+            code="prompt_too_long",
+        )
+    room = context - longest
+    if room < 1 or (wanted is not None and wanted > room):
+        asked = f" and {wanted} new ones" if wanted is not None else ""
+        raise Problem(
+            400,
+            f"the model's context is {context} tokens; the prompt has {longest}{asked}",
+            code="context_length_exceeded",
+        )
+    most = limits.max_new_tokens
+    if most is not None and wanted is not None and wanted > most:
+        raise Problem(400, f"max_tokens: {wanted}, and this server gives {most}", param="max_tokens")
+    return min(room, wanted or room, most or room)
+
+
+def _no_alternatives(name: str) -> Problem:
+    return Problem(
+        400,
+        f"{name}: only 0 is possible: the engine knows the drawn token's log-probability, not those of others",
+        param=name,
+    )
+
+
+def _new_id(kind: str) -> str:
+    return f"{kind}-{secrets.token_hex(12)}"
