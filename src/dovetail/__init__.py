@@ -9,11 +9,18 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from dovetail.engine.sampling import Sampling
     from dovetail.rlhf.api import PPOTrainer, RLHFEngine
+    from dovetail.serving.chat_model import ChatModel
 
-_PUBLIC = {"RLHFEngine": "dovetail.rlhf.api", "PPOTrainer": "dovetail.rlhf.api"}
+_PUBLIC = {
+    "ChatModel": "dovetail.serving.chat_model",
+    "PPOTrainer": "dovetail.rlhf.api",
+    "RLHFEngine": "dovetail.rlhf.api",
+    "Sampling": "dovetail.engine.sampling",
+}
 
-__all__ = ["PPOTrainer", "RLHFEngine", "__version__"]
+__all__ = ["ChatModel", "PPOTrainer", "RLHFEngine", "Sampling", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

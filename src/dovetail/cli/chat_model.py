@@ -17,8 +17,6 @@ from dovetail.text.tokenizer import load_tokenizer
 from dovetail.training.placement import resolve_device, resolve_dtype
 
 _NO_LIMIT = 8192
-_RUNAWAY = ("\n\nHuman:",)
-"""A model that has not learnt to stop writes the next question too; there the answer ends."""
 
 
 class ModelSpeaker:
@@ -36,7 +34,7 @@ class ModelSpeaker:
             sampling,
             max_new_tokens=self.max_new_tokens,
             stop_token_ids=self._chat.stop_token_ids,
-            stop_strings=_RUNAWAY,
+            stop_strings=self._chat.stop_strings,
         )
         self._engine = HybridEngine(model, device=where)
         self._seed = seed
@@ -47,7 +45,7 @@ class ModelSpeaker:
 
     def speak(self, prompt_ids: Sequence[int], *, turn: int, on_text: Callable[[str], None]) -> str:
         """Draw an answer, showing its pieces as they come."""
-        stream = ShownText(self._chat.decode, on_text, stops=_RUNAWAY)
+        stream = ShownText(self._chat.decode, on_text, stops=self._chat.stop_strings)
 
         def on_token(_request: int, token_id: int, _logprob: float) -> None:
             if token_id not in self._sampling.stop_token_ids:

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 import dovetail
-from dovetail.cli import chat, data, demo, doctor, export, label, serve, train
+from dovetail.cli import chat, data, demo, doctor, export, generate, label, serve, train
 from dovetail.cli.flag_lists import repeat_flags
 from dovetail.errors import DovetailError
 
@@ -28,6 +28,7 @@ EPILOG = """Begin here:
   dovetail train opt-1.3b data.blend='\\[my_pairs.jsonl]'
   dovetail chat runs/opt-1.3b                    talk to the result
   dovetail label runs/opt-1.3b --prompts my_prompts.jsonl"""
+  dovetail serve runs/opt-1.3b                   the same in the browser, and for any OpenAI client"""
 
 app = typer.Typer(
     name="dovetail",
@@ -49,6 +50,7 @@ app.command("ppo", rich_help_panel=TRAINING)(train.ppo)
 app.command("demo", rich_help_panel=TRAINING)(demo.demo)
 app.command("chat", rich_help_panel=RESULTS)(chat.chat)
 app.add_typer(label.app, name="label", rich_help_panel=RESULTS)
+app.command("generate", rich_help_panel=RESULTS)(generate.generate)
 app.command("serve", rich_help_panel=RESULTS)(serve.serve)
 app.command("api-key", rich_help_panel=RESULTS)(serve.api_key)
 app.command("export", rich_help_panel=RESULTS)(export.export)

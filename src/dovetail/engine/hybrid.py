@@ -126,6 +126,11 @@ class HybridEngine:
             longest = self._limits.max_cache_tokens or _UNLIMITED_CONTEXT
             yield Serve(self, paged, min(paged.reserve_for(self.context or longest), self.context or longest))
 
+    @property
+    def can_be_joined(self) -> bool:
+        """Whether `serving` takes this model."""
+        return self.paged_generation() is not None
+
     def paged_generation(self) -> PagedGeneration | None:
         """A new generation loop without arena yet; None if this model must take the padded way."""
         device = self._device or next(self.model.parameters()).device

@@ -110,7 +110,7 @@ async def _complete_chat(
         wanted,
         [prompt],
         max_tokens=wanted.max_completion_tokens or wanted.max_tokens,
-        stops=(*wanted.stops, *model.chat_stops),
+        stops=(*wanted.stops, *model.chat.stop_strings),
     )
     form = ChatForm(_new_id("chatcmpl"), wanted.model, model.chat, has_logprobs=bool(wanted.logprobs))
     return await _respond(answering, form, wanted, request)

@@ -25,8 +25,6 @@ from dovetail.text.message import Message
 from dovetail.text.tokenizer import load_tokenizer
 from dovetail.training.placement import resolve_device, resolve_dtype
 
-_NEXT_QUESTION = "\n\nHuman:"
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSettings:
@@ -56,9 +54,6 @@ class ServedModel:
         self.thread = EngineThread(
             engine, chat.decode, max_running=settings.max_running, max_waiting=settings.max_waiting
         )
-        template = chat.tokenizer.chat_template
-        self.chat_stops = (_NEXT_QUESTION,) if isinstance(template, str) and _names_human(template) else ()
-        """Stop strings of every chat: a model that has not learnt to stop writes the next question too."""
 
     def chat_ids(self, messages: Sequence[Message]) -> list[int]:
         """The conversation as the model reads it, ready for an answer."""
@@ -107,15 +102,13 @@ def _load(name: str, place: str, settings: EngineSettings, bases: dict[str, Any]
     dtype = resolve_dtype("auto", device)
     adapter = Path(place).expanduser() / "adapter_config.json"
     chat = ChatFormat(load_tokenizer(place))
-    if not adapter.is_file():
-        model: Any = load_causal_lm(place, dtype=dtype, device=device)
-    else:
-        base = _base_of(adapter)
-        if base not in bases:
-            bases[base] = load_causal_lm(base, dtype=dtype, device=device)
-        model = PeftModel.from_pretrained(
-            _twin(bases[base]), str(adapter.parent), autocast_adapter_dtype=False
-        ).eval()
+    base = _base_of(adapter) if adapter.is_file() else place
+    if base not in bases:
+        bases[base] = load_causal_lm(base, dtype=dtype, device=device)
+    model: Any = bases[base]
+    if adapter.is_file():
+        twin = _twin(model)
+        model = PeftModel.from_pretrained(twin, str(adapter.parent), autocast_adapter_dtype=False).eval()
     expect_rows_for(chat.tokenizer, model, place)
     return ServedModel(name, model, chat, settings)
 
@@ -134,7 +127,3 @@ def _twin(model: Any) -> Any:
     """A second tree of modules over the very same parameters and buffers."""
     shared = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
-
-
-def _names_human(template: str) -> bool:
-    return "Human: " in template

@@ -43,6 +43,7 @@ DEFAULT_TEMPLATE = (
 """For tokenizers without a chat template: Anthropic's transcripts, each answer ended by the end-of-text
 token."""
 
+_NEXT_QUESTION = "\n\nHuman:"
 _FIRST_TOKEN = r"{{- bos_token -}}"
 
 _HOLES = re.compile(HOLE.format("([0-9]+)"))
@@ -82,6 +83,13 @@ class ChatFormat:
         text."""
         eos = self.tokenizer.eos_token_id
         return tuple(dict.fromkeys(i for i in (self._end_id, eos) if isinstance(i, int)))
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """Texts that end an answer too: a model that has not learnt to stop writes the next question itself, where
+        that is plain text and no token.
+        """
+        return (_NEXT_QUESTION,) if _NEXT_QUESTION.strip() in str(self.tokenizer.chat_template) else ()
 
     @cached_property
     def fingerprint(self) -> str:

@@ -1,0 +1,59 @@
+"""`dovetail generate`: answers to a file of prompts.
+
+Responsible for: the flags and the progress. Not responsible for: files (serving/prompt_file.py), answers
+(serving/chat_model.py).
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from dovetail.serving.chat_model import Reply
+
+
+def generate(
+    path: Annotated[str, typer.Argument(help="A run folder, a model folder, a .gguf file or a hub name.")],
+    prompts: Annotated[Path, typer.Option(help="JSON lines with `prompt` or `messages`.")],
+    output: Annotated[Path, typer.Option(help="JSON lines: the same columns, `answer`, `finish_reason`.")],
+    system: Annotated[str | None, typer.Option(help="System prompt.", show_default=False)] = None,
+    temperature: Annotated[float, typer.Option(min=0, help="0 always takes the likeliest word.")] = 0.7,
+    top_p: Annotated[
+        float, typer.Option(min=0.01, max=1, help="Share of likeliest words to draw from.")
+    ] = 0.95,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
+    seed: Annotated[int, typer.Option(help="Row i is drawn with seed + i.")] = 0,
+    device: Annotated[str, typer.Option(help="cuda, cpu, or auto.")] = "auto",
+) -> None:
+    """Answer every prompt of a file, many at once; the same command again goes on where it was.
+
+    dovetail generate runs/demo --prompts questions.jsonl --output answers.jsonl
+    """
+    from dovetail.engine.sampling import Sampling  # here and not above: these import torch
+    from dovetail.serving.chat_model import ChatModel
+    from dovetail.serving.prompt_file import AnswerFile, read_prompts
+    from dovetail.telemetry.log import say
+    from dovetail.telemetry.progress import Progress
+
+    rows = read_prompts(prompts)
+    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
+    answers = AnswerFile(output, rows)
+    done = answers.num_done
+    if done:
+        say(f"{output}: {done} of {len(rows)} answers are there already")
+    if done == len(rows):
+        return
+    model = ChatModel(path, device=device, system=system)
+    with answers, Progress("generate", total=len(rows), start=done, print_every=100) as progress:
+
+        def on_reply(reply: "Reply") -> None:
+            answers.add(done + reply.index, reply.text, reply.finish_reason)
+            progress.advance()
+
+        model.chat_many(
+            [row.conversation for row in rows[done:]],
+            sampling=sampling,
+            seeds=[seed + index for index in range(done, len(rows))],
+            on_reply=on_reply,
+        )

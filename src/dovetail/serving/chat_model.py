@@ -1,0 +1,220 @@
+"""`ChatModel`: a finished model in Python, without a server.
+
+Responsible for: answers to one conversation, to many at once, and piece by piece.
+Not responsible for: HTTP (app.py), the terminal (cli/chat.py).
+
+    model = ChatModel("runs/demo")
+    model.chat("What is a dovetail joint?")
+    for piece in model.stream([{"role": "user", "content": "Tell me a story."}]): ...
+    model.chat_many(["One question.", "Another."], sampling=Sampling(max_new_tokens=64, temperature=0))
+"""
+
+from __future__ import annotations
+
+import queue
+import secrets
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+
+from dovetail.engine import FinishReason, HybridEngine, Sampling
+from dovetail.engine.answers import Answer
+from dovetail.engine.modules import context_of
+from dovetail.engine.scheduler import Load
+from dovetail.model.load import expect_rows_for, load_causal_lm
+from dovetail.model.run_models import model_folder
+from dovetail.text.chat_format import ChatFormat
+from dovetail.text.message import Message, message
+from dovetail.text.text_stream import TextStream
+from dovetail.text.tokenizer import load_tokenizer
+from dovetail.training.placement import resolve_device, resolve_dtype
+
+Conversation = str | Sequence[Message]
+"""A question, or the turns up to where the model is to speak."""
+
+DEFAULT_SAMPLING = Sampling(max_new_tokens=256, temperature=0.7, top_p=0.95)
+_CACHE_TOKENS = 32768
+_AT_ONCE = 64
+_PADDED_AT_ONCE = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """The answer to one of many conversations."""
+
+    index: int
+    """Its conversation's place among those given."""
+    text: str
+    finish_reason: FinishReason
+
+
+class ChatModel:
+    """A chat model by run folder, model folder, .gguf file or hub name. One call at a time."""
+
+    def __init__(self, path: str, *, device: str = "auto", system: str | None = None) -> None:
+        """system: stands before every conversation that has no system message of its own.
+
+        Raises ModelError if there is no model, ConfigError if there is no such device.
+        """
+        found, where = model_folder(path), resolve_device(device)
+        tokenizer = load_tokenizer(found)
+        model = load_causal_lm(found, dtype=resolve_dtype("auto", where), device=where)
+        expect_rows_for(tokenizer, model, found)
+        self._format = ChatFormat(tokenizer)
+        self._engine = HybridEngine(model, device=where, max_running=_AT_ONCE, max_cache_tokens=_CACHE_TOKENS)
+        self._system = system
+        self.context = context_of(model)
+        """The most tokens of conversation and answer together; None: the model names no limit."""
+
+    def chat(
+        self, conversation: Conversation, *, sampling: Sampling = DEFAULT_SAMPLING, seed: int | None = None
+    ) -> str:
+        """The answer to one conversation. seed: the same one gives the same answer; None draws one.
+
+        Raises GenerationError if the conversation leaves no room for an answer.
+        """
+        return "".join(self.stream(conversation, sampling=sampling, seed=seed))
+
+    def stream(
+        self, conversation: Conversation, *, sampling: Sampling = DEFAULT_SAMPLING, seed: int | None = None
+    ) -> Iterator[str]:
+        """The same answer piece by piece. Leaving the loop ends the generation."""
+        prompt, settings = self._prompts([conversation])[0], self._settings(sampling)
+        text = TextStream(self._format.decode, stops=settings.stop_strings)
+        tokens: queue.SimpleQueue[int | BaseException | None] = queue.SimpleQueue()
+        has_left = threading.Event()
+
+        def on_token(_index: int, token_id: int, _logprob: float) -> bool:
+            tokens.put(token_id)
+            return has_left.is_set()
+
+        def generate() -> None:
+            try:
+                with self._engine.generating() as answer:
+                    answer(
+                        [prompt],
+                        settings,
+                        seeds=[_drawn_unless(seed)],
+                        on_token=on_token,
+                        decode_text=self._format.decode,
+                    )
+                tokens.put(None)
+            except BaseException as error:  # raised again where somebody waits for it
+                tokens.put(error)
+
+        thread = threading.Thread(target=generate, name="engine", daemon=True)
+        thread.start()
+        try:
+            while (token := tokens.get()) is not None:
+                if isinstance(token, BaseException):
+                    raise token
+                if piece := text.add([token]):
+                    yield piece
+            if piece := text.finish():
+                yield piece
+        finally:
+            has_left.set()
+            thread.join()
+
+    def chat_many(
+        self,
+        conversations: Sequence[Conversation],
+        *,
+        sampling: Sampling = DEFAULT_SAMPLING,
+        seeds: Sequence[int] | None = None,
+        on_reply: Callable[[Reply], object] | None = None,
+    ) -> list[str]:
+        """Answers to many conversations, generated together; each is what it would be alone.
+
+        seeds: one a conversation. on_reply: called with each answer as soon as it is finished, in any order.
+        Raises GenerationError, before any answer, if a conversation leaves no room for one.
+        """
+        settings, prompts = self._settings(sampling), self._prompts(conversations)
+        chosen = [secrets.randbits(62) for _ in prompts] if seeds is None else list(seeds)
+        texts = [""] * len(prompts)
+
+        def on_done(answer: Answer) -> None:
+            assert answer.finish_reason is not None
+            text = TextStream(self._format.decode, stops=settings.stop_strings)
+            texts[answer.index] = text.add(answer.token_ids) + text.finish()
+            if on_reply is not None:
+                on_reply(Reply(answer.index, texts[answer.index], answer.finish_reason))
+
+        answers = [
+            Answer(index, tuple(prompt), settings, seed, settings.max_new_tokens)
+            for index, (prompt, seed) in enumerate(zip(prompts, chosen, strict=True))
+        ]
+        if self._engine.can_be_joined:
+            self._serve(answers, on_done)
+        else:
+            self._pad(answers, on_done)
+        return texts
+
+    def _serve(self, answers: Sequence[Answer], on_done: Callable[[Answer], None]) -> None:
+        with self._engine.serving() as serve:
+            for answer in answers:
+                answer.max_new_tokens = max(
+                    1, min(answer.max_new_tokens, serve.max_tokens - len(answer.prompt))
+                )
+                serve.expect_usable(answer, self._format.decode)
+            serve(_Feed(answers, on_done), decode_text=self._format.decode)
+
+    def _pad(self, answers: Sequence[Answer], on_done: Callable[[Answer], None]) -> None:
+        """For models whose batches nobody can join: one after the other."""
+        with self._engine.generating() as generate:
+            for start in range(0, len(answers), _PADDED_AT_ONCE):
+                batch = answers[start : start + _PADDED_AT_ONCE]
+                completions = generate(
+                    [answer.prompt for answer in batch],
+                    [answer.sampling for answer in batch],
+                    seeds=[answer.seed for answer in batch],
+                    decode_text=self._format.decode,
+                )
+                for answer, completion in zip(batch, completions, strict=True):
+                    answer.token_ids, answer.finish_reason = (
+                        list(completion.token_ids),
+                        completion.finish_reason,
+                    )
+                    on_done(answer)
+
+    def _prompts(self, conversations: Sequence[Conversation]) -> list[list[int]]:
+        return self._format.encode_prompts([self._turns(conversation) for conversation in conversations])
+
+    def _turns(self, conversation: Conversation) -> list[Message]:
+        turns = [message("user", conversation)] if isinstance(conversation, str) else list(conversation)
+        if self._system is not None and (not turns or turns[0]["role"] != "system"):
+            return [message("system", self._system), *turns]
+        return turns
+
+    def _settings(self, sampling: Sampling) -> Sampling:
+        """With what ends an answer in this model's chat format."""
+        return replace(
+            sampling,
+            stop_token_ids=(*sampling.stop_token_ids, *self._format.stop_token_ids),
+            stop_strings=(*sampling.stop_strings, *self._format.stop_strings),
+        )
+
+
+class _Feed:
+    """A source that hands over the next answer as soon as there is a place for it."""
+
+    def __init__(self, answers: Iterable[Answer], on_done: Callable[[Answer], None]) -> None:
+        self._coming = iter(answers)
+        self._on_done = on_done
+        self._open: list[Answer] = []
+
+    def poll(self, load: Load) -> Sequence[Answer] | None:
+        """See `Source`."""
+        finished = [answer for answer in self._open if answer.finish_reason]
+        if finished:
+            self._open = [answer for answer in self._open if not answer.finish_reason]
+        for answer in finished:
+            self._on_done(answer)
+        new = list(islice(self._coming, _AT_ONCE - len(self._open)))
+        self._open += new
+        return new if self._open else None
+
+
+def _drawn_unless(seed: int | None) -> int:
+    return secrets.randbits(62) if seed is None else seed
