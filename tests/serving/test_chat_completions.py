@@ -175,3 +175,15 @@ def test_without_a_limit_an_answer_may_fill_the_context(server: Live) -> None:
 
 def test_the_models_list_says_how_long_a_conversation_may_be(server: Live) -> None:
     assert httpx.get(f"{server.url}/v1/models").json()["data"][0]["max_model_len"] == 512
+
+
+def test_a_temperature_near_zero_is_greedy(server: Live) -> None:
+    texts = [
+        server.chat(temperature=temperature, logprobs=True, repetition_penalty=penalty).json()["choices"][0]
+        for temperature, penalty in ((0, 1), (1e-300, 1), (1e-9, 1), (1e-300, 0.01), (0, 0.01))
+    ]
+    assert [choice["message"]["content"] for choice in texts[:3]] == [
+        drawn(HELLO, temperature=0, max_new_tokens=8)[0]
+    ] * 3
+    assert texts[3] == texts[4]
+    assert all(entry["logprob"] <= 0 for choice in texts for entry in choice["logprobs"]["content"])

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from dovetail.text.message import Message, message
 
@@ -39,13 +39,19 @@ def _encodable(text: str) -> str:
     return text
 
 
+def _whole(value: Any) -> Any:
+    """1.0 is an integer in JSON."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+_WHOLE = BeforeValidator(_whole)
 _Text = Annotated[str, AfterValidator(_encodable)]
 _Zero = Annotated[
     float | None, AfterValidator(_only_zero), Field(json_schema_extra={"minimum": 0, "maximum": 0})
 ]
 _Stop = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(_encodable)]
 _Stops = _Stop | Annotated[list[_Stop], Field(max_length=_MOST_STOPS)] | None
-_TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+_TokenId = Annotated[int, Field(ge=0, lt=2**31), _WHOLE]
 
 
 class StreamOptions(_Request):
@@ -61,14 +67,14 @@ class SamplingRequest(_Request):
     model: _Text
     stream: bool | None = False
     stream_options: StreamOptions | None = None
-    n: Annotated[int, Field(ge=1, le=128)] | None = 1
-    max_tokens: Annotated[int, Field(ge=1, le=2**31)] | None = None
+    n: Annotated[int, Field(ge=1, le=128), _WHOLE] | None = 1
+    max_tokens: Annotated[int, Field(ge=1, le=2**31), _WHOLE] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] | None = 1.0
-    top_k: Annotated[int, Field(ge=1, le=2**31)] | None = None
+    top_k: Annotated[int, Field(ge=1, le=2**31), _WHOLE] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
-    seed: Annotated[int, Field(ge=-_INT64, lt=_INT64)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
+    seed: Annotated[int, Field(ge=-_INT64, lt=_INT64), _WHOLE] | None = None
     stop: _Stops = None
     presence_penalty: _Zero = None
     frequency_penalty: _Zero = None
@@ -113,9 +119,9 @@ class ChatRequest(SamplingRequest):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    max_completion_tokens: Annotated[int, Field(ge=1, le=2**31)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, le=2**31), _WHOLE] | None = None
     logprobs: bool | None = False
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20), _WHOLE] | None = None
     response_format: ResponseFormat | None = None
 
 
@@ -123,7 +129,7 @@ class CompletionRequest(SamplingRequest):
     """POST /v1/completions."""
 
     prompt: _Text | list[_TokenId] | list[_Text] | list[list[_TokenId]]
-    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=5), _WHOLE] | None = None
     echo: Literal[False] | None = None
 
     def prompts(self) -> Sequence[str | Sequence[int]]:

@@ -36,6 +36,8 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     "5XX": {"model": ErrorBody, "description": "what the server has to put right"},
 }
 
+_LEAST_TEMPERATURE = 1e-3
+
 
 @dataclass(frozen=True, slots=True)
 class Service:
@@ -70,9 +72,8 @@ class Service:
 def api_routes(service: Service) -> APIRouter:
     """/v1/models, /v1/chat/completions and /v1/completions."""
     router = APIRouter(prefix="/v1", responses=_ERRORS)
-    streams: dict[int | str, dict[str, Any]] = {
-        200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
-    }
+    event = {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}}
+    streams: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": event}}}}
 
     @router.get("/models", response_model=ModelList)
     async def list_models() -> dict[str, Any]:
@@ -162,7 +163,7 @@ def _begin(
         )
     sampling = Sampling(
         max_new_tokens=_room_for_answers(service.limits, model, prompts, max_tokens),
-        temperature=1.0 if wanted.temperature is None else wanted.temperature,
+        temperature=_temperature(wanted.temperature),
         top_p=wanted.top_p,
         top_k=wanted.top_k,
         min_p=wanted.min_p,
@@ -172,6 +173,12 @@ def _begin(
     )
     seed = secrets.randbits(62) if wanted.seed is None else wanted.seed
     return Answering(model, prompts, sampling, seed=seed, num_choices=num_choices, meters=service.meters)
+
+
+def _temperature(wanted: float | None) -> float:
+    """Divided by less than this, logits leave float32; the distribution is a single token long before."""
+    temperature = 1.0 if wanted is None else wanted
+    return 0.0 if temperature < _LEAST_TEMPERATURE else temperature
 
 
 def _room_for_answers(
