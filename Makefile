@@ -4,6 +4,7 @@
 #   make demo MODEL=smollm2      the same from the real SmolLM2-135M weights
 #   make test | test-slow        the tests that take minutes | those that take longer
 #   make test-system             those that need a browser and PostgreSQL, which it installs (Debian, as root)
+#   make test-system             those that need Chromium and Node, which it installs where there is apt-get
 #   make bench                   ratios to Hugging Face's generate and TRL's PPO on a CPU, into bench.json
 #   make check                   format, lint, types, imports, then test
 #   make format                  rewrite the files as the formatter wants them
@@ -13,6 +14,7 @@ MODEL ?= tiny
 SEED ?= 0
 # What tests marked `system` drive; they fail where it is missing.
 SYSTEM_PACKAGES := chromium postgresql
+SUDO := $(if $(filter-out 0,$(shell id -u)),sudo)
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -39,6 +41,9 @@ test-system: $(VENV)/dev.stamp
 	@dpkg -s $(SYSTEM_PACKAGES) > /dev/null 2>&1 \
 	    || { apt-get update -qq && apt-get install --yes -qq --no-install-recommends $(SYSTEM_PACKAGES); }
 	$(PYTEST) -m "system and not gpu"
+
+test-system: $(VENV)/system.stamp
+	$(PYTEST) -m system --no-skips
 
 bench: $(VENV)/bench.stamp
 	TOKENIZERS_PARALLELISM=false $(BIN)/python benchmarks/cpu.py --output bench.json
@@ -75,6 +80,12 @@ $(VENV)/runtime.stamp: requirements/runtime.txt pyproject.toml | $(BIN)/python
 $(VENV)/dev.stamp: requirements/dev.txt $(VENV)/runtime.stamp
 	@echo "Installing what tests and checks need."
 	@$(PIP) -r requirements/dev.txt
+	@touch $@
+
+$(VENV)/system.stamp: requirements/system.txt $(VENV)/dev.stamp
+	@command -v chromium >/dev/null && command -v node >/dev/null \
+	    || { $(SUDO) apt-get update -q && $(SUDO) apt-get install -y -q --no-install-recommends chromium nodejs; }
+	@$(PIP) -r requirements/system.txt
 	@touch $@
 
 $(VENV)/bench.stamp: requirements/bench.txt $(VENV)/runtime.stamp
