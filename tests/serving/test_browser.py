@@ -167,6 +167,11 @@ def test_a_conversation_that_outgrows_the_context_leaves_out_its_oldest_turns(ch
     assert "the model's context is 512 tokens" in chat.page.locator("[role=alert]").last.inner_text()
 
 
+def test_an_answer_longer_than_the_context_allows_is_cut_to_half_of_it(chat: Chat) -> None:
+    chat.set(max_tokens=100_000)
+    assert chat.ask("hello") == [drawn(said("hello"), seed=3, max_new_tokens=256)[0]]
+
+
 def test_everything_can_be_reached_by_keyboard(chat: Chat) -> None:
     chat.ask("hello")
     assert chat.page.evaluate("document.activeElement.id") == "question"

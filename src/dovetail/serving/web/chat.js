@@ -6,6 +6,7 @@ const SETTINGS = ["temperature", "top_p", "top_k", "max_tokens", "seed"];
 
 /** One question and an answer for each model that was asked: {model, text, note, problem, isBusy}. */
 let turns = [];
+const contexts = new Map(); // model -> the most tokens of prompt and answer together
 let running = null; // AbortController of the answers under way
 let numRepeats = 0; // so that a fixed seed gives another answer when asked again
 
@@ -30,7 +31,8 @@ async function loadModels() {
     notice(response ? (await problemOf(response)).message : "the server cannot be reached");
     return;
   }
-  const names = (await response.json()).data.map((model) => model.id);
+  for (const model of (await response.json()).data) contexts.set(model.id, model.max_model_len);
+  const names = [...contexts.keys()];
   for (const [index, select] of [$("model-0"), $("model-1")].entries()) {
     select.replaceChildren(...names.map((name) => new Option(name, name)));
     select.selectedIndex = Math.min(index, names.length - 1);
@@ -98,12 +100,15 @@ function messages(column, end, start = 0) {
   return [...said, { role: "user", content: turns[end].question }];
 }
 
-function settings() {
+/** An answer may take half of its model's context; the other half is for the conversation. */
+function settings(model) {
   const wanted = {};
   for (const name of SETTINGS) {
     if ($(name).value !== "") wanted[name] = Number($(name).value);
   }
   if (wanted.seed !== undefined) wanted.seed += numRepeats;
+  const room = Math.floor(contexts.get(model) / 2);
+  if (wanted.max_tokens > room) wanted.max_tokens = room;
   return wanted;
 }
 
@@ -133,7 +138,7 @@ async function ask() {
 /** Streams an answer; where the conversation outgrows the model's context, its oldest turns are left out. */
 async function answerWithin(answer, column, index, signal) {
   for (let start = 0; ; start += 1) {
-    const request = { ...settings(), messages: messages(column, index, start) };
+    const request = { ...settings(answer.model), messages: messages(column, index, start) };
     try {
       await fetchAnswer(answer, request, signal, () => showText(index, column));
       if (start) answer.note = `Earlier questions that did not fit the model's context: ${start}`;
