@@ -46,11 +46,11 @@ def test_many_at_once_get_what_each_gets_alone() -> None:
         answer = server.chat(f"question {number}", seed=number, max_tokens=20)
         return str(answer.json()["choices"][0]["message"]["content"])
 
-    settings = type(CPU)(device="cpu", max_running=6, max_waiting=40, cache_tokens=1024)
+    settings = type(CPU)(device="cpu", max_running=4, max_waiting=40, cache_tokens=1024)
     with live([tiny_served(settings=settings)]) as server:
-        alone = [ask(server, number) for number in range(24)]
-        with ThreadPoolExecutor(24) as pool:
-            assert list(pool.map(lambda number: ask(server, number), range(24))) == alone
+        alone = [ask(server, number) for number in range(12)]
+        with ThreadPoolExecutor(12) as pool:
+            assert list(pool.map(lambda number: ask(server, number), range(12))) == alone
 
 
 @pytest.mark.parametrize("is_stream", [True, False])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import socket
 import stat
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from dovetail.cli.main import main
 from dovetail.errors import ConfigError
 from dovetail.serving.gate import Rate, RequestLimits
 from dovetail.serving.keys import ApiKeys, add_key, hash_of, read_keys
-from tests.serving.live import live
+from tests.serving.live import live, until
 
 
 def test_a_key_is_known_by_its_hash_alone(tmp_path: Path) -> None:
@@ -132,6 +133,15 @@ def test_pages_of_other_origins_are_let_in_by_name_only(origins: tuple[str, ...]
         other = httpx.get(f"{server.url}/health", headers={"Origin": "http://other.example"})
     assert allowed == (origins[0] if origins else None)
     assert "access-control-allow-origin" not in other.headers
+
+
+def test_a_client_that_leaves_in_the_middle_of_its_body_is_not_read_as_a_shorter_one() -> None:
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n"
+    with live() as server:
+        with socket.create_connection(("127.0.0.1", int(server.url.rsplit(":", 1)[1]))) as connection:
+            connection.sendall(head + b'{"model": "tiny"}')
+        until(lambda: 'status="499"' in httpx.get(f"{server.url}/metrics").text)
+        assert 'status="400"' not in httpx.get(f"{server.url}/metrics").text
 
 
 def test_the_figures_count_requests_tokens_and_load() -> None:

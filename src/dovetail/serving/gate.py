@@ -154,6 +154,8 @@ class Gate:
         body = bytearray()
         while True:
             message = await receive()
+            if message["type"] == "http.disconnect":
+                raise Problem(499, "the client left before the body was complete")
             body += message.get("body", b"")
             if len(body) > most:
                 raise too_large
