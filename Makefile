@@ -3,8 +3,7 @@
 #   make demo                    install, train a small model through all three stages, show the gain
 #   make demo MODEL=smollm2      the same from the real SmolLM2-135M weights
 #   make test | test-slow        the tests that take minutes | those that take longer
-#   make test-system             those that need a browser and PostgreSQL, which it installs (Debian, as root)
-#   make test-system             those that need Chromium and Node, which it installs where there is apt-get
+#   make test-system             those that need Chromium, Node, PostgreSQL or SLURM, which it installs (Debian)
 #   make bench                   ratios to Hugging Face's generate and TRL's PPO on a CPU, into bench.json
 #   make check                   format, lint, types, imports, then test
 #   make format                  rewrite the files as the formatter wants them
@@ -12,8 +11,8 @@
 PYTHON ?= python3
 MODEL ?= tiny
 SEED ?= 0
-# What tests marked `system` drive; they fail where it is missing.
-SYSTEM_PACKAGES := chromium postgresql
+# Debian's packages that tests marked `system` drive; a skipped one fails.
+SYSTEM_PACKAGES := chromium nodejs postgresql slurm-wlm
 SUDO := $(if $(filter-out 0,$(shell id -u)),sudo)
 
 VENV := .venv
@@ -37,13 +36,8 @@ test: $(VENV)/dev.stamp
 test-slow: $(VENV)/dev.stamp $(VENV)/smollm2.stamp
 	$(PYTEST) -m "slow and not gpu and not system"
 
-test-system: $(VENV)/dev.stamp
-	@dpkg -s $(SYSTEM_PACKAGES) > /dev/null 2>&1 \
-	    || { apt-get update -qq && apt-get install --yes -qq --no-install-recommends $(SYSTEM_PACKAGES); }
-	$(PYTEST) -m "system and not gpu"
-
 test-system: $(VENV)/system.stamp
-	$(PYTEST) -m system --no-skips
+	$(PYTEST) -m "system and not gpu" --no-skips
 
 bench: $(VENV)/bench.stamp
 	TOKENIZERS_PARALLELISM=false $(BIN)/python benchmarks/cpu.py --output bench.json
@@ -83,8 +77,8 @@ $(VENV)/dev.stamp: requirements/dev.txt $(VENV)/runtime.stamp
 	@touch $@
 
 $(VENV)/system.stamp: requirements/system.txt $(VENV)/dev.stamp
-	@command -v chromium >/dev/null && command -v node >/dev/null \
-	    || { $(SUDO) apt-get update -q && $(SUDO) apt-get install -y -q --no-install-recommends chromium nodejs; }
+	@dpkg -s $(SYSTEM_PACKAGES) > /dev/null 2>&1 \
+	    || { $(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq --no-install-recommends $(SYSTEM_PACKAGES); }
 	@$(PIP) -r requirements/system.txt
 	@touch $@
 

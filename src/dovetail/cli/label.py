@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from dovetail.model.run_models import model_folder, reward_folder
 from dovetail.errors import ConfigError
+from dovetail.model.run_models import model_folder, reward_folder
 
 if TYPE_CHECKING:
     from dovetail.labelling.supply import Supply

@@ -27,7 +27,7 @@ EPILOG = """Begin here:
   dovetail train opt-1.3b --dry-run              what a recipe would do, every setting spelt out
   dovetail train opt-1.3b data.blend='\\[my_pairs.jsonl]'
   dovetail chat runs/opt-1.3b                    talk to the result
-  dovetail label runs/opt-1.3b --prompts my_prompts.jsonl"""
+  dovetail label runs/opt-1.3b --prompts my_prompts.jsonl
   dovetail serve runs/opt-1.3b                   the same in the browser, and for any OpenAI client"""
 
 app = typer.Typer(
