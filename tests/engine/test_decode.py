@@ -88,7 +88,8 @@ def test_a_lone_sequence_s_attention_is_attention_whatever_lies_behind_it(
 ) -> None:
     generator = torch.Generator().manual_seed(1)
     arena = KVArena(KVShape(1, 2, 8, torch.float64), 5, CPU, lone=True)
-    arena._storage.fill_(torch.nan)
+    for layer in arena._storage:
+        layer.fill_(torch.nan)
     keys, values = torch.randn(2, 2, length, 8, generator=generator).double()
     rows = [
         arena.rows_of(torch.tensor([t // PAGE_TOKENS]), torch.tensor([t % PAGE_TOKENS]))

@@ -21,6 +21,8 @@ from tests.stages.runs import tiny_run
 from tests.tolerance import assert_near
 
 MODELS = ("sft/model", "reward/model", "ppo/model", "ppo/model_ema", "ppo/best")
+LEARNING_RATE = 1e-3
+"""Of tests/stages/runs.py."""
 MICRO = {stage: {"micro_batch_tokens": 100} for stage in ("sft", "reward", "ppo")}
 """Several micro-batches a step, and not as many in every process."""
 SEVERAL_STEPS = {"ppo": {"minibatches": 2, "ppo_epochs": 2, "micro_batch_tokens": 60}}
@@ -141,7 +143,15 @@ def expect_alike(run: Path, reference: Path) -> None:
         weights, same = (load_file(folder / model / "model.safetensors") for folder in (run, reference))
         assert weights.keys() == same.keys()
         for name, weight in weights.items():
-            assert_near(weight, same[name])
+            expect_same_weight(weight, same[name])
+
+
+def expect_same_weight(weight: torch.Tensor, same: torch.Tensor) -> None:
+    """1e-5, but for one weight in a thousand, which may differ by a tenth of a step: Adam divides a gradient by its
+    own size, so one that is nearly zero shows its rounding."""
+    far = (weight - same).abs() > 1e-5 * (1 + same.abs())
+    assert int(far.sum()) <= max(1, far.numel() // 1000)
+    assert float((weight - same).abs().max()) < LEARNING_RATE / 10
 
 
 @pytest.mark.parametrize("case", CASES)

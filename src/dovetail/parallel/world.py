@@ -8,6 +8,7 @@ A process that was not started as one of a group is a world of one, `ALONE`: tor
 """
 
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -133,11 +134,13 @@ def joined(device: torch.device) -> Iterator[World]:
         with _silent(not world.is_first):
             yield world
             world.wait()
-    except Exception as error:
+    except Exception:
         # The group is not taken down: that would wait for the others, who wait for this process.
-        if not _is_first_to_fail(store):
-            raise SystemExit(1) from error
-        raise
+        if _is_first_to_fail(store):
+            raise
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)  # threads of the broken group still wait: taking them down now and then ends in abort()
     dist.destroy_process_group()
 
 
