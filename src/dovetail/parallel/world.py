@@ -7,6 +7,7 @@ Not responsible for: starting processes, which weights lie where (shard.py), who
 A process that was not started as one of a group is a world of one, `ALONE`: torch.distributed is never touched.
 """
 
+import atexit
 import os
 import sys
 import warnings
@@ -134,13 +135,13 @@ def joined(device: torch.device) -> Iterator[World]:
         with _silent(not world.is_first):
             yield world
             world.wait()
-    except Exception:
+    except Exception as error:
         # The group is not taken down: that would wait for the others, who wait for this process.
         if _is_first_to_fail(store):
             raise
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)  # threads of the broken group still wait: taking them down now and then ends in abort()
+        # Nor by the interpreter at its end: threads of the group still wait, and now and then that is an abort().
+        atexit.register(_leave)
+        raise SystemExit(1) from error
     dist.destroy_process_group()
 
 
@@ -193,6 +194,12 @@ def _expect_device(world: World, device: torch.device) -> None:
             f"process {world.local_rank} of this machine has no GPU: there are {torch.cuda.device_count()}",
             hint="start as many processes per machine as it has GPUs",
         )
+
+
+def _leave() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def _is_first_to_fail(store: Any) -> bool:
