@@ -18,7 +18,7 @@ from dovetail.training.checkpoint import Checkpoints
 from tests.parallel.group import Case, run_all
 from tests.parallel.worker import Stopped, stop_at
 from tests.stages.runs import tiny_run
-from tests.tolerance import assert_near
+from tests.tolerance import assert_near, assert_near_after_adam
 
 MODELS = ("sft/model", "reward/model", "ppo/model", "ppo/model_ema", "ppo/best")
 LEARNING_RATE = 1e-3
@@ -143,15 +143,7 @@ def expect_alike(run: Path, reference: Path) -> None:
         weights, same = (load_file(folder / model / "model.safetensors") for folder in (run, reference))
         assert weights.keys() == same.keys()
         for name, weight in weights.items():
-            expect_same_weight(weight, same[name])
-
-
-def expect_same_weight(weight: torch.Tensor, same: torch.Tensor) -> None:
-    """1e-5, but for one weight in a thousand, which may differ by a tenth of a step: Adam divides a gradient by its
-    own size, so one that is nearly zero shows its rounding."""
-    far = (weight - same).abs() > 1e-5 * (1 + same.abs())
-    assert int(far.sum()) <= max(1, far.numel() // 1000)
-    assert float((weight - same).abs().max()) < LEARNING_RATE / 10
+            assert_near_after_adam(weight, same[name], learning_rate=LEARNING_RATE)
 
 
 @pytest.mark.parametrize("case", CASES)
