@@ -16,7 +16,7 @@ from dovetail.stages import pipeline
 from tests.stages.runs import tiny_run
 from tests.tolerance import assert_near_after_adam
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.system]  # looks for a process in Linux's /proc
 MODELS = ("sft/model", "reward/model", "ppo/model", "ppo/model_ema")
 SECONDS = 400
 LEARNING_RATE = 1e-3
