@@ -14,6 +14,7 @@ from dovetail.engine.modules import context_of
 from dovetail.engine.sampling import Sampling
 from dovetail.model.load import expect_rows_for, load_causal_lm, load_scalar_model
 from dovetail.rlhf.rewards import Answer, RewardModelScorer, Scorer
+from dovetail.rlhf.rollout import answer_of
 from dovetail.text.chat_format import ChatFormat
 from dovetail.text.message import Message
 from dovetail.text.tokenizer import load_tokenizer
@@ -60,14 +61,7 @@ class ModelAnswerer:
             )
         found: list[Answer | None] = [None] * len(prompts)
         for i, completion in zip(fitting, completions, strict=True):
-            found[i] = Answer(
-                messages=tuple(prompts[i]),
-                text=self._chat.decode(completion.token_ids),
-                prompt_ids=tuple(prompt_ids[i]),
-                answer_ids=completion.token_ids,
-                logprobs=completion.logprobs,
-                finished=completion.finish_reason == "stop",
-            )
+            found[i] = answer_of(prompts[i], prompt_ids[i], completion, self._chat)
         return found
 
     def _fits(self, ids: Sequence[int], sampling: Sampling) -> bool:

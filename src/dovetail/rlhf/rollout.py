@@ -16,6 +16,7 @@ from torch import Tensor
 from dovetail.batches import Experience, Rollout, moved, pack
 from dovetail.config.stages import PpoConfig, SamplingConfig
 from dovetail.data.records import Message
+from dovetail.engine.answers import Completion
 from dovetail.engine.hybrid import HybridEngine
 from dovetail.engine.sampling import Sampling
 from dovetail.maths.actions import cu_actions
@@ -133,16 +134,23 @@ def complete(
     found = {i: completion for share, part in everybodys for i, completion in zip(share, part, strict=True)}
     completions = [found[i] for i in range(len(prompt_ids))]
     return [
-        Answer(
-            messages=tuple(messages),
-            text=chat.decode(completion.token_ids),
-            prompt_ids=tuple(ids),
-            answer_ids=tuple(completion.token_ids),
-            logprobs=tuple(completion.logprobs),
-            finished=completion.finish_reason == "stop",
-        )
+        answer_of(messages, ids, completion, chat)
         for messages, ids, completion in zip(prompts, prompt_ids, completions, strict=True)
     ]
+
+
+def answer_of(
+    messages: Sequence[Message], prompt_ids: Sequence[int], completion: Completion, chat: ChatFormat
+) -> Answer:
+    """What the engine drew, with its text and what it answers."""
+    return Answer(
+        messages=tuple(messages),
+        text=chat.decode(completion.token_ids),
+        prompt_ids=tuple(prompt_ids),
+        answer_ids=tuple(completion.token_ids),
+        logprobs=tuple(completion.logprobs),
+        finished=completion.finish_reason == "stop",
+    )
 
 
 def request_seeds(seed: int, count: int) -> list[int]:
