@@ -136,7 +136,7 @@ def test_sequences_that_share_pages_attend_as_if_each_had_its_own(
     layout = DecodeLayout(arena, PageMap(tables, CPU), places, torch.tensor(lengths))
     options = {"scaling": 0.7, "sliding_window": None, "softcap": None}
     out = layout.attend(LAYER, query, new[0], new[1], **options)
-    keys, values = arena.pages(0)
+    keys, values = arena._storage[0]
     for b, (table, length) in enumerate(zip(tables, lengths, strict=True)):
         for head in range(2 * groups):
             own = [

@@ -159,6 +159,39 @@ def test_weights_changed_in_place_between_two_blocks_are_used_by_the_second() ->
     assert [c.token_ids for c in after] == [c.token_ids for c in fresh] != [c.token_ids for c in before]
 
 
+def test_graphs_serve_later_blocks_until_the_model_has_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dovetail.engine.graphs import GraphDecoder
+
+    captured: list[Any] = []
+    capture = GraphDecoder._capture
+    monkeypatch.setattr(
+        GraphDecoder, "_capture", lambda self, key: (captured.append(key), capture(self, key))[1]
+    )
+    model, sampling = tiny_model().cuda(), Sampling(max_new_tokens=10, temperature=0.0)
+    engine = HybridEngine(model)
+
+    def found(lengths: Sequence[int]) -> list[tuple[int, ...]]:
+        return [completion.token_ids for completion in run(engine, prompts_of(lengths), sampling)]
+
+    first = found((9, 70, 130))
+    num_captured = len(captured)
+    assert num_captured
+    in_the_way = torch.empty(2**20, device="cuda")  # the next arena lies elsewhere
+    others, again = found((130, 9, 20)), found((9, 70, 130))
+    assert (len(captured), again) == (num_captured, first)
+    alone = run(HybridEngine(model), prompts_of((130, 9, 20)), sampling)
+    assert others == [completion.token_ids for completion in alone]
+    num_captured = len(captured)
+    held = [parameter.data for parameter in model.parameters()]
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    for old in held:
+        old.fill_(torch.nan)  # who reads there reads nonsense
+    assert found((9, 70, 130)) == first
+    assert len(captured) > num_captured
+    del in_the_way
+
+
 def test_adapters_generate_and_the_base_stays_as_it_was_to_the_bit() -> None:
     plain = tiny_model().cuda()
     before = {name: p.detach().clone() for name, p in plain.named_parameters()}

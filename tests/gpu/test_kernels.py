@@ -65,7 +65,7 @@ def test_paged_attention_is_the_plain_one_and_stores_the_new_token(
         state[row, Column.LENGTH] = lengths[row] - 1
         state[row, Column.PAGES : Column.PAGES + len(table)] = torch.tensor(table)
     wider = [torch.cat([x, torch.full_like(x[:, :, :2], 7.0)], dim=2) for x in (query, key, value)]
-    out = GraphLayout(tested, state.to(device)).attend(LAYER, *wider, **options)
+    out = GraphLayout(tested.bases().to(device), state.to(device)).attend(LAYER, *wider, **options)
     assert out.shape == (1, num_rows + 2, heads * groups, width)
     torch.testing.assert_close(
         out[:, :num_rows].double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype]

@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM, CohereConfig, GraniteConfig, PhiC
 
 from dovetail.errors import ModelError
 from dovetail.model import linear_logprobs as module
-from dovetail.model.linear_logprobs import LMHead, head_of, linear_logprobs
+from dovetail.model.linear_logprobs import LMHead, head_of, linear_cross_entropy, linear_logprobs
 from dovetail.model.scalar import scalar_model_from
 from tests.fakes import PADDED, TINY, tiny_model
 from tests.tolerance import assert_near
@@ -59,6 +59,47 @@ def test_logprobs_entropy_and_gradients_are_those_of_the_definition(
         torch.autograd.grad(ours, inputs, slope), torch.autograd.grad(wanted, inputs, slope), strict=True
     ):
         assert_near(got, expected)
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 4, None])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("softcap", "logit_scale"), [(None, 1.0), (1.5, 0.25)])
+def test_cross_entropy_and_its_gradients_are_those_of_the_definition(
+    chunk_tokens, bias, softcap, logit_scale
+):
+    hidden, head, ids = random_case(bias=bias, softcap=softcap, logit_scale=logit_scale)
+    ours = linear_cross_entropy(hidden, head, ids, chunk_tokens=chunk_tokens)
+    wanted = -by_definition(hidden, head, ids, 1.0)[0].sum()
+    assert_near(ours, wanted)
+    inputs = [x for x in (hidden, head.weight_VD, head.bias_V) if x is not None]
+    expected = torch.autograd.grad(wanted * 0.3, inputs)
+    for _ in range(2):  # what forward computed is still there for a second pass
+        for got, right in zip(
+            torch.autograd.grad(ours * 0.3, inputs, retain_graph=True), expected, strict=True
+        ):
+            assert_near(got, right)
+
+
+def test_cross_entropy_in_half_precision_and_of_a_frozen_head():
+    hidden, head, ids = random_case(dtype=torch.bfloat16)
+    head.weight_VD.requires_grad_(False)
+    exact = LMHead(head.weight_VD.double(), head.bias_V.double())
+    wanted = -by_definition(hidden.double(), exact, ids, 1.0)[0].sum()
+    found = linear_cross_entropy(hidden, head, ids)
+    assert found.dtype == torch.float32
+    assert_near(found, wanted)
+    found.backward()
+    assert head.weight_VD.grad is None
+    assert hidden.grad.dtype == head.bias_V.grad.dtype == torch.bfloat16
+    assert_near(hidden.grad, torch.autograd.grad(wanted, hidden)[0])
+
+
+def test_cross_entropy_without_gradients_computes_none(monkeypatch):
+    monkeypatch.setattr(module, "_slopes", lambda *_: pytest.fail("gradients nobody asked for"))
+    hidden, head, ids = random_case()
+    with torch.no_grad():
+        found = linear_cross_entropy(hidden, head, ids)
+    assert_near(found, -by_definition(hidden, head, ids, 1.0)[0].sum())
 
 
 def test_entropy_is_given_only_if_asked_for():

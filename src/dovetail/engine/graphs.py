@@ -8,7 +8,8 @@ every step; only the token drawn last stays on the device, where the next step r
 lengths and any answers, rows join and leave between two replays, and nothing is allocated while decoding. A
 fused runner would replace `_compute` and nothing else.
 
-Graphs hold addresses of weights and cache, so they live as long as the arena: one `generating()` block.
+Graphs hold the addresses of weights, but read that of the cache from the device: whoever comes next with the
+weights in the same place, an optimiser step later, replays the graphs that are there, on whatever arena.
 
 Shapes: B rows, V vocabulary.
 """
@@ -57,8 +58,9 @@ class Column(IntEnum):
 class GraphLayout:
     """The attention of one decode step; registered attention calls `attend` in every layer."""
 
-    def __init__(self, arena: KVArena, state: Tensor) -> None:
-        self._arena = arena
+    def __init__(self, bases: Tensor, state: Tensor) -> None:
+        """bases: of `KVArena.bases`, on the device."""
+        self._bases = bases
         self._state = state
 
     def attend(
@@ -74,13 +76,11 @@ class GraphLayout:
     ) -> Tensor:
         """Store key and value [1, kv heads, B, K], attend with query [1, H, B, K]; returns [1, B, H, K]."""
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        keys, values = self._arena.pages(module.layer_idx)
         return paged_attention(
             _dense_rows(query),
             _dense_rows(key),
             _dense_rows(value),
-            keys,
-            values,
+            self._bases[module.layer_idx],
             self._state,
             table=Column.PAGES,
             scale=scale,
@@ -94,15 +94,15 @@ class GraphDecoder:
 
     lag = 1
 
-    def __init__(
-        self, modules: PackedModules, arena: KVArena, device: torch.device, *, places: int, pages: int
-    ) -> None:
+    def __init__(self, modules: PackedModules, device: torch.device, *, places: int, pages: int) -> None:
         """places: answers that run together; pages: of the longest."""
         self._modules = modules
-        self._arena = arena
         self._device = device
+        self._recorded = modules.recorded_state()
+        self._bases: Tensor | None = None
         num_rows = _size_for(places)
-        self._table = numpy.zeros((num_rows, Column.PAGES + pages), dtype=numpy.int32)
+        width = 1 << (pages - 1).bit_length()  # the next block's longest answer may be a little longer
+        self._table = numpy.zeros((num_rows, Column.PAGES + width), dtype=numpy.int32)
         self._floats = self._table.view(numpy.float32)
         self._state = torch.zeros(self._table.shape, dtype=torch.int32, device=device)
         self._ids_B = torch.zeros(num_rows, dtype=torch.long, device=device)
@@ -113,9 +113,22 @@ class GraphDecoder:
         self._graphs: dict[tuple[int, bool, bool], torch.cuda.CUDAGraph | None] = {}
 
     def serves(self, places: int, pages: int) -> bool:
-        """Whether these rows are enough."""
+        """Whether these rows are enough, and the graphs those of the model as it is now."""
         num_rows, width = self._table.shape
-        return places <= num_rows and pages <= width - Column.PAGES
+        enough = places <= num_rows and pages <= width - Column.PAGES
+        return enough and self._recorded == self._modules.recorded_state()
+
+    def use(self, arena: KVArena) -> None:
+        """Decode in this arena from now on."""
+        bases = arena.bases().pin_memory()
+        if self._bases is None:
+            self._bases = torch.empty_like(bases, device=self._device)
+        self._bases.copy_(bases, non_blocking=True)
+
+    def rest(self) -> None:
+        """Keep what the next block can use, and no memory that grows with the vocabulary."""
+        self._seen_BV = None
+        self._graphs = {key: graph for key, graph in self._graphs.items() if not key[2]}
 
     def place(self, answers: Sequence[Answer], ids_S: Tensor) -> None:
         """Give each answer a row, with the token it drew."""
@@ -202,9 +215,10 @@ class GraphDecoder:
 
     def _compute(self, size: int, truncates: bool, penalises: bool) -> None:
         """The step itself, from static buffers to static buffers."""
+        assert self._bases is not None
         state, ids_B, numbers = self._state[:size], self._ids_B[:size], self._numbers[:, :size]
         positions_B = state[:, Column.LENGTH].clamp(min=0).long()
-        logits_BV = self._modules.next_logits(ids_B, positions_B, GraphLayout(self._arena, state))
+        logits_BV = self._modules.next_logits(ids_B, positions_B, GraphLayout(self._bases, state))
         if not truncates and not penalises:
             draw_tokens(
                 logits_BV.contiguous(), state, ids_B, numbers, draw=Column.DRAW, key=Column.KEY,

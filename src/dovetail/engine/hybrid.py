@@ -192,6 +192,8 @@ class _Session:
 
     def close(self) -> None:
         """Free the arena."""
+        if self._paged is not None:
+            self._paged.close()
         self._paged = None
         self._is_open = False
 

@@ -87,10 +87,9 @@ class KVArena:
         keys, values = self._rows[layer]
         return keys.view(size)[:, :, start:end], values.view(size)[:, :, start:end]
 
-    def pages(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of a layer, [pages, heads, 64, K] each, without a copy."""
-        keys, values = self._storage[layer]
-        return keys, values
+    def bases(self) -> Tensor:
+        """int64 [layers, 2] on the host: where in memory each layer's keys and its values begin."""
+        return torch.tensor([[kind.data_ptr() for kind in layer] for layer in self._storage])
 
     def read(self, layer: int, rows_HT: Tensor) -> tuple[Tensor, Tensor]:
         """Copies of the keys and values in some rows, [1, heads, T, K] each."""

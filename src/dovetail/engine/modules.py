@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from dovetail.engine.kv_cache import KVShape
 from dovetail.errors import GenerationError
 from dovetail.model.attention import ATTENTION_NAME, Layout, use_packed_attention
 from dovetail.model.linear_logprobs import head_of
+from dovetail.model.lora import adapters_in_use
 
 
 def vocabulary_of(model: PreTrainedModel) -> int:
@@ -59,6 +61,13 @@ class PackedModules:
         self.name = type(model).__name__
         self.cannot_be_captured = False
         """Its forward does what a CUDA graph cannot record; found out by trying."""
+        self.captured: Any = None
+        """The decoder whose graphs were recorded from these modules, for the next block (graphs.py)."""
+
+    def recorded_state(self) -> tuple[Any, ...]:
+        """What a graph of the forward keeps of the model: where weights and buffers lie, which adapters are on."""
+        tensors = chain(self._model.parameters(), self._model.buffers())
+        return tuple(tensor.data_ptr() for tensor in tensors), adapters_in_use(self._model)
 
     @contextmanager
     def our_attention(self) -> Iterator[None]:

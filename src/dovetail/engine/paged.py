@@ -119,9 +119,19 @@ class PagedGeneration:
             return EagerDecoder(self._modules, arena, self._device)
         from dovetail.engine.graphs import GraphDecoder  # Triton is there on GPUs only
 
-        if isinstance(self._decoder, GraphDecoder) and self._decoder.serves(places, pages):
-            return self._decoder
-        return GraphDecoder(self._modules, arena, self._device, places=places, pages=pages)
+        kept = self._modules.captured
+        if not (isinstance(kept, GraphDecoder) and kept.serves(places, pages)):
+            kept = self._modules.captured = None  # what it holds is freed first
+            kept = GraphDecoder(self._modules, self._device, places=places, pages=pages)
+            self._modules.captured = kept
+        kept.use(arena)
+        return kept
+
+    def close(self) -> None:
+        """Free the arena, and what else no later block could use."""
+        self._arena = self._decoder = None
+        if self._modules.captured is not None:
+            self._modules.captured.rest()
 
     @torch.no_grad()
     def run(self, answers: Sequence[Answer], listener: Listener) -> Counts:

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from dovetail.batches import PackedBatch
 from dovetail.errors import ModelError
 from dovetail.model.attention import ATTENTION_NAME, PackedLayout, use_packed_attention, why_not_packed
-from dovetail.model.linear_logprobs import head_of, linear_logprobs
+from dovetail.model.linear_logprobs import head_of, linear_cross_entropy, linear_logprobs
 
 TensorsT = TypeVar("TensorsT", bound="Tensor | tuple[Tensor | None, ...]")
 
@@ -98,6 +98,19 @@ def token_logprobs(
     return LogProbs(
         logprobs_T=zeros_T.index_copy(0, index_A, logprobs_A),
         entropy_T=None if entropy_A is None else zeros_T.index_copy(0, index_A, entropy_A),
+    )
+
+
+def cross_entropy(model: Any, batch: PackedBatch) -> Tensor:
+    """- sum of log p(token | its sequence before it) where `mask_T` is True; scalar, float32 (float64 for float64)."""
+    index_A = masked_index(batch)
+    return _with_weights(
+        model,
+        lambda: linear_cross_entropy(
+            _hidden_states(model, batch).index_select(0, index_A - 1),
+            head_of(model),
+            batch.token_ids_T[index_A],
+        ),
     )
 
 

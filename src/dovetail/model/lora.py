@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -78,6 +79,12 @@ def adapter_disabled(model: Any) -> Iterator[None]:
             yield
     finally:
         _set_learning(learning)
+
+
+def adapters_in_use(model: nn.Module) -> tuple[Any, ...]:
+    """For each adapted layer, what of it a forward uses; equal for two forwards that compute the same."""
+    layers = (module for module in model.modules() if isinstance(module, BaseTunerLayer))
+    return tuple((layer.disable_adapters, layer.merged, tuple(layer.active_adapters)) for layer in layers)
 
 
 def _set_learning(learning: Sequence[tuple[nn.Parameter, bool]]) -> None:

@@ -23,7 +23,7 @@ from dovetail.maths.kl import adaptive_kl_coefficient
 from dovetail.maths.mismatch import importance_weights, mismatch
 from dovetail.maths.policy_loss import clipped_policy_loss
 from dovetail.maths.value_loss import clipped_value_loss
-from dovetail.model.forward import token_logprobs, token_values
+from dovetail.model.forward import cross_entropy, token_logprobs, token_values
 from dovetail.rlhf.roles import Roles
 from dovetail.rlhf.rollout import Collected
 from dovetail.training.ema import Ema
@@ -185,8 +185,7 @@ def value_loss(critic: PreTrainedModel, micro: Experience, *, config: PpoConfig)
 
 def language_model_loss(model: PreTrainedModel, micro: PackedBatch) -> SummedLoss:
     """Cross-entropy of the marked tokens: supervised fine-tuning's loss, and mixture training's."""
-    logprobs_T = token_logprobs(model, micro).logprobs_T
-    return SummedLoss(-logprobs_T.sum(), micro.mask_T.sum())
+    return SummedLoss(cross_entropy(model, micro), micro.mask_T.sum())
 
 
 def rate_at(learners: Learners, optimizer: OptimizerConfig) -> float:

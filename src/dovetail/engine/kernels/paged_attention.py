@@ -46,7 +46,7 @@ def _stored(from_ptr, to_ptr, is_real):
 
 @triton.jit
 def _attend(
-    query_ptr, key_ptr, value_ptr, keys_ptr, values_ptr, state_ptr, out_ptr, partial_ptr, totals_ptr,
+    query_ptr, key_ptr, value_ptr, bases_ptr, state_ptr, out_ptr, partial_ptr, totals_ptr,
     query_head, query_row, key_head, key_row, value_head, value_row, page_stride, state_row,
     scale, softcap, window,
     TABLE: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr,
@@ -58,6 +58,8 @@ def _attend(
     is_query, is_width = place_G < G, place_K < K
     is_real = is_query[:, None] & is_width[None, :]
     query_heads = head * G + place_G
+    keys_ptr = tl.multiple_of(tl.load(bases_ptr).to(tl.pointer_type(key_ptr.dtype.element_ty)), 16)
+    values_ptr = tl.multiple_of(tl.load(bases_ptr + 1).to(tl.pointer_type(key_ptr.dtype.element_ty)), 16)
     count = tl.load(state_ptr + row * state_row)  # old tokens of this row; -1: nothing to do
     query_ptr += row * query_row
     query = tl.load(query_ptr + query_heads[:, None] * query_head + place_K[None, :], mask=is_real, other=0.0)
@@ -127,8 +129,7 @@ def paged_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    bases: Tensor,
     state: Tensor,
     *,
     table: int,
@@ -138,9 +139,10 @@ def paged_attention(
 ) -> Tensor:
     """Store the new key and value of each row in its pages, attend with its query; returns [1, B, H, K].
 
-    query [1, H, B, K], key and value [1, H / G, B, K], last dimension contiguous. keys, values: the pages of one
-    layer [pages, H / G, 64, K], contiguous. state: int32 [B, columns]; column 0 is the number of old tokens of the
-    row (-1: an empty row, whose output is 0), columns `table` and on its pages in order.
+    query [1, H, B, K], key and value [1, H / G, B, K], last dimension contiguous. bases: int64 [2] on the device,
+    the addresses of a layer's keys and values: pages [H / G, 64, K], contiguous, in the precision of `key`; the kernel
+    reads them, so a captured graph serves any arena. state: int32 [B, columns]; column 0 is the number of old tokens
+    of the row (-1: an empty row, whose output is 0), columns `table` and on its pages in order.
     """
     num_heads, num_rows, width = query.shape[1:]
     num_key_heads = key.shape[1]
@@ -152,12 +154,12 @@ def paged_attention(
     partial = torch.empty(parts, padded, dtype=torch.float32, device=query.device)
     totals = torch.empty(parts, 2, dtype=torch.float32, device=query.device)
     _attend[(num_key_heads, num_rows, splits)](
-        query, key, value, keys, values, state, out, partial, totals,
+        query, key, value, bases, state, out, partial, totals,
         query.stride(1), query.stride(2), key.stride(1), key.stride(2), value.stride(1), value.stride(2),
-        keys.stride(0), state.stride(0), scale, softcap or 0.0, window or 0,
+        num_key_heads * PAGE_TOKENS * width, state.stride(0), scale, softcap or 0.0, window or 0,
         TABLE=table, G=group, GP=max(16, triton.next_power_of_2(group)), K=width, KP=padded, PAGE=PAGE_TOKENS,
         SPLITS=splits, HAS_CAP=softcap is not None, HAS_WINDOW=window is not None,
-        PRECISION="ieee" if query.dtype == torch.float32 else "tf32", STAGES=_stages(padded, keys),
+        PRECISION="ieee" if query.dtype == torch.float32 else "tf32", STAGES=_stages(padded, key),
         num_warps=2 if padded <= 64 else 4,
     )  # fmt: skip
     if splits > 1:
@@ -175,7 +177,7 @@ def _splits(programs: int, longest: int) -> int:
     return splits
 
 
-def _stages(padded: int, keys: Tensor) -> int:
+def _stages(padded: int, key: Tensor) -> int:
     """Blocks of keys and values under way at once, within a processor's shared memory."""
-    block = 2 * PAGE_TOKENS * padded * keys.element_size()
+    block = 2 * PAGE_TOKENS * padded * key.element_size()
     return max(1, min(3, 160 * 1024 // block))
