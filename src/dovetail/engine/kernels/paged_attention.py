@@ -37,6 +37,12 @@ def _capped(scores, softcap, HAS_CAP: tl.constexpr):
 
 
 @triton.jit
+def _based(base_ptr, like_ptr):
+    """The address that stands there, as a pointer to what `like_ptr` points to."""
+    return tl.multiple_of(tl.load(base_ptr).to(tl.pointer_type(like_ptr.dtype.element_ty)), 16)
+
+
+@triton.jit
 def _stored(from_ptr, to_ptr, is_real):
     """Copy a key or value into its page, and have it."""
     new = tl.load(from_ptr, mask=is_real, other=0.0)
@@ -47,8 +53,7 @@ def _stored(from_ptr, to_ptr, is_real):
 @triton.jit
 def _attend(
     query_ptr, key_ptr, value_ptr, bases_ptr, state_ptr, out_ptr, partial_ptr, totals_ptr,
-    query_head, query_row, key_head, key_row, value_head, value_row, page_stride, state_row,
-    scale, softcap, window,
+    query_head, query_row, key_head, key_row, value_head, value_row, page_stride, state_row, scale, softcap, window,
     TABLE: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr,
     PAGE: tl.constexpr, SPLITS: tl.constexpr, HAS_CAP: tl.constexpr, HAS_WINDOW: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
@@ -58,8 +63,7 @@ def _attend(
     is_query, is_width = place_G < G, place_K < K
     is_real = is_query[:, None] & is_width[None, :]
     query_heads = head * G + place_G
-    keys_ptr = tl.multiple_of(tl.load(bases_ptr).to(tl.pointer_type(key_ptr.dtype.element_ty)), 16)
-    values_ptr = tl.multiple_of(tl.load(bases_ptr + 1).to(tl.pointer_type(key_ptr.dtype.element_ty)), 16)
+    keys_ptr, values_ptr = _based(bases_ptr, key_ptr), _based(bases_ptr + 1, value_ptr)
     count = tl.load(state_ptr + row * state_row)  # old tokens of this row; -1: nothing to do
     query_ptr += row * query_row
     query = tl.load(query_ptr + query_heads[:, None] * query_head + place_K[None, :], mask=is_real, other=0.0)
