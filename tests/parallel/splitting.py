@@ -1,6 +1,6 @@
 """One process of a group that generates with divided models, and prints what came out as JSON.
 
-RANK=0 WORLD_SIZE=2 ... python -m tests.parallel.splitting '[["llama", 2, 3, ""], ...]'
+RANK=0 WORLD_SIZE=2 ... python -m tests.parallel.splitting '[["llama", 2, 3, ""], ...]' cpu
 
 A case: [model, processes that hold it together, ZeRO stage, what is special ("", "lora", "memory", "bytes" or
 "wrong plan")].
@@ -31,7 +31,6 @@ from dovetail.parallel.tensor_group import TensorGroup, tensor_group
 from dovetail.parallel.world import World, joined
 from tests.fakes import TINY, tiny_model
 
-CPU = torch.device("cpu")
 Case = tuple[str, int, int, str]
 Result = tuple[list[list[int]], list[list[float]]]
 """Tokens and log-probabilities of all answers."""
@@ -76,27 +75,27 @@ def answers(engine: HybridEngine) -> Result:
     return [list(c.token_ids) for c in found], [list(c.logprobs) for c in found]
 
 
-def main(cases: list[Case]) -> None:
+def main(cases: list[Case], kind: torch.device) -> None:
     """Prints {case: what it came to}, in every process."""
     torch.set_num_threads(1)
     groups: dict[int, TensorGroup] = {}
     results = {}
-    with joined(CPU) as world:
+    with joined(kind) as world:
         for case in cases:
             if case[1] not in groups:
                 groups[case[1]] = tensor_group(world, case[1])
-            results[" ".join(map(str, case))] = result(case, groups[case[1]], world)
+            results[" ".join(map(str, case))] = result(case, groups[case[1]], world, world.device(kind))
     sys.stdout.write(f"\n{json.dumps(results)}\n")
 
 
-def result(case: Case, group: TensorGroup, world: World) -> Any:
+def result(case: Case, group: TensorGroup, world: World, device: torch.device) -> Any:
     """Answers, or the words of the parity check of a model divided by a wrong plan."""
     name, _, stage, special = case
     model = made(name, special)
-    spread(model, stage=stage, world=world, device=CPU)
+    spread(model, stage=stage, world=world, device=device)
     with wrong_plan() if special == "wrong plan" else nullcontext():
-        split = SplitModel(model, group, device=CPU)
-    engine = HybridEngine(split.modules, device=CPU, weights=split.filled, group=group)
+        split = SplitModel(model, group, device=device)
+    engine = HybridEngine(split.modules, device=device, weights=split.filled, group=group)
     if special == "wrong plan":
         try:
             check_parity(engine, PROMPTS, trained=model)
@@ -153,4 +152,4 @@ def little_memory(*, wanted: bool) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    main([tuple(case) for case in json.loads(sys.argv[1])])  # type: ignore[misc]
+    main([tuple(case) for case in json.loads(sys.argv[1])], torch.device(sys.argv[2]))  # type: ignore[misc]

@@ -63,7 +63,6 @@ MORE_CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "zero-3-several-steps": ("several-steps", zero(3)),
     "zero-3-recomputed": ("llama", zero(3) | RECOMPUTED),
     "zero-0-two-parts": ("llama", zero(0) | MICRO | TWO_PARTS),
-    "zero-2-two-parts-several-steps": ("several-steps", zero(2) | TWO_PARTS),
     "zero-0-two-parts-lora": ("lora", zero(0) | TWO_PARTS),
     "zero-3-two-parts-lora": ("lora", zero(3) | RECOMPUTED | TWO_PARTS),
 }

@@ -3,8 +3,10 @@ import torch
 
 from dovetail.config.stages import PpoConfig, SamplingConfig
 from dovetail.errors import ConfigError
-from dovetail.parallel.world import ALONE
-from dovetail.rlhf.splitting import cache_bytes, smallest_that_fits, split_to_generate
+from dovetail.parallel.shard import Layout
+from dovetail.parallel.world import ALONE, World
+from dovetail.rlhf import splitting
+from dovetail.rlhf.splitting import _chosen, cache_bytes, smallest_that_fits, split_to_generate
 from tests.fakes import tiny_model
 
 CPU = torch.device("cpu")
@@ -26,6 +28,28 @@ def test_the_cache_of_a_group_holds_the_answers_of_its_share() -> None:
     ):  # with 4, each key head is there twice
         expected = answers * 10 * layers * 2 * key_heads * head_width * bytes_each
         assert cache_bytes(model, size, config, num_processes=4) == expected
+
+
+def test_auto_divides_a_sharded_actor_only_if_it_does_not_fit_a_gpu_whole(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config, world = (
+        PpoConfig(batch_size=8, sampling=SamplingConfig(max_new_tokens=1)),
+        World(0, 4, is_group=True),
+    )
+    model, copy = tiny_model("llama"), tiny_model("llama")
+    weights = sum(weight.numel() * weight.element_size() for weight in model.parameters())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(World, "gather", lambda _, value: [value])  # the other processes measured the same
+        patch.setattr(splitting, "layout_of", lambda _: Layout(world, 3, copy))
+        found = [
+            _chosen(model, config, room=room, world=world, device=torch.device("cuda"))
+            for room in (2 * weights, weights, weights // 2)
+        ]
+        assert found == [1, 2, 4]
+        assert "groups of 4 processes hold the actor together" in capsys.readouterr().err
+        assert _chosen(model, config, room=0, world=world, device=CPU) == 1
+    assert _chosen(model, config, room=0, world=world, device=torch.device("cuda")) == 1  # not sharded
 
 
 def test_one_process_has_the_model_for_itself_and_is_refused_more() -> None:
