@@ -2,13 +2,14 @@
 
 RANK=0 WORLD_SIZE=2 ... python -m tests.parallel.splitting '[["llama", 2, 3, ""], ...]' cpu
 
-A case: [model, processes that hold it together, ZeRO stage, what is special ("", "lora", "memory", "bytes" or
-"wrong plan")].
+A case: [model, processes that hold it together, ZeRO stage, what is special ("", "lora", "memory", "bytes",
+"whole" or "wrong plan")].
 """
 
 import json
 import random
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -24,8 +25,8 @@ from dovetail.engine.parity import check_parity
 from dovetail.engine.sampling import Sampling
 from dovetail.errors import ParityError
 from dovetail.model.lora import add_lora
-from dovetail.parallel import tensor_plan
-from dovetail.parallel.shard import spread
+from dovetail.parallel import tensor, tensor_plan
+from dovetail.parallel.shard import spread, whole_weights
 from dovetail.parallel.tensor import SplitModel
 from dovetail.parallel.tensor_group import TensorGroup, tensor_group
 from dovetail.parallel.world import World, joined
@@ -104,6 +105,9 @@ def result(case: Case, group: TensorGroup, world: World, device: torch.device) -
         return "no difference"
     if special == "bytes":
         return received(engine, group.size)
+    if special == "whole":
+        with wholes_counted(split) as counts, engine.generating():
+            return max(counts)
     if special == "memory":
         with little_memory(wanted=not group.is_first):
             return [*answers(engine), engine.counts.preempted]
@@ -120,7 +124,7 @@ def received(engine: HybridEngine, size: int) -> int:
             nonlocal total
             tensors = first if isinstance(first, list) else [first]
             if tensors[0].is_floating_point():
-                num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+                num_bytes = sum(one.numel() * one.element_size() for one in tensors)
                 total += times * num_bytes * (size - 1) // size
             return original(first, *args, **kwargs)
 
@@ -131,6 +135,23 @@ def received(engine: HybridEngine, size: int) -> int:
             stack.enter_context(patch.object(dist, name, counting(getattr(dist, name), times)))
         generate(PROMPTS[:1], SETTINGS[0], seeds=[0])
     return total
+
+
+@contextmanager
+def wholes_counted(split: SplitModel) -> Iterator[list[int]]:
+    """Each time that a weight has been gathered: how many of those that are cut are there whole."""
+    counts: list[int] = []
+    seen: list[weakref.ref[torch.Tensor]] = []
+
+    def watched(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, weight in whole_weights(model):
+            if name in split._cuts:
+                seen.append(weakref.ref(weight))
+            counts.append(sum(reference() is not None for reference in seen))
+            yield name, weight
+
+    with patch.object(tensor, "whole_weights", watched):
+        yield counts
 
 
 @contextmanager

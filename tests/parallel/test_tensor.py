@@ -22,8 +22,9 @@ from tests.tolerance import assert_near
 FEW: tuple[Case, ...] = (
     ("llama", 2, 3, ""),
     ("gpt2", 2, 0, "lora"),
-    ("gpt2", 2, 0, "wrong plan"),
+    ("gpt2", 2, 3, "wrong plan"),
     ("llama", 2, 0, "bytes"),
+    ("opt", 2, 3, "whole"),
 )
 ALL: tuple[Case, ...] = (
     *((name, 2, 3, "") for name in TINY),
@@ -75,9 +76,13 @@ def test_a_model_in_two_parts_generates_what_it_does_whole(case: Case) -> None:
 
 def test_the_parity_check_finds_a_plan_that_cuts_a_layer_wrongly() -> None:
     for found in together(FEW, 2):
-        message = found["gpt2 2 0 wrong plan"]
+        message = found["gpt2 2 3 wrong plan"]
         assert "GPT2LMHeadModel: generation and the plain forward" in message
         assert "The first layer that differs is transformer.h.0:" in message
+
+
+def test_no_more_than_two_weights_are_whole_at_a_time() -> None:
+    assert [found["opt 2 3 whole"] for found in together(FEW, 2)] == [2, 2]
 
 
 def test_a_token_brings_the_bytes_of_docs_scaling() -> None:

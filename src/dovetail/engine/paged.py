@@ -128,7 +128,9 @@ class PagedGeneration:
         from dovetail.engine.graphs import GraphDecoder  # Triton is there on GPUs only
 
         kept = self._modules.captured
-        if not (isinstance(kept, GraphDecoder) and kept.serves(places, pages)):
+        fits = isinstance(kept, GraphDecoder) and kept.serves(places, pages)
+        # Recording runs the step once, with what it sends: all processes of a group do it, or none.
+        if not self._modules.group.least(int(fits), self._device):
             kept = self._modules.captured = None  # what it holds is freed first
             kept = GraphDecoder(self._modules, self._device, places=places, pages=pages)
             self._modules.captured = kept
