@@ -134,6 +134,7 @@ class PagedGeneration:
             kept = self._modules.captured = None  # what it holds is freed first
             kept = GraphDecoder(self._modules, self._device, places=places, pages=pages)
             self._modules.captured = kept
+        assert isinstance(kept, GraphDecoder)
         kept.use(arena)
         return kept
 
