@@ -3,7 +3,7 @@
 RANK=0 WORLD_SIZE=2 ... python -m tests.parallel.splitting '[["llama", 2, 3, ""], ...]' cpu
 
 A case: [model, processes that hold it together, ZeRO stage, what is special ("", "lora", "memory", "bytes",
-"whole" or "wrong plan")].
+"whole", "idle" or "wrong plan")].
 """
 
 import json
@@ -20,7 +20,7 @@ import torch.distributed as dist
 from transformers import LlamaForCausalLM
 
 from dovetail.engine import memory
-from dovetail.engine.hybrid import HybridEngine
+from dovetail.engine.hybrid import Generate, HybridEngine
 from dovetail.engine.parity import check_parity
 from dovetail.engine.sampling import Sampling
 from dovetail.errors import ParityError
@@ -72,7 +72,12 @@ def made(name: str, special: str) -> Any:
 def answers(engine: HybridEngine) -> Result:
     """What is compared."""
     with engine.generating() as generate:
-        found = generate(PROMPTS, SETTINGS, seeds=range(len(PROMPTS)))
+        return answered(generate)
+
+
+def answered(generate: Generate) -> Result:
+    """The same within a block."""
+    found = generate(PROMPTS, SETTINGS, seeds=range(len(PROMPTS)))
     return [list(c.token_ids) for c in found], [list(c.logprobs) for c in found]
 
 
@@ -108,6 +113,9 @@ def result(case: Case, group: TensorGroup, world: World, device: torch.device) -
     if special == "whole":
         with wholes_counted(split) as counts, engine.generating():
             return max(counts)
+    if special == "idle":  # the other group has left the block long before
+        with engine.generating() as generate:
+            return answered(generate) if world.rank < group.size else None
     if special == "memory":
         with little_memory(wanted=not group.is_first):
             return [*answers(engine), engine.counts.preempted]

@@ -36,6 +36,7 @@ ON_FOUR: tuple[Case, ...] = (
     ("qwen3", 2, 3, ""),
     *((name, 4, 3, "") for name in ("opt", "gpt2", "gpt-neox", "phi3")),
     ("llama", 4, 0, "lora"),
+    ("llama", 2, 0, "idle"),
 )
 """With one key head for two queries, four processes each have one that another has too."""
 
@@ -112,9 +113,17 @@ def test_processes_with_different_memory_admit_and_preempt_the_same_answers() ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ON_FOUR, ids=str)
+@pytest.mark.parametrize("case", ON_FOUR[:-1], ids=str)
 def test_four_processes_generate_in_two_groups_or_one(case: Case) -> None:
     expect_equal(ON_FOUR, case, size=4)
+
+
+@pytest.mark.slow
+def test_a_group_needs_no_other_while_it_generates() -> None:
+    busy, also_busy, idle, also_idle = (found["llama 2 0 idle"] for found in together(ON_FOUR, 4))
+    assert idle is also_idle is None
+    assert busy == also_busy
+    assert busy[0] == alone("llama", "")[0]
 
 
 @pytest.mark.slow
