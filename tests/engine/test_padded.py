@@ -9,6 +9,7 @@ from transformers import MambaConfig, MambaForCausalLM
 from dovetail.engine import HybridEngine, Sampling
 from dovetail.engine import hybrid as hybrid_module
 from dovetail.errors import GenerationError
+from dovetail.parallel.tensor_group import TensorGroup
 from tests.engine.test_hybrid import hf_greedy, prompts_of
 from tests.fakes import PADDED, tiny_model
 
@@ -60,3 +61,12 @@ def test_a_model_without_a_cache_of_keys_is_refused() -> None:
         pytest.raises(GenerationError, match="MambaForCausalLM has no cache of keys"),
     ):
         generate([[1, 2]], Sampling(max_new_tokens=2), seeds=[0])
+
+
+def test_several_processes_cannot_share_a_padded_batch() -> None:
+    engine = HybridEngine(tiny_model("bloom"), group=TensorGroup(0, 2))
+    with (
+        pytest.raises(GenerationError, match="padded batches, which 2 processes cannot share"),
+        engine.generating(),
+    ):
+        pass

@@ -35,6 +35,9 @@ def zero(stage: int) -> dict[str, Any]:
     return {"zero_stage": {"actor": stage, "critic": stage, "reference": frozen, "reward_model": frozen}}
 
 
+TWO_PARTS = {"tensor_parallel": {"generation": 2}}
+
+
 ALIKE: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "lora": ("opt", LORA),
@@ -44,6 +47,7 @@ ALIKE: dict[str, tuple[str, dict[str, Any]]] = {
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "zero-3": ("llama", zero(3) | MICRO),
     "zero-1-lora": ("lora", zero(1)),
+    "zero-3-two-parts": ("llama", zero(3) | TWO_PARTS),
 }
 """Runs of several: name -> (the run that it must equal, changes)."""
 MORE_CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -58,6 +62,9 @@ MORE_CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "zero-2-several-steps": ("several-steps", zero(2)),
     "zero-3-several-steps": ("several-steps", zero(3)),
     "zero-3-recomputed": ("llama", zero(3) | RECOMPUTED),
+    "zero-0-two-parts": ("llama", zero(0) | MICRO | TWO_PARTS),
+    "zero-0-two-parts-lora": ("lora", zero(0) | TWO_PARTS),
+    "zero-3-two-parts-lora": ("lora", zero(3) | RECOMPUTED | TWO_PARTS),
 }
 
 
@@ -151,8 +158,9 @@ def test_two_processes_come_to_what_one_comes_to(runs: Runs, case: str) -> None:
     expect_alike(runs.together(CASES, size=2)[case], runs.alone(CASES[case][0]))
 
 
-def test_a_sharded_run_reports_what_gathering_for_generation_cost(runs: Runs) -> None:
-    run = runs.together(CASES, size=2)["zero-3"]
+@pytest.mark.parametrize("case", ["zero-3", "zero-3-two-parts"])
+def test_a_sharded_run_reports_what_gathering_for_generation_cost(runs: Runs, case: str) -> None:
+    run = runs.together(CASES, size=2)[case]
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     received = [row["ppo/gather_bytes"] for row in rows if "ppo/gather_bytes" in row]
     weights = load_file(run / "ppo/model/model.safetensors").values()

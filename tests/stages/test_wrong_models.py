@@ -75,6 +75,15 @@ def test_an_actor_without_room_for_prompt_and_answer_is_told_before_anything_is_
     assert not (tmp_path / "run/ppo").exists()
 
 
+def test_more_processes_for_a_model_than_there_are_are_refused_before_anything_is_trained(
+    tmp_path: Path,
+) -> None:
+    config = tiny_run(tmp_path, tensor_parallel={"generation": 2})
+    with pytest.raises(ConfigError, match="the run's 1 process cannot form groups of 2"):
+        pipeline.run(config)
+    assert not (tmp_path / "run/sft").exists()
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
 def test_a_critic_with_a_shorter_context_is_told_before_anything_is_drawn(tmp_path: Path, name: str) -> None:
     limit = "n_positions" if name == "gpt2" else "max_position_embeddings"

@@ -10,7 +10,7 @@ from pydantic import NonNegativeInt, PositiveInt
 from dovetail.config.data import DataConfig
 from dovetail.config.frozen import FrozenModel
 from dovetail.config.model import ModelConfig, Precision
-from dovetail.config.sharding import ZeroStageConfig
+from dovetail.config.sharding import TensorParallelConfig, ZeroStageConfig
 from dovetail.config.stages import PpoConfig, RewardConfig, SftConfig
 
 StageName = Literal["sft", "reward", "ppo"]
@@ -55,6 +55,8 @@ class RunConfig(FrozenModel):
     """cuda, cpu, or auto = the first GPU if there is one."""
     zero_stage: ZeroStageConfig = ZeroStageConfig()
     """What several processes divide of each model; nothing to divide for one."""
+    tensor_parallel: TensorParallelConfig = TensorParallelConfig()
+    """How many processes compute each layer together."""
     num_gpus: PositiveInt = 1
     """Processes that `dovetail train` starts on each machine, one per GPU."""
     tracking: TrackingConfig = TrackingConfig()

@@ -1,9 +1,12 @@
 """How the weights of each model lie on several devices.
 
-Responsible for: the ZeRO stages. Not responsible for: what they do (parallel/shard.py), how many devices there are.
+Responsible for: the ZeRO stages, and over how many devices the generating actor is divided.
+Not responsible for: what they do (parallel/), how many devices there are.
 """
 
 from typing import Literal
+
+from pydantic import PositiveInt
 
 from dovetail.config.frozen import FrozenModel
 
@@ -24,3 +27,11 @@ class ZeroStageConfig(FrozenModel):
     """PPO's frozen copy of the actor."""
     reward_model: Literal[0, 3] = 0
     """The frozen reward model of PPO."""
+
+
+class TensorParallelConfig(FrozenModel):
+    """How many processes compute each layer together (Shoeybi et al. 2019, arXiv:1909.08053)."""
+
+    generation: Literal["auto"] | PositiveInt = "auto"
+    """Processes that hold one copy of the actor while answers are generated; groups of so many share the prompts.
+    auto: 1 if by an estimate the whole model fits on a GPU beside what stays there, else as few as fit; 1 on a CPU."""

@@ -224,9 +224,14 @@ class GraphDecoder:
                 logits_BV.contiguous(), state, ids_B, numbers, draw=Column.DRAW, key=Column.KEY,
                 temperature=Column.TEMPERATURE, greedy=Column.GREEDY,
             )  # fmt: skip
+            if self._modules.group.size > 1:
+                agreed = self._modules.group.from_first(numbers.contiguous())
+                numbers.copy_(agreed)
+                ids_B.copy_(agreed[0])
             return
         seen_BV = self._seen_BV[:size] if penalises and self._seen_BV is not None else None
-        drawn_B, logprobs_B = sample_next(logits_BV, _RowsOfState(state, seen_BV, truncates=truncates))
+        rows = _RowsOfState(state, seen_BV, truncates=truncates)
+        drawn_B, logprobs_B = self._modules.agreed(*sample_next(logits_BV, rows))
         ids_B.copy_(drawn_B)
         numbers.copy_(numbers_of(drawn_B, logprobs_B))
         if seen_BV is not None:

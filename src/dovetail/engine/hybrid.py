@@ -37,7 +37,10 @@ from dovetail.engine.sampling import Sampling
 from dovetail.errors import GenerationError
 from dovetail.model.attention import why_not_packed
 from dovetail.model.forward import plain_model
+from dovetail.parallel.tensor_group import WHOLE, TensorGroup
 
+MAX_RUNNING = 256
+"""Answers decoded together, unless told otherwise."""
 _PADDED_BATCH = 32
 _UNLIMITED_CONTEXT = 32768
 """Tokens kept room for where a model names no limit."""
@@ -71,14 +74,17 @@ class HybridEngine:
         model: Any,
         *,
         device: torch.device | None = None,
-        max_running: int = 256,
+        max_running: int = MAX_RUNNING,
         max_prefill_tokens: int = 8192,
         max_cache_tokens: int | None = None,
         weights: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        group: TensorGroup = WHOLE,
     ) -> None:
         """See `Limits` for the numbers; `device`: where the parameters are, unless given.
 
-        weights: within whose block the model's parameters are there, if that is not always.
+        weights: within whose block the model's parameters are there, if that is not always. group: the processes that
+        hold slices of them (parallel/tensor.py). All of it enter `generating` and make the same calls; all get the
+        same answers.
         """
         self._wrapped = model
         self.model = plain_model(model)
@@ -86,7 +92,8 @@ class HybridEngine:
         self._device = device
         self.weights = weights
         self._limits = Limits(max_running, max_prefill_tokens, max_cache_tokens)
-        self.modules = PackedModules(self.model)
+        self.group = group
+        self.modules = PackedModules(self.model, group)
         self.vocabulary = vocabulary_of(self.model)
         self.context = context_of(self.model)
         self._shapes: dict[torch.dtype, KVShape | None] = {}
@@ -143,6 +150,11 @@ class HybridEngine:
             reason = (
                 reason or f"{type(self.model).__name__} has layers that are not attention over plain keys"
             )
+            if self.group.size > 1:
+                raise GenerationError(
+                    f"{reason}: it generates in padded batches, which {self.group.size} processes cannot share",
+                    hint="set tensor_parallel.generation=1",
+                )
             self.warn_once(f"{reason}: generation falls back to padded batches, which is right but slower")
             return None
         return PagedGeneration(self.modules, shape, device, self._limits)

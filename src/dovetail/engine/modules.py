@@ -21,10 +21,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dovetail.engine.kv_cache import KVShape
+from dovetail.engine.transfer import numbers_of
 from dovetail.errors import GenerationError
 from dovetail.model.attention import ATTENTION_NAME, Layout, use_packed_attention
 from dovetail.model.linear_logprobs import head_of
 from dovetail.model.lora import adapters_in_use
+from dovetail.parallel.tensor_group import WHOLE, TensorGroup
+from dovetail.parallel.tensor_plan import Place
 
 
 def vocabulary_of(model: PreTrainedModel) -> int:
@@ -53,11 +56,14 @@ def evaluation_mode(model: Any) -> Iterator[None]:
 class PackedModules:
     """A model whose attention goes through our registered function, hence over packed batches."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, group: TensorGroup = WHOLE) -> None:
+        """group: the processes that compute it together, if its weights are slices (parallel/tensor.py)."""
         self._model = model
+        self.group = group
         head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-        self.vocabulary = int(head.weight.shape[0])
+        self.vocabulary = int(head.weight.shape[0]) if group.size == 1 else vocabulary_of(model)
         """How many logits there are."""
+        self._rows = [Place(rank, group.size).vocabulary(self.vocabulary)[1] for rank in range(group.size)]
         self.name = type(model).__name__
         self.cannot_be_captured = False
         """Its forward does what a CUDA graph cannot record; found out by trying."""
@@ -89,10 +95,18 @@ class PackedModules:
         if ids_T.is_cuda:
             # The head as in training: its product leaves the tensor cores in float32.
             hidden_TD = self._forward(self._model.base_model, ids_T, positions_T, layout).last_hidden_state[0]
-            return head_of(self._model).logits(hidden_TD if last_S is None else hidden_TD[last_S])
-        keep = 0 if last_S is None else last_S
-        logits: Tensor = self._forward(self._model, ids_T, positions_T, layout, logits_to_keep=keep).logits[0]
-        return logits
+            logits = head_of(self._model).logits(hidden_TD if last_S is None else hidden_TD[last_S])
+        else:
+            keep = 0 if last_S is None else last_S
+            logits = self._forward(self._model, ids_T, positions_T, layout, logits_to_keep=keep).logits[0]
+        return self.group.columns(logits, self._rows)
+
+    def agreed(self, ids_S: Tensor, logprobs_S: Tensor) -> tuple[Tensor, Tensor]:
+        """What was drawn, the same in all processes of the group whatever the order in which theirs add up."""
+        if self.group.size == 1:
+            return ids_S, logprobs_S
+        numbers = self.group.from_first(numbers_of(ids_S, logprobs_S))
+        return numbers[0].long(), numbers[1].to(logprobs_S.dtype)
 
     def _forward(
         self, module: Any, ids_T: Tensor, positions_T: Tensor, layout: Layout, **options: Any

@@ -105,13 +105,21 @@ class PagedGeneration:
         lone = places == 1 and not self._has_kernel
         if self._arena is None or self._arena.num_pages < wanted or self._arena.lone != lone:
             self._arena = self._decoder = None  # the other one is freed first
-            self._arena = allocate_arena(
-                self._shape, wanted, self._device, dense=not self._has_kernel, lone=lone
-            )
+            self._arena = self._allocate(wanted, lone=lone)
         self._decoder = self._decoder_for(
             self._arena, places=places, pages=min(max(pages), self._arena.num_pages)
         )
         return self._arena.num_pages * PAGE_TOKENS
+
+    def _allocate(self, wanted: int, *, lone: bool) -> KVArena:
+        """Of as many pages as each process of the group has room for: all admit and preempt the same answers."""
+        dense = not self._has_kernel
+        arena = allocate_arena(self._shape, wanted, self._device, dense=dense, lone=lone)
+        fewest = self._modules.group.least(arena.num_pages, self._device)
+        if fewest < arena.num_pages:
+            del arena  # before the smaller one takes its place
+            arena = allocate_arena(self._shape, fewest, self._device, dense=dense, lone=lone)
+        return arena
 
     def _decoder_for(self, arena: KVArena, *, places: int, pages: int) -> Decoder:
         """places: answers that run together; pages: of the longest."""
@@ -120,10 +128,13 @@ class PagedGeneration:
         from dovetail.engine.graphs import GraphDecoder  # Triton is there on GPUs only
 
         kept = self._modules.captured
-        if not (isinstance(kept, GraphDecoder) and kept.serves(places, pages)):
+        fits = isinstance(kept, GraphDecoder) and kept.serves(places, pages)
+        # Recording runs the step once, with what it sends: all processes of a group do it, or none.
+        if not self._modules.group.least(int(fits), self._device):
             kept = self._modules.captured = None  # what it holds is freed first
             kept = GraphDecoder(self._modules, self._device, places=places, pages=pages)
             self._modules.captured = kept
+        assert isinstance(kept, GraphDecoder)
         kept.use(arena)
         return kept
 
@@ -193,7 +204,7 @@ class PagedGeneration:
         if not complete:
             return None
         rows = sampling_rows(complete, self._modules.vocabulary, self._device)
-        ids_S, logprobs_S = sample_next(logits_SV, rows)
+        ids_S, logprobs_S = self._modules.agreed(*sample_next(logits_SV, rows))
         self._decoder.place(complete, ids_S)
         return Draw.of(complete, numbers_of(ids_S, logprobs_S))
 

@@ -116,14 +116,20 @@ class _Token:
 
 @torch.no_grad()
 def check_parity(
-    engine: HybridEngine, prompts: Sequence[Sequence[int]], *, decode_text: DecodeText | None = None
+    engine: HybridEngine,
+    prompts: Sequence[Sequence[int]],
+    *,
+    decode_text: DecodeText | None = None,
+    trained: Any = None,
 ) -> ParityReport:
     """Compare a few greedy answers to `prompts` (at most three are used) with the plain forward.
 
     Mode, attention, weights and gradients are afterwards as before. decode_text: to quote the prompt in errors.
+    trained: the model whose training and plain forward are run, where the engine has but slices of its weights;
+    peft-wrapped or not, sharded or not (then all processes must call this). By default the engine's own.
     Raises ParityError, naming the token and the first layer that differs.
     """
-    model = engine.model
+    model = engine.model if trained is None else plain_model(trained)
     tolerance = TOLERANCES[next(model.parameters()).dtype]
     room = math.inf if engine.context is None else max(1, engine.context - NEW_TOKENS)
     cut = [
@@ -136,7 +142,7 @@ def check_parity(
         tokens = _beside_the_reference(model, cut, answers, [p for row in generated for p in row], trained_A)
         wrong = _first_wrong(tokens, tolerance, attrgetter("generated"))
         if wrong is not None:
-            where = _trace_generation(engine, cut, wrong.prompt, tolerance)
+            where = _trace_generation(engine, model, cut, wrong.prompt, tolerance)
             raise _parity_error(model, "generation", wrong, wrong.generated, cut, decode_text, where)
         wrong = _first_wrong(tokens, tolerance, attrgetter("trained"))
         if wrong is not None:
@@ -264,13 +270,14 @@ def _parity_error(
 
 def _trace_generation(
     engine: HybridEngine,
+    model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
     index: int,
     tolerance: Tolerance,
 ) -> str:
-    """Generate the answer again, alone, and name the first layer that differs."""
-    model, prompt = engine.model, prompts[index]
-    with engine.generating() as generate, layer_outputs(model) as calls:
+    """Generate the answer again, alone, and name the first layer that differs from the plain forward of `model`."""
+    prompt = prompts[index]
+    with engine.generating() as generate, layer_outputs(engine.model) as calls:
         sampling = Sampling(max_new_tokens=NEW_TOKENS, temperature=0.0)
         (answer,) = generate([prompt], sampling, seeds=[index])
     # A captured graph replays kernels without calling modules: only what was really called can be compared.

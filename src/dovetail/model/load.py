@@ -18,6 +18,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -37,6 +38,7 @@ __all__ = [
     "expect_rows_for",
     "load_causal_lm",
     "load_scalar_model",
+    "read_config",
     "save_model",
     "scalar_model_from",
 ]
@@ -100,6 +102,19 @@ def load_scalar_model(
     disable_dropout(model)
     model.to(torch.device(device))  # type: ignore[arg-type]
     return model
+
+
+def read_config(
+    path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedConfig | None:
+    """The configuration of a model, without its weights; None for a .gguf file, which has it among them."""
+    name = _existing(path)
+    if _gguf_file(name) is not None:
+        return None
+    config: PreTrainedConfig = _read_config(
+        name, {"revision": revision, "trust_remote_code": trust_remote_code}
+    )
+    return config
 
 
 def expect_rows_for(tokenizer: PreTrainedTokenizerBase, model: Any, name: str) -> None:

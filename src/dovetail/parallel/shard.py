@@ -99,7 +99,7 @@ def spread(model: Any, *, stage: int, world: World, device: torch.device) -> Non
         sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)
     register_fsdp_forward_method(inner, "run_with_weights")
-    _share_buffers(model, skeleton)
+    share_buffers(model, skeleton)
     _LAYOUTS[inner] = Layout(world, stage, skeleton)
 
 
@@ -173,7 +173,7 @@ def gathered(model: Any) -> Iterator[Any]:
     finally:
         layout._depth -= 1
         if layout._depth == 0:
-            _replace(layout.skeleton, lambda _, tensor: torch.empty_like(tensor, device="meta"))
+            replace_weights(layout.skeleton, lambda _, tensor: torch.empty_like(tensor, device="meta"))
 
 
 def generation_model(model: Any) -> Any:
@@ -201,8 +201,8 @@ def whole_model(model: Any, weights: Mapping[str, Tensor] | None = None) -> Any 
     if not layout.world.is_first:
         return None
     made: Any = copy_of(layout.skeleton or model, device=torch.device("meta"))
-    _share_buffers(model, made)
-    _replace(made, lambda name, _: tensors[name])
+    share_buffers(model, made)
+    replace_weights(made, lambda name, _: tensors[name])
     made.to(host)
     return made if weights is None else nn.Module.float(made)
 
@@ -221,7 +221,7 @@ def _layers(inner: Any) -> list[nn.Module]:
     return []
 
 
-def _share_buffers(model: nn.Module, skeleton: nn.Module) -> None:
+def share_buffers(model: nn.Module, skeleton: nn.Module) -> None:
     """Buffers are no weights: both have the same."""
     modules = dict(skeleton.named_modules())
     for name, module in model.named_modules():
@@ -233,19 +233,26 @@ def _fill(model: Any, layout: Layout) -> None:
     assert layout.skeleton is not None
     start = time.monotonic()
     give_back(model)
-    tensors = {}
-    for name, parameter in model.named_parameters():
-        tensors[name] = whole(parameter)
-        if is_shard(parameter):
-            num_bytes = parameter.numel() * parameter.element_size()
-            layout.gather_bytes += num_bytes - num_bytes // layout.world.size
-    _replace(layout.skeleton, lambda name, _: tensors[name])
+    tensors = dict(whole_weights(model))
+    replace_weights(layout.skeleton, lambda name, _: tensors[name])
     for device in {tensor.device for tensor in tensors.values() if tensor.is_cuda}:
         torch.cuda.synchronize(device)  # once per generate phase, so that the seconds are true
     layout.gather_seconds += time.monotonic() - start
 
 
-def _replace(model: nn.Module, tensor_of: Callable[[str, Tensor], Tensor]) -> None:
+def whole_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """(name, all of it) of one weight after the other. A collective if the model is sharded, whose bytes are counted;
+    `give_back` must be called before.
+    """
+    layout = layout_of(model)
+    for name, parameter in model.named_parameters():
+        if is_shard(parameter):
+            num_bytes = parameter.numel() * parameter.element_size()
+            layout.gather_bytes += num_bytes - num_bytes // layout.world.size
+        yield name, whole(parameter)
+
+
+def replace_weights(model: nn.Module, tensor_of: Callable[[str, Tensor], Tensor]) -> None:
     """Put other tensors in the place of all parameters; tied ones stay tied."""
     made: dict[int, nn.Parameter] = {}
     for name, module in model.named_modules():

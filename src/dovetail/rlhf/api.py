@@ -8,6 +8,7 @@ Shapes: T packed tokens, S sequences.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor
@@ -18,6 +19,7 @@ from dovetail.config.stages import PpoConfig
 from dovetail.data.records import Message
 from dovetail.engine.parity import PROMPT_TOKENS, check_parity
 from dovetail.model.forward import token_logprobs
+from dovetail.parallel.shard import give_back
 from dovetail.rlhf.build import Setup, make_learners, make_roles, name_of
 from dovetail.rlhf.rewards import Answer, RewardFunction
 from dovetail.rlhf.rollout import Collected, collect, pack_rollout, sample_answers
@@ -70,8 +72,12 @@ class RLHFEngine:
             return
         chat = self.roles.chat
         ids = [chat.prompt_ids(as_messages(prompt)) for prompt in prompts[: len(PROMPT_TOKENS)]]
-        with self.roles.engine.weights():
-            report = check_parity(self.roles.engine, ids, decode_text=chat.decode)
+        engine = self.roles.engine
+        with nullcontext() if engine.group.size > 1 else engine.weights():
+            # Slices prove nothing of themselves: they are compared with the model that is trained.
+            trained = self.roles.actor if engine.group.size > 1 else None
+            report = check_parity(engine, ids, decode_text=chat.decode, trained=trained)
+        give_back(self.roles.actor)
         self._is_checked = True
         say(
             f"parity: {report.num_tokens} tokens of {len(ids)} answers, generated and trained on, against the plain "

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dovetail.config.model import LoraConfig
-from dovetail.config.sharding import ZeroStageConfig
+from dovetail.config.sharding import TensorParallelConfig, ZeroStageConfig
 from dovetail.config.stages import OptimizerConfig, PpoConfig, StageConfig
 from dovetail.data.records import Message
 from dovetail.engine.hybrid import HybridEngine
@@ -36,6 +36,7 @@ from dovetail.rlhf.rewards import (
     load_reward_function,
 )
 from dovetail.rlhf.roles import Roles
+from dovetail.rlhf.splitting import split_to_generate
 from dovetail.rlhf.update import Learners
 from dovetail.telemetry.log import say
 from dovetail.text.chat_format import ChatFormat
@@ -65,6 +66,8 @@ class Setup:
     """The processes that hold the models together."""
     zero_stage: ZeroStageConfig = field(default_factory=ZeroStageConfig)
     """What they divide of each."""
+    tensor_parallel: TensorParallelConfig = field(default_factory=TensorParallelConfig)
+    """How many of them hold the actor together while it generates."""
 
 
 def make_roles(
@@ -111,10 +114,28 @@ def make_roles(
         reference=reference,
         score=score,
         chat=chat,
-        engine=HybridEngine(generation_model(actor), device=device, weights=partial(gathered, actor)),
+        engine=_generator(actor, critic, config, setup, device),
         device=device,
         budget=budget,
     )
+
+
+def _generator(
+    actor: PreTrainedModel, critic: PreTrainedModel, config: PpoConfig, setup: Setup, device: torch.device
+) -> HybridEngine:
+    """What the actor generates with: the model itself, gathered copies of it, or slices."""
+    states = state_bytes(actor, is_averaged=True) + state_bytes(critic, is_averaged=False)
+    split = split_to_generate(
+        actor,
+        setup.tensor_parallel.generation,
+        config,
+        room=int(USABLE * free_bytes(device)) - (0 if config.park_optimizer else states),
+        world=setup.world,
+        device=device,
+    )
+    if split is None:
+        return HybridEngine(generation_model(actor), device=device, weights=partial(gathered, actor))
+    return HybridEngine(split.modules, device=device, weights=split.filled, group=split.group)
 
 
 def loading_device(device: torch.device, world: World) -> torch.device:

@@ -124,13 +124,15 @@ def complete(
     seed: int,
     world: World = ALONE,
 ) -> list[Answer]:
-    """Generate and decode one answer to each tokenised prompt; each process of `world` answers its share."""
-    seeds = request_seeds(seed, len(prompt_ids))
-    shares = deal([len(ids) + how.max_new_tokens for ids in prompt_ids], world.size)
-    mine = shares[world.rank]
+    """Generate and decode one answer to each tokenised prompt; the processes of `world` that hold one model together
+    answer a share.
+    """
+    seeds, together = request_seeds(seed, len(prompt_ids)), engine.group.size
+    shares = deal([len(ids) + how.max_new_tokens for ids in prompt_ids], world.size // together)
+    mine = shares[world.rank // together]
     with engine.generating() as generate:
         own = generate([prompt_ids[i] for i in mine], how, seeds=[seeds[i] for i in mine])
-    everybodys = zip(shares, world.gather(own), strict=True)
+    everybodys = zip(shares, world.gather(own if engine.group.is_first else [])[::together], strict=True)
     found = {i: completion for share, part in everybodys for i, completion in zip(share, part, strict=True)}
     completions = [found[i] for i in range(len(prompt_ids))]
     return [

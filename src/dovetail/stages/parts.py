@@ -30,12 +30,13 @@ from dovetail.engine.modules import context_of
 from dovetail.errors import ConfigError, DataError
 from dovetail.model.forward import last_hidden_states, scalar_head
 from dovetail.model.heads import centre_on
-from dovetail.model.load import expect_rows_for, load_causal_lm, load_scalar_model
+from dovetail.model.load import expect_rows_for, load_causal_lm, load_scalar_model, read_config
 from dovetail.model.lora import add_lora
 from dovetail.parallel.shard import given_back_after_use, spread
 from dovetail.rlhf.api import RLHFEngine
 from dovetail.rlhf.build import Setup, checkpoint_activations, loading_device
 from dovetail.rlhf.limits import expect_room
+from dovetail.rlhf.splitting import expect_possible
 from dovetail.stages.context import Context
 from dovetail.telemetry.log import say
 from dovetail.text.chat_format import ChatFormat
@@ -134,6 +135,7 @@ def rlhf_engine(context: Context, chat: ChatFormat, *, total_steps: int) -> RLHF
             critic_lora=config.reward_model.lora if config.reward_model else None,
             world=context.world,
             zero_stage=config.zero_stage,
+            tensor_parallel=config.tensor_parallel,
         ),
     )
     # A reward model that reads the actor's tokens is what the critic is a copy of; another reads text of its own.
@@ -145,6 +147,16 @@ def rlhf_engine(context: Context, chat: ChatFormat, *, total_steps: int) -> RLHF
             max_new_tokens=config.ppo.sampling.max_new_tokens,
         )
     return engine
+
+
+def expect_tensor_parallel(context: Context) -> None:
+    """Raise ConfigError unless the actor can generate over as many processes as asked for; no weight is read."""
+    actor, size = context.config.actor, context.config.tensor_parallel.generation
+    if size == "auto" or "ppo" not in context.config.stages:
+        return
+    config = read_config(actor.path, revision=actor.revision, trust_remote_code=actor.trust_remote_code)
+    if config is not None:  # a .gguf file says it when it has been read
+        expect_possible(config, size, context.world)
 
 
 def reward_model_path(context: Context) -> str | None:

@@ -11,6 +11,7 @@ from dovetail.evaluation.answers import Judge
 from dovetail.parallel.world import World
 from dovetail.stages import ppo, reward, sft
 from dovetail.stages.context import Context, StageReport, open_run
+from dovetail.stages.parts import expect_tensor_parallel
 from dovetail.telemetry.log import say
 
 TITLES: dict[StageName, str] = {
@@ -29,6 +30,7 @@ def run(config: RunConfig) -> World:
 
 def run_stages(context: Context, judge: Judge | None = None) -> None:
     """Run the stages of an open run; `judge` gives PPO's held-out answers a second opinion."""
+    expect_tensor_parallel(context)
     stages: dict[StageName, Callable[[Context], StageReport]] = {
         "sft": sft.run,
         "reward": reward.run,

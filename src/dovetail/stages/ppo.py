@@ -105,10 +105,9 @@ def judge_held_out(
 
 
 def gather_costs(actor: PreTrainedModel) -> dict[str, float]:
-    """What generation with a sharded actor cost beside generating: nothing where it is not sharded."""
-    layout = layout_of(actor)
-    seconds, received = layout.take_costs()
-    return {"ppo/gather_seconds": seconds, "ppo/gather_bytes": float(received)} if layout.is_sharded else {}
+    """What generation cost beside generating: nothing where the actor generates as it lies."""
+    seconds, received = layout_of(actor).take_costs()
+    return {"ppo/gather_seconds": seconds, "ppo/gather_bytes": float(received)} if seconds else {}
 
 
 def save_actor(engine: RLHFEngine, folder: RunFolder) -> None:

@@ -26,6 +26,7 @@ MAY_CHANGE = (
     "stages",
     "tracking.*",
     "zero_stage.*",
+    "tensor_parallel.*",
     "data.cache_dir",
     "*.micro_batch_tokens",
     "*.activation_checkpointing",

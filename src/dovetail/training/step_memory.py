@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from dovetail.model.linear_logprobs import CUDA_CHUNK_BYTES
 from dovetail.model.shards import local
+from dovetail.model.widths import widths_of
 
 MASTER, MOMENTS, GRADIENT, AVERAGE = 4, 8, 4, 4
 """Bytes of one trained weight, all float32: its master copy, Adam's two moments, the accumulated gradient, and
@@ -48,24 +49,14 @@ def architecture_of(model: PreTrainedModel) -> Architecture:
     """Of any Hugging Face decoder, plain or with adapters inside."""
     config: Any = model.config.get_text_config()
     names = [name.rpartition(".")[2] for name, _ in model.named_modules()]
-    width, heads = int(config.hidden_size), int(config.num_attention_heads)
-    head_width = int(getattr(config, "head_dim", None) or width // heads)
-    # OPT, GPT-2 and the others each have their own word for it; where it is None, it is four times the width.
-    inner = next(
-        (
-            found
-            for key in ("intermediate_size", "ffn_dim", "n_inner")
-            if (found := getattr(config, key, None))
-        ),
-        4 * width,
-    )
+    widths = widths_of(config)
     head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     return Architecture(
         num_layers=int(config.num_hidden_layers),
-        width=width,
-        query_width=heads * head_width,
-        key_width=int(getattr(config, "num_key_value_heads", None) or heads) * head_width,
-        inner_width=int(inner),
+        width=widths.hidden,
+        query_width=widths.num_heads * widths.head,
+        key_width=widths.num_key_heads * widths.head,
+        inner_width=widths.inner,
         vocabulary=0 if head is None else int(head.weight.shape[0]),
         inner_copies=_inner_copies(config, names),
         has_rms_norms=any(type(module).__name__.endswith("RMSNorm") for module in model.modules()),

@@ -1,0 +1,134 @@
+"""A model divided over a tensor-parallel group, to generate with.
+
+Responsible for: the modules of one process, which are those of the model with narrower layers, and their weights, cut
+out of the training model's and there for one phase.
+Not responsible for: which part of which weight (tensor_plan.py), collectives (tensor_group.py), training.
+
+The weights are plain tensors, not DTensors: nothing is dispatched per operation, and a decode step can be captured. A
+process sends what its row layers and its embedding put out, once per layer; the head's columns are put together by
+whoever reads logits (engine/modules.py).
+
+Shapes: T tokens, D width.
+"""
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from dovetail.errors import ConfigError
+from dovetail.model.copies import copy_of
+from dovetail.model.forward import plain_model
+from dovetail.model.widths import widths_of
+from dovetail.parallel.shard import give_back, layout_of, replace_weights, share_buffers, whole_weights
+from dovetail.parallel.tensor_group import TensorGroup
+from dovetail.parallel.tensor_plan import PLANS, Cut, Place, cuts_of, expect_divisible
+
+
+class SplitModel:
+    """This process's slices of a model, with memory behind them within `filled` alone."""
+
+    def __init__(self, model: Any, group: TensorGroup, *, device: torch.device) -> None:
+        """model: as training has it, plain or peft-wrapped, after `spread`.
+
+        Raises ConfigError if the group's size does not divide it.
+        """
+        self.group = group
+        self._model = model
+        self._device = device
+        source = layout_of(model).skeleton or model
+        expect_divisible(plain_model(source).config, group.size)
+        self.modules = copy_of(source, device=torch.device("meta"))
+        """The model's own classes, wrapped as it is; what generates."""
+        share_buffers(model, self.modules)
+        inner, place = plain_model(self.modules), Place(group.rank, group.size)
+        _expect_equal_ends(inner)
+        self._cuts = cuts_of(inner, place)
+        _make_layers_narrow(inner, self._cuts, group)
+        _look_up_together(inner, place, group)
+        _count_fewer_heads(inner, place)
+
+    @contextmanager
+    def filled(self) -> Iterator[Any]:
+        """Within the block the slices are of the weights as they are now. A collective; blocks may not be nested.
+
+        The model is never whole on a device: one weight after the other is gathered and cut.
+        """
+        start = time.monotonic()
+        layout = layout_of(self._model)
+        give_back(self._model)
+        inner = plain_model(self.modules)
+        slices = {name: self._cut(name, weight) for name, weight in whole_weights(plain_model(self._model))}
+        replace_weights(inner, lambda name, _: slices[name])
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # once per generate phase, so that the seconds are true
+        layout.gather_seconds += time.monotonic() - start
+        try:
+            yield self.modules
+        finally:
+            slices.clear()
+            replace_weights(inner, lambda _, tensor: torch.empty_like(tensor, device="meta"))
+
+    def _cut(self, name: str, weight: Tensor) -> Tensor:
+        cut = self._cuts.get(name)
+        return (weight if cut is None else cut.of(weight)).to(self._device)
+
+
+def _expect_equal_ends(model: PreTrainedModel) -> None:
+    embedding: Any = model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    if head.weight.shape[0] != embedding.num_embeddings:
+        raise ConfigError(
+            f"{type(model).__name__} reads {embedding.num_embeddings} tokens and speaks {head.weight.shape[0]}: it "
+            "cannot be divided by its vocabulary",
+            hint="set tensor_parallel.generation=1",
+        )
+
+
+def _make_layers_narrow(model: PreTrainedModel, cuts: Mapping[str, Cut], group: TensorGroup) -> None:
+    """Row layers put out the group's sum; GPT-2's layers, which reckon with their width, know the new one."""
+    rows = PLANS[model.config.model_type].rows
+    for path, layer in model.named_modules():
+        if path.rpartition(".")[2] in rows:
+            layer.register_forward_hook(lambda _, __, output: group.sum(output))
+        if isinstance(layer, Conv1D) and f"{path}.bias" in cuts:
+            layer.nf = cuts[f"{path}.bias"].length
+
+
+def _look_up_together(model: PreTrainedModel, place: Place, group: TensorGroup) -> None:
+    embedding: Any = model.get_input_embeddings()
+    first, rows, _ = place.vocabulary(embedding.num_embeddings)
+    embedding.padding_idx = None  # matters to gradients alone, and would have to be a row that is here
+    embedding.forward = partial(_look_up, embedding, first, rows, group)
+
+
+def _look_up(embedding: nn.Embedding, first: int, rows: int, group: TensorGroup, ids: Tensor) -> Tensor:
+    """[..., D] of token ids [...]: each process finds those of its rows, and the sum has all."""
+    is_here = (ids >= first) & (ids < first + rows)
+    found: Tensor = type(embedding).forward(embedding, (ids - first).clamp(0, max(0, rows - 1)))
+    return group.sum(found.masked_fill(~is_here[..., None], 0))
+
+
+def _count_fewer_heads(model: PreTrainedModel, place: Place) -> None:
+    """What attention modules, and the configuration that some read, reckon with."""
+    config, widths = model.config, widths_of(model.config)
+    heads, key_heads = place.heads(widths)
+    known = {
+        "num_heads": heads,
+        "num_key_value_heads": key_heads,
+        "num_key_value_groups": heads // key_heads,
+        "split_size": heads * widths.head,
+    }
+    for module in model.modules():
+        for name in known.keys() & vars(module).keys():
+            setattr(module, name, known[name])
+    config.head_dim = widths.head  # it may have followed from the number of heads
+    config.num_attention_heads = heads
+    if hasattr(config, "num_key_value_heads"):
+        config.num_key_value_heads = key_heads

@@ -1,0 +1,91 @@
+"""Processes that compute one model together, each with a slice of every large weight.
+
+Responsible for: who they are, and the few collectives that such a model and its generation need.
+Not responsible for: what is cut how (tensor_plan.py), the modules (tensor.py).
+
+All tensors stay on their device and no shape depends on their numbers, so a captured CUDA graph may hold these calls.
+
+Shapes: S rows, C columns of one process.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dovetail.errors import ConfigError
+from dovetail.parallel.tensor_plan import SETTING
+from dovetail.parallel.world import PATIENCE, World
+
+
+@dataclass(frozen=True, slots=True)
+class TensorGroup:
+    """This process among those that share a model; by default it has the model for itself."""
+
+    rank: int = 0
+    size: int = 1
+    handle: Any = None
+    """torch's process group."""
+
+    @property
+    def is_first(self) -> bool:
+        """The one whose answers count: all have the same."""
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over the group, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor, group=self.handle)
+        return tensor
+
+    def columns(self, part_SC: Tensor, lengths: Sequence[int]) -> Tensor:
+        """[S, sum of lengths]: the first `lengths[i]` columns of process i, side by side."""
+        if self.size == 1:
+            return part_SC
+        parts = [torch.empty_like(part_SC, memory_format=torch.contiguous_format) for _ in lengths]
+        dist.all_gather(parts, part_SC.contiguous(), group=self.handle)
+        return torch.cat([part[:, :length] for part, length in zip(parts, lengths, strict=True)], dim=1)
+
+    def from_first(self, tensor: Tensor) -> Tensor:
+        """What the first process has, in place; the tensor must be contiguous."""
+        if self.size > 1:
+            dist.broadcast(tensor, group=self.handle, group_src=0)
+        return tensor
+
+    def least(self, number: int, device: torch.device) -> int:
+        """The smallest number of the group."""
+        if self.size == 1:
+            return number
+        tensor = torch.tensor(number, device=device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MIN, group=self.handle)
+        return int(tensor)
+
+
+WHOLE = TensorGroup()
+"""One process with whole weights."""
+
+
+def tensor_group(world: World, size: int) -> TensorGroup:
+    """The group of this process when neighbours, `size` by `size`, share a model. A collective of all processes.
+
+    Raises ConfigError if the processes do not come out even.
+    """
+    expect_even_groups(world, size)
+    if size == 1:
+        return WHOLE
+    handle, _ = dist.new_subgroups(size, timeout=PATIENCE)  # type: ignore[no-untyped-call]
+    return TensorGroup(world.rank % size, size, handle)
+
+
+def expect_even_groups(world: World, size: int) -> None:
+    """Raise ConfigError unless the processes of `world` form groups of `size`."""
+    if world.size % size:
+        possible = [str(n) for n in range(1, world.size + 1) if world.size % n == 0]
+        raise ConfigError(
+            f"{SETTING} = {size}: the run's {world.size} process{'es' if world.size > 1 else ''} cannot form groups "
+            f"of {size}",
+            hint=f"set {SETTING} to one of {', '.join(possible)}, or start another number of processes (--num-gpus)",
+        )

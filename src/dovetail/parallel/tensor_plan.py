@@ -1,0 +1,219 @@
+"""Which part of each weight a process of a tensor-parallel group holds (Shoeybi et al. 2019, arXiv:1909.08053).
+
+Responsible for: the plan of each architecture, the cut of each weight, and which sizes of a group are possible.
+Not responsible for: the modules and what they send (tensor.py), the processes (tensor_group.py).
+
+Of two linear layers in a row the first is cut by columns, what it puts out (whole heads, or numbers of the
+feed-forward layer), the second by rows, what it takes in: nothing is sent between them, and their result is a sum over
+the group. Embedding and head are cut by the vocabulary. All other weights are whole in every process.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from dovetail.errors import ConfigError
+from dovetail.model.widths import Widths, widths_of
+
+SETTING = "tensor_parallel.generation"
+ALIGNED_ROWS = 8
+"""Rows of the vocabulary in a process are a multiple of this, which matrix products of half precision want."""
+
+Sections = tuple[Literal["even", "keys"], ...]
+"""What lies end to end in a layer's output, each cut for itself: into equal parts, or by heads of keys or values,
+which are repeated where there are fewer than processes."""
+EVEN: Sections = ("even",)
+KEYS: Sections = ("keys",)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How the linear layers of an architecture are cut, by the last part of their names."""
+
+    columns: Mapping[str, Sections]
+    rows: tuple[str, ...]
+
+
+_SEPARATE = Plan(
+    {"q_proj": EVEN, "k_proj": KEYS, "v_proj": KEYS, "gate_proj": EVEN, "up_proj": EVEN},
+    ("o_proj", "down_proj"),
+)
+PLANS: dict[str, Plan] = {
+    "opt": Plan({"q_proj": EVEN, "k_proj": EVEN, "v_proj": EVEN, "fc1": EVEN}, ("out_proj", "fc2")),
+    "gpt2": Plan({"c_attn": EVEN * 3, "c_fc": EVEN}, ("c_proj",)),
+    # Query, key and value of a head are neighbours: equal parts are whole heads.
+    "gpt_neox": Plan({"query_key_value": EVEN, "dense_h_to_4h": EVEN}, ("dense", "dense_4h_to_h")),
+    "phi3": Plan({"qkv_proj": EVEN + KEYS * 2, "gate_up_proj": EVEN * 2}, ("o_proj", "down_proj")),
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"), _SEPARATE),
+}
+"""By the `model_type` of the configuration."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """What a process holds of a weight: pieces of one dimension, end to end, and zeros after them."""
+
+    dim: int
+    pieces: tuple[tuple[int, int], ...]
+    """(start, length) of each."""
+    num_zeros: int = 0
+
+    def of(self, weight: Tensor) -> Tensor:
+        """A copy of these pieces."""
+        kept = [weight.narrow(self.dim, start, length) for start, length in self.pieces]
+        if self.num_zeros:
+            shape = list(weight.shape)
+            shape[self.dim] = self.num_zeros
+            kept.append(weight.new_zeros(shape))
+        return torch.cat(kept, dim=self.dim)
+
+    @property
+    def length(self) -> int:
+        """Of the dimension afterwards."""
+        return sum(length for _, length in self.pieces) + self.num_zeros
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A process of a group of `size`."""
+
+    rank: int
+    size: int
+
+    def heads(self, widths: Widths) -> tuple[int, int]:
+        """How many heads of queries, and of keys, it computes."""
+        return widths.num_heads // self.size, max(1, widths.num_key_heads // self.size)
+
+    def even(self, start: int, length: int) -> tuple[int, int]:
+        """Its equal part of a section."""
+        part = length // self.size
+        return start + self.rank * part, part
+
+    def keys(self, start: int, widths: Widths) -> tuple[int, int]:
+        """Its part of a section of key heads, those that its heads of queries look at."""
+        first = self.rank * widths.num_key_heads // self.size
+        return start + first * widths.head, self.heads(widths)[1] * widths.head
+
+    def vocabulary(self, num_rows: int) -> tuple[int, int, int]:
+        """(first row, rows, rows of zeros after them); the sum of the last two is the same for all."""
+        held = -(-num_rows // (ALIGNED_ROWS * self.size)) * ALIGNED_ROWS
+        first = min(self.rank * held, num_rows)
+        rows = min(held, num_rows - first)
+        return first, rows, held - rows
+
+
+def cuts_of(model: PreTrainedModel, place: Place) -> dict[str, Cut]:
+    """Name of a weight -> its cut, for all that are not whole; plain or with adapters inside."""
+    plan, widths = PLANS[model.config.model_type], widths_of(model.config)
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[no-untyped-call]
+    cuts: dict[str, Cut] = {}
+    for path, layer in model.named_modules():
+        name = path.rpartition(".")[2]
+        if any(layer is end for end in ends):
+            found = _vocabulary_cuts(layer, place)
+        elif name in plan.columns:
+            found = _column_cuts(layer, plan.columns[name], place, widths)
+        elif name in plan.rows:
+            found = _row_cuts(layer, place)
+        else:
+            continue
+        cuts |= {f"{path}.{key}": cut for key, cut in found}
+    return cuts
+
+
+def slice_bytes(model: PreTrainedModel, size: int) -> int:
+    """Bytes of all weights that the first process of a group of `size` holds, the one with most."""
+    cuts = {} if size == 1 else cuts_of(model, Place(0, size))
+    total = 0
+    for name, weight in model.named_parameters():
+        cut, num = cuts.get(name), weight.numel()
+        kept = num if cut is None else num // weight.shape[cut.dim] * cut.length
+        total += kept * weight.element_size()
+    return total
+
+
+def expect_divisible(config: Any, size: int) -> None:
+    """Raise ConfigError, with the sizes that are possible, unless `size` processes can share such a model."""
+    reason = why_not_divisible(config, size)
+    if reason is None:
+        return
+    if config.model_type not in PLANS:
+        hint = f"set {SETTING}=1, or train one of these types: {', '.join(sorted(PLANS))}"
+    else:
+        possible = [str(n) for n in range(1, 65) if why_not_divisible(config, n) is None]
+        hint = f"set {SETTING} to one of {', '.join(possible)}"
+    raise ConfigError(f"{SETTING} = {size}: {reason}", hint=hint)
+
+
+def why_not_divisible(config: Any, size: int) -> str | None:
+    """Why `size` processes cannot share a model of this configuration; None if they can."""
+    if size == 1:
+        return None
+    if config.model_type not in PLANS:
+        return f"there is no plan to divide the layers of a model of type {config.model_type}"
+    widths = widths_of(config)
+    if widths.num_heads % size:
+        return f"the model's {widths.num_heads} attention heads cannot be divided by {size}"
+    if widths.num_key_heads % size and size % widths.num_key_heads:
+        return f"the model's {widths.num_key_heads} key heads can be neither divided by {size} nor repeated evenly"
+    if widths.inner % size:
+        return f"the model's feed-forward layers of width {widths.inner} cannot be divided by {size}"
+    return None
+
+
+def _vocabulary_cuts(layer: nn.Module, place: Place) -> Iterator[tuple[str, Cut]]:
+    for key, weight in layer.named_parameters(recurse=False):
+        first, rows, zeros = place.vocabulary(len(weight))
+        yield key, Cut(0, ((first, rows),), zeros)
+
+
+def _column_cuts(
+    layer: nn.Module, sections: Sections, place: Place, widths: Widths
+) -> Iterator[tuple[str, Cut]]:
+    base = _base_of(layer)
+    out_dim = 1 if isinstance(base, Conv1D) else 0
+    pieces = _pieces(sections, base.weight.shape[out_dim], place, widths)
+    yield from _base_cuts(layer, weight=Cut(out_dim, pieces), bias=Cut(0, pieces))
+    for adapter in getattr(layer, "lora_B", ()):
+        yield f"lora_B.{adapter}.weight", Cut(0, pieces)
+
+
+def _row_cuts(layer: nn.Module, place: Place) -> Iterator[tuple[str, Cut]]:
+    base = _base_of(layer)
+    in_dim, out_dim = (0, 1) if isinstance(base, Conv1D) else (1, 0)
+    pieces = (place.even(0, base.weight.shape[in_dim]),)
+    width = base.weight.shape[out_dim]
+    # Added by the first process alone: the results of all are summed.
+    bias = Cut(0, ((0, width),)) if place.rank == 0 else Cut(0, (), width)
+    yield from _base_cuts(layer, weight=Cut(in_dim, pieces), bias=bias)
+    for adapter in getattr(layer, "lora_A", ()):
+        yield f"lora_A.{adapter}.weight", Cut(1, pieces)
+
+
+def _base_cuts(layer: nn.Module, *, weight: Cut, bias: Cut) -> Iterator[tuple[str, Cut]]:
+    base = _base_of(layer)
+    prefix = "" if base is layer else "base_layer."
+    yield f"{prefix}weight", weight
+    if base.bias is not None:
+        yield f"{prefix}bias", bias
+
+
+def _pieces(sections: Sections, width: int, place: Place, widths: Widths) -> tuple[tuple[int, int], ...]:
+    """What a process keeps of `width` outputs that lie in these sections."""
+    keys = widths.num_key_heads * widths.head
+    even = (width - keys * sections.count("keys")) // max(1, sections.count("even"))
+    pieces, start = [], 0
+    for section in sections:
+        pieces.append(place.even(start, even) if section == "even" else place.keys(start, widths))
+        start += even if section == "even" else keys
+    return tuple(pieces)
+
+
+def _base_of(layer: nn.Module) -> Any:
+    """The linear layer inside one with an adapter, or the layer itself."""
+    return getattr(layer, "base_layer", layer)
