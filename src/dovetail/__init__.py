@@ -10,11 +10,11 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from dovetail.engine.sampling import Sampling
+    from dovetail.inference.chat_model import ChatModel
     from dovetail.rlhf.api import PPOTrainer, RLHFEngine
-    from dovetail.serving.chat_model import ChatModel
 
 _PUBLIC = {
-    "ChatModel": "dovetail.serving.chat_model",
+    "ChatModel": "dovetail.inference.chat_model",
     "PPOTrainer": "dovetail.rlhf.api",
     "RLHFEngine": "dovetail.rlhf.api",
     "Sampling": "dovetail.engine.sampling",

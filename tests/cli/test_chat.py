@@ -16,15 +16,13 @@ class Echo:
 
     def __init__(self) -> None:
         self.prompts: list[list[Message]] = []
-        self._last: list[Message] = []
 
-    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
-        self._last = list(messages)
-        return [0] * sum(1 + len(message["content"].split()) for message in messages)
+    def num_tokens(self, messages: Sequence[Message]) -> int:
+        return sum(1 + len(message["content"].split()) for message in messages)
 
-    def speak(self, prompt_ids: Sequence[int], *, turn: int, on_text: Callable[[str], None]) -> str:
-        self.prompts.append(self._last)
-        question = self._last[-1]["content"]
+    def speak(self, messages: Sequence[Message], *, turn: int, on_text: Callable[[str], None]) -> str:
+        self.prompts.append(list(messages))
+        question = messages[-1]["content"]
         if question == "interrupt":
             raise KeyboardInterrupt
         on_text("You said: ")
@@ -121,7 +119,7 @@ def test_a_long_conversation_leaves_out_whole_exchanges_and_says_so_once() -> No
     assert "Assistant: (" not in shown
     for prompt in speaker.prompts:
         assert prompt[0]["role"] == "user"
-        assert speaker.prompt_ids(prompt).__len__() <= speaker.context - speaker.max_new_tokens
+        assert speaker.num_tokens(prompt) <= speaker.context - speaker.max_new_tokens
     assert speaker.prompts[-1][-1]["content"] == "i"
     assert len(conversation.messages()) == 8  # what the model no longer sees is still there to save
 

@@ -44,6 +44,8 @@ def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.
         (("a", "--prompts", "none.jsonl"), "there is no such file"),
         (("export",), "there is no file labels.db"),
         (("invite", " "), "the name has 0 characters"),
+        (("revoke", "ann"), "there is no file labels.db"),
+        (("--tls-key", "key.pem"), "--tls-key key.pem has no certificate"),
     ],
 )
 def test_mistakes_are_explained(run: Run, arguments: tuple[str, ...], problem: str) -> None:
@@ -57,7 +59,7 @@ def test_a_port_that_is_taken_is_explained(run: Run) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         code, _, errors = run("--port", str(taken.getsockname()[1]))
     assert code == 2
-    assert "cannot listen at 127.0.0.1" in errors
+    assert "cannot listen on 127.0.0.1" in errors
 
 
 def test_invitations_work_and_an_export_is_written(run: Run, tmp_path: Path) -> None:
@@ -72,6 +74,19 @@ def test_invitations_work_and_an_export_is_written(run: Run, tmp_path: Path) -> 
     code, out, _ = run("export", "-o", "rows.jsonl")
     assert (code, out) == (0, "written: rows.jsonl, 0 comparisons\n")
     assert (tmp_path / "rows.jsonl").read_text() == ""
+
+
+def test_a_revoked_invitation_lets_nobody_in_and_another_one_does(run: Run) -> None:
+    first, second = run("invite", "ann")[1].strip(), run("invite", "ann")[1].strip()
+    assert run("revoke", "ann")[1] == "ann: 2 invitations revoked\n"
+    code, _, errors = run("revoke", "ben")
+    assert code == 2
+    assert "nobody is called 'ben' here" in errors
+    assert "there are: ann" in errors
+    third = run("invite", "ann")[1].strip()
+    store = open_store("sqlite:///labels.db")
+    assert [person_of(store, token) is None for token in (first, second, third)] == [True, True, False]
+    store.close()
 
 
 @pytest.mark.slow

@@ -187,6 +187,9 @@ def export(browser: "sync_api.Browser", server: Served, tmp_path: Path) -> None:
     page.fill("#reason", "a trial")
     page.keyboard.press("Enter")
     page.wait_for_selector("tr.void:has-text('a trial')")
+    page.on("dialog", lambda dialog: dialog.accept())
+    page.locator("#speeds tr", has_text="cem").get_by_role("button", name="Revoke links").click()
+    page.wait_for_selector("#speeds tr:has-text('cem'):not(:has(button))")
     page.evaluate("document.getElementById('invitation').hidden = true")  # no token in a picture
     picture(page, tmp_path, "labelling-admin")
     with page.expect_download() as download:
@@ -198,9 +201,13 @@ def export(browser: "sync_api.Browser", server: Served, tmp_path: Path) -> None:
     assert len(records) == 8 - 1 + 2 + 6
 
 
-def test_a_wrong_token_is_refused_and_a_right_one_typed(browser: "sync_api.Browser", server: Served) -> None:
+def test_a_wrong_token_is_refused_and_a_right_one_typed(
+    browser: "sync_api.Browser", server: Served, tmp_path: Path
+) -> None:
     page = browser.new_page(viewport=PHONE)
     page.goto(f"{server.base}/")
+    page.wait_for_selector("#login:not([hidden])")
+    picture(page, tmp_path, "labelling-login")
     page.fill("#token", "wrong")
     page.keyboard.press("Enter")
     page.wait_for_selector("#notice:has-text('never given out')")

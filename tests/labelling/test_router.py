@@ -96,6 +96,7 @@ def test_an_annotator_sees_only_their_own_work(log_in: LogIn) -> None:
         ("GET", "admin/export", None),
         ("POST", "admin/labels/1/void", {"reason": "no"}),
         ("POST", "admin/annotators", {"name": "eve"}),
+        ("POST", "admin/annotators/revoke", {"name": "ann"}),
     ],
 )
 def test_admin_routes_are_for_admins(log_in: LogIn, method: str, path: str, body: Any) -> None:
@@ -127,8 +128,25 @@ def test_an_admin_sees_voids_invites_and_exports(log_in: LogIn, store: Store) ->
     assert eve.post("/label/api/login", json={"token": invited.json()["token"]}).status_code == 200
     assert eve.get("/label/api/me").json()["is_admin"] is False
     speeds = {one["name"]: one for one in boss.get("/label/api/admin/overview").json()["speeds"]}
-    assert speeds["ann"] == {"name": "ann", "is_admin": False, "labels": 1, "median_seconds": 2.5}
+    assert speeds["ann"] == {"name": "ann", "is_admin": False, "labels": 1, "median_seconds": 2.5, "links": 1}
     assert speeds["eve"]["labels"] == 0
+
+
+def test_an_admin_revokes_links_and_not_their_own(log_in: LogIn, store: Store) -> None:
+    ann, boss = log_in("ann"), log_in("boss", is_admin=True)
+    invite(store, "ann")
+    ann.post("/label/api/labels", json=tie(served(ann)))
+    revoke = "/label/api/admin/annotators/revoke"
+    assert boss.post(revoke, json={"name": "ann"}).json() == {"links": 2}
+    assert ann.get("/label/api/me").status_code == 401
+    assert ann.post("/label/api/next", json={}).status_code == 401
+    assert len(list_labels(store, 1)) == 1
+    (speed,) = (s for s in boss.get("/label/api/admin/overview").json()["speeds"] if s["name"] == "ann")
+    assert (speed["labels"], speed["links"]) == (1, 0)
+    assert boss.post(revoke, json={"name": "nobody"}).status_code == 404
+    assert boss.post(revoke, json={"name": " boss"}).status_code == 409
+    assert boss.get("/label/api/me").status_code == 200
+    assert log_in("ann").get("/label/api/me").status_code == 200
 
 
 def test_waiting_and_failing_supplies_are_told(log_in: LogIn) -> None:

@@ -10,7 +10,7 @@ from sqlalchemy import select
 
 from dovetail.engine.sampling import Sampling
 from dovetail.errors import ConfigError, DataError, GenerationError
-from dovetail.labelling.answerer import ModelAnswerer, reward_scorer
+from dovetail.labelling.answerer import load_answerer, reward_scorer
 from dovetail.labelling.prompts import read_prompts
 from dovetail.labelling.supply import Plan, Supply, answer_seed
 from dovetail.model.load import load_scalar_model
@@ -197,7 +197,7 @@ def test_scores_decide_which_task_comes_first(project: tuple[Store, int]) -> Non
 
 
 def test_a_real_model_gives_the_same_answer_whatever_runs_beside_it(tmp_path: Path) -> None:
-    model = ModelAnswerer(str(save_tiny_model(tmp_path / "model")), device="cpu")
+    model = load_answerer(str(save_tiny_model(tmp_path / "model")), device="cpu")
     sampling = Sampling(max_new_tokens=12)
     together = model.answers(PROMPTS, [1, 2, 3, 4, 5], sampling, lambda: False)
     alone = model.answers(PROMPTS[3:4], [4], sampling, lambda: False)
@@ -215,7 +215,7 @@ def test_the_scorer_reads_answers_in_the_reward_model_s_own_format(tmp_path: Pat
     pad = tokenizer.pad_token_id
     reward = load_scalar_model(folder, dtype=torch.float32, device="cpu", seed=3, pad_token_id=pad)
     save_model(reward, tokenizer, tmp_path / "reward", dtype=torch.float32)
-    found = ModelAnswerer(str(folder), device="cpu").answers(
+    found = load_answerer(str(folder), device="cpu").answers(
         PROMPTS, range(5), Sampling(max_new_tokens=6), lambda: False
     )
     answers = [answer for answer in found if answer is not None]

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx
+import torch
 import uvicorn
 from fastapi import FastAPI
 
+from dovetail.inference.loading import LoadedChat
 from dovetail.serving.app import create_app
 from dovetail.serving.served_model import EngineSettings, ServedModel
 from dovetail.serving.server import DrainingServer
@@ -25,7 +27,8 @@ CPU = EngineSettings(device="cpu", max_running=8, max_waiting=4, cache_tokens=40
 
 def tiny_served(name: str = "tiny", *, seed: int = 0, settings: EngineSettings = CPU) -> ServedModel:
     """A random llama over bytes, 512 tokens of context."""
-    return ServedModel(name, tiny_model(seed=seed), ChatFormat(byte_tokenizer()), settings)
+    loaded = LoadedChat(name, tiny_model(seed=seed), ChatFormat(byte_tokenizer()), torch.device("cpu"))
+    return ServedModel(name, loaded, settings)
 
 
 @dataclass(frozen=True)

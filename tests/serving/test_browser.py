@@ -16,6 +16,7 @@ from dovetail.serving.keys import ApiKeys, hash_of
 from dovetail.serving.served_model import EngineSettings
 from tests.serving.live import Live, live, tiny_served, until
 from tests.serving.test_chat_completions import drawn
+from tests.serving.test_label_tab import with_tab
 
 pytestmark = pytest.mark.system
 SETTINGS = EngineSettings(device="cpu", max_running=8, cache_tokens=4096)
@@ -200,3 +201,27 @@ def test_with_keys_the_page_asks_for_one_and_keeps_it_for_the_tab(browser: Any) 
         page.wait_for_selector("#model-0 option", state="attached")
         page.close()
         assert chat.hosts == {"127.0.0.1"}
+
+
+def test_a_tab_leads_to_the_labelling_pages_and_back(
+    browser: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    models = [tiny_served("sft", settings=SETTINGS), tiny_served("ppo", seed=1, settings=SETTINGS)]
+    with with_tab(tmp_path, models, capsys, "ppo", "sft") as (server, admin):
+        page = browser.new_page(viewport={"width": 390, "height": 844})
+        chat = Chat(page, server.url)
+        page.context.add_cookies(
+            [{"name": "dovetail_label", "value": admin.cookies["dovetail_label"], "url": server.url}]
+        )
+        page.wait_for_selector("#pages [aria-current]:has-text('Chat')")
+        page.get_by_role("link", name="Label").click()
+        page.wait_for_selector("#task:not([hidden])")
+        assert page.locator(".answer > .text").count() == 2
+        page.keyboard.press("1")
+        page.wait_for_selector("#history:not([hidden])")
+        page.get_by_role("link", name="Dovetail").click()
+        page.wait_for_selector("#model-0 option", state="attached")
+        assert len(chat.ask("hello")) == 1
+        page.close()
+        assert chat.hosts == {"127.0.0.1"}
+        assert chat.faults == []

@@ -136,7 +136,10 @@ def test_pages_of_other_origins_are_let_in_by_name_only(origins: tuple[str, ...]
 
 
 def test_a_client_that_leaves_in_the_middle_of_its_body_is_not_read_as_a_shorter_one() -> None:
-    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n"
+    head = (
+        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+        b"Content-Type: application/json\r\nContent-Length: 99\r\n\r\n"
+    )
     with live() as server:
         with socket.create_connection(("127.0.0.1", int(server.url.rsplit(":", 1)[1]))) as connection:
             connection.sendall(head + b'{"model": "tiny"}')

@@ -2,7 +2,7 @@
 
 Responsible for: turns, commands, fitting a long conversation into the context and saying so, showing an
 answer while it is drawn. Not responsible for: drawing tokens (engine/), role markers (text/chat_format.py),
-loading (cli/chat_model.py).
+loading (inference/).
 """
 
 import json
@@ -32,11 +32,11 @@ class Speaker(Protocol):
     """The most tokens of prompt and answer together."""
     max_new_tokens: int
 
-    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
-        """The conversation as the model reads it, ready for an answer."""
+    def num_tokens(self, messages: Sequence[Message]) -> int:
+        """Of the conversation as the model reads it, ready for an answer."""
         ...
 
-    def speak(self, prompt_ids: Sequence[int], *, turn: int, on_text: Callable[[str], None]) -> str:
+    def speak(self, messages: Sequence[Message], *, turn: int, on_text: Callable[[str], None]) -> str:
         """Draw an answer, showing its pieces as they come; the whole of it is returned."""
         ...
 
@@ -55,8 +55,8 @@ class Conversation:
         """Put a question and draw its answer. When that fails the conversation is as it was before."""
         self.turns.append({"role": "user", "content": question})
         try:
-            prompt_ids = self._fitting_prompt(notice)
-            answer = self.speaker.speak(prompt_ids, turn=len(self.turns), on_text=on_text)
+            messages = self._fitting_messages(notice)
+            answer = self.speaker.speak(messages, turn=len(self.turns), on_text=on_text)
         except BaseException:
             self.turns.pop()
             raise
@@ -91,14 +91,14 @@ class Conversation:
                 f"{file}: cannot be written: {error.strerror}", hint="/save another file"
             ) from error
 
-    def _fitting_prompt(self, notice: Callable[[str], None]) -> list[int]:
+    def _fitting_messages(self, notice: Callable[[str], None]) -> list[Message]:
         """The newest turns that leave room for an answer; whole exchanges are left out, oldest first."""
         room = self.speaker.context - self.speaker.max_new_tokens
         start = self.num_forgotten
-        while len(prompt_ids := self.speaker.prompt_ids(self.messages(start=start))) > room:
+        while (num_tokens := self.speaker.num_tokens(self.messages(start=start))) > room:
             if start + 2 >= len(self.turns):
                 raise GenerationError(
-                    f"the question takes {len(prompt_ids)} tokens; with {self.speaker.max_new_tokens} for "
+                    f"the question takes {num_tokens} tokens; with {self.speaker.max_new_tokens} for "
                     f"the answer that is more than the model's context of {self.speaker.context}",
                     hint="shorten the question or the system prompt, or lower --max-new-tokens",
                 )
@@ -106,7 +106,7 @@ class Conversation:
         if start > self.num_forgotten:
             notice(f"the conversation outgrew the model's context: its first {start} messages are left out")
             self.num_forgotten = start
-        return prompt_ids
+        return self.messages(start=start)
 
 
 @dataclass(slots=True)

@@ -1,7 +1,7 @@
 """`dovetail generate`: answers to a file of prompts.
 
-Responsible for: the flags and the progress. Not responsible for: files (serving/prompt_file.py), answers
-(serving/chat_model.py).
+Responsible for: the flags and the progress. Not responsible for: files (inference/prompt_file.py), answers
+(inference/chat_model.py).
 """
 
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from dovetail.serving.chat_model import Reply
+    from dovetail.inference.chat_model import Reply
 
 
 def generate(
@@ -31,8 +31,8 @@ def generate(
     dovetail generate runs/demo --prompts questions.jsonl --output answers.jsonl
     """
     from dovetail.engine.sampling import Sampling  # here and not above: these import torch
-    from dovetail.serving.chat_model import ChatModel
-    from dovetail.serving.prompt_file import AnswerFile, read_prompts
+    from dovetail.inference.chat_model import ChatModel
+    from dovetail.inference.prompt_file import AnswerFile, read_prompts
     from dovetail.telemetry.log import say
     from dovetail.telemetry.progress import Progress
 

@@ -1,27 +1,27 @@
 """`dovetail label`: people compare a model's answers in the browser, and their labels as a file.
 
-Responsible for: the commands `start`, `export` and `invite`, and that `dovetail label MODEL` means `start`.
-Not responsible for: pages (labelling/), what is kept (preferences/).
+Responsible for: the commands `start`, `export`, `invite` and `revoke`, and that `dovetail label MODEL` means `start`.
+Not responsible for: what the server begins with (label_pages.py), pages (labelling/), what is kept (preferences/).
 """
 
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+from dovetail.cli.label_pages import Wanted, loaded_answerers, opened, print_links, supply_of
+from dovetail.cli.network_flags import AllowHost, Host, Port, TlsCertificate, TlsKey
 from dovetail.errors import ConfigError
-from dovetail.model.run_models import model_folder, reward_folder
 
 if TYPE_CHECKING:
     from dovetail.labelling.supply import Supply
     from dovetail.preferences.database import Store
+    from dovetail.web.listening import Listening
 
-SERVER = "The server and its people"
+PEOPLE = "People"
 SAMPLING = "Sampling"
 
 StoreUrl = Annotated[
@@ -87,13 +87,9 @@ Invite = Annotated[
     list[str] | None,
     typer.Option(
         help="Print a link for this annotator. May be given several times.",
-        rich_help_panel=SERVER,
+        rich_help_panel=PEOPLE,
         show_default=False,
     ),
-]
-Host = Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 for all.", rich_help_panel=SERVER)]
-Port = Annotated[
-    int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.", rich_help_panel=SERVER)
 ]
 Answers = Annotated[int, typer.Option(min=2, max=9, help="Answers to each prompt.", rich_help_panel=SAMPLING)]
 Ahead = Annotated[int, typer.Option(min=1, help="Tasks to keep ready.", rich_help_panel=SAMPLING)]
@@ -126,6 +122,9 @@ def start(
     invite: Invite = None,
     host: Host = "127.0.0.1",
     port: Port = 8001,
+    allow_host: AllowHost = None,
+    tls_certificate: TlsCertificate = None,
+    tls_key: TlsKey = None,
     answers: Answers = 2,
     ahead: Ahead = 64,
     batch_size: BatchSize = 16,
@@ -148,11 +147,14 @@ def start(
     """
     _expect_models_with_prompts(models or [], prompts, uncertain_first)
     text = None if guidelines is None else _read(guidelines)
-    from dovetail.labelling.server import listen
     from dovetail.preferences.tasks import open_project
+    from dovetail.web.listening import certificate_of, listen
 
-    with _opened(store) as opened, listen(host, port) as listener:
-        project_id = open_project(opened, project, overlap=overlap, guidelines=text)
+    with (
+        opened(store) as database,
+        listen(host, port, certificate_of(tls_certificate, tls_key)) as listening,
+    ):
+        project_id = open_project(database, project, overlap=overlap, guidelines=text)
         supply = None
         if prompts is not None:
             from dovetail.engine.sampling import Sampling  # here and not above: it imports torch
@@ -162,10 +164,12 @@ def start(
             plan = Plan(
                 sampling=sampling, answers_per_prompt=answers, batch_size=batch_size, ahead=ahead, seed=seed
             )
-            wanted = Wanted(models or [], prompts, uncertain_first, device)
-            supply = supply_of(opened, project_id, wanted, plan)
-        _print_links(opened, invite or [], _base_url(host, listener.getsockname()[1]))
-        _serve(opened, project_id, supply, listener)
+            wanted = Wanted(prompts, uncertain_first, device)
+            supply = supply_of(
+                database, project_id, wanted, plan, lambda: loaded_answerers(models or [], device)
+            )
+        print_links(database, invite or [], listening.url)
+        _serve(database, project_id, supply, listening, allow_host or [])
 
 
 @app.command()
@@ -186,8 +190,8 @@ def export(
     """
     from dovetail.labelling.export import export as write
 
-    with _opened(store, must_exist=True) as opened:
-        count = write(opened, output, project)
+    with opened(store, must_exist=True) as database:
+        count = write(database, output, project)
     typer.echo(f"written: {output}, {count} comparisons")
 
 
@@ -202,76 +206,37 @@ def invite(
     """Print a token with which somebody can log in. Only its hash is kept, so it cannot be shown again."""
     from dovetail.preferences.annotators import invite as new_token
 
-    with _opened(store) as opened:
-        typer.echo(new_token(opened, name, is_admin=admin))
+    with opened(store) as database:
+        typer.echo(new_token(database, name, is_admin=admin))
 
 
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """What is to be sampled, as it was typed."""
+@app.command()
+def revoke(
+    name: Annotated[str, typer.Argument(help="Whose invitations end.")],
+    store: StoreUrl = "sqlite:///labels.db",
+) -> None:
+    """Let nobody in any more under this name. Labels stay, and another invitation lets its owner in again."""
+    from dovetail.preferences.annotators import revoke as end_tokens
 
-    models: Sequence[str]
-    prompts: str
-    uncertain_first: str | None
-    device: str
-
-
-def supply_of(store: "Store", project_id: int, wanted: Wanted, plan: Any) -> "Supply":
-    """Load what samples and scores."""
-    from dovetail.labelling.answerer import ModelAnswerer, reward_scorer
-    from dovetail.labelling.prompts import read_prompts
-    from dovetail.labelling.supply import Supply
-
-    prompts = read_prompts(wanted.prompts, seed=plan.seed)
-    models = []
-    for path in wanted.models:
-        found = model_folder(path)
-        typer.echo(f"loading {found}", err=True)
-        models.append(ModelAnswerer(found, device=wanted.device))
-    scorer = None
-    if wanted.uncertain_first is not None:
-        scorer = reward_scorer(reward_folder(wanted.uncertain_first), device=wanted.device)
-    return Supply(store, project_id, prompts, models, plan, scorer)
+    with opened(store, must_exist=True) as database:
+        count = end_tokens(database, name)
+    typer.echo(f"{name}: {count} invitations revoked")
 
 
-@contextmanager
-def _opened(url: str, *, must_exist: bool = False) -> Iterator["Store"]:
-    from dovetail.preferences.database import open_store  # here and not above: help need not wait for it
-
-    store = open_store(url, must_exist=must_exist)
-    try:
-        yield store
-    finally:
-        store.close()
-
-
-def _serve(store: "Store", project_id: int, supply: "Supply | None", listener: Any) -> None:
+def _serve(
+    store: "Store",
+    project_id: int,
+    supply: "Supply | None",
+    listening: "Listening",
+    host_names: Sequence[str],
+) -> None:
     from dovetail.labelling.router import labelling_router
     from dovetail.labelling.server import labelling_app, serve
 
-    if supply is None:
-        serve(labelling_app(labelling_router(store, project_id)), listener)
-        return
-    supply.start()
-    try:
-        serve(labelling_app(labelling_router(store, project_id, supply=supply.state)), listener)
-    finally:
-        supply.stop()
-
-
-def _print_links(store: "Store", names: Sequence[str], base: str) -> None:
-    from dovetail.preferences.annotators import invite as new_token
-
-    for name in names:
-        typer.echo(f"{name}: {base}/label/#token={new_token(store, name)}")
-    typer.echo(f"admin: {base}/label/#token={new_token(store, 'admin', is_admin=True)}")
-    typer.echo("Each link lets its owner in; Ctrl-C ends the server, and nothing is lost.")
-    sys.stdout.flush()
-
-
-def _base_url(host: str, port: int) -> str:
-    named = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
-    return f"http://{named}:{port}"
+    options = {} if supply is None else {"supply": supply.state}
+    router = labelling_router(store, project_id, **options)
+    with nullcontext() if supply is None else supply.running():
+        serve(labelling_app(router, host_names=host_names), listening)
 
 
 def _expect_models_with_prompts(

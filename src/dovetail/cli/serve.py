@@ -3,23 +3,32 @@
 Responsible for: the flags. Not responsible for: the server (serving/).
 """
 
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dovetail.cli.network_flags import NETWORK, AllowHost, Host, Port, TlsCertificate, TlsKey
+from dovetail.errors import ConfigError
+
+if TYPE_CHECKING:
+    from dovetail.cli.label_pages import LabelTab
+    from dovetail.serving.gate import RequestLimits
+    from dovetail.serving.served_model import EngineSettings
+
 _LIMITS = "Limits"
-_NETWORK = "Network"
+_LABELLING = "Labelling"
 _PATHS = "Run folders, model folders, LoRA adapters, .gguf files or hub names; NAME=PATH names one."
 
 Paths = Annotated[list[str], typer.Argument(metavar="PATH...", help=_PATHS)]
-Host = Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.", rich_help_panel=_NETWORK)]
-Port = Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.", rich_help_panel=_NETWORK)]
 KeyFile = Annotated[
     Path | None,
     typer.Option(
         help="Ask for a key that this file has the hash of; see dovetail api-key.",
-        rich_help_panel=_NETWORK,
+        rich_help_panel=NETWORK,
         show_default=False,
     ),
 ]
@@ -27,7 +36,7 @@ Origins = Annotated[
     list[str] | None,
     typer.Option(
         help="A web page's origin that may call this server; may be repeated.",
-        rich_help_panel=_NETWORK,
+        rich_help_panel=NETWORK,
         show_default=False,
     ),
 ]
@@ -63,10 +72,52 @@ PerMinute = Annotated[
 ]
 
 
+LabelStore = Annotated[
+    str | None,
+    typer.Option(
+        help="Serve the labelling pages too, with this database: sqlite:///labels.db; see dovetail label.",
+        rich_help_panel=_LABELLING,
+        show_default=False,
+    ),
+]
+LabelProject = Annotated[str, typer.Option(help="Name of the project.", rich_help_panel=_LABELLING)]
+LabelPrompts = Annotated[
+    str | None,
+    typer.Option(
+        help="Source of prompts that the served models answer for labelling. Left out: only what was sampled before "
+        "is labelled.",
+        rich_help_panel=_LABELLING,
+        show_default=False,
+    ),
+]
+LabelModels = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Name of a served model whose answers are compared; twice for two models.",
+        rich_help_panel=_LABELLING,
+        show_default="the first",
+    ),
+]
+UncertainFirst = Annotated[
+    str | None,
+    typer.Option(
+        help="A reward model, or a run with one: pairs on which it is least sure are offered first.",
+        rich_help_panel=_LABELLING,
+        show_default=False,
+    ),
+]
+LabelNewTokens = Annotated[
+    int, typer.Option(min=1, help="Longest answer to compare.", rich_help_panel=_LABELLING)
+]
+
+
 def serve(
     paths: Paths,
     host: Host = "127.0.0.1",
     port: Port = 8000,
+    allow_host: AllowHost = None,
+    tls_certificate: TlsCertificate = None,
+    tls_key: TlsKey = None,
     api_key_file: KeyFile = None,
     cors_origin: Origins = None,
     device: Device = "auto",
@@ -78,25 +129,26 @@ def serve(
     max_new_tokens: NewTokens = None,
     max_choices: Choices = 16,
     requests_per_minute: PerMinute = None,
+    label_store: LabelStore = None,
+    label_project: LabelProject = "default",
+    label_prompts: LabelPrompts = None,
+    label_model: LabelModels = None,
+    label_uncertain_first: UncertainFirst = None,
+    label_max_new_tokens: LabelNewTokens = 256,
     drain_seconds: DrainSeconds = 60,
 ) -> None:
     """Serve models to any OpenAI client, and a chat page to browsers.
 
       dovetail serve runs/demo
       dovetail serve before=HuggingFaceTB/SmolLM2-135M after=runs/smollm2 --port 8080
+      dovetail serve runs/demo --label-store sqlite:///labels.db --label-prompts my_prompts.jsonl
 
     A run folder stands for all its finished chat models: ppo, ppo-ema, sft.
     """
-    from dovetail.serving.app import create_app  # here and not above: these import torch
+    from dovetail.cli.label_pages import LabelTab  # here and not above: these import torch
     from dovetail.serving.gate import RequestLimits
-    from dovetail.serving.keys import read_keys
-    from dovetail.serving.served_model import EngineSettings, load_models
-    from dovetail.serving.server import run
-    from dovetail.telemetry.log import say, warn
+    from dovetail.serving.served_model import EngineSettings
 
-    keys = read_keys(api_key_file) if api_key_file else None
-    if keys is None and host not in ("127.0.0.1", "localhost", "::1"):
-        warn(f"{host} can be reached by others, and no key is asked for", hint="--api-key-file FILE")
     limits = RequestLimits(
         max_body_bytes=max_body_bytes,
         max_prompt_tokens=max_prompt_tokens,
@@ -107,10 +159,72 @@ def serve(
     settings = EngineSettings(
         device=device, max_running=max_running, max_waiting=max_waiting, cache_tokens=cache_tokens
     )
-    models = load_models(paths, settings)
-    say(f"models: {', '.join(model.name for model in models)}")
-    app = create_app(models, limits=limits, keys=keys, cors_origins=cors_origin or ())
-    run(app, host=host, port=port, drain_seconds=drain_seconds)
+    _expect_store(label_store, label_prompts or label_uncertain_first or label_model)
+    tab = None
+    if label_store is not None:
+        models, new_tokens = label_model or (), label_max_new_tokens
+        tab = LabelTab(label_store, label_project, label_prompts, models, label_uncertain_first, new_tokens)
+    network = Network(host, port, tls_certificate, tls_key, allow_host or (), cors_origin or (), api_key_file)
+    _serve(paths, settings, limits, network, tab, drain_seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """Who may come in, and how, as it was typed."""
+
+    host: str
+    port: int
+    certificate: Path | None
+    key: Path | None
+    names: Sequence[str]
+    origins: Sequence[str]
+    api_key_file: Path | None
+
+
+def _serve(
+    paths: Sequence[str],
+    settings: "EngineSettings",
+    limits: "RequestLimits",
+    network: Network,
+    tab: "LabelTab | None",
+    drain_seconds: float,
+) -> None:
+    from dovetail.cli.label_pages import label_section
+    from dovetail.serving.app import create_app
+    from dovetail.serving.keys import read_keys
+    from dovetail.serving.served_model import load_models
+    from dovetail.serving.server import run
+    from dovetail.telemetry.log import say, warn
+    from dovetail.web.listening import certificate_of, listen
+
+    keys = read_keys(network.api_key_file) if network.api_key_file else None
+    if keys is None and network.host not in ("127.0.0.1", "localhost", "::1"):
+        warn(f"{network.host} can be reached by others, and no key is asked for", hint="--api-key-file FILE")
+    with ExitStack() as opened:
+        listening = opened.enter_context(
+            listen(network.host, network.port, certificate_of(network.certificate, network.key))
+        )
+        models = load_models(paths, settings)
+        say(f"models: {', '.join(model.name for model in models)}")
+        sections = []
+        if tab is not None:
+            sections.append(opened.enter_context(label_section(tab, models, listening.url, settings.device)))
+        app = create_app(
+            models,
+            limits=limits,
+            keys=keys,
+            cors_origins=network.origins,
+            host_names=network.names,
+            sections=sections,
+        )
+        run(app, listening, drain_seconds=drain_seconds)
+
+
+def _expect_store(store: str | None, other: object) -> None:
+    if store is None and other:
+        raise ConfigError(
+            "labels have no database to go to", hint="name one: --label-store sqlite:///labels.db"
+        )
 
 
 def api_key(

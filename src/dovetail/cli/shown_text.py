@@ -3,37 +3,27 @@
 Responsible for: showing text as it comes. Not responsible for: which text is whole (text/text_stream.py).
 """
 
-from collections.abc import Callable, Sequence
-
-from dovetail.text.text_stream import TextStream
+from collections.abc import Callable
 
 
 class ShownText:
-    """Token ids in, text shown as soon as it cannot change."""
+    """Pieces of an answer in, the same on the terminal but for blanks before and after it."""
 
-    def __init__(
-        self,
-        decode: Callable[[Sequence[int]], str],
-        on_text: Callable[[str], None],
-        *,
-        stops: Sequence[str] = (),
-    ) -> None:
-        self._stream = TextStream(decode, stops=stops)
+    def __init__(self, on_text: Callable[[str], None]) -> None:
         self._on_text = on_text
         self._shown = ""
+        self._blanks = ""
+        """Held back until it is known whether more follows."""
 
-    def add(self, token_id: int) -> None:
-        """One more token; what may still change waits."""
-        self._show(self._stream.add([token_id]))
+    def add(self, text: str) -> None:
+        """One more piece."""
+        text = self._blanks + text if self._shown else text.lstrip()
+        words = text.rstrip()
+        self._blanks = text[len(words) :]
+        if words:
+            self._on_text(words)
+            self._shown += words
 
     def finish(self) -> str:
-        """Show what is still held back; returns the whole text."""
-        self._show(self._stream.finish().rstrip())
-        return self._shown.rstrip()
-
-    def _show(self, text: str) -> None:
-        if not self._shown:
-            text = text.lstrip()  # blanks before an answer belong to the format
-        if text:
-            self._on_text(text)
-            self._shown += text
+        """The whole of what was shown."""
+        return self._shown

@@ -1,18 +1,18 @@
 """A checkpoint that answers prompts, for people to compare.
 
-Responsible for: loading it, and drawing answers with the project's own engine. Not responsible for: which
-prompts and when (supply.py).
+Responsible for: prompts in, answers out, by whatever completes them; scoring answers. Not responsible for: loading
+(inference/loading.py), which prompts and when (supply.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-from dovetail.engine.hybrid import HybridEngine
-from dovetail.engine.modules import context_of
+from dovetail.engine.answers import Completion
 from dovetail.engine.sampling import Sampling
-from dovetail.model.load import expect_rows_for, load_causal_lm, load_scalar_model
+from dovetail.inference.loading import load_chat
+from dovetail.model.load import load_scalar_model
 from dovetail.rlhf.rewards import Answer, RewardModelScorer, Scorer
 from dovetail.rlhf.rollout import answer_of
 from dovetail.text.chat_format import ChatFormat
@@ -23,20 +23,21 @@ from dovetail.training.placement import resolve_device, resolve_dtype
 
 _SCORED_TOKENS = 8192
 
+Complete = Callable[
+    [Sequence[Sequence[int]], Sampling, Sequence[int], Callable[[], bool]], Sequence[Completion]
+]
+"""complete(prompt_ids, sampling, seeds, is_cancelled): a completion of each; cancelled, the rest ends early."""
 
+
+@dataclass(frozen=True, slots=True)
 class ModelAnswerer:
     """A causal language model with its chat format."""
 
-    def __init__(self, path: str, *, device: str) -> None:
-        """Raises ModelError if it cannot be loaded."""
-        where = resolve_device(device)
-        tokenizer = load_tokenizer(path)
-        model = load_causal_lm(path, dtype=resolve_dtype("auto", where), device=where)
-        expect_rows_for(tokenizer, model, path)
-        self.name = path
-        self._chat = ChatFormat(tokenizer)
-        self._context = context_of(model)
-        self._engine = HybridEngine(model, device=where)
+    name: str
+    chat: ChatFormat
+    complete: Complete
+    context: Callable[[], int | None]
+    """The most tokens of prompt and answer together; None: no limit."""
 
     def answers(
         self,
@@ -49,23 +50,39 @@ class ModelAnswerer:
 
         Once `is_cancelled` says so the rest ends early, and what is returned is not to be used.
         """
-        prompt_ids = self._chat.encode_prompts(prompts)
-        fitting = [i for i, ids in enumerate(prompt_ids) if self._fits(ids, sampling)]
-        with self._engine.generating() as generate:
-            completions = generate(
-                [prompt_ids[i] for i in fitting],
-                replace(sampling, stop_token_ids=self._chat.stop_token_ids),
-                seeds=[seeds[i] for i in fitting],
-                on_token=lambda *_: is_cancelled(),
-                decode_text=self._chat.decode,
-            )
+        prompt_ids, context = self.chat.encode_prompts(prompts), self.context()
+        fitting = [
+            i
+            for i, ids in enumerate(prompt_ids)
+            if context is None or len(ids) + sampling.max_new_tokens <= context
+        ]
+        completions = self.complete(
+            [prompt_ids[i] for i in fitting],
+            replace(sampling, stop_token_ids=self.chat.stop_token_ids),
+            [seeds[i] for i in fitting],
+            is_cancelled,
+        )
         found: list[Answer | None] = [None] * len(prompts)
         for i, completion in zip(fitting, completions, strict=True):
-            found[i] = answer_of(prompts[i], prompt_ids[i], completion, self._chat)
+            found[i] = answer_of(prompts[i], prompt_ids[i], completion, self.chat)
         return found
 
-    def _fits(self, ids: Sequence[int], sampling: Sampling) -> bool:
-        return self._context is None or len(ids) + sampling.max_new_tokens <= self._context
+
+def load_answerer(path: str, *, device: str) -> ModelAnswerer:
+    """A model by folder, .gguf file or hub name, in a place of its own. Raises ModelError if it cannot be loaded."""
+    loaded = load_chat(path, device=device)
+    engine = loaded.engine()
+
+    def complete(
+        prompt_ids: Sequence[Sequence[int]],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        is_cancelled: Callable[[], bool],
+    ) -> list[Completion]:
+        with engine.generating() as generate:
+            return generate(prompt_ids, sampling, seeds=seeds, on_token=lambda *_: is_cancelled())
+
+    return ModelAnswerer(path, loaded.chat, complete, lambda: loaded.context)
 
 
 def reward_scorer(path: str, *, device: str) -> Scorer:

@@ -50,7 +50,7 @@ class Reason(FrozenModel):
 
 
 class Invitation(FrozenModel):
-    """Who is to be invited."""
+    """Who is to be invited, or is to be invited no more."""
 
     name: Annotated[StrictStr, Field(min_length=1, max_length=100)]
 
@@ -60,6 +60,12 @@ class Invited(FrozenModel):
 
     name: str
     token: str
+
+
+class Revoked(FrozenModel):
+    """How many invitations have ended."""
+
+    links: int
 
 
 class Progress(FrozenModel):
@@ -149,6 +155,7 @@ class SpeedLine(FrozenModel):
     is_admin: bool
     labels: int
     median_seconds: float | None
+    links: int
 
 
 class Overview(FrozenModel):

@@ -20,7 +20,7 @@ from dovetail.labelling import protocol
 from dovetail.labelling.access import Access, log_in, log_out, write_token
 from dovetail.labelling.guard import GuardedRoute
 from dovetail.preferences import labels, queue, statistics
-from dovetail.preferences.annotators import Person, invite, person_of
+from dovetail.preferences.annotators import Person, invite, person_of, revoke
 from dovetail.preferences.comparisons import comparison_rows
 from dovetail.preferences.database import Store
 from dovetail.preferences.tasks import project_of
@@ -186,6 +186,14 @@ def _add_administration(router: APIRouter, access: Access, store: Store, project
     @router.post("/api/admin/annotators", status_code=201)
     def new_annotator(body: protocol.Invitation, _person: Writer) -> protocol.Invited:
         return protocol.Invited(name=body.name.strip(), token=invite(store, body.name))
+
+    @router.post("/api/admin/annotators/revoke")
+    def end_invitations(body: protocol.Invitation, person: Writer) -> protocol.Revoked:
+        if body.name.strip() == person.name:
+            raise HTTPException(
+                409, "these invitations are yours: somebody else ends them, or `dovetail label revoke` does"
+            )
+        return protocol.Revoked(links=revoke(store, body.name))
 
 
 def _progress(store: Store, project_id: int, person: Person) -> protocol.Progress:

@@ -7,7 +7,8 @@ Not responsible for: models (answerer.py), prompts (prompts.py), what is kept (p
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Protocol
 
@@ -30,7 +31,10 @@ Prompt = Sequence[Message]
 class Answerer(Protocol):
     """A model that answers; see ModelAnswerer."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What the database calls it."""
+        ...
 
     def answers(
         self,
@@ -87,6 +91,15 @@ class Supply:
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Make tasks in a thread until the block ends."""
+        self.start()
+        try:
+            yield
+        finally:
+            self.stop()
 
     def _run(self) -> None:
         try:

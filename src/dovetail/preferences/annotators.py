@@ -1,6 +1,7 @@
 """Who labels: people invited by token.
 
-Responsible for: invitations, and telling who shows a token. Not responsible for: cookies (labelling/access.py).
+Responsible for: invitations and their end, and telling who shows a token.
+Not responsible for: cookies (labelling/access.py).
 
 A token is 256 random bits, so a plain hash of it is as good as a slow one, and nobody can try them all.
 """
@@ -12,10 +13,10 @@ import hmac
 import secrets
 from dataclasses import dataclass
 
-from sqlalchemy import select
+from sqlalchemy import delete, select
 
 from dovetail.errors import LabelError
-from dovetail.preferences.database import Store
+from dovetail.preferences.database import NotFoundError, Store
 from dovetail.preferences.plain_text import expect_text
 from dovetail.preferences.schema import Annotator, Token
 
@@ -54,6 +55,22 @@ def invite(store: Store, name: str, *, is_admin: bool = False) -> str:
             raise LabelError(f"{name} is there already, as {role}", hint="invite under another name")
         session.add(Token(digest=_digest(token), annotator_id=annotator.id, created_at=now))
     return token
+
+
+def revoke(store: Store, name: str) -> int:
+    """End all tokens of an annotator, whoever holds them; how many there were. Labels stay.
+
+    NotFoundError if there is nobody of that name.
+    """
+    with store.writing() as session:
+        annotator = session.scalar(select(Annotator).where(Annotator.name == name.strip()))
+        if annotator is None:
+            known = ", ".join(session.scalars(select(Annotator.name).order_by(Annotator.name))) or "nobody"
+            raise NotFoundError(f"nobody is called {name!r} here", hint=f"there are: {known}")
+        tokens = session.scalars(
+            delete(Token).where(Token.annotator_id == annotator.id).returning(Token.digest)
+        )
+        return len(tokens.all())
 
 
 def person_of(store: Store, token: str) -> Person | None:

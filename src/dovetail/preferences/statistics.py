@@ -18,7 +18,7 @@ from sqlalchemy import func, select
 from dovetail.preferences.agreement import cohen_kappa, fleiss_kappa
 from dovetail.preferences.database import Store
 from dovetail.preferences.labels import counting_labels, num_labels
-from dovetail.preferences.schema import Annotator, Label, Task
+from dovetail.preferences.schema import Annotator, Label, Task, Token
 from dovetail.preferences.tasks import project_of
 
 
@@ -54,6 +54,8 @@ class Speed:
     is_admin: bool
     labels: int
     median_seconds: float | None
+    links: int
+    """Invitations with which they can log in."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +89,8 @@ def statistics(store: Store, project_id: int, annotator_id: int) -> Statistics:
     with store.reading() as session:
         labels = counting_labels(session, project_id)
         people = session.scalars(select(Annotator).order_by(Annotator.name)).all()
-        speeds = tuple(_speed(person, labels) for person in people)
+        links = Counter(session.scalars(select(Token.annotator_id)))
+        speeds = tuple(_speed(person, labels, links[person.id]) for person in people)
     by_task: dict[int, dict[str, str]] = defaultdict(dict)
     for label in labels:
         by_task[label.assignment.task_id][label.assignment.annotator.name] = category(label)
@@ -128,11 +131,12 @@ def _pairs(shared: Sequence[dict[str, str]]) -> tuple[Pair, ...]:
     return tuple(found)
 
 
-def _speed(person: Annotator, labels: Sequence[Label]) -> Speed:
+def _speed(person: Annotator, labels: Sequence[Label], links: int) -> Speed:
     seconds = [label.seconds for label in labels if label.assignment.annotator_id == person.id]
     return Speed(
         name=person.name,
         is_admin=person.is_admin,
         labels=len(seconds),
         median_seconds=median(seconds) if seconds else None,
+        links=links,
     )

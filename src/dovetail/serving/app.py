@@ -2,15 +2,16 @@
 
 Responsible for: putting it together. Not responsible for: sockets and signals (server.py).
 
-    app = create_app(load_models(["runs/demo"], EngineSettings()), routers=[label_pages(...)])
+    app = create_app(load_models(["runs/demo"], EngineSettings()), sections=[Section("Mine", "/mine", router)])
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, asynccontextmanager, nullcontext
+from dataclasses import dataclass, field
 
 from fastapi import APIRouter, FastAPI, Response
 from fastapi.responses import JSONResponse
@@ -24,6 +25,20 @@ from dovetail.serving.meters import Meters
 from dovetail.serving.pages import chat_pages
 from dovetail.serving.routes import Service, api_routes
 from dovetail.serving.served_model import ServedModel
+from dovetail.web.host_names import HostNames
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """Further pages on the same port. They see bodies within the size limit and do their own logins."""
+
+    title: str
+    """What the chat page calls them."""
+    path: str
+    """Where they begin."""
+    router: APIRouter
+    while_serving: AbstractContextManager[object] = field(default_factory=nullcontext)
+    """Entered when the engines have started, left before they end."""
 
 
 def create_app(
@@ -32,14 +47,13 @@ def create_app(
     limits: RequestLimits | None = None,
     keys: ApiKeys | None = None,
     cors_origins: Sequence[str] = (),
-    routers: Sequence[APIRouter] = (),
-    links: Mapping[str, str] | None = None,
+    host_names: Sequence[str] = (),
+    sections: Sequence[Section] = (),
 ) -> FastAPI:
-    """The API, the chat page, health and figures, and whatever `routers` add.
+    """The API, the chat page, health and figures, and whatever `sections` add.
 
     keys: None asks for none. cors_origins: web pages of other origins that may call the API; none by default.
-    routers: further pages on the same port; they see bodies within the size limit and do their own logins.
-    links: title -> path of the pages among them that the chat page is to name.
+    host_names: names of this server beside those that it finds itself; see `HostNames`.
     The engines start and end with the application. `app.state.drain` says how it is to stop.
     """
     limits = limits or RequestLimits()
@@ -48,12 +62,15 @@ def create_app(
 
     @asynccontextmanager
     async def engines(_app: FastAPI) -> AsyncIterator[None]:
-        loop = asyncio.get_running_loop()
+        post, of_sections = asyncio.get_running_loop().call_soon_threadsafe, ExitStack()
         try:
             for model in models:
-                await asyncio.to_thread(model.thread.start, loop.call_soon_threadsafe)
+                await asyncio.to_thread(model.thread.start, post)
+            for section in sections:
+                await asyncio.to_thread(of_sections.enter_context, section.while_serving)
             yield
         finally:
+            await asyncio.to_thread(of_sections.close)
             for model in models:
                 await asyncio.to_thread(model.thread.close)
 
@@ -69,8 +86,8 @@ def create_app(
     for router in (
         api_routes(service),
         _operations(models, meters, drain),
-        chat_pages(links or {}),
-        *routers,
+        chat_pages({section.title: section.path for section in sections}),
+        *(section.router for section in sections),
     ):
         app.include_router(router)
     app.add_middleware(Gate, limits=limits, keys=keys, meters=meters, drain=drain)
@@ -78,6 +95,7 @@ def create_app(
         app.add_middleware(
             CORSMiddleware, allow_origins=list(cors_origins), allow_methods=["*"], allow_headers=["*"]
         )
+    app.add_middleware(HostNames, names=host_names)
     return app
 
 

@@ -6,16 +6,20 @@ Not responsible for: the batch (engine/), text (choices.py), HTTP (routes.py).
 
 from __future__ import annotations
 
+import queue
 import threading
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from dovetail.engine import HybridEngine, Sampling, Serve
+from dovetail.engine import Completion, HybridEngine, Sampling, Serve
 from dovetail.engine.answers import Answer, DecodeText, FinishReason
 from dovetail.engine.scheduler import Load
 from dovetail.errors import DovetailError, GenerationError
 from dovetail.telemetry.log import warn
+
+_LOOK_EVERY_SECONDS = 0.1
 
 Post = Callable[[Callable[[], None]], object]
 """Runs a function where the listeners live, such as an event loop's `call_soon_threadsafe`."""
@@ -132,6 +136,38 @@ class EngineThread:
             for ticket in tickets:
                 ticket.is_cancelled = True
 
+    def complete(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        seeds: Sequence[int],
+        is_cancelled: Callable[[], bool],
+    ) -> list[Completion]:
+        """Answer every prompt, for a thread that can wait: where no more requests may wait, it does.
+
+        Once `is_cancelled` says so the rest ends early. Raises what the engine fails with.
+        """
+        heard: queue.SimpleQueue[Progress] = queue.SimpleQueue()
+        tickets = [Ticket(ids, sampling, seed, heard.put) for ids, seed in zip(prompts, seeds, strict=True)]
+        try:
+            for ticket in tickets:
+                self._submit_when_possible(ticket, is_cancelled)
+            num_open = len(tickets)
+            while num_open and not is_cancelled():
+                try:
+                    progress = heard.get(timeout=_LOOK_EVERY_SECONDS)
+                except queue.Empty:
+                    continue
+                if progress.error is not None:
+                    raise progress.error
+                num_open -= progress.finish_reason is not None
+        finally:
+            self.cancel(tickets)
+        return [
+            Completion(tuple(answer.token_ids), tuple(answer.logprobs), answer.finish_reason or "cancelled")
+            for answer in (ticket.answer for ticket in tickets)
+        ]
+
     def close(self) -> None:
         """Leave what is under way, and end the thread."""
         with self._changed:
@@ -156,6 +192,15 @@ class EngineThread:
             self._arrived.clear()
             self._under_way += arrived
         return [ticket.answer for ticket in arrived]
+
+    def _submit_when_possible(self, ticket: Ticket, is_cancelled: Callable[[], bool]) -> None:
+        while not is_cancelled():
+            try:
+                self.submit([ticket])
+            except QueueFull:
+                time.sleep(_LOOK_EVERY_SECONDS)
+            else:
+                return
 
     def _run(self, ready: threading.Event) -> None:
         try:

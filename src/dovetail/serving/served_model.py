@@ -1,29 +1,21 @@
 """A model by its name on the server: loaded, with its chat format and its thread.
 
-Responsible for: loading what the paths on the command line mean, adapters of one base sharing its weights.
-Not responsible for: HTTP (routes.py), the batch (engine_thread.py).
+Responsible for: what the paths on the command line stand for, and what the models are called.
+Not responsible for: loading (inference/loading.py), HTTP (routes.py), the batch (engine_thread.py).
 """
 
 from __future__ import annotations
 
-import copy
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
-
-from dovetail.engine import HybridEngine
-from dovetail.errors import ConfigError, ModelError
-from dovetail.model.load import expect_rows_for, load_causal_lm
+from dovetail.errors import ConfigError
+from dovetail.inference.loading import LoadedChat, load_chat
 from dovetail.model.run_models import chat_models
 from dovetail.serving.engine_thread import EngineThread
-from dovetail.text.chat_format import ChatFormat
 from dovetail.text.message import Message
-from dovetail.text.tokenizer import load_tokenizer
-from dovetail.training.placement import resolve_device, resolve_dtype
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,17 +34,16 @@ class EngineSettings:
 class ServedModel:
     """What the routes need of a model."""
 
-    def __init__(self, name: str, model: Any, chat: ChatFormat, settings: EngineSettings) -> None:
+    def __init__(self, name: str, loaded: LoadedChat, settings: EngineSettings) -> None:
         self.name = name
-        self.chat = chat
-        engine = HybridEngine(
-            model,
-            device=resolve_device(settings.device),
-            max_running=settings.max_running,
-            max_cache_tokens=settings.cache_tokens,
-        )
+        self.path = loaded.path
+        """Where it is from."""
+        self.chat = loaded.chat
         self.thread = EngineThread(
-            engine, chat.decode, max_running=settings.max_running, max_waiting=settings.max_waiting
+            loaded.engine(max_running=settings.max_running, max_cache_tokens=settings.cache_tokens),
+            self.chat.decode,
+            max_running=settings.max_running,
+            max_waiting=settings.max_waiting,
         )
 
     def chat_ids(self, messages: Sequence[Message]) -> list[int]:
@@ -78,7 +69,10 @@ def load_models(paths: Sequence[str], settings: EngineSettings) -> list[ServedMo
                 )
             places[name] = place
     bases: dict[str, Any] = {}
-    return [_load(name, place, settings, bases) for name, place in places.items()]
+    return [
+        ServedModel(name, load_chat(place, device=settings.device, bases=bases), settings)
+        for name, place in places.items()
+    ]
 
 
 def _named(given: str, *, is_alone: bool) -> list[tuple[str, str]]:
@@ -95,35 +89,3 @@ def _named(given: str, *, is_alone: bool) -> list[tuple[str, str]]:
         return list(found.items())
     run = Path(given).absolute().name
     return [(f"{run}-{own}", place) for own, place in found.items()]
-
-
-def _load(name: str, place: str, settings: EngineSettings, bases: dict[str, Any]) -> ServedModel:
-    device = resolve_device(settings.device)
-    dtype = resolve_dtype("auto", device)
-    adapter = Path(place).expanduser() / "adapter_config.json"
-    chat = ChatFormat(load_tokenizer(place))
-    base = _base_of(adapter) if adapter.is_file() else place
-    if base not in bases:
-        bases[base] = load_causal_lm(base, dtype=dtype, device=device)
-    model: Any = bases[base]
-    if adapter.is_file():
-        twin = _twin(model)
-        model = PeftModel.from_pretrained(twin, str(adapter.parent), autocast_adapter_dtype=False).eval()
-    expect_rows_for(chat.tokenizer, model, place)
-    return ServedModel(name, model, chat, settings)
-
-
-def _base_of(adapter: Path) -> str:
-    base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if not base:
-        raise ModelError(
-            f"{adapter} names no base model",
-            hint="set base_model_name_or_path in it, or give the merged model's folder",
-        )
-    return str(base)
-
-
-def _twin(model: Any) -> Any:
-    """A second tree of modules over the very same parameters and buffers."""
-    shared = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})

@@ -1,7 +1,7 @@
-"""The process: socket, signals, and an end that breaks nobody's answer off.
+"""The process: signals, and an end that breaks nobody's answer off.
 
 Responsible for: running an application until it is told to stop.
-Not responsible for: the application (app.py).
+Not responsible for: the application (app.py), the socket (web/listening.py).
 
 On SIGTERM or SIGINT new requests get 503, those under way are finished, and the process ends; a second signal, or
 the end of the patience, ends it at once.
@@ -9,7 +9,6 @@ the end of the patience, ends it at once.
 
 from __future__ import annotations
 
-import socket
 import time
 from types import FrameType
 
@@ -19,6 +18,7 @@ from fastapi import FastAPI
 from dovetail.errors import ConfigError
 from dovetail.serving.gate import Drain
 from dovetail.telemetry.log import say
+from dovetail.web.listening import Listening
 
 
 class DrainingServer(uvicorn.Server):
@@ -44,27 +44,11 @@ class DrainingServer(uvicorn.Server):
         return await super().on_tick(counter)
 
 
-def run(app: FastAPI, *, host: str, port: int, drain_seconds: float) -> None:
-    """Serve until a signal. Raises ConfigError if the address cannot be had."""
-    config = uvicorn.Config(
-        app, host=host, port=port, log_level="warning", lifespan="on", timeout_graceful_shutdown=1
-    )
+def run(app: FastAPI, listening: Listening, *, drain_seconds: float) -> None:
+    """Serve until a signal. Raises ConfigError if the application cannot start."""
+    config = listening.config(app, lifespan="on", timeout_graceful_shutdown=1)
     server = DrainingServer(config, app.state.drain, drain_seconds=drain_seconds)
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        listening = socket.create_server((host, port), family=family)
-    except OSError as error:
-        raise ConfigError(
-            f"cannot listen on {host}:{port}: {error.strerror}",
-            hint="choose another --port, or end what listens there",
-        ) from error
-    with listening:
-        say(f"listening on http://{_shown(listening)}  (Ctrl-C stops)")
-        server.run(sockets=[listening])
+    say(f"listening on {listening.url}  (Ctrl-C stops)")
+    server.run(sockets=[listening.socket])
     if not server.started:
         raise ConfigError("the server did not start", hint="the lines above say why")
-
-
-def _shown(listening: socket.socket) -> str:
-    host, port = listening.getsockname()[:2]
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -2,6 +2,7 @@
 
 import { ask, cell, find, make, notice, number, show, useWriteToken, verdictOf } from "./server.js";
 
+let own = ""; // the name of the admin who looks at this
 let oldest = null; // the id of the last label that is listed
 
 async function run(action) {
@@ -24,7 +25,19 @@ async function drawOverview() {
     cell(`${Math.round(100 * pair.agreement)} %`, "Same verdict"), cell(number(pair.kappa, 3), "Cohen's kappa"))));
   find("speeds").replaceChildren(...all.speeds.map((person) => make("tr", {},
     cell(person.is_admin ? `${person.name} (admin)` : person.name, "Name"), cell(person.labels, "Labels"),
-    cell(person.median_seconds === null ? "" : person.median_seconds.toFixed(1), "Median seconds"))));
+    cell(person.median_seconds === null ? "" : person.median_seconds.toFixed(1), "Median seconds"),
+    cell(person.links, "Links"), make("td", {}, ...revokeButtons(person)))));
+}
+
+function revokeButtons(person) {
+  if (person.links === 0 || person.name === own) return [];
+  const button = make("button", { textContent: "Revoke links" });
+  button.addEventListener("click", () => run(async () => {
+    if (!confirm(`Let nobody in under the name ${person.name} any more? Labels stay.`)) return;
+    await ask("admin/annotators/revoke", { name: person.name });
+    await drawOverview();
+  }));
+  return [button];
 }
 
 function row(line) {
@@ -78,7 +91,7 @@ run(async () => {
   const me = await ask("me");
   useWriteToken(me.write_token);
   find("project").textContent = me.project;
-  find("name").textContent = me.name;
+  find("name").textContent = own = me.name;
   await drawOverview();
   await drawLines(null);
   show("all");

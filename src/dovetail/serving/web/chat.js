@@ -41,8 +41,12 @@ async function loadModels() {
 }
 
 async function loadPages() {
-  const response = await fetch("/web/pages.json");
-  for (const { title, path } of await response.json()) {
+  const pages = await (await fetch("/web/pages.json")).json();
+  if (!pages.length) return;
+  const here = element("span", "", "Chat");
+  here.setAttribute("aria-current", "page");
+  $("pages").append(here);
+  for (const { title, path } of pages) {
     const link = element("a", "", title);
     link.href = path;
     $("pages").append(link);

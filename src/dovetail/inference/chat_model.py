@@ -1,7 +1,7 @@
 """`ChatModel`: a finished model in Python, without a server.
 
 Responsible for: answers to one conversation, to many at once, and piece by piece.
-Not responsible for: HTTP (app.py), the terminal (cli/chat.py).
+Not responsible for: loading (loading.py), HTTP (serving/), the terminal (cli/chat.py).
 
     model = ChatModel("runs/demo")
     model.chat("What is a dovetail joint?")
@@ -18,17 +18,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
-from dovetail.engine import FinishReason, HybridEngine, Sampling
+from dovetail.engine import FinishReason, Sampling
 from dovetail.engine.answers import Answer
-from dovetail.engine.modules import context_of
 from dovetail.engine.scheduler import Load
-from dovetail.model.load import expect_rows_for, load_causal_lm
+from dovetail.inference.loading import load_chat
 from dovetail.model.run_models import model_folder
-from dovetail.text.chat_format import ChatFormat
 from dovetail.text.message import Message, message
 from dovetail.text.text_stream import TextStream
-from dovetail.text.tokenizer import load_tokenizer
-from dovetail.training.placement import resolve_device, resolve_dtype
 
 Conversation = str | Sequence[Message]
 """A question, or the turns up to where the model is to speak."""
@@ -50,22 +46,24 @@ class Reply:
 
 
 class ChatModel:
-    """A chat model by run folder, model folder, .gguf file or hub name. One call at a time."""
+    """A chat model by run folder, model folder, LoRA adapter, .gguf file or hub name. One call at a time."""
 
     def __init__(self, path: str, *, device: str = "auto", system: str | None = None) -> None:
         """system: stands before every conversation that has no system message of its own.
 
         Raises ModelError if there is no model, ConfigError if there is no such device.
         """
-        found, where = model_folder(path), resolve_device(device)
-        tokenizer = load_tokenizer(found)
-        model = load_causal_lm(found, dtype=resolve_dtype("auto", where), device=where)
-        expect_rows_for(tokenizer, model, found)
-        self._format = ChatFormat(tokenizer)
-        self._engine = HybridEngine(model, device=where, max_running=_AT_ONCE, max_cache_tokens=_CACHE_TOKENS)
+        loaded = load_chat(model_folder(path), device=device)
+        self._format = loaded.chat
+        self._one = loaded.engine()
+        self._many = loaded.engine(max_running=_AT_ONCE, max_cache_tokens=_CACHE_TOKENS)
         self._system = system
-        self.context = context_of(model)
+        self.context = loaded.context
         """The most tokens of conversation and answer together; None: the model names no limit."""
+
+    def num_tokens(self, conversation: Conversation) -> int:
+        """How many tokens a conversation has as the model reads it, ready for an answer."""
+        return len(self._prompts([conversation])[0])
 
     def chat(
         self, conversation: Conversation, *, sampling: Sampling = DEFAULT_SAMPLING, seed: int | None = None
@@ -91,7 +89,7 @@ class ChatModel:
 
         def generate() -> None:
             try:
-                with self._engine.generating() as answer:
+                with self._one.generating() as answer:
                     answer(
                         [prompt],
                         settings,
@@ -145,14 +143,14 @@ class ChatModel:
             Answer(index, tuple(prompt), settings, seed, settings.max_new_tokens)
             for index, (prompt, seed) in enumerate(zip(prompts, chosen, strict=True))
         ]
-        if self._engine.can_be_joined:
+        if self._many.can_be_joined:
             self._serve(answers, on_done)
         else:
             self._pad(answers, on_done)
         return texts
 
     def _serve(self, answers: Sequence[Answer], on_done: Callable[[Answer], None]) -> None:
-        with self._engine.serving() as serve:
+        with self._many.serving() as serve:
             for answer in answers:
                 answer.max_new_tokens = max(
                     1, min(answer.max_new_tokens, serve.max_tokens - len(answer.prompt))
@@ -162,7 +160,7 @@ class ChatModel:
 
     def _pad(self, answers: Sequence[Answer], on_done: Callable[[Answer], None]) -> None:
         """For models whose batches nobody can join: one after the other."""
-        with self._engine.generating() as generate:
+        with self._many.generating() as generate:
             for start in range(0, len(answers), _PADDED_AT_ONCE):
                 batch = answers[start : start + _PADDED_AT_ONCE]
                 completions = generate(

@@ -15,7 +15,7 @@ from typing import Annotated, Any, TextIO
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dovetail.errors import DataError
-from dovetail.serving.chat_model import Conversation
+from dovetail.inference.chat_model import Conversation
 from dovetail.text.message import Role, message
 
 

@@ -1,0 +1,144 @@
+"""The labelling pages with what samples answers for them, alone or beside the models of `dovetail serve`.
+
+Responsible for: opening the database, what samples and scores, the links that are printed.
+Not responsible for: flags (label.py, serve.py), pages (labelling/), what is kept (preferences/).
+"""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from dovetail.errors import ConfigError
+from dovetail.model.run_models import model_folder, reward_folder
+
+if TYPE_CHECKING:
+    from dovetail.labelling.supply import Answerer, Plan, Supply
+    from dovetail.preferences.database import Store
+    from dovetail.serving.app import Section
+    from dovetail.serving.served_model import ServedModel
+
+
+@contextmanager
+def opened(url: str, *, must_exist: bool = False) -> Iterator["Store"]:
+    """The database at a URL, until the block ends."""
+    from dovetail.preferences.database import open_store  # here and not above: help need not wait for it
+
+    store = open_store(url, must_exist=must_exist)
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+def print_links(store: "Store", names: Sequence[str], base: str) -> None:
+    """A link for each of these annotators, and one for the admin, on standard output."""
+    from dovetail.preferences.annotators import invite
+
+    for name in names:
+        typer.echo(f"{name}: {base}/label/#token={invite(store, name)}")
+    typer.echo(f"admin: {base}/label/#token={invite(store, 'admin', is_admin=True)}")
+    typer.echo("Each link lets its owner in; Ctrl-C ends the server, and nothing is lost.")
+    sys.stdout.flush()
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What is to be sampled, as it was typed."""
+
+    prompts: str
+    uncertain_first: str | None
+    device: str
+
+
+def supply_of(
+    store: "Store", project_id: int, wanted: Wanted, plan: "Plan", load: Callable[[], Sequence["Answerer"]]
+) -> "Supply":
+    """What makes tasks of the prompts, with the answers of the models that `load` gives."""
+    from dovetail.labelling.answerer import reward_scorer
+    from dovetail.labelling.prompts import read_prompts
+    from dovetail.labelling.supply import Supply
+
+    prompts = read_prompts(wanted.prompts, seed=plan.seed)
+    scorer = None
+    if wanted.uncertain_first is not None:
+        scorer = reward_scorer(reward_folder(wanted.uncertain_first), device=wanted.device)
+    return Supply(store, project_id, prompts, load(), plan, scorer)
+
+
+def loaded_answerers(paths: Sequence[str], device: str) -> list["Answerer"]:
+    """Models loaded for labelling alone."""
+    from dovetail.labelling.answerer import load_answerer
+
+    answerers: list[Answerer] = []
+    for path in paths:
+        found = model_folder(path)
+        typer.echo(f"loading {found}", err=True)
+        answerers.append(load_answerer(found, device=device))
+    return answerers
+
+
+@dataclass(frozen=True, slots=True)
+class LabelTab:
+    """The labelling pages of `dovetail serve`, as they were typed."""
+
+    store: str
+    project: str
+    prompts: str | None
+    models: Sequence[str]
+    """Names of one or two served models; none: the first."""
+    uncertain_first: str | None
+    max_new_tokens: int
+
+
+@contextmanager
+def label_section(
+    tab: LabelTab, served: Sequence["ServedModel"], base: str, device: str
+) -> Iterator["Section"]:
+    """The pages under /label/, whose answers the served models give. Prints the admin's link.
+
+    base: the server's URL. device: of the reward model that says what is uncertain.
+    """
+    from dovetail.engine.sampling import Sampling
+    from dovetail.labelling.router import labelling_router
+    from dovetail.labelling.supply import Plan
+    from dovetail.preferences.tasks import open_project
+    from dovetail.serving.app import Section
+
+    with opened(tab.store) as store:
+        project_id = open_project(store, tab.project)
+        options: dict[str, Any] = {}
+        beside: Any = nullcontext()
+        if tab.prompts is not None:
+            wanted = Wanted(tab.prompts, tab.uncertain_first, device)
+            plan = Plan(sampling=Sampling(max_new_tokens=tab.max_new_tokens))
+            supply = supply_of(store, project_id, wanted, plan, lambda: served_answerers(served, tab.models))
+            options["supply"] = supply.state
+            beside = supply.running()
+        print_links(store, (), base)
+        yield Section("Label", "/label/", labelling_router(store, project_id, **options), beside)
+
+
+def served_answerers(served: Sequence["ServedModel"], names: Sequence[str]) -> list["Answerer"]:
+    """Those of these names, the first by default; their weights are in memory once."""
+    by_name = {model.name: model for model in served}
+    unknown = [name for name in names if name not in by_name]
+    if unknown:
+        raise ConfigError(
+            f"--label-model {unknown[0]}: no model of that name is served",
+            hint=f"there are: {', '.join(by_name)}",
+        )
+    if len(names) > 2:
+        raise ConfigError(
+            f"--label-model was given {len(names)} times", hint="compare the answers of one or two"
+        )
+    return [_answerer(model) for model in [by_name[name] for name in names] or served[:1]]
+
+
+def _answerer(model: "ServedModel") -> "Answerer":
+    from dovetail.labelling.answerer import ModelAnswerer
+
+    return ModelAnswerer(model.path, model.chat, model.thread.complete, lambda: model.thread.max_tokens)

@@ -1,0 +1,103 @@
+"""The address a server listens at, plain or with TLS.
+
+Responsible for: opening the socket, checking the certificate before anything slow begins, and the URL people open.
+Not responsible for: what is answered there (serving/, labelling/), which names are answered to (host_names.py).
+"""
+
+from __future__ import annotations
+
+import socket
+import ssl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+from dovetail.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Certificate:
+    """What a server shows its clients: PEM files."""
+
+    chain: Path
+    """The certificate, and those that signed it."""
+    key: Path | None = None
+    """Its private key; None: it is in the file of the chain."""
+
+
+@dataclass(frozen=True, slots=True)
+class Listening:
+    """An open socket."""
+
+    socket: socket.socket
+    certificate: Certificate | None
+
+    @property
+    def url(self) -> str:
+        """Where a browser of this machine finds it."""
+        host, port = self.socket.getsockname()[:2]
+        named = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+        scheme = "https" if self.certificate else "http"
+        return f"{scheme}://[{named}]:{port}" if ":" in named else f"{scheme}://{named}:{port}"
+
+    def config(self, app: Any, **options: Any) -> uvicorn.Config:
+        """uvicorn's settings for an application behind this socket."""
+        if self.certificate is not None:
+            options |= {"ssl_certfile": self.certificate.chain, "ssl_keyfile": self.certificate.key}
+        return uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, **options)
+
+
+@contextmanager
+def listen(host: str, port: int, certificate: Certificate | None = None) -> Iterator[Listening]:
+    """Listen until the block ends; port 0 takes a free one.
+
+    Raises ConfigError if the address cannot be had or the certificate cannot be used.
+    """
+    if certificate is not None:
+        _expect_usable(certificate)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        opened = socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot listen on {host}:{port}: {error.strerror}",
+            hint="choose another --port or --host, or end what listens there",
+        ) from error
+    with opened:
+        yield Listening(opened, certificate)
+
+
+def certificate_of(chain: Path | None, key: Path | None) -> Certificate | None:
+    """From two flags; None without any. Raises ConfigError for a key without its certificate."""
+    if chain is None:
+        if key is not None:
+            raise ConfigError(
+                f"--tls-key {key} has no certificate", hint="give its certificate too: --tls-certificate FILE"
+            )
+        return None
+    return Certificate(chain, key)
+
+
+def _expect_usable(certificate: Certificate) -> None:
+    shown = f"--tls-certificate {certificate.chain}"
+    if certificate.key is not None:
+        shown += f" with --tls-key {certificate.key}"
+
+    def refuse_to_ask() -> str:
+        raise ConfigError(
+            f"{shown}: the key is locked with a passphrase",
+            hint="give a key without one: openssl pkey -in KEY -out PLAIN",
+        )
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(certificate.chain, certificate.key, password=refuse_to_ask)
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError(
+            f"{shown} cannot be used: {error.strerror or error}",
+            hint="give PEM files: the certificate, those that signed it, and the key that belongs to it",
+        ) from error
