@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import torch
 
 from dovetail.engine import HybridEngine, Sampling
 from dovetail.text.chat_format import ChatFormat
@@ -118,6 +119,61 @@ def test_logprobs_are_those_of_the_tokens_drawn(client: openai.OpenAI) -> None:
     for entry, token_id in zip(entries, ids, strict=True):
         assert entry.token == byte_tokenizer().decode([token_id])
         assert entry.bytes == (None if entry.token == "\ufffd" else list(entry.token.encode()))
+
+
+def likeliest(
+    text: list[int] | str, answer_ids: list[int], temperature: float
+) -> list[list[tuple[str, float]]]:
+    """Every token at each place of an answer, as text, the likeliest first, by transformers."""
+    ids = [*(ids_of(text) if isinstance(text, str) else text), *answer_ids]
+    with torch.no_grad():
+        logits = tiny_model()(torch.tensor([ids]), use_cache=False).logits[0]
+    places = logits[len(ids) - len(answer_ids) - 1 : -1] / temperature
+    tops = [place.log_softmax(-1).sort(descending=True) for place in places]
+    return [
+        [
+            (byte_tokenizer().decode([i]), x)
+            for i, x in zip(top.indices.tolist(), top.values.tolist(), strict=True)
+        ]
+        for top in tops
+    ]
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_top_logprobs_are_the_likeliest_tokens_at_each_place(client: openai.OpenAI, is_stream: bool) -> None:
+    answer: Any = client.chat.completions.create(
+        model="tiny", messages=HELLO, seed=3, max_tokens=12, logprobs=True, top_logprobs=4, temperature=0.7,
+        stream=is_stream,
+    )  # fmt: skip
+    choices = [chunk.choices[0] for chunk in answer] if is_stream else [answer.choices[0]]
+    entries = [entry for choice in choices if choice.logprobs for entry in choice.logprobs.content or []]
+    ids = drawn(HELLO, seed=3, temperature=0.7)[1]
+    expected = likeliest(ChatFormat(byte_tokenizer()).prompt_ids(HELLO), ids, 0.7)
+    for entry, token_id, top in zip(entries, ids, expected, strict=True):
+        assert [other.token for other in entry.top_logprobs] == [text for text, _ in top[:4]]
+        assert [other.logprob for other in entry.top_logprobs] == pytest.approx(
+            [x for _, x in top[:4]], rel=1e-4
+        )
+        assert entry.token == byte_tokenizer().decode([token_id])
+
+
+def test_a_text_s_top_logprobs_are_by_token_and_hold_the_drawn_one(client: openai.OpenAI) -> None:
+    answer = client.completions.create(model="tiny", prompt="abc", seed=3, max_tokens=12, logprobs=2)
+    logprobs = answer.choices[0].logprobs
+    assert logprobs is not None
+    assert logprobs.tokens is not None
+    assert logprobs.top_logprobs is not None
+    assert logprobs.token_logprobs is not None
+    expected = likeliest("abc", drawn("abc", seed=3)[1], 1.0)
+    for token, logprob, top, full in zip(
+        logprobs.tokens, logprobs.token_logprobs, logprobs.top_logprobs, expected, strict=True
+    ):
+        wanted = dict(reversed([*full[:2], (token, logprob)]))
+        assert top == pytest.approx(wanted, rel=1e-4)
+    without = client.completions.create(model="tiny", prompt="abc", seed=3, max_tokens=12, logprobs=0)
+    assert without.choices[0].logprobs is not None
+    assert without.choices[0].logprobs.top_logprobs is None
+    assert without.choices[0].logprobs.token_logprobs == pytest.approx(logprobs.token_logprobs, rel=1e-4)
 
 
 def test_a_stop_string_ends_the_answer_and_is_no_part_of_it(client: openai.OpenAI) -> None:

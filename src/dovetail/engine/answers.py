@@ -20,6 +20,10 @@ DecodeText = Callable[[Sequence[int]], str]
 """decode_text(token_ids): the text of some tokens, needed for stop strings only."""
 
 
+TopLogprobs = Sequence[tuple[int, float]]
+"""The likeliest tokens at one place with their log-probabilities, the likeliest first; none that cannot be drawn."""
+
+
 @dataclass(frozen=True, slots=True)
 class Completion:
     """What was generated for one prompt."""
@@ -53,6 +57,8 @@ class Answer:
     """As asked, or less where context or cache end sooner."""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    top_logprobs: list[TopLogprobs] = field(default_factory=list)
+    """For each token, if the sampling settings ask for them."""
     pages: list[int] = field(default_factory=list)
     """Pages of the KV cache that hold its tokens, in order; empty while it waits. Full ones may be shared."""
     num_cached: int = 0
@@ -95,10 +101,15 @@ class Answer:
         """The longest this sequence can become."""
         return len(self.prompt) + self.max_new_tokens
 
-    def accept(self, token_id: int, logprob: float, listener: Listener) -> None:
-        """Take in one drawn token; afterwards `finish_reason` says whether it was the last."""
+    def accept(self, token_id: int, logprob: float, listener: Listener, likeliest: TopLogprobs = ()) -> None:
+        """Take in one drawn token; afterwards `finish_reason` says whether it was the last.
+
+        likeliest: at its place, as many as anybody asked for.
+        """
         self.token_ids.append(token_id)
         self.logprobs.append(logprob)
+        if self.sampling.top_logprobs:
+            self.top_logprobs.append(likeliest[: self.sampling.top_logprobs])
         cancelled = listener.on_token is not None and listener.on_token(self.index, token_id, logprob)
         if token_id in self.sampling.stop_token_ids or self._completes_a_stop_string(listener):
             self.finish_reason = "stop"

@@ -37,8 +37,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from dovetail.engine.answers import Answer
 from dovetail.engine.kv_cache import PAGE_TOKENS, KVArena
 from dovetail.engine.modules import PackedModules
-from dovetail.engine.sampling import SamplingRows, sample_next
-from dovetail.engine.transfer import Draw, numbers_of
+from dovetail.engine.sampling import SamplingRows
+from dovetail.engine.transfer import Draw, draw_next
 from dovetail.model.attention import Layout, padded_attention
 
 
@@ -246,12 +246,12 @@ class EagerDecoder:
             self._remap()
         self._version = version
         logits_BV = self._modules.next_logits(self._ids_B, self._positions_B, self._layout())
-        ids_B, logprobs_B = self._modules.agreed(*sample_next(logits_BV, self._sampling))
+        ids_B, numbers = self._modules.agreed(*draw_next(logits_BV, self._sampling))
         self._ids_B = ids_B
         self._positions_B += 1
         self._rows_HB += 1
         self._sampling.advance(ids_B)
-        return Draw.of(answers, numbers_of(ids_B, logprobs_B))
+        return Draw.of(answers, numbers)
 
     def _layout(self) -> Layout:
         if self._arena.lone:

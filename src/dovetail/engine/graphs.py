@@ -21,7 +21,7 @@ import warnings
 from collections.abc import Sequence
 from enum import IntEnum
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy
 import torch
@@ -32,8 +32,8 @@ from dovetail.engine.kernels.paged_attention import paged_attention
 from dovetail.engine.kernels.sampling import draw_tokens
 from dovetail.engine.kv_cache import KVArena
 from dovetail.engine.modules import PackedModules
-from dovetail.engine.sampling import Sampling, SamplingRows, random_keys, sample_next, uniforms
-from dovetail.engine.transfer import Draw, numbers_of, to_device
+from dovetail.engine.sampling import MOST_TOP_LOGPROBS, Sampling, SamplingRows, random_keys, uniforms
+from dovetail.engine.transfer import Draw, draw_next, to_device
 
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 """Rows a graph is captured for. Between them a step costs what the next larger one does: the weights, mostly."""
@@ -53,6 +53,17 @@ class Column(IntEnum):
     MIN_P = 7
     PENALTY = 8
     PAGES = 9
+
+
+class Kind(NamedTuple):
+    """What one captured step does; those in use differ in this alone."""
+
+    size: int
+    """Rows."""
+    truncates: bool
+    penalises: bool
+    num_likeliest: int
+    """Likeliest tokens told of each row."""
 
 
 class GraphLayout:
@@ -106,11 +117,14 @@ class GraphDecoder:
         self._floats = self._table.view(numpy.float32)
         self._state = torch.zeros(self._table.shape, dtype=torch.int32, device=device)
         self._ids_B = torch.zeros(num_rows, dtype=torch.long, device=device)
-        self._numbers = torch.zeros(2, num_rows, dtype=torch.float64, device=device)
+        self._most_likeliest = min(MOST_TOP_LOGPROBS, modules.vocabulary)
+        self._numbers = torch.zeros(
+            2 + 2 * self._most_likeliest, num_rows, dtype=torch.float64, device=device
+        )
         self._seen_BV: Tensor | None = None
         self._row_of: dict[Answer, int] = {}
         self._free = list(range(num_rows))
-        self._graphs: dict[tuple[int, bool, bool], torch.cuda.CUDAGraph | None] = {}
+        self._graphs: dict[Kind, torch.cuda.CUDAGraph | None] = {}
 
     def serves(self, places: int, pages: int) -> bool:
         """Whether these rows are enough, and the graphs those of the model as it is now."""
@@ -128,7 +142,7 @@ class GraphDecoder:
     def rest(self) -> None:
         """Keep what the next block can use, and no memory that grows with the vocabulary."""
         self._seen_BV = None
-        self._graphs = {key: graph for key, graph in self._graphs.items() if not key[2]}
+        self._graphs = {kind: graph for kind, graph in self._graphs.items() if not kind.penalises}
 
     def place(self, answers: Sequence[Answer], ids_S: Tensor) -> None:
         """Give each answer a row, with the token it drew."""
@@ -155,10 +169,13 @@ class GraphDecoder:
         """Feed every answer its last token and draw the next."""
         self._close_ranks()
         rows = [self._row_of[answer] for answer in answers]
-        size = _size_for(max(rows) + 1)
-        truncates = any(answer.sampling.truncates for answer in answers)
-        penalises = any(answer.sampling.penalises for answer in answers)
-        graph = self._graph(size, truncates, penalises)
+        kind = Kind(
+            _size_for(max(rows) + 1),
+            any(answer.sampling.truncates for answer in answers),
+            any(answer.sampling.penalises for answer in answers),
+            self._most_likeliest if any(answer.sampling.top_logprobs for answer in answers) else 0,
+        )
+        graph = self._graph(kind)
         self._table[:, Column.LENGTH] = -1
         for answer, row in zip(answers, rows, strict=True):
             line = self._table[row]
@@ -168,10 +185,11 @@ class GraphDecoder:
         # Pinned anew each time: the last copy may not have been sent yet.
         self._state.copy_(torch.from_numpy(self._table).pin_memory(), non_blocking=True)
         if graph is None:
-            self._compute(size, truncates, penalises)
+            self._compute(kind)
         else:
             graph.replay()
-        return Draw.of(answers, self._numbers[:, to_device(rows, self._device)])
+        told = self._numbers[: 2 + 2 * kind.num_likeliest]
+        return Draw.of(answers, told[:, to_device(rows, self._device)])
 
     def _write_settings(self, row: int, sampling: Sampling, key: int) -> None:
         line, floats = self._table[row], self._floats[row]
@@ -213,13 +231,15 @@ class GraphDecoder:
         if self._seen_BV is not None:
             self._seen_BV[targets_N] = self._seen_BV[sources_N]
 
-    def _compute(self, size: int, truncates: bool, penalises: bool) -> None:
+    def _compute(self, kind: Kind) -> None:
         """The step itself, from static buffers to static buffers."""
         assert self._bases is not None
-        state, ids_B, numbers = self._state[:size], self._ids_B[:size], self._numbers[:, :size]
+        size = kind.size
+        state, ids_B = self._state[:size], self._ids_B[:size]
+        numbers = self._numbers[: 2 + 2 * kind.num_likeliest, :size]
         positions_B = state[:, Column.LENGTH].clamp(min=0).long()
         logits_BV = self._modules.next_logits(ids_B, positions_B, GraphLayout(self._bases, state))
-        if not truncates and not penalises:
+        if not (kind.truncates or kind.penalises or kind.num_likeliest):
             draw_tokens(
                 logits_BV.contiguous(), state, ids_B, numbers, draw=Column.DRAW, key=Column.KEY,
                 temperature=Column.TEMPERATURE, greedy=Column.GREEDY,
@@ -229,22 +249,20 @@ class GraphDecoder:
                 numbers.copy_(agreed)
                 ids_B.copy_(agreed[0])
             return
-        seen_BV = self._seen_BV[:size] if penalises and self._seen_BV is not None else None
-        rows = _RowsOfState(state, seen_BV, truncates=truncates)
-        drawn_B, logprobs_B = self._modules.agreed(*sample_next(logits_BV, rows))
+        seen_BV = self._seen_BV[:size] if kind.penalises and self._seen_BV is not None else None
+        drawn_B, told = self._modules.agreed(*draw_next(logits_BV, _RowsOfState(state, seen_BV, kind)))
         ids_B.copy_(drawn_B)
-        numbers.copy_(numbers_of(drawn_B, logprobs_B))
+        numbers.copy_(told)
         if seen_BV is not None:
             seen_BV.scatter_(1, drawn_B[:, None], True)
 
-    def _graph(self, size: int, truncates: bool, penalises: bool) -> torch.cuda.CUDAGraph | None:
+    def _graph(self, kind: Kind) -> torch.cuda.CUDAGraph | None:
         """Captured when first asked for; None if the modules cannot be captured, which is said once."""
-        key = (size, truncates, penalises)
-        if key not in self._graphs:
-            self._graphs[key] = None if self._modules.cannot_be_captured else self._capture(key)
-        return self._graphs[key]
+        if kind not in self._graphs:
+            self._graphs[kind] = None if self._modules.cannot_be_captured else self._capture(kind)
+        return self._graphs[kind]
 
-    def _capture(self, key: tuple[int, bool, bool]) -> torch.cuda.CUDAGraph | None:
+    def _capture(self, kind: Kind) -> torch.cuda.CUDAGraph | None:
         before_B = self._ids_B.clone()
         seen_BV = None if self._seen_BV is None else self._seen_BV.clone()
         self._state[:, Column.LENGTH] = -1  # nobody there: nothing is stored
@@ -254,10 +272,10 @@ class GraphDecoder:
         graph: torch.cuda.CUDAGraph | None = torch.cuda.CUDAGraph()
         assert graph is not None
         with torch.cuda.stream(stream):
-            self._compute(*key)  # kernels are compiled, and libraries set up, outside the capture
+            self._compute(kind)  # kernels are compiled, and libraries set up, outside the capture
             try:
                 graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-                self._compute(*key)
+                self._compute(kind)
                 graph.capture_end()
             except RuntimeError as error:
                 graph = None
@@ -281,7 +299,7 @@ class GraphDecoder:
 class _RowsOfState(SamplingRows):
     """The columns of the table as sample_next wants them; no flag depends on what the rows hold."""
 
-    def __init__(self, state: Tensor, seen_BV: Tensor | None, *, truncates: bool) -> None:
+    def __init__(self, state: Tensor, seen_BV: Tensor | None, kind: Kind) -> None:
         floats = state.view(torch.float32)
         self.keys_S = state[:, Column.KEY].long() & 0xFFFFFFFF
         self.positions_S = state[:, Column.DRAW].long()
@@ -290,7 +308,8 @@ class _RowsOfState(SamplingRows):
         self.all_at_one = False
         self.temperature_S = floats[:, Column.TEMPERATURE]
         self.greedy_S = state[:, Column.GREEDY] != 0
-        self.truncates = truncates
+        self.truncates = kind.truncates
+        self.num_likeliest = kind.num_likeliest
         self.top_k_S = state[:, Column.TOP_K].long()
         self.top_p_S = floats[:, Column.TOP_P]
         self.min_p_S = floats[:, Column.MIN_P]

@@ -21,7 +21,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dovetail.engine.kv_cache import KVShape
-from dovetail.engine.transfer import numbers_of
 from dovetail.errors import GenerationError
 from dovetail.model.attention import ATTENTION_NAME, Layout, use_packed_attention
 from dovetail.model.linear_logprobs import head_of
@@ -101,12 +100,12 @@ class PackedModules:
             logits = self._forward(self._model, ids_T, positions_T, layout, logits_to_keep=keep).logits[0]
         return self.group.columns(logits, self._rows)
 
-    def agreed(self, ids_S: Tensor, logprobs_S: Tensor) -> tuple[Tensor, Tensor]:
-        """What was drawn, the same in all processes of the group whatever the order in which theirs add up."""
+    def agreed(self, ids_S: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        """Of `draw_next`: the same in all processes of the group whatever the order in which theirs add up."""
         if self.group.size == 1:
-            return ids_S, logprobs_S
-        numbers = self.group.from_first(numbers_of(ids_S, logprobs_S))
-        return numbers[0].long(), numbers[1].to(logprobs_S.dtype)
+            return ids_S, numbers
+        numbers = self.group.from_first(numbers.contiguous())
+        return numbers[0].long(), numbers
 
     def _forward(
         self, module: Any, ids_T: Tensor, positions_T: Tensor, layout: Layout, **options: Any

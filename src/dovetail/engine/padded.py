@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from dovetail.engine.answers import Answer, Listener
 from dovetail.engine.decode import sampling_rows
 from dovetail.engine.modules import vocabulary_of
-from dovetail.engine.sampling import sample_next
+from dovetail.engine.transfer import Draw, draw_next
 from dovetail.errors import GenerationError
 
 
@@ -65,11 +65,9 @@ def _generate_batch(model: PreTrainedModel, answers: Sequence[Answer], listener:
     cache: Any = None
     while any(answer.finish_reason is None for answer in answers):
         logits_SV, cache = _forward(model, ids_SL, mask_SL, cache)
-        ids_S, logprobs_S = sample_next(logits_SV, rows)
+        ids_S, numbers = draw_next(logits_SV, rows)
         rows.advance(ids_S)
-        for answer, token_id, logprob in zip(answers, ids_S.tolist(), logprobs_S.tolist(), strict=True):
-            if answer.finish_reason is None:  # finished rows run on unheard
-                answer.accept(token_id, logprob, listener)
+        Draw.of(answers, numbers).deliver(listener)  # finished rows run on unheard
         ids_SL = ids_S[:, None]
         mask_SL = torch.cat([mask_SL, mask_SL.new_ones(len(answers), 1)], dim=1)
 

@@ -25,9 +25,8 @@ from dovetail.engine.kv_cache import PAGE_TOKENS, KVArena, KVShape, pages_for
 from dovetail.engine.memory import allocate_arena
 from dovetail.engine.modules import PackedModules
 from dovetail.engine.prefill import Prefill
-from dovetail.engine.sampling import sample_next
 from dovetail.engine.scheduler import Chunk, Load, Scheduler
-from dovetail.engine.transfer import Draw, numbers_of
+from dovetail.engine.transfer import Draw, draw_next
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,9 +203,9 @@ class PagedGeneration:
         if not complete:
             return None
         rows = sampling_rows(complete, self._modules.vocabulary, self._device)
-        ids_S, logprobs_S = self._modules.agreed(*sample_next(logits_SV, rows))
+        ids_S, numbers = self._modules.agreed(*draw_next(logits_SV, rows))
         self._decoder.place(complete, ids_S)
-        return Draw.of(complete, numbers_of(ids_S, logprobs_S))
+        return Draw.of(complete, numbers)
 
     def _decode(self, answers: Sequence[Answer], version: int) -> Draw:
         """Feed every answer its last token and draw the next."""

@@ -27,6 +27,7 @@ from torch import Tensor
 from dovetail.errors import GenerationError
 
 _MASK_32 = 0xFFFFFFFF
+MOST_TOP_LOGPROBS = 20
 _DRAWS_AHEAD = 16
 """Draws whose random numbers are hashed together."""
 
@@ -51,6 +52,8 @@ class Sampling:
     """Tokens that end the answer; the one that ended it is part of the answer."""
     stop_strings: tuple[str, ...] = ()
     """Texts that end the answer; kept up to the token that completes one."""
+    top_logprobs: int = 0
+    """At each place also tell so many of the likeliest tokens, at most 20."""
 
     def __post_init__(self) -> None:
         _require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
@@ -62,6 +65,8 @@ class Sampling:
         _require(self.min_p is None or 0 <= self.min_p <= 1, "min_p", self.min_p, "between 0 and 1")
         penalty = self.repetition_penalty
         _require(penalty is None or penalty > 0, "repetition_penalty", penalty, "above 0 (1 = no penalty)")
+        top = self.top_logprobs
+        _require(0 <= top <= MOST_TOP_LOGPROBS, "top_logprobs", top, f"0 to {MOST_TOP_LOGPROBS}")
         _require("" not in self.stop_strings, "stop_strings", self.stop_strings, "non-empty texts")
 
     @property
@@ -103,6 +108,7 @@ class SamplingRows:
             self.top_k_S = torch.tensor([s.top_k or 2**31 for s in settings], device=device)
             self.top_p_S = torch.tensor([s.top_p or 1.0 for s in settings], device=device)
             self.min_p_S = torch.tensor([s.min_p or 0.0 for s in settings], device=device)
+        self.num_likeliest = max((s.top_logprobs for s in settings), default=0)
         self.penalises = any(s.penalises for s in settings)
         self.penalty_S = torch.tensor([s.repetition_penalty or 1.0 for s in settings], device=device)
         self.seen_SV: Tensor | None = None
@@ -131,14 +137,7 @@ class SamplingRows:
 
 def sample_next(logits_SV: Tensor, rows: SamplingRows) -> tuple[Tensor, Tensor]:
     """Token ids and their log-probabilities (float32, or float64 for float64 logits), one for each row."""
-    if logits_SV.dtype in (torch.bfloat16, torch.float16):
-        logits_SV = logits_SV.float()  # near -10 bfloat16 steps by 0.06: a log-probability would be 6 % off
-    if rows.penalises and rows.seen_SV is not None:
-        logits_SV = penalise_repetition(logits_SV, rows.seen_SV, rows.penalty_S)
-    if not rows.all_at_one:
-        logits_SV = logits_SV / rows.temperature_S[:, None].to(logits_SV.dtype)
-    if rows.truncates:
-        logits_SV = keep_likely(logits_SV, rows)
+    logits_SV = adjusted(logits_SV, rows)
     probs_SV = logits_SV.softmax(dim=-1)
     if rows.all_greedy:
         ids_S = logits_SV.argmax(dim=-1)
@@ -147,6 +146,26 @@ def sample_next(logits_SV: Tensor, rows: SamplingRows) -> tuple[Tensor, Tensor]:
         if rows.some_greedy:
             ids_S = torch.where(rows.greedy_S, logits_SV.argmax(dim=-1), ids_S)
     return ids_S, probs_SV.gather(1, ids_S[:, None]).squeeze(1).log()
+
+
+def likeliest_next(logits_SV: Tensor, rows: SamplingRows, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` likeliest token ids and their log-probabilities [S, count], the likeliest first.
+
+    Of the very distribution that `sample_next` draws from; -inf: that token cannot be drawn.
+    """
+    top = adjusted(logits_SV, rows).softmax(dim=-1).topk(count, dim=-1)
+    return top.indices, top.values.log()
+
+
+def adjusted(logits_SV: Tensor, rows: SamplingRows) -> Tensor:
+    """The logits whose softmax is drawn from: after penalty, temperature and truncation."""
+    if logits_SV.dtype in (torch.bfloat16, torch.float16):
+        logits_SV = logits_SV.float()  # near -10 bfloat16 steps by 0.06: a log-probability would be 6 % off
+    if rows.penalises and rows.seen_SV is not None:
+        logits_SV = penalise_repetition(logits_SV, rows.seen_SV, rows.penalty_S)
+    if not rows.all_at_one:
+        logits_SV = logits_SV / rows.temperature_S[:, None].to(logits_SV.dtype)
+    return keep_likely(logits_SV, rows) if rows.truncates else logits_SV
 
 
 def invert_distribution(probs_SV: Tensor, uniforms_S: Tensor) -> Tensor:

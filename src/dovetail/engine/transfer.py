@@ -3,18 +3,21 @@
 Responsible for: index tensors made from Python lists, and the numbers of a draw on their way back.
 Not responsible for: batches of training (batches.py).
 
-Shapes: S answers that drew a token.
+Shapes: S answers that drew a token, K likeliest tokens at its place (0 unless asked for), N = 2 + 2K numbers of each:
+token id and log-probability of the one drawn, then the ids, then the log-probabilities of the likeliest.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from dovetail.engine.answers import Answer, Listener
+from dovetail.engine.answers import Answer, Listener, TopLogprobs
+from dovetail.engine.sampling import SamplingRows, likeliest_next, sample_next
 
 
 def to_device(values: Sequence[int], device: torch.device, dtype: torch.dtype = torch.long) -> Tensor:
@@ -28,12 +31,12 @@ class Draw:
 
     answers: Sequence[Answer]
     numbers: Tensor
-    """float64 [2, S] on the host: token ids (exact up to 2^53) and log-probabilities; valid after `arrived`."""
+    """float64 [N, S] on the host, token ids exact up to 2^53; valid after `arrived`."""
     arrived: torch.cuda.Event | None
 
     @classmethod
     def of(cls, answers: Sequence[Answer], numbers: Tensor) -> Draw:
-        """Send float64 [2, S] on its way, and count a token of each answer as pending."""
+        """Send float64 [N, S] on its way, and count a token of each answer as pending."""
         for answer in answers:
             answer.num_pending += 1
         if not numbers.is_cuda:
@@ -48,13 +51,28 @@ class Draw:
         """Wait for the numbers and hand each answer its token; answers that have ended take none."""
         if self.arrived is not None:
             self.arrived.synchronize()
-        ids, logprobs = self.numbers.tolist()
-        for answer, token_id, logprob in zip(self.answers, ids, logprobs, strict=True):
+        ids, logprobs, *likeliest = self.numbers.tolist()
+        columns = zip(*likeliest, strict=True) if likeliest else [()] * len(ids)
+        for answer, token_id, logprob, column in zip(self.answers, ids, logprobs, columns, strict=True):
             answer.num_pending -= 1
             if answer.finish_reason is None:
-                answer.accept(int(token_id), logprob, listener)
+                answer.accept(int(token_id), logprob, listener, _pairs(column))
 
 
-def numbers_of(ids_S: Tensor, logprobs_S: Tensor) -> Tensor:
-    """float64 [2, S]: what a `Draw` carries."""
-    return torch.stack([ids_S.double(), logprobs_S.double()])
+def draw_next(logits_SV: Tensor, rows: SamplingRows) -> tuple[Tensor, Tensor]:
+    """The next token ids [S], and float64 [N, S]: what a `Draw` carries."""
+    ids_S, logprobs_S = sample_next(logits_SV, rows)
+    numbers = torch.stack([ids_S.double(), logprobs_S.double()])
+    if not rows.num_likeliest:
+        return ids_S, numbers
+    ids_SK, logprobs_SK = likeliest_next(logits_SV, rows, min(rows.num_likeliest, logits_SV.shape[1]))
+    return ids_S, torch.cat([numbers, ids_SK.T.double(), logprobs_SK.T.double()])
+
+
+def _pairs(column: Sequence[float]) -> TopLogprobs:
+    half = len(column) // 2
+    return [
+        (int(token_id), logprob)
+        for token_id, logprob in zip(column[:half], column[half:], strict=True)
+        if logprob > -math.inf
+    ]

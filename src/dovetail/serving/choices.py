@@ -14,6 +14,7 @@ from functools import partial
 from typing import Literal
 
 from dovetail.engine import Sampling
+from dovetail.engine.answers import TopLogprobs
 from dovetail.serving.engine_thread import Progress, Ticket
 from dovetail.serving.meters import Meters
 from dovetail.serving.served_model import ServedModel
@@ -24,14 +25,23 @@ _SEED_STRIDE = 1_000_003
 
 
 @dataclass(frozen=True, slots=True)
+class DrawnToken:
+    """A token of an answer."""
+
+    id: int
+    logprob: float
+    top_logprobs: TopLogprobs
+    """Empty unless they were asked for."""
+
+
+@dataclass(frozen=True, slots=True)
 class Piece:
     """What one answer has got since its last piece."""
 
     index: int
     text: str
-    token_ids: Sequence[int]
+    tokens: Sequence[DrawnToken]
     """Without the token that ended the answer."""
-    logprobs: Sequence[float]
     finish_reason: Literal["stop", "length"] | None
 
 
@@ -92,12 +102,10 @@ class Answering:
     def _piece(self, index: int, progress: Progress) -> Piece:
         stream, reason = self._streams[index], progress.finish_reason
         assert reason != "cancelled", "only a closed Answering cancels"
-        kept = [
-            (i, logprob)
-            for i, logprob in zip(progress.token_ids, progress.logprobs, strict=True)
-            if i not in self._stop_token_ids
-        ]
+        tops = progress.top_logprobs or [()] * len(progress.token_ids)
+        drawn = zip(progress.token_ids, progress.logprobs, tops, strict=True)
+        kept = [DrawnToken(*token) for token in drawn if token[0] not in self._stop_token_ids]
         text = stream.add(progress.token_ids)
         if reason is not None:
             text += stream.finish()
-        return Piece(index, text, [i for i, _ in kept], [logprob for _, logprob in kept], reason)
+        return Piece(index, text, kept, reason)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from dovetail.engine import Completion, HybridEngine, Sampling, Serve
-from dovetail.engine.answers import Answer, DecodeText, FinishReason
+from dovetail.engine.answers import Answer, DecodeText, FinishReason, TopLogprobs
 from dovetail.engine.scheduler import Load
 from dovetail.errors import DovetailError, GenerationError
 from dovetail.telemetry.log import warn
@@ -39,6 +39,8 @@ class Progress:
 
     token_ids: Sequence[int] = ()
     logprobs: Sequence[float] = ()
+    top_logprobs: Sequence[TopLogprobs] = ()
+    """Of each token, where they were asked for."""
     finish_reason: FinishReason | None = None
     error: Exception | None = None
     """The engine failed; nothing more will come."""
@@ -68,7 +70,7 @@ class Ticket:
             return None
         new = slice(self.num_told, len(ids))
         self.num_told = len(ids)
-        return Progress(ids[new], answer.logprobs[new], answer.finish_reason)
+        return Progress(ids[new], answer.logprobs[new], answer.top_logprobs[new], answer.finish_reason)
 
 
 class EngineThread:

@@ -149,13 +149,18 @@ class Usage(BaseModel):
     total_tokens: int
 
 
-class TokenLogprob(BaseModel):
-    """One token and how likely it was under the distribution it was drawn from."""
+class TopLogprob(BaseModel):
+    """A token and how likely it was under the distribution that was drawn from."""
 
     token: str
     logprob: float
     bytes: list[int] | None
-    top_logprobs: list[Any]
+
+
+class TokenLogprob(TopLogprob):
+    """The drawn token, and the likeliest ones at its place."""
+
+    top_logprobs: list[TopLogprob]
 
 
 class ChatLogprobs(BaseModel):
@@ -196,6 +201,7 @@ class TextLogprobs(BaseModel):
 
     tokens: list[str]
     token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]] | None
 
 
 class TextChoice(BaseModel):

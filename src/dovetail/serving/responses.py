@@ -16,7 +16,7 @@ from fastapi import Request
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from dovetail.serving.choices import Answering, Piece
+from dovetail.serving.choices import Answering, DrawnToken, Piece
 from dovetail.serving.problems import Problem, problem_of
 from dovetail.text.chat_format import ChatFormat
 
@@ -54,15 +54,8 @@ class _Named:
         kind = self.chunk_kind if is_chunk else self.kind
         return {"id": self._name, "object": kind, "created": self._created, "model": self._model}
 
-    def _tokens(self, pieces: Sequence[Piece]) -> list[tuple[str, float]]:
-        """Text and log-probability of each token; half a character reads as U+FFFD."""
-        return [
-            (self._text_of(token_id), max(logprob, _LEAST_LOGPROB))
-            for piece in pieces
-            for token_id, logprob in zip(piece.token_ids, piece.logprobs, strict=True)
-        ]
-
     def _text_of(self, token_id: int) -> str:
+        """Half a character reads as U+FFFD."""
         return str(self._chat.tokenizer.decode([token_id], clean_up_tokenization_spaces=False))
 
 
@@ -97,14 +90,18 @@ class ChatForm(_Named):
         return {
             "content": [
                 {
-                    "token": text,
-                    "logprob": logprob,
-                    "bytes": None if "\ufffd" in text else list(text.encode()),
-                    "top_logprobs": [],
+                    **self._entry(token.id, token.logprob),
+                    "top_logprobs": [self._entry(*other) for other in token.top_logprobs],
                 }
-                for text, logprob in self._tokens(pieces)
+                for piece in pieces
+                for token in piece.tokens
             ]
         }
+
+    def _entry(self, token_id: int, logprob: float) -> dict[str, Any]:
+        text = self._text_of(token_id)
+        spelt = None if "\ufffd" in text else list(text.encode())
+        return {"token": text, "logprob": max(logprob, _LEAST_LOGPROB), "bytes": spelt}
 
 
 class TextForm(_Named):
@@ -122,17 +119,28 @@ class TextForm(_Named):
 
     def choice(self, index: int, pieces: Sequence[Piece]) -> dict[str, Any]:
         """A whole text."""
-        tokens = self._tokens(pieces)
-        logprobs = {
-            "tokens": [text for text, _ in tokens],
-            "token_logprobs": [number for _, number in tokens],
-        }
         return {
             "index": index,
             "text": "".join(piece.text for piece in pieces),
-            "logprobs": logprobs if self._has_logprobs else None,
+            "logprobs": self._logprobs(pieces) if self._has_logprobs else None,
             "finish_reason": pieces[-1].finish_reason,
         }
+
+    def _logprobs(self, pieces: Sequence[Piece]) -> dict[str, Any]:
+        tokens = [token for piece in pieces for token in piece.tokens]
+        has_top = any(token.top_logprobs for token in tokens)
+        return {
+            "tokens": [self._text_of(token.id) for token in tokens],
+            "token_logprobs": [max(token.logprob, _LEAST_LOGPROB) for token in tokens],
+            "top_logprobs": [self._top(token) for token in tokens] if has_top else None,
+        }
+
+    def _top(self, token: DrawnToken) -> dict[str, float]:
+        """By text; of two tokens that read alike the likelier. The drawn one is always there."""
+        texts: dict[str, float] = {}
+        for token_id, logprob in (*token.top_logprobs, (token.id, token.logprob)):
+            texts.setdefault(self._text_of(token_id), max(logprob, _LEAST_LOGPROB))
+        return texts
 
 
 async def whole(answering: Answering, form: Form, request: Request) -> dict[str, Any]:
@@ -175,7 +183,7 @@ async def _events(answering: Answering, form: Form, has_usage: bool) -> AsyncIte
             yield _event({**envelope, "choices": [opening]})
     try:
         async for piece in answering:
-            if piece.text or piece.finish_reason or piece.token_ids:
+            if piece.text or piece.finish_reason or piece.tokens:
                 yield _event({**envelope, "choices": [form.chunk(piece)]})
     except Exception as error:  # the status is sent already: the stream itself has to say it
         yield _event(problem_of(error).body)

@@ -98,8 +98,6 @@ async def _complete_chat(
     service: Service, wanted: ChatRequest, request: Request
 ) -> Response | dict[str, Any]:
     model = service.model(wanted.model)
-    if wanted.top_logprobs:
-        raise _no_alternatives("top_logprobs")
     if wanted.top_logprobs is not None and not wanted.logprobs:
         raise Problem(400, "top_logprobs: it needs logprobs = true", param="top_logprobs")
     if wanted.max_tokens and wanted.max_completion_tokens:
@@ -112,6 +110,7 @@ async def _complete_chat(
         [prompt],
         max_tokens=wanted.max_completion_tokens or wanted.max_tokens,
         stops=(*wanted.stops, *model.chat.stop_strings),
+        top_logprobs=wanted.top_logprobs or 0,
     )
     form = ChatForm(_new_id("chatcmpl"), wanted.model, model.chat, has_logprobs=bool(wanted.logprobs))
     return await _respond(answering, form, wanted, request)
@@ -121,15 +120,21 @@ async def _complete_text(
     service: Service, wanted: CompletionRequest, request: Request
 ) -> Response | dict[str, Any]:
     model = service.model(wanted.model)
-    if wanted.logprobs:
-        raise _no_alternatives("logprobs")
     if not wanted.prompts():
         raise Problem(400, "prompt: it is an empty list", param="prompt")
     prompts = [
         await asyncio.to_thread(model.text_ids, prompt) if isinstance(prompt, str) else prompt
         for prompt in wanted.prompts()
     ]
-    answering = _begin(service, model, wanted, prompts, max_tokens=wanted.max_tokens, stops=wanted.stops)
+    answering = _begin(
+        service,
+        model,
+        wanted,
+        prompts,
+        max_tokens=wanted.max_tokens,
+        stops=wanted.stops,
+        top_logprobs=wanted.logprobs or 0,
+    )
     form = TextForm(_new_id("cmpl"), wanted.model, model.chat, has_logprobs=wanted.logprobs is not None)
     return await _respond(answering, form, wanted, request)
 
@@ -151,6 +156,7 @@ def _begin(
     *,
     max_tokens: int | None,
     stops: tuple[str, ...],
+    top_logprobs: int,
 ) -> Answering:
     if wanted.stream_options is not None and not wanted.stream:
         raise Problem(400, "stream_options: only with stream = true", param="stream_options")
@@ -170,6 +176,7 @@ def _begin(
         repetition_penalty=wanted.repetition_penalty,
         stop_token_ids=model.chat.stop_token_ids,
         stop_strings=stops,
+        top_logprobs=top_logprobs,
     )
     seed = secrets.randbits(62) if wanted.seed is None else wanted.seed
     return Answering(model, prompts, sampling, seed=seed, num_choices=num_choices, meters=service.meters)
@@ -204,14 +211,6 @@ def _room_for_answers(
     if most is not None and wanted is not None and wanted > most:
         raise Problem(400, f"max_tokens: {wanted}, and this server gives {most}", param="max_tokens")
     return min(room, wanted or room, most or room)
-
-
-def _no_alternatives(name: str) -> Problem:
-    return Problem(
-        400,
-        f"{name}: only 0 is possible: the engine knows the drawn token's log-probability, not those of others",
-        param=name,
-    )
 
 
 def _new_id(kind: str) -> str:
