@@ -128,7 +128,7 @@ def test_every_command_in_the_guides_exists(command: str) -> None:
             flags = {f"--{parameter.replace('_', '-')}" for parameter in train.__annotations__}
             assert {argument for argument in arguments if argument.startswith("--")} <= flags
         case _:
-            assert program in {"pip", "git", "cd"}
+            assert program in {"pip", "git", "cd", "source"}
 
 
 @pytest.mark.parametrize("file", GUIDES, ids=name)

@@ -67,3 +67,16 @@ def test_weights_that_are_not_installed_say_how_to_get_them(monkeypatch: pytest.
     with pytest.raises(ModelError, match="not installed") as caught:
         demo.smollm2_weights()
     assert "--no-deps" in str(caught.value.hint)
+
+
+def test_runs_demo_leads_to_the_newest_demo_and_replaces_nothing_else(tmp_path: Path) -> None:
+    link = tmp_path / "demo"
+    for seed in (0, 1):
+        run = tmp_path / f"demo-tiny-{seed}"
+        run.mkdir()
+        assert demo.point_at(run, link)
+        assert link.resolve() == run
+    link.unlink()
+    link.mkdir()
+    assert not demo.point_at(tmp_path / "demo-tiny-0", link)
+    assert not link.is_symlink()

@@ -5,6 +5,8 @@ Responsible for: the demo's plan from its recipes, what it prints at the end. No
 """
 
 import importlib.util
+import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from dovetail.stages.demo import DemoPlan
 
 DEMO = FOLDER / "demo"
+NEWEST = Path("runs/demo")
 MODELS = {"base": "before", "sft": "stage 1, SFT", "ppo": "stage 3, PPO", "ema": "its average (EMA)"}
 QUESTIONS = ("My name is Rosa.", "What is my name?")
 
@@ -33,7 +36,10 @@ def demo(
     seed: Annotated[int, typer.Option(min=0, help="Seed of data, weights and sampling.")] = 0,
     output_dir: Annotated[
         str | None,
-        typer.Option(help="Folder of the run. By default runs/demo-MODEL-SEED.", show_default=False),
+        typer.Option(
+            help="Folder of the run. By default runs/demo-MODEL-SEED, to which runs/demo then leads.",
+            show_default=False,
+        ),
     ] = None,
 ) -> None:
     """Train a small model through all three stages, measure the gain, and talk to it.
@@ -49,7 +55,26 @@ def demo(
 
     Console().print(table(summary))
     show_conversation(plan.run.output_dir)
-    typer.echo(f"talk to it yourself: dovetail chat {plan.run.output_dir}")
+    run = plan.run.output_dir
+    if output_dir is None and point_at(Path(run), NEWEST):
+        run = str(NEWEST)
+    # In the folder of `make demo` the command is not on the path.
+    program = "dovetail" if shutil.which("dovetail") else sys.argv[0]
+    typer.echo(f"talk to it yourself: {program} chat {run}, or in the browser: {program} serve {run}")
+
+
+def point_at(run: Path, link: Path) -> bool:
+    """Make `link` lead to the run beside it; False where something else has that name, or links are not possible."""
+    if link.exists() and not link.is_symlink():
+        return False
+    fresh = link.with_name(f"{link.name}.new")
+    try:
+        fresh.unlink(missing_ok=True)
+        fresh.symlink_to(run.name, target_is_directory=True)
+        fresh.replace(link)
+    except OSError:
+        return False
+    return True
 
 
 def plan_of(model: str, seed: int, output_dir: str) -> "DemoPlan":
