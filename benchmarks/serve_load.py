@@ -2,8 +2,12 @@
 
     python benchmarks/serve_load.py MODEL [--clients 64] [--tokens 64] [--requests 2000]
 
-Starts `dovetail serve MODEL` on loopback, asks it, and stops it. Prints one JSON line. Every streamed answer is
-checked: it must hold as many tokens as its usage says, and as many as were asked for.
+Starts `dovetail serve MODEL` on loopback, asks it, and stops it. Every streamed answer is checked: it must come to its
+end and hold as many tokens as its usage counts; anything else ends the script with an error. Prints one JSON line:
+
+    tokens_per_second_one, tokens_per_second_all, ratio     of one client alone, and of all together
+    requests, cancelled                                     short ones, and how many of them their clients left early
+    mb_after_quarter, mb_after_all, growth                  resident memory of the server
 """
 
 import argparse
@@ -19,6 +23,8 @@ from collections.abc import Sequence
 import httpx
 import psutil
 
+_EARLIEST_END = 4
+"""Events of the shortest answers: who speaks, some tokens, the end."""
 SCRIPT = "import sys; from dovetail.cli.main import main; main(sys.argv[1:])"
 
 
@@ -35,8 +41,10 @@ def start(model: str, max_running: int) -> tuple[subprocess.Popen[str], str]:
     raise SystemExit("the server did not start")
 
 
-async def answer(client: httpx.AsyncClient, number: int, num_tokens: int, leave_after: int | None) -> int:
-    """Stream one answer to its end, or leave after some events; returns the tokens the server counted."""
+async def answer(
+    client: httpx.AsyncClient, number: int, num_tokens: int, leave_after: int | None
+) -> int | None:
+    """Stream one answer to its end, and return the tokens the server counted; or leave after some events: None."""
     body = {
         "model": "model",
         "messages": [{"role": "user", "content": f"Tell me about the number {number}."}],
@@ -58,7 +66,7 @@ async def answer(client: httpx.AsyncClient, number: int, num_tokens: int, leave_
                 raise SystemExit(event["error"]["message"])
             num_events += 1
             if leave_after is not None and num_events > leave_after:
-                return num_seen
+                return None
             for choice in event["choices"]:
                 num_seen += len((choice.get("logprobs") or {}).get("content", ()))
                 reason = choice["finish_reason"] or reason
@@ -80,25 +88,32 @@ async def rate(url: str, num_clients: int, num_tokens: int, seeds: Sequence[int]
 
 
 async def _one_by_one(client: httpx.AsyncClient, seeds: Sequence[int], num_tokens: int) -> int:
-    return sum([await answer(client, seed, num_tokens, None) for seed in seeds])
+    return sum([await answer(client, seed, num_tokens, None) or 0 for seed in seeds])
 
 
-async def memory(url: str, process: psutil.Process, num_requests: int) -> tuple[int, int]:
-    """Resident bytes after a quarter of many short requests, and after all; half of them leave early."""
+async def memory(url: str, process: psutil.Process, num_requests: int) -> tuple[int, int, int]:
+    """Resident bytes after a quarter of many short requests and after all, and how many of them were cancelled.
+
+    Every other one leaves at a random point: before the first token at the earliest, and before the last of the
+    shortest answers at the latest.
+    """
     rng = random.Random(0)
     places = asyncio.Semaphore(16)
+    cancelled = 0
 
     async def one(client: httpx.AsyncClient, number: int) -> None:
-        leave_after = rng.randrange(12) if number % 2 else None
+        nonlocal cancelled
+        leave_after = rng.randrange(_EARLIEST_END) if number % 2 else None
         async with places:
-            await answer(client, number, 16, leave_after)
+            tokens = await answer(client, number, 16, leave_after)
+        cancelled += tokens is None
 
     async with httpx.AsyncClient(base_url=url, timeout=600) as client:
         first = num_requests // 4
         await asyncio.gather(*(one(client, number) for number in range(first)))
         early = process.memory_info().rss
         await asyncio.gather(*(one(client, number) for number in range(first, num_requests)))
-    return early, process.memory_info().rss
+    return early, process.memory_info().rss, cancelled
 
 
 def main() -> None:
@@ -119,8 +134,13 @@ def main() -> None:
             found |= {"clients": given.clients, "tokens_per_second_one": round(one, 1)}
             found |= {"tokens_per_second_all": round(many, 1), "ratio": round(many / one, 2)}
         if given.requests:
-            early, late = asyncio.run(memory(url, psutil.Process(process.pid), given.requests))
-            found |= {"requests": given.requests, "mb_after_quarter": early >> 20, "mb_after_all": late >> 20}
+            early, late, left = asyncio.run(memory(url, psutil.Process(process.pid), given.requests))
+            found |= {
+                "requests": given.requests,
+                "cancelled": left,
+                "mb_after_quarter": early >> 20,
+                "mb_after_all": late >> 20,
+            }
             found["growth"] = round(late / early - 1, 4)
     finally:
         process.send_signal(signal.SIGTERM)
