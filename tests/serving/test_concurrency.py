@@ -137,6 +137,7 @@ def test_sigterm_finishes_what_runs_and_refuses_what_comes(folder: Path) -> None
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
         url = listening(process)
+        assert url.startswith("http://127.0.0.1:")  # this machine alone, unless told otherwise
         with (
             httpx.Client(timeout=60) as other,
             httpx.stream("POST", f"{url}/v1/completions", json=LONG, timeout=60) as long,

@@ -21,6 +21,8 @@ COOKIE = "dovetail_label"
 _DAYS_30 = 30 * 24 * 3600
 _LOG_IN = "log in first, with the link of your invitation"
 
+_HIDDEN_COOKIE = Cookie(include_in_schema=False)  # a login is no parameter
+
 Guard = Callable[..., Person]
 
 
@@ -57,7 +59,7 @@ class Access:
         self.admin: Guard = _admin_after(self._reader)
         self.writing_admin: Guard = _admin_after(self.writer)
 
-    def _reader(self, dovetail_label: Annotated[str | None, Cookie()] = None) -> Person:
+    def _reader(self, dovetail_label: Annotated[str | None, _HIDDEN_COOKIE] = None) -> Person:
         """Whoever is logged in; else 401."""
         person = person_of(self._store, dovetail_label) if dovetail_label else None
         if person is None:
@@ -68,8 +70,8 @@ class Access:
 def _writer_after(reader: Guard) -> Guard:
     def writer(
         person: Annotated[Person, Depends(reader)],
-        dovetail_label: Annotated[str, Cookie()],
-        x_dovetail_token: Annotated[str, Header()] = "",
+        dovetail_label: Annotated[str, _HIDDEN_COOKIE],
+        x_dovetail_token: Annotated[str, Header(include_in_schema=False)] = "",
     ) -> Person:
         """The same, if the request comes from our page; else 403."""
         expected = write_token(dovetail_label)

@@ -17,6 +17,19 @@ Id = Annotated[StrictInt, Field(ge=1, le=2**31 - 1)]
 Text = Annotated[StrictStr, Field(max_length=100_000)]
 
 
+class Problem(FrozenModel):
+    """What went wrong, and what to do."""
+
+    message: str
+    hint: str | None
+
+
+class Refusal(FrozenModel):
+    """Every response that is an error."""
+
+    error: Problem
+
+
 class Login(FrozenModel):
     """The token of an invitation."""
 

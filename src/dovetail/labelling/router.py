@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import resources
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, HTTPException, Path, Query, Request, Response
 from fastapi.responses import RedirectResponse, StreamingResponse
@@ -35,6 +35,9 @@ _KINDS = {
     "admin.js": "text/javascript",
 }
 _MOST_LINES = 200
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": protocol.Refusal, "description": "what the caller can put right"}
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +57,7 @@ def labelling_router(
     store: Store, project_id: int, *, supply: Callable[[], SupplyState] = SupplyState
 ) -> APIRouter:
     """All routes, under /label. supply: tells whether somebody is making more tasks; by default nobody is."""
-    router = APIRouter(prefix="/label", route_class=GuardedRoute)
+    router = APIRouter(prefix="/label", route_class=GuardedRoute, responses=_ERRORS)
     access = Access(store)
     _add_pages(router)
     _add_login(router, access, store, project_id)
@@ -158,7 +161,7 @@ def _add_lists(router: APIRouter, access: Access, store: Store, project_id: int)
     def everybodys(before: Before = None) -> list[protocol.Line]:
         return _lines(store, project_id, before)
 
-    @router.get("/api/admin/export", dependencies=[Depends(access.admin)])
+    @router.get("/api/admin/export", dependencies=[Depends(access.admin)], response_class=StreamingResponse)
     def export() -> Response:
         with store.reading() as session:
             name = project_of(session, project_id).name

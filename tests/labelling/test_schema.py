@@ -1,0 +1,87 @@
+"""Requests nobody would write by hand, against the schema that the labelling pages themselves publish."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import pytest
+import schemathesis
+from fastapi import FastAPI
+from hypothesis import HealthCheck, Phase, given, settings
+from schemathesis import GenerationMode
+from schemathesis.specs.openapi.checks import positive_data_acceptance, unsupported_method
+
+from dovetail.labelling.access import COOKIE, write_token
+from dovetail.labelling.router import labelling_router
+from dovetail.labelling.server import labelling_app
+from dovetail.preferences.annotators import invite
+from dovetail.preferences.database import open_store
+from tests.labelling.work import new_project, task
+
+pytestmark = pytest.mark.slow
+
+ROUTES = {
+    ("POST", "login"): True,
+    ("POST", "logout"): False,
+    ("GET", "me"): False,
+    ("POST", "next"): False,
+    ("POST", "labels"): True,
+    ("GET", "labels"): True,
+    ("POST", "skip"): True,
+    ("POST", "undo"): False,
+    ("GET", "admin/labels"): True,
+    ("GET", "admin/export"): False,
+    ("GET", "admin/overview"): False,
+    ("POST", "admin/labels/{label_id}/void"): True,
+    ("POST", "admin/annotators"): True,
+    ("POST", "admin/annotators/revoke"): True,
+}
+"""Whether there is something to say, which then may also be wrong."""
+CASES = [
+    (*route, mode)
+    for route, says in ROUTES.items()
+    for mode in (GenerationMode.POSITIVE, *([GenerationMode.NEGATIVE] if says else []))
+]
+# A 404 or a 409 depends on what is there, which is no part of the schema; logins are tested in test_router.py.
+EXCLUDED = [positive_data_acceptance, unsupported_method]
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[FastAPI, dict[str, str]]]:
+    """The application, and what an admin's requests show."""
+    store = open_store(f"sqlite:///{tmp_path_factory.mktemp('labels') / 'labels.db'}")
+    project = new_project(store, *(task(number) for number in range(50)), overlap=2)
+    token = invite(store, "boss", is_admin=True)
+    headers = {"Cookie": f"{COOKIE}={token}", "X-Dovetail-Token": write_token(token), "Host": "localhost"}
+    yield labelling_app(labelling_router(store, project)), headers
+    store.close()
+
+
+@pytest.mark.parametrize(("method", "path", "mode"), CASES)
+def test_no_request_breaks_the_server_or_its_schema(
+    served: tuple[FastAPI, dict[str, str]], method: str, path: str, mode: GenerationMode
+) -> None:
+    app, headers = served
+    schema = schemathesis.openapi.from_asgi("/openapi.json", app, headers={"Host": "localhost"})
+    operation = schema[f"/label/api/{path}"][method]
+
+    @settings(
+        max_examples=60, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
+    )
+    @given(case=operation.as_strategy(generation_mode=mode))
+    def breaks_nothing(case: schemathesis.Case) -> None:
+        case.call_and_validate(headers=headers, excluded_checks=EXCLUDED)
+
+    breaks_nothing()
+
+
+def test_every_route_of_the_pages_is_tried(served: tuple[FastAPI, dict[str, str]]) -> None:
+    paths = served[0].openapi()["paths"]
+    found = {
+        (method.upper(), path.removeprefix("/label/api/"))
+        for path, methods in paths.items()
+        for method in methods
+        if re.match("/label/api/", path)
+    }
+    assert found == ROUTES.keys()
