@@ -12,7 +12,7 @@ PYTHON ?= python3
 MODEL ?= tiny
 SEED ?= 0
 # Debian's packages that tests marked `system` drive; a skipped one fails.
-SYSTEM_PACKAGES := chromium nodejs openssl postgresql slurm-wlm
+SYSTEM_PACKAGES := chromium curl nodejs openssl postgresql slurm-wlm
 SUDO := $(if $(filter-out 0,$(shell id -u)),sudo)
 
 VENV := .venv
