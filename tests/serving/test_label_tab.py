@@ -137,11 +137,20 @@ def test_an_engine_that_fails_ends_the_sampling(monkeypatch: pytest.MonkeyPatch)
             thread.complete([[1, 2]], Sampling(max_new_tokens=5), [0], lambda: False)
 
 
-def test_flags_that_need_a_database_say_so(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("flags", "missing"),
+    [
+        (["--label-prompts", "prompts.jsonl"], "--label-store sqlite:///labels.db"),
+        (["--label-store", "sqlite:///labels.db", "--label-model", "sft"], "--label-prompts prompts.jsonl"),
+    ],
+)
+def test_flags_that_need_another_say_so(
+    flags: list[str], missing: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as stopped:
-        main(["serve", "none", "--label-prompts", "prompts.jsonl"])
+        main(["serve", "none", *flags])
     assert stopped.value.code == 2
-    assert "--label-store sqlite:///labels.db" in capsys.readouterr().err
+    assert missing in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -159,7 +159,7 @@ def serve(
     settings = EngineSettings(
         device=device, max_running=max_running, max_waiting=max_waiting, cache_tokens=cache_tokens
     )
-    _expect_store(label_store, label_prompts or label_uncertain_first or label_model)
+    _expect_what_labels_need(label_store, label_prompts, label_model or label_uncertain_first)
     tab = None
     if label_store is not None:
         models, new_tokens = label_model or (), label_max_new_tokens
@@ -220,10 +220,15 @@ def _serve(
         run(app, listening, drain_seconds=drain_seconds)
 
 
-def _expect_store(store: str | None, other: object) -> None:
-    if store is None and other:
+def _expect_what_labels_need(store: str | None, prompts: str | None, sampled: object) -> None:
+    if store is None and (prompts or sampled):
         raise ConfigError(
             "labels have no database to go to", hint="name one: --label-store sqlite:///labels.db"
+        )
+    if prompts is None and sampled:
+        raise ConfigError(
+            "--label-model and --label-uncertain-first are for answers that are sampled here",
+            hint="say what is to be answered: --label-prompts prompts.jsonl",
         )
 
 

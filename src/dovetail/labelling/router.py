@@ -97,7 +97,9 @@ def _add_login(router: APIRouter, access: Access, store: Store, project_id: int)
     @router.post("/api/login")
     def login(body: protocol.Login, request: Request, response: Response) -> protocol.Done:
         if person_of(store, body.token) is None:
-            raise HTTPException(401, "this token was never given out: check the link of your invitation")
+            raise HTTPException(
+                401, "this token was never given out, or was revoked: ask for another invitation"
+            )
         log_in(request, response, body.token)
         return protocol.Done()
 
