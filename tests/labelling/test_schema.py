@@ -71,7 +71,9 @@ def test_no_request_breaks_the_server_or_its_schema(
     )
     @given(case=operation.as_strategy(generation_mode=mode))
     def breaks_nothing(case: schemathesis.Case) -> None:
-        case.call_and_validate(headers=headers, excluded_checks=EXCLUDED)
+        response = case.call(headers=headers)
+        if response.status_code != 413:  # schemathesis does not count it among the refusals
+            case.validate_response(response, excluded_checks=EXCLUDED, headers=headers)
 
     breaks_nothing()
 
