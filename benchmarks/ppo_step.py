@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,10 +25,13 @@ import shapes
 import torch
 from torch import Tensor
 
+from dovetail.config.sharding import ZeroStageConfig
 from dovetail.config.stages import PpoConfig, SamplingConfig
 from dovetail.engine import HybridEngine, Sampling
 from dovetail.model.copies import copy_of
 from dovetail.model.lora import add_lora
+from dovetail.parallel.shard import gathered, generation_model, spread
+from dovetail.parallel.world import ALONE, World
 from dovetail.rlhf.build import make_learners
 from dovetail.rlhf.rewards import Answer, RewardModelScorer
 from dovetail.rlhf.roles import Roles
@@ -53,25 +57,31 @@ def main() -> None:
 
 
 def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=shapes.SHAPES, default="opt-1.3b")
-    parser.add_argument("--reward", choices=shapes.SHAPES, default="opt-350m")
-    parser.add_argument("--lora", type=int, default=0)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--prompt", type=int, default=256)
-    parser.add_argument("--new", type=int, default=256)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], parents=[workload()])
     parser.add_argument("--ragged", action="store_true", help="answers of 16 to 512 tokens")
-    parser.add_argument("--micro-tokens", type=int, default=16384)
-    parser.add_argument("--steps", type=int, default=4, help="the first is not counted")
     parser.add_argument("--peer", choices=["naive", "trl"])
     parser.add_argument(
         "--only", choices=["generate", "learn"], help="one phase with all parts in memory: its time and peak"
     )
     parser.add_argument("--naive-micro", type=int, default=16, help="sequences; halved until they fit")
     parser.add_argument("--trl-micro", type=int, default=16, help="sequences; divides the batch")
+    return parser.parse_args(words)
+
+
+def workload() -> argparse.ArgumentParser:
+    """The flags that say what a step is, for every benchmark of one."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--model", choices=shapes.SHAPES, default="opt-1.3b")
+    parser.add_argument("--reward", choices=shapes.SHAPES, default="opt-350m", help="and the critic")
+    parser.add_argument("--lora", type=int, default=0, help="rank; 0 trains all weights of the actor")
+    parser.add_argument("--batch", type=int, default=64, help="answers of a rollout")
+    parser.add_argument("--prompt", type=int, default=256, help="tokens of each prompt")
+    parser.add_argument("--new", type=int, default=256, help="tokens of each answer")
+    parser.add_argument("--micro-tokens", type=int, default=16384, help="of one forward and backward pass")
+    parser.add_argument("--steps", type=int, default=4, help="the first is not counted")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default="cuda")
-    return parser.parse_args(words)
+    return parser
 
 
 def measure_ours(options: argparse.Namespace, device: torch.device, lengths: Sequence[int]) -> float:
@@ -107,20 +117,33 @@ def measure_ours(options: argparse.Namespace, device: torch.device, lengths: Seq
 def make_parts(
     options: argparse.Namespace, device: torch.device, config: PpoConfig
 ) -> tuple[Roles, Learners]:
+    roles = make_roles(options, device)
+    return roles, make_learners(roles, config, total_steps=1000)
+
+
+def make_roles(
+    options: argparse.Namespace, device: torch.device, world: World = ALONE, stages: ZeroStageConfig | None = None
+) -> Roles:  # fmt: skip
+    """Models with the same random weights in each process of `world`, which hold them together at the ZeRO stages."""
+    stages = stages or ZeroStageConfig()
     dtype = getattr(torch, options.dtype)
     actor: Any = shapes.causal_lm(options.model, device, dtype)
     reference = None if options.lora else copy_of(actor).requires_grad_(False)
     if options.lora:
         actor = add_lora(actor, rank=options.lora, alpha=options.lora, seed=0)
+    spread(actor, stage=stages.actor, world=world, device=device)
+    if reference is not None:
+        spread(reference, stage=stages.reference, world=world, device=device)
     reward = shapes.scalar_model(options.reward, device, dtype)
     critic = copy_of(reward)
-    budget = TokenBudget(options.micro_tokens)
-    roles = Roles(
-        actor=actor, critic=critic, reference=reference,
-        score=RewardModelScorer(reward.requires_grad_(False), budget, device),
-        chat=SimpleNamespace(), engine=HybridEngine(actor, device=device), device=device, budget=budget,
+    spread(critic, stage=stages.critic, world=world, device=device)
+    spread(reward.requires_grad_(False), stage=stages.reward_model, world=world, device=device)
+    budget = TokenBudget(options.micro_tokens, may_shrink=world.size == 1)
+    return Roles(
+        actor=actor, critic=critic, reference=reference, score=RewardModelScorer(reward, budget, device),
+        chat=SimpleNamespace(decode=lambda _: ""), device=device, budget=budget,
+        engine=HybridEngine(generation_model(actor), device=device, weights=partial(gathered, actor)),
     )  # type: ignore[arg-type]  # fmt: skip
-    return roles, make_learners(roles, config, total_steps=1000)
 
 
 def one_step(

@@ -2,19 +2,23 @@
 
     python benchmarks/train_step.py --model opt-1.3b --sequences 16 --micro 16
     python benchmarks/train_step.py --model opt-13b --lora 128 --sequences 8 --micro 4
+    python benchmarks/train_step.py --sharded       ours alone, plain and with FSDP2 at ZeRO stages 1 to 3
 
 Sequences of 512 tokens, every token a target. Peers: the modules with SDPA attention, cross-entropy over full
 logits and fused AdamW; once with bf16 weights and moments (`hf_bf16`: fastest, but steps below 1/256 of a weight
 are lost), once with float32 weights under autocast (`hf_autocast`: as precise as ours). With LoRA, `hf_bf16` is
-Hugging Face + peft. One JSON line a system.
+Hugging Face + peft. `--sharded` really shards, by one process that is a group of its own: parameters are DTensors.
+One JSON line a system.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import socket
 import statistics
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -25,6 +29,8 @@ from peft import LoraConfig, get_peft_model
 from dovetail.batches import pack
 from dovetail.model.forward import plain_model
 from dovetail.model.lora import add_lora
+from dovetail.parallel.shard import spread
+from dovetail.parallel.world import ALONE, World, joined
 from dovetail.rlhf.update import language_model_loss
 from dovetail.training.memory import TokenBudget
 from dovetail.training.optim import build_optimizer
@@ -32,41 +38,68 @@ from dovetail.training.step import Term, gradient_step
 
 LENGTH = 512
 
+Make = Callable[[Any, argparse.Namespace, torch.device], Callable[[], None]]
+"""Model, options, device -> one optimiser step."""
+
 
 def main() -> None:
     options = arguments()
     device = torch.device(options.device)
-    makers: dict[str, Callable[[Any, argparse.Namespace, torch.device], Callable[[], None]]] = {
-        "dovetail": ours, "hf_bf16": partial(hugging_face, autocast=False),
-    }  # fmt: skip
+    if options.sharded:
+        with group_of_one(device) as world:
+            stages = {f"zero_{stage}": partial(ours, world=world, stage=stage) for stage in (1, 2, 3)}
+            compare({"dovetail": ours, **stages}, options, world.device(device))
+        return
+    makers: dict[str, Make] = {"dovetail": ours, "hf_bf16": partial(hugging_face, autocast=False)}
     if not options.lora:
         makers["hf_autocast"] = partial(hugging_face, autocast=True)
-    seconds: dict[str, float] = {}
-    for name, make in makers.items():
-        shapes.fresh(device)
-        model = model_of(options, device)
-        step = make(model, options, device)  # puts adapters on the model in place
-        frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        times = []
-        for _ in range(2 + options.repeats):
-            start = shapes.now(device)
-            step()
-            times.append(shapes.now(device) - start)
-        seconds[name] = statistics.median(times[2:])
-        tokens = options.sequences * LENGTH
-        flop = (6 * trained + 4 * frozen) * tokens
-        shapes.show(
-            benchmark="train_step", system=name, model=options.model, lora=options.lora, tokens=tokens,
-            micro_sequences=options.micro, seconds=seconds[name], tokens_per_second=tokens / seconds[name],
-            model_tflops=flop / seconds[name] / 1e12, of_matmul=flop / seconds[name] / shapes.FLOP_PER_SECOND,
-            **shapes.setting(device), **shapes.memory(device),
-        )  # fmt: skip
-        del model, step
+    compare(makers, options, device)
+
+
+def compare(makers: Mapping[str, Make], options: argparse.Namespace, device: torch.device) -> None:
+    """One line a system, and one with the seconds of the others over those of the first."""
+    seconds = {name: measure(name, make, options, device) for name, make in makers.items()}
     ratios = {
         f"ratio_to_{name}": s / seconds["dovetail"] for name, s in seconds.items() if name != "dovetail"
     }
     shapes.show(benchmark="train_step", **ratios)
+
+
+def measure(name: str, make: Make, options: argparse.Namespace, device: torch.device) -> float:
+    """Seconds of a step, the median."""
+    shapes.fresh(device)
+    model = model_of(options, device)
+    step = make(model, options, device)  # puts adapters on the model in place, or shards it
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    times = []
+    for _ in range(2 + options.repeats):
+        start = shapes.now(device)
+        step()
+        times.append(shapes.now(device) - start)
+    seconds = statistics.median(times[2:])
+    tokens = options.sequences * LENGTH
+    flop = (6 * trained + 4 * frozen) * tokens
+    shapes.show(
+        benchmark="train_step", system=name, model=options.model, lora=options.lora, tokens=tokens,
+        micro_sequences=options.micro, parameters=type(next(model.parameters()).data).__name__, seconds=seconds,
+        fastest=min(times[2:]), slowest=max(times[2:]), tokens_per_second=tokens / seconds,
+        model_tflops=flop / seconds / 1e12, of_matmul=flop / seconds / shapes.FLOP_PER_SECOND,
+        **shapes.setting(device), **shapes.memory(device),
+    )  # fmt: skip
+    return seconds
+
+
+@contextmanager
+def group_of_one(device: torch.device) -> Iterator[World]:
+    """This process as torchrun would have started it, alone."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    described = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    os.environ.update({**described, "MASTER_PORT": str(port)})
+    with joined(device) as world:
+        yield world
 
 
 def arguments() -> argparse.Namespace:
@@ -77,6 +110,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--sequences", type=int, default=16, help="of 512 tokens, per optimiser step")
     parser.add_argument("--micro", type=int, default=16, help="sequences of one forward and backward pass")
+    parser.add_argument("--sharded", action="store_true", help="plain beside FSDP2 in one process; no peers")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default="cuda")
@@ -88,9 +122,12 @@ def model_of(options: argparse.Namespace, device: torch.device) -> Any:
     return model.train()
 
 
-def ours(model: Any, options: argparse.Namespace, device: torch.device) -> Callable[[], None]:
+def ours(
+    model: Any, options: argparse.Namespace, device: torch.device, *, world: World = ALONE, stage: int = 0
+) -> Callable[[], None]:
     if options.lora:
         model = add_lora(model, rank=options.lora, alpha=options.lora, seed=0)
+    spread(model, stage=stage, world=world, device=device)
     optimizer = build_optimizer(model, learning_rate=1e-5)
     ids = shapes.prompts_of(options.sequences, LENGTH, plain_model(model).config.vocab_size)
     batch = pack(ids, [[True] * LENGTH] * options.sequences)

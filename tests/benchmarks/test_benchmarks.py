@@ -104,3 +104,31 @@ def test_a_ppo_step_beside_the_naive_one() -> None:
     assert medians["seconds"] == steps[1]["seconds"]
     assert medians["sequences_per_second"] == pytest.approx(2 / medians["seconds"], rel=1e-3)
     assert ratio["ratio_to_naive"] == pytest.approx(peer["seconds"] / medians["seconds"], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_sharding_in_one_process_beside_the_plain_step() -> None:
+    rows = run("train_step.py", *TINY, "--sharded", "--sequences", "2", "--micro", "1", "--repeats", "1")
+    *systems, ratios = rows
+    assert [row["system"] for row in systems] == ["dovetail", "zero_1", "zero_2", "zero_3"]
+    assert [row["parameters"] for row in systems] == ["Tensor", "DTensor", "DTensor", "DTensor"]
+    plain = systems[0]["seconds"]
+    assert ratios["ratio_to_zero_3"] == pytest.approx(systems[3]["seconds"] / plain, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_a_ppo_step_on_one_and_two_processes() -> None:
+    words = ["--reward", "tiny-350m", "--batch", "4", "--prompt", "8", "--new", "4", "--steps", "2"]
+    rows = run("multi_gpu.py", *TINY, *words, "--processes", "1", "2", "--zero-actor", "3")
+    *_, alone, _, second, two, compared = rows
+    assert (alone["processes"], two["processes"]) == (1, 2)
+    assert (alone["is_sharded"], two["is_sharded"]) == (False, True)
+    assert alone["received_bytes"] == {}
+    weights = 4 * shapes.num_parameters(shapes.causal_lm("tiny", torch.device("cpu"), torch.float32))
+    assert two["gather_bytes"] == pytest.approx(weights / 2, rel=1e-3)
+    assert two["received_bytes"]["all_gather_into_tensor"] == pytest.approx(weights / 2, rel=1e-3)
+    parts = [second[phase] for phase in ("generate", "gather", "score", "train")]
+    assert sum(parts) >= second["seconds"] * 0.999  # each is that of the slowest process
+    rates = {int(number): rate for number, rate in compared["sequences_per_second"].items()}
+    assert rates == {1: alone["sequences_per_second"], 2: two["sequences_per_second"]}
+    assert compared["scaling_efficiency"]["2"] == pytest.approx(rates[2] / rates[1] / 2, rel=1e-3)
