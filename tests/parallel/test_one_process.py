@@ -1,0 +1,112 @@
+"""One process that shards comes to what one comes to that does not, bit for bit, and copies nothing for it."""
+
+import copy
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dovetail.batches import pack
+from dovetail.model.lora import add_lora
+from dovetail.model.shards import is_shard, whole
+from dovetail.parallel.shard import give_back, spread
+from dovetail.parallel.world import World, joined
+from dovetail.rlhf.update import language_model_loss
+from dovetail.training.memory import TokenBudget
+from dovetail.training.optim import Optimizer
+from dovetail.training.step import StepReport, Term, gradient_step
+from tests.fakes import tiny_model
+from tests.parallel.group import new_store
+
+CPU = torch.device("cpu")
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    store = new_store()
+    for name, value in {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_PORT": store.port}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    with joined(CPU) as found:
+        yield found
+
+
+def three_steps(model: Any) -> list[StepReport]:
+    """Of three micro-batches each."""
+    rows = [[1 + i % 7] * (3 + i) for i in range(6)]
+    batch = pack(rows, [[True] * len(row) for row in rows])
+    optimizer = Optimizer(model, learning_rate=1e-3)
+    return [
+        gradient_step(
+            model,
+            optimizer,
+            [Term(batch, partial(language_model_loss, model))],
+            max_grad_norm=1.0,
+            budget=TokenBudget(13),
+            device=CPU,
+            learning_rate=1e-3,
+        )
+        for _ in range(3)
+    ]
+
+
+def weights_of(model: Any) -> dict[str, Tensor]:
+    give_back(model)
+    return {name: whole(weight).clone() for name, weight in model.named_parameters()}
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("lora", [False, True])
+def test_steps_are_those_of_a_plain_model(world: World, stage: int, dtype: torch.dtype, lora: bool) -> None:
+    plain: Any = tiny_model().to(dtype)
+    if lora:
+        plain = add_lora(plain, rank=2, alpha=4, seed=0)
+    sharded = copy.deepcopy(plain)
+    spread(sharded, stage=stage, world=world, device=CPU)
+    assert all(is_shard(parameter) for parameter in sharded.parameters())
+    assert three_steps(sharded) == three_steps(plain)
+    found, expected = weights_of(sharded), weights_of(plain)
+    assert found.keys() == expected.keys()
+    for name, weight in found.items():
+        assert torch.equal(weight, expected[name]), name
+
+
+def test_the_weights_that_compute_are_the_shards(world: World) -> None:
+    model: Any = tiny_model()
+    spread(model, stage=3, world=world, device=CPU)
+    shards = {name: shard.to_local().data_ptr() for name, shard in model.named_parameters()}
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.unshard()
+    assert not any(is_shard(weight) for weight in model.parameters())
+    assert {name: weight.data_ptr() for name, weight in model.named_parameters()} == shards
+
+
+class Names(TorchDispatchMode):
+    """Of the operators that ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_no_operator_of_fsdp_or_of_the_group_runs_in_a_step(world: World, stage: int) -> None:
+    model: Any = tiny_model()
+    spread(model, stage=stage, world=world, device=CPU)
+    with Names() as seen:
+        three_steps(model)
+    assert "aten::native_layer_norm" in seen.names or "aten::mm" in seen.names
+    assert not [name for name in seen.names if name.startswith(("fsdp::", "c10d::", "_c10d_functional::"))]
