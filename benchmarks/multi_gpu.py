@@ -116,7 +116,7 @@ def measure(options: argparse.Namespace, device: torch.device, world: World) -> 
         "processes": world.size, "model": options.model, "lora": options.lora, "batch": batch,
         "is_sharded": layout_of(roles.actor).is_sharded, "zero_stage": stages.model_dump(),
         "prompt": options.prompt, "new_tokens": options.new, **medians,
-        "received_bytes": dict(counted.received), "sequences_per_second": rate,
+        "received_bytes": counted.received(), "sequences_per_second": rate,
         "sequences_per_second_and_process": rate / world.size,
     }  # fmt: skip
     if world.is_first:

@@ -34,16 +34,19 @@ A broadcast's sender receives nothing, the others all: (N - 1) / N is their mean
 
 
 class Traffic(TorchDispatchMode):
-    """`with Traffic() as traffic: ...`; afterwards `traffic.received` holds bytes by operator, without namespace."""
+    """`with Traffic() as traffic: ...`; afterwards it knows what was received."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.received: Counter[str] = Counter()
+        self.calls: list[tuple[str, int]] = []
+        """(operator without its namespace, bytes received) of each collective, in order."""
 
-    @property
-    def total(self) -> int:
-        """Bytes received in all."""
-        return sum(self.received.values())
+    def received(self) -> dict[str, int]:
+        """Operator -> bytes, together."""
+        total: Counter[str] = Counter()
+        for name, num_bytes in self.calls:
+            total[name] += num_bytes
+        return dict(total)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
@@ -55,7 +58,7 @@ class Traffic(TorchDispatchMode):
             whole = tree_leaves(result if which is None else args[which])
             num_bytes = sum(t.numel() * t.element_size() for t in whole if isinstance(t, Tensor))
             size = _group_size(func, args)
-            self.received[name.partition("::")[2].strip("_")] += times * num_bytes * (size - 1) // size
+            self.calls.append((name.partition("::")[2].strip("_"), times * num_bytes * (size - 1) // size))
         return result
 
 

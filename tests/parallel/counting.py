@@ -1,53 +1,52 @@
-"""One process of a group that counts what a gradient step receives at each ZeRO stage, and prints it as JSON.
+"""One process of a group that counts what gradient steps and whole PPO steps receive, and prints it as JSON.
 
-Counted are the collectives themselves, as FSDP2 and this code call them, each at what a ring algorithm receives.
+CASES is a JSON list: [ZeRO stage, micro-batches] is a gradient step, [ZeRO stage, micro-batches, rank of adapters,
+old_logprobs] a PPO step. Printed is a list of {operator: bytes received}, in the same order.
 """
 
 import json
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
 
 from dovetail.batches import pack
+from dovetail.config.sharding import ZeroStageConfig
+from dovetail.config.stages import PpoConfig, SamplingConfig
 from dovetail.parallel.shard import spread
 from dovetail.parallel.world import World, joined
+from dovetail.rlhf.build import make_learners
 from dovetail.rlhf.update import language_model_loss
 from dovetail.training.memory import TokenBudget
 from dovetail.training.optim import Optimizer
 from dovetail.training.step import Term, gradient_step
 from tests.fakes import tiny_model
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+import multi_gpu  # type: ignore[import-not-found]
+import ppo_step  # type: ignore[import-not-found]
+import traffic  # type: ignore[import-not-found]
+
 CPU = torch.device("cpu")
 LENGTH, PER_MICRO_BATCH = 16, 2
-TIMES = {
-    "all_gather_single": 1,
-    "all_gather_into_tensor": 1,
-    "reduce_scatter_single": 1,
-    "reduce_scatter_tensor": 1,
-    "all_reduce": 2,
-}
-"""How often a ring passes each tensor on, in units of (N - 1) / N; FSDP2 calls the first of a pair since torch 2.13."""
-SMALLEST = 4096
-"""Bytes of a collective that moves weights or gradients; the sums of a step's report are far below."""
+PROMPT, ANSWER = 96, 32
+NUMBERS = 512
+"""Bytes below which an all-reduce is one of a few numbers: a step's report, the scores."""
 
 
-def main(micro_batches: int) -> None:
-    """Prints {stage: bytes received in a step}, in the first process."""
+def main(cases: list[list[Any]]) -> None:
+    """Prints the counts of all cases, in the first process."""
     with joined(CPU) as world:
-        found = {stage: received(stage, micro_batches, world) for stage in range(4)}
+        found = [(gradient_bytes if len(case) == 2 else ppo_bytes)(*case, world) for case in cases]
     if world.is_first:
         sys.stdout.write(json.dumps(found))
 
 
-def received(stage: int, micro_batches: int, world: World) -> int:
-    """Bytes that this process receives in the second step of a model at a ZeRO stage; in the first FSDP2 sets up."""
+def gradient_bytes(stage: int, micro_batches: int, world: World) -> dict[str, int]:
+    """Of the second step of a model; in the first FSDP2 sets up."""
     model = tiny_model()
     spread(model, stage=stage, world=world, device=CPU)
     optimizer = Optimizer(model, learning_rate=1e-3)
@@ -67,29 +66,40 @@ def received(stage: int, micro_batches: int, world: World) -> int:
     return counted(step)
 
 
-def counted(function: Callable[[], Any]) -> int:
-    """Bytes received by the collectives that the call makes."""
-    total = 0
-    size = dist.get_world_size()
+def ppo_bytes(stage: int, micro_batches: int, lora: int, old_logprobs: Any, world: World) -> dict[str, int]:
+    """Of the second step of actor, reference, critic and reward model; at stage 3 the frozen ones are sharded too."""
+    frozen: Any = 3 if stage == 3 else 0
+    stages = ZeroStageConfig.model_validate(
+        {"actor": stage, "critic": stage, "reference": frozen, "reward_model": frozen}
+    )
+    options = multi_gpu.arguments(
+        ["--model", "tiny", "--reward", "tiny-350m", "--device", "cpu", "--dtype", "float32"]
+    )
+    options.batch, options.lora = micro_batches * PER_MICRO_BATCH * world.size, lora
+    options.prompt, options.new = PROMPT, ANSWER
+    options.micro_tokens = PER_MICRO_BATCH * (PROMPT + ANSWER)
+    config = PpoConfig(
+        batch_size=options.batch,
+        micro_batch_tokens=options.micro_tokens,
+        critic_warmup_rollouts=0,
+        old_logprobs=old_logprobs,
+        sampling=SamplingConfig(max_new_tokens=ANSWER),
+    )
+    roles = ppo_step.make_roles(options, CPU, world, stages)
+    learners = make_learners(roles, config, total_steps=10)
+    step = partial(multi_gpu.one_step, options, roles, learners, config, world)
+    step(0)
+    return counted(partial(step, 1))
 
-    def counting(original: Callable[..., Any], times: int) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            nonlocal total
-            tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-            num_bytes = max(tensor.numel() * tensor.element_size() for tensor in tensors)
-            total += times * num_bytes * (size - 1) // size if num_bytes >= SMALLEST else 0
-            return original(*args, **kwargs)
 
-        return call
-
-    with ExitStack() as stack:
-        for name, times in TIMES.items():
-            original = getattr(dist, name, None)
-            if original is not None:
-                stack.enter_context(patch.object(dist, name, counting(original, times)))
+def counted(function: Callable[[], Any]) -> dict[str, int]:
+    """Operator -> bytes received by the collectives that the call makes, without those of a few numbers."""
+    with traffic.Traffic() as seen:
         function()
-    return total
+    seen.calls = [(name, n) for name, n in seen.calls if not (name == "allreduce" and n < NUMBERS)]
+    received: dict[str, int] = seen.received()
+    return received
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(json.loads(sys.argv[1]))
