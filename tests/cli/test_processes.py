@@ -12,7 +12,7 @@ from dovetail.cli import processes
 from dovetail.cli.main import main
 from dovetail.cli.processes import without_launch_flags
 from dovetail.errors import ProcessFailed
-from dovetail.launch.world import World, expect_enough_work
+from dovetail.launch.topology import Topology, expect_enough_work
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -36,42 +36,44 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.fixture
-def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[World, list[str]]]:
-    """Stands in for torch's agent: the worlds and commands that were started."""
-    starts: list[tuple[World, list[str]]] = []
+def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Topology, list[str]]]:
+    """Stands in for torch's agent: the topologies and commands that were started."""
+    starts: list[tuple[Topology, list[str]]] = []
     module = ModuleType("dovetail.launch.start")
-    module.start = lambda world, command, output_dir: starts.append((world, command))  # type: ignore[attr-defined]
+    module.start = lambda topology, command, output_dir: starts.append((topology, command))  # type: ignore[attr-defined]
     module.Stopped = KeyboardInterrupt  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "dovetail.launch.start", module)
     return starts
 
 
 def test_every_process_is_given_the_same_command_without_what_says_where(
-    run: Run, started: list[tuple[World, list[str]]]
+    run: Run, started: list[tuple[Topology, list[str]]]
 ) -> None:
     flags = ["--num-gpus=3", "--max-restarts", "2", "--deployment-type", "single_node"]
     assert run("train", "opt-125m", "--step", "1", "2", "seed=3", *flags)[0] == 0
-    ((world, command),) = started
-    assert (world.size, world.max_restarts) == (3, 2)
+    ((topology, command),) = started
+    assert (topology.size, topology.max_restarts) == (3, 2)
     at = command.index("dovetail")
     assert command[at + 1 :] == ["train", "opt-125m", "--step", "1", "2", "seed=3", "--num-gpus", "3"]
     assert command[0] == sys.executable
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
-def test_one_stage_takes_the_same_flags(run: Run, started: list[tuple[World, list[str]]], stage: str) -> None:
+def test_one_stage_takes_the_same_flags(
+    run: Run, started: list[tuple[Topology, list[str]]], stage: str
+) -> None:
     assert run(stage, "opt-125m", "--num-gpus", "2")[0] == 0
     assert started[0][0].size == 2
     assert stage in started[0][1]
 
 
-def test_a_recipe_may_say_how_many(run: Run, started: list[tuple[World, list[str]]]) -> None:
+def test_a_recipe_may_say_how_many(run: Run, started: list[tuple[Topology, list[str]]]) -> None:
     run("train", "opt-125m", "num_gpus=2")
     assert started[0][0].size == 2
 
 
 def test_several_machines_get_a_command_each_that_leads_back_here(
-    run: Run, started: list[tuple[World, list[str]]]
+    run: Run, started: list[tuple[Topology, list[str]]]
 ) -> None:
     code, out, _ = run("train", "opt-125m", "seed=3", "--num-nodes", "2", "--num-gpus", "4", "--rdzv-id", "x")
     assert code == 0
@@ -82,13 +84,13 @@ def test_several_machines_get_a_command_each_that_leads_back_here(
         program, *arguments = shlex.split(line)
         assert program == "dovetail"
         run(*arguments)
-        world = started[rank][0]
-        assert (world.node_rank, world.size, world.rdzv_id) == (rank, 8, "x")
-        assert world.endpoint == "NODE0:29500"
+        topology = started[rank][0]
+        assert (topology.node_rank, topology.size, topology.rdzv_id) == (rank, 8, "x")
+        assert topology.endpoint == "NODE0:29500"
 
 
 def test_a_hostfile_names_the_machines_of_the_commands(
-    run: Run, tmp_path: Any, started: list[tuple[World, list[str]]]
+    run: Run, tmp_path: Any, started: list[tuple[Topology, list[str]]]
 ) -> None:
     (tmp_path / "hosts").write_text("a slots=2\nb slots=2\n")
     _, out, _ = run("ppo", "opt-125m", "--hostfile", str(tmp_path / "hosts"))
@@ -98,7 +100,7 @@ def test_a_hostfile_names_the_machines_of_the_commands(
     assert (started[0][0].node_rank, started[0][0].size) == (1, 4)
 
 
-def test_a_dry_run_says_how_many_processes(run: Run, started: list[tuple[World, list[str]]]) -> None:
+def test_a_dry_run_says_how_many_processes(run: Run, started: list[tuple[Topology, list[str]]]) -> None:
     assert "# 2 processes on this machine" in run("train", "opt-125m", "--num-gpus", "2", "--dry-run")[1]
     assert "--node-rank 1" in run("train", "opt-125m", "--num-nodes", "2", "--dry-run")[1]
     assert started == []
@@ -116,7 +118,7 @@ def test_a_dry_run_says_how_many_processes(run: Run, started: list[tuple[World, 
     ],
 )
 def test_wrong_counts_are_one_message(
-    run: Run, started: list[tuple[World, list[str]]], flags: list[str], message: str
+    run: Run, started: list[tuple[Topology, list[str]]], flags: list[str], message: str
 ) -> None:
     code, _, err = run("train", "opt-125m", *flags)
     assert code == 2
@@ -126,7 +128,7 @@ def test_wrong_counts_are_one_message(
 
 
 def test_more_processes_than_gpus_are_refused_unless_the_run_is_on_the_cpu(
-    run: Run, started: list[tuple[World, list[str]]], monkeypatch: pytest.MonkeyPatch
+    run: Run, started: list[tuple[Topology, list[str]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(processes, "_count_gpus", lambda: 1)
     code, _, err = run("train", "opt-125m", "--num-gpus", "2")
@@ -136,7 +138,7 @@ def test_more_processes_than_gpus_are_refused_unless_the_run_is_on_the_cpu(
 
 
 def test_the_exit_code_is_that_of_the_failure(
-    run: Run, started: list[tuple[World, list[str]]], monkeypatch: pytest.MonkeyPatch
+    run: Run, started: list[tuple[Topology, list[str]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> None:
         raise ProcessFailed("rank 1 was killed", hint="more memory", exit_code=3)

@@ -9,16 +9,16 @@ import pytest
 
 from dovetail.errors import LaunchError
 from dovetail.launch.rendezvous import expect_port_free, local_address, roll_call
-from dovetail.launch.world import World
+from dovetail.launch.topology import Topology
 
 
 @pytest.fixture
-def world() -> World:
+def topology() -> Topology:
     """Two machines, both of them this one, that wait for half a second at a port nobody uses."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    return World(
+    return Topology(
         num_gpus=2,
         num_nodes=2,
         node_rank=0,
@@ -29,33 +29,33 @@ def world() -> World:
     )
 
 
-def failure(world: World) -> LaunchError:
+def failure(topology: Topology) -> LaunchError:
     with pytest.raises(LaunchError) as caught:
-        roll_call(world)
+        roll_call(topology)
     assert caught.value.hint
     return caught.value
 
 
-def test_the_machine_that_did_not_arrive_is_named(world: World) -> None:
-    assert failure(world).message == (
-        f"node 1 of 2 did not arrive at {world.endpoint} within 1 s: node 0 is {socket.gethostname()}"
+def test_the_machine_that_did_not_arrive_is_named(topology: Topology) -> None:
+    assert failure(topology).message == (
+        f"node 1 of 2 did not arrive at {topology.endpoint} within 1 s: node 0 is {socket.gethostname()}"
     )
 
 
-def test_a_node_0_that_does_not_answer_is_named(world: World) -> None:
-    message = failure(replace(world, node_rank=1)).message
+def test_a_node_0_that_does_not_answer_is_named(topology: Topology) -> None:
+    message = failure(replace(topology, node_rank=1)).message
     assert re.match(
-        rf"node 0 of 2 did not answer at {world.endpoint} within 1 s: connection refused", message
+        rf"node 0 of 2 did not answer at {topology.endpoint} within 1 s: connection refused", message
     )
 
 
-def test_a_port_in_use_is_named(world: World) -> None:
-    with socket.create_server(("127.0.0.1", world.master_port)):
-        assert failure(world).message == f"port {world.master_port} of this machine is in use"
-    expect_port_free(world.master_port)
+def test_a_port_in_use_is_named(topology: Topology) -> None:
+    with socket.create_server(("127.0.0.1", topology.master_port)):
+        assert failure(topology).message == f"port {topology.master_port} of this machine is in use"
+    expect_port_free(topology.master_port)
 
 
-def both(first: World, second: World) -> list[str]:
+def both(first: Topology, second: Topology) -> list[str]:
     """What the second machine came to while the first hosts the meeting; it must end within seconds."""
     errors: list[str] = []
 
@@ -78,21 +78,21 @@ def both(first: World, second: World) -> list[str]:
     return errors
 
 
-def test_machines_that_are_all_there_go_on(world: World) -> None:
-    assert both(world, replace(world, node_rank=1)) == []
+def test_machines_that_are_all_there_go_on(topology: Topology) -> None:
+    assert both(topology, replace(topology, node_rank=1)) == []
 
 
-def test_another_run_at_the_same_place_is_not_taken_for_this_one(world: World) -> None:
-    told = both(world, replace(world, node_rank=1, rdzv_id="other"))
+def test_another_run_at_the_same_place_is_not_taken_for_this_one(topology: Topology) -> None:
+    told = both(topology, replace(topology, node_rank=1, rdzv_id="other"))
     assert any("node 1 of 2 did not arrive" in message for message in told)
 
 
-def test_machines_with_different_numbers_of_processes_are_refused(world: World) -> None:
-    told = both(world, replace(world, node_rank=1, num_gpus=4))
+def test_machines_with_different_numbers_of_processes_are_refused(topology: Topology) -> None:
+    told = both(topology, replace(topology, node_rank=1, num_gpus=4))
     assert any("takes 4 processes, this node (0) 2" in message for message in told)
 
 
-def test_a_machine_is_known_by_its_address_on_the_way_to_node_0(world: World) -> None:
-    assert local_address(replace(world, node_rank=1)) == "127.0.0.1"
-    assert local_address(replace(world, node_rank=1, master_addr="127.0.0.2")) != "127.0.0.2"
-    assert local_address(replace(world, master_addr="worker-0")) == "worker-0"
+def test_a_machine_is_known_by_its_address_on_the_way_to_node_0(topology: Topology) -> None:
+    assert local_address(replace(topology, node_rank=1)) == "127.0.0.1"
+    assert local_address(replace(topology, node_rank=1, master_addr="127.0.0.2")) != "127.0.0.2"
+    assert local_address(replace(topology, master_addr="worker-0")) == "worker-0"

@@ -16,13 +16,13 @@ from typing import Annotated
 import typer
 
 from dovetail.config.run import RunConfig
-from dovetail.launch.world import (
+from dovetail.launch.topology import (
     LaunchFlags,
-    World,
+    Topology,
     expect_enough_gpus,
     expect_enough_work,
     rank_of,
-    world_of,
+    topology_of,
 )
 
 MACHINES = "Several processes or machines"
@@ -88,42 +88,42 @@ def carry_out_everywhere(
     if (rank := rank_of()) is not None:
         _as_rank(config, rank[1], work)
         return False
-    world = world_for(config, flags)
-    if world.node_rank is None:
-        typer.echo("\n".join(commands(world, arguments)))
+    topology = topology_for(config, flags)
+    if topology.node_rank is None:
+        typer.echo("\n".join(commands(topology, arguments)))
         return False
-    if world.size == 1:
+    if topology.size == 1:
         work()
     else:
-        _start(config, world, arguments)
-    return world.node_rank == 0
+        _start(config, topology, arguments)
+    return topology.node_rank == 0
 
 
-def world_for(config: RunConfig, flags: LaunchFlags) -> World:
-    """The checked world of a run. Raises ConfigError."""
+def topology_for(config: RunConfig, flags: LaunchFlags) -> Topology:
+    """The checked topology of a run. Raises ConfigError."""
     name = Path(config.output_dir).name
-    world = world_of(flags, num_gpus=config.num_gpus, run_name=name, count_gpus=_count_gpus)
-    _expect_possible(config, world.size)
-    return world
+    topology = topology_of(flags, num_gpus=config.num_gpus, run_name=name, count_gpus=_count_gpus)
+    _expect_possible(config, topology.size)
+    return topology
 
 
-def commands(world: World, arguments: Sequence[str]) -> Iterator[str]:
+def commands(topology: Topology, arguments: Sequence[str]) -> Iterator[str]:
     """The command for each machine, under a line that says where it belongs."""
-    if world.master_addr is None:
+    if topology.master_addr is None:
         yield "# put the name of node 0, as the others can reach it, in place of NODE0"
-    for rank in range(world.num_nodes):
+    for rank in range(topology.num_nodes):
         flags = {
-            "--num-gpus": world.num_gpus,
-            "--num-nodes": world.num_nodes,
+            "--num-gpus": topology.num_gpus,
+            "--num-nodes": topology.num_nodes,
             "--node-rank": rank,
-            "--master-addr": world.master_addr or "NODE0",
-            "--master-port": world.master_port,
-            "--rdzv-id": world.rdzv_id,
-            "--rdzv-timeout": world.rdzv_timeout,
-            "--max-restarts": world.max_restarts,
+            "--master-addr": topology.master_addr or "NODE0",
+            "--master-port": topology.master_port,
+            "--rdzv-id": topology.rdzv_id,
+            "--rdzv-timeout": topology.rdzv_timeout,
+            "--max-restarts": topology.max_restarts,
         }
         words = [str(word) for flag in flags.items() for word in flag]
-        yield f"# on {world.hosts[rank] if world.hosts else f'node {rank}'}"
+        yield f"# on {topology.hosts[rank] if topology.hosts else f'node {rank}'}"
         yield shlex.join(["dovetail", *without_launch_flags(arguments), *words])
 
 
@@ -157,16 +157,16 @@ def _as_rank(config: RunConfig, world_size: int, work: Callable[[], None]) -> No
             work()
 
 
-def _start(config: RunConfig, world: World, arguments: Sequence[str]) -> None:
+def _start(config: RunConfig, topology: Topology, arguments: Sequence[str]) -> None:
     with _quiet_stores():
         from dovetail.launch.start import Stopped, start  # here and not above: it imports torch
 
     if config.device != "cpu":
-        expect_enough_gpus(world.num_gpus, _count_gpus())
+        expect_enough_gpus(topology.num_gpus, _count_gpus())
     command = [sys.executable, "-u", "-X", "faulthandler", "-m", "dovetail"]
-    command += [*without_launch_flags(arguments), "--num-gpus", str(world.num_gpus)]
+    command += [*without_launch_flags(arguments), "--num-gpus", str(topology.num_gpus)]
     try:
-        start(world, command, config.output_dir)
+        start(topology, command, config.output_dir)
     except Stopped as stopped:
         typer.echo(f"\nstopped by {stopped}; the same command goes on from the last checkpoint", err=True)
         raise typer.Exit(128 + stopped.number) from None

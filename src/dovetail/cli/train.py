@@ -20,12 +20,12 @@ from dovetail.cli.processes import (
     RdzvTimeout,
     carry_out_everywhere,
     commands,
-    world_for,
+    topology_for,
 )
 from dovetail.cli.run_settings import STAGES, Flags, Resolved, resolve
 from dovetail.config.load import dump
 from dovetail.config.run import RunConfig, StageName
-from dovetail.launch.world import DEFAULT_PORT, LaunchFlags, World
+from dovetail.launch.topology import DEFAULT_PORT, LaunchFlags, Topology
 
 if TYPE_CHECKING:
     from dovetail.training.run_folder import RunFolder
@@ -262,9 +262,9 @@ def carry_out(resolved: Resolved, launch: LaunchFlags, arguments: Sequence[str],
     for note in resolved.notes:
         typer.echo(note, err=True)
     if dry_run:
-        world = world_for(config, launch)
+        topology = topology_for(config, launch)
         typer.echo(dump(config))
-        typer.echo("\n".join(f"# {line}" for line in [*plan(config), *_machines(world, arguments)]))
+        typer.echo("\n".join(f"# {line}" for line in [*plan(config), *_machines(topology, arguments)]))
         return
     try:
         done = carry_out_everywhere(config, launch, arguments, lambda: _run_stages(config))
@@ -281,10 +281,10 @@ def _run_stages(config: RunConfig) -> None:
     pipeline.run(config)
 
 
-def _machines(world: World, arguments: Sequence[str]) -> list[str]:
-    if world.num_nodes > 1:
-        return [line.removeprefix("# ") for line in commands(world, arguments)]
-    return [f"{world.size} processes on this machine"] if world.size > 1 else []
+def _machines(topology: Topology, arguments: Sequence[str]) -> list[str]:
+    if topology.num_nodes > 1:
+        return [line.removeprefix("# ") for line in commands(topology, arguments)]
+    return [f"{topology.size} processes on this machine"] if topology.size > 1 else []
 
 
 def plan(config: RunConfig) -> list[str]:

@@ -15,38 +15,40 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from dovetail.errors import LaunchError
-from dovetail.launch.world import World
+from dovetail.launch.topology import Topology
 
 _PAUSE = 0.2  # seconds between two looks
 
 
-def roll_call(world: World) -> Store:
+def roll_call(topology: Topology) -> Store:
     """Wait until every machine has reported at node 0; the store must be kept while the run lives.
 
-    Node 0 hosts the store at `world.endpoint`. A machine that comes back after a failure reports again and
+    Node 0 hosts the store at `topology.endpoint`. A machine that comes back after a failure reports again and
     finds the others' reports still there. Raises LaunchError: the port is in use, node 0 is out of reach, or
-    after `world.rdzv_timeout` seconds some machine is missing.
+    after `topology.rdzv_timeout` seconds some machine is missing.
     """
-    assert world.node_rank is not None
-    assert world.master_addr is not None
-    deadline = time.monotonic() + world.rdzv_timeout
-    is_host = world.node_rank == 0
+    assert topology.node_rank is not None
+    assert topology.master_addr is not None
+    deadline = time.monotonic() + topology.rdzv_timeout
+    is_host = topology.node_rank == 0
     if is_host:
-        expect_port_free(world.master_port)
+        expect_port_free(topology.master_port)
     else:
-        _reach_node_0(world, deadline)
+        _reach_node_0(topology, deadline)
     store = TCPStore(
-        world.master_addr,
-        world.master_port,
+        topology.master_addr,
+        topology.master_port,
         is_master=is_host,
-        timeout=timedelta(seconds=world.rdzv_timeout),
+        timeout=timedelta(seconds=topology.rdzv_timeout),
         wait_for_workers=False,
         multi_tenant=True,  # torch's rendezvous opens the same port in this process and is given this server
     )
-    roll = PrefixStore(f"dovetail/{world.rdzv_id}", store)
-    roll.set(f"node-{world.node_rank}", json.dumps({"host": socket.gethostname(), "gpus": world.num_gpus}))
-    _expect_all_present(roll, world, deadline)
-    _expect_equal_counts(roll, world)
+    roll = PrefixStore(f"dovetail/{topology.rdzv_id}", store)
+    roll.set(
+        f"node-{topology.node_rank}", json.dumps({"host": socket.gethostname(), "gpus": topology.num_gpus})
+    )
+    _expect_all_present(roll, topology, deadline)
+    _expect_equal_counts(roll, topology)
     return store
 
 
@@ -64,49 +66,50 @@ def expect_port_free(port: int) -> None:
             ) from error
 
 
-def local_address(world: World) -> str:
+def local_address(topology: Topology) -> str:
     """An address by which the others reach this machine: of node 0 the given one, else that on the way there."""
-    if world.node_rank == 0:  # many systems resolve a machine's own name to a loopback address
-        return str(world.master_addr)
+    if topology.node_rank == 0:  # many systems resolve a machine's own name to a loopback address
+        return str(topology.master_addr)
     family, _, _, _, address = socket.getaddrinfo(
-        world.master_addr, world.master_port, type=socket.SOCK_DGRAM
+        topology.master_addr, topology.master_port, type=socket.SOCK_DGRAM
     )[0]
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         probe.connect(address)  # a datagram socket sends nothing here: only the route is looked up
         return str(probe.getsockname()[0])
 
 
-def _reach_node_0(world: World, deadline: float) -> None:
-    assert world.master_addr is not None
+def _reach_node_0(topology: Topology, deadline: float) -> None:
+    assert topology.master_addr is not None
     reason = "no answer"
     while (left := deadline - time.monotonic()) > 0:
         try:
-            socket.create_connection((world.master_addr, world.master_port), timeout=left).close()
+            socket.create_connection((topology.master_addr, topology.master_port), timeout=left).close()
         except OSError as error:
             reason = (error.strerror or str(error)).lower()
         else:
             return
         time.sleep(_PAUSE)
     raise LaunchError(
-        f"node 0 of {world.num_nodes} did not answer at {world.endpoint} within {world.rdzv_timeout} s: {reason}",
+        f"node 0 of {topology.num_nodes} did not answer at {topology.endpoint} within {topology.rdzv_timeout} s: "
+        f"{reason}",
         hint="start the command of node 0 too; check the name, the port and the firewall between the machines",
     )
 
 
-def _expect_all_present(roll: Store, world: World, deadline: float) -> None:
-    missing = [rank for rank in range(world.num_nodes) if not _arrives(roll, rank, world, deadline)]
+def _expect_all_present(roll: Store, topology: Topology, deadline: float) -> None:
+    missing = [rank for rank in range(topology.num_nodes) if not _arrives(roll, rank, topology, deadline)]
     if missing:
         numbers = ", ".join(map(str, missing))
-        present = "; ".join(f"node {rank} is {report['host']}" for rank, report in _reports(roll, world))
+        present = "; ".join(f"node {rank} is {report['host']}" for rank, report in _reports(roll, topology))
         raise LaunchError(
-            f"node{'s' if len(missing) > 1 else ''} {numbers} of {world.num_nodes} did not arrive at "
-            f"{world.endpoint} within {world.rdzv_timeout} s: {present}",
-            hint=f"start the command with --node-rank {missing[0]} and --rdzv-id {world.rdzv_id} there; "
+            f"node{'s' if len(missing) > 1 else ''} {numbers} of {topology.num_nodes} did not arrive at "
+            f"{topology.endpoint} within {topology.rdzv_timeout} s: {present}",
+            hint=f"start the command with --node-rank {missing[0]} and --rdzv-id {topology.rdzv_id} there; "
             "--rdzv-timeout SECONDS waits longer",
         )
 
 
-def _arrives(roll: Store, rank: int, world: World, deadline: float) -> bool:
+def _arrives(roll: Store, rank: int, topology: Topology, deadline: float) -> bool:
     try:
         while not roll.check([f"node-{rank}"]):  # and not wait(), which writes to the screen when time is up
             if time.monotonic() > deadline:
@@ -114,24 +117,24 @@ def _arrives(roll: Store, rank: int, world: World, deadline: float) -> bool:
             time.sleep(_PAUSE)
     except dist.DistError as error:
         raise LaunchError(
-            f"node 0 of {world.num_nodes} has left {world.endpoint}",
+            f"node 0 of {topology.num_nodes} has left {topology.endpoint}",
             hint="its own output says why; start all nodes again",
         ) from error
     return True
 
 
-def _expect_equal_counts(roll: Store, world: World) -> None:
-    for rank, report in _reports(roll, world):
-        if report["gpus"] != world.num_gpus:
+def _expect_equal_counts(roll: Store, topology: Topology) -> None:
+    for rank, report in _reports(roll, topology):
+        if report["gpus"] != topology.num_gpus:
             raise LaunchError(
                 f"node {rank} ({report['host']}) takes {report['gpus']} processes, this node "
-                f"({world.node_rank}) {world.num_gpus}",
+                f"({topology.node_rank}) {topology.num_gpus}",
                 hint="give the same --num-gpus on all machines",
             )
 
 
-def _reports(roll: Store, world: World) -> Iterator[tuple[int, dict[str, str | int]]]:
-    for rank in range(world.num_nodes):
+def _reports(roll: Store, topology: Topology) -> Iterator[tuple[int, dict[str, str | int]]]:
+    for rank in range(topology.num_nodes):
         key = f"node-{rank}"
         if roll.check([key]):
             yield rank, json.loads(roll.get(key))

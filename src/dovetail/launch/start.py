@@ -1,7 +1,7 @@
 """Start the processes of this machine under torch's elastic agent and see them to their end.
 
 Responsible for: the agent's settings, restarts, signals, and one error for whatever went wrong.
-Not responsible for: which processes (world.py), what they do.
+Not responsible for: which processes (topology.py), what they do.
 """
 
 import os
@@ -23,7 +23,7 @@ from dovetail.launch.failures import first_failure, read_report
 from dovetail.launch.logs import RankLogs, send_agent_log_to
 from dovetail.launch.rank import LAUNCHER
 from dovetail.launch.rendezvous import local_address, roll_call
-from dovetail.launch.world import World
+from dovetail.launch.topology import Topology
 from dovetail.telemetry.log import say
 
 # One stream a process, so that its log has its lines in their order; exec keeps the process id.
@@ -38,12 +38,12 @@ class Stopped(Exception):
         self.number = number
 
 
-def start(world: World, command: Sequence[str], output_dir: str | Path) -> None:
+def start(topology: Topology, command: Sequence[str], output_dir: str | Path) -> None:
     """Run `command` in every process of this machine; returns when all have ended well.
 
     Each finds RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT in its environment. Signals are
     passed on to all, which have 30 s to end. Raises LaunchError (the machines did not meet), ProcessFailed
-    (the first failure, after `world.max_restarts` restarts), Stopped.
+    (the first failure, after `topology.max_restarts` restarts), Stopped.
     """
     folder = Path(output_dir) / "logs"
     try:
@@ -52,64 +52,64 @@ def start(world: World, command: Sequence[str], output_dir: str | Path) -> None:
         raise LaunchError(
             f"{folder} cannot be made: {error.strerror}", hint="give another output_dir"
         ) from error
-    send_agent_log_to(folder / f"launcher-{world.node_rank}.log")
+    send_agent_log_to(folder / f"launcher-{topology.node_rank}.log")
     os.environ[LAUNCHER] = str(os.getpid())
     # By default the agent keeps one store over all restarts: processes then find the addresses of the dead in it,
     # and a machine that joins again waits for one that is told only once. Without sharing each start has its own.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // world.num_gpus)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // topology.num_gpus)))
     logs = RankLogs(folder, before_restart=lambda ranks, number: _say_restart(logs, ranks, number))
-    store = roll_call(world) if world.num_nodes > 1 else None
-    here = f"{world.num_gpus} process{'es' if world.num_gpus > 1 else ''} on this machine"
-    everywhere = f", {world.size} on {world.num_nodes}" if store is not None else ""
+    store = roll_call(topology) if topology.num_nodes > 1 else None
+    here = f"{topology.num_gpus} process{'es' if topology.num_gpus > 1 else ''} on this machine"
+    everywhere = f", {topology.size} on {topology.num_nodes}" if store is not None else ""
     say(f"{here}{everywhere}; the output of each is in {folder}")
     try:
-        elastic_launch(_settings(world, logs), _ONE_STREAM[0])(*_ONE_STREAM[1:], *command)
+        elastic_launch(_settings(topology, logs), _ONE_STREAM[0])(*_ONE_STREAM[1:], *command)
     except ChildFailedError as error:
         exit_codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
         raise first_failure(exit_codes, logs) from None
     except SignalException as error:
         raise Stopped(error.sigval) from None
     except RendezvousError as error:
-        raise _not_met(error, world, folder / f"launcher-{world.node_rank}.log") from error
+        raise _not_met(error, topology, folder / f"launcher-{topology.node_rank}.log") from error
 
 
-def _not_met(error: RendezvousError, world: World, log: Path) -> LaunchError:
+def _not_met(error: RendezvousError, topology: Topology, log: Path) -> LaunchError:
     if isinstance(error, RendezvousTimeoutError):
         return LaunchError(
-            f"a node was lost and did not come back to {world.endpoint} within {world.rdzv_timeout} s",
+            f"a node was lost and did not come back to {topology.endpoint} within {topology.rdzv_timeout} s",
             hint=f"start its command again within that time; --rdzv-timeout SECONDS waits longer; see {log}",
         )
     if isinstance(error, RendezvousConnectionError):
         return LaunchError(
-            f"node 0 of {world.num_nodes} has left {world.endpoint}",
+            f"node 0 of {topology.num_nodes} has left {topology.endpoint}",
             hint=f"its own output says why; start all nodes again; see {log}",
         )
     return LaunchError(
-        f"the {world.num_nodes} nodes did not meet at {world.endpoint}: {type(error).__name__} {error}",
+        f"the {topology.num_nodes} nodes did not meet at {topology.endpoint}: {type(error).__name__} {error}",
         hint=f"the run may have ended on another node: see the output there, and {log}",
     )
 
 
-def _settings(world: World, logs: RankLogs) -> LaunchConfig:
-    several = world.num_nodes > 1
+def _settings(topology: Topology, logs: RankLogs) -> LaunchConfig:
+    several = topology.num_nodes > 1
     return LaunchConfig(
-        min_nodes=world.num_nodes,
-        max_nodes=world.num_nodes,
-        nproc_per_node=world.num_gpus,
+        min_nodes=topology.num_nodes,
+        max_nodes=topology.num_nodes,
+        nproc_per_node=topology.num_gpus,
         logs_specs=logs,
-        run_id=world.rdzv_id,
+        run_id=topology.rdzv_id,
         role="",  # the name before each line on screen: there is one kind of process, so none is needed
         rdzv_backend="c10d",
-        rdzv_endpoint=world.endpoint if several else "localhost:0",
+        rdzv_endpoint=topology.endpoint if several else "localhost:0",
         rdzv_configs={
-            "is_host": world.node_rank == 0,
-            "join_timeout": world.rdzv_timeout,
-            "read_timeout": world.rdzv_timeout,
+            "is_host": topology.node_rank == 0,
+            "join_timeout": topology.rdzv_timeout,
+            "read_timeout": topology.rdzv_timeout,
         },
-        max_restarts=world.max_restarts,
+        max_restarts=topology.max_restarts,
         log_line_prefix_template="rank ${rank}: " if several else "${role_name}",
-        local_addr=local_address(world) if several else "localhost",
+        local_addr=local_address(topology) if several else "localhost",
     )
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from dovetail.cli import processes
 from dovetail.errors import DataError
-from dovetail.launch.world import expect_enough_work
+from dovetail.launch.topology import expect_enough_work
 
 
 def run(config: Any) -> None:

@@ -1,6 +1,6 @@
 """How many processes a run has, on which machines, and where they meet.
 
-Responsible for: making one `World` of flags, hostfile and environment, and refusing counts that cannot work.
+Responsible for: making one `Topology` of flags, hostfile and environment, and refusing counts that cannot work.
 Not responsible for: starting processes (start.py), finding the other machines (rendezvous.py).
 """
 
@@ -32,7 +32,7 @@ class LaunchFlags:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class World:
+class Topology:
     """The processes of a run: `num_gpus` on each of `num_nodes` machines.
 
     `node_rank` is this machine's number, None where nobody said which one it is; machine 0 is at
@@ -61,8 +61,10 @@ class World:
         return f"{self.master_addr}:{self.master_port}"
 
 
-def world_of(flags: LaunchFlags, *, num_gpus: int, run_name: str, count_gpus: Callable[[], int]) -> World:
-    """The world that flags and recipe describe.
+def topology_of(
+    flags: LaunchFlags, *, num_gpus: int, run_name: str, count_gpus: Callable[[], int]
+) -> Topology:
+    """The topology that flags and recipe describe.
 
     num_gpus: the recipe's, with the flag already applied; run_name: by default the rendezvous id; count_gpus:
     asked only where the number of this machine's GPUs decides. Raises ConfigError.
@@ -78,7 +80,7 @@ def world_of(flags: LaunchFlags, *, num_gpus: int, run_name: str, count_gpus: Ca
             f"--node-rank {flags.node_rank}, but nobody says where node 0 is",
             hint="--master-addr HOST with the name of node 0 that all others can reach, or --hostfile FILE",
         )
-    return World(
+    return Topology(
         num_gpus=num_gpus,
         num_nodes=num_nodes,
         node_rank=0 if num_nodes == 1 and not hosts else flags.node_rank,

@@ -3,18 +3,18 @@ from pathlib import Path
 import pytest
 
 from dovetail.errors import ConfigError
-from dovetail.launch.world import (
+from dovetail.launch.topology import (
     LaunchFlags,
-    World,
+    Topology,
     expect_enough_gpus,
     expect_enough_work,
     rank_of,
-    world_of,
+    topology_of,
 )
 
 
-def world(flags: LaunchFlags, *, num_gpus: int = 1, gpus_here: int = 8) -> World:
-    return world_of(flags, num_gpus=num_gpus, run_name="opt-1.3b", count_gpus=lambda: gpus_here)
+def topology(flags: LaunchFlags, *, num_gpus: int = 1, gpus_here: int = 8) -> Topology:
+    return topology_of(flags, num_gpus=num_gpus, run_name="opt-1.3b", count_gpus=lambda: gpus_here)
 
 
 @pytest.fixture
@@ -24,25 +24,25 @@ def hostfile(tmp_path: Path) -> str:
 
 
 def test_without_flags_a_run_is_one_process_here() -> None:
-    alone = world(LaunchFlags())
+    alone = topology(LaunchFlags())
     assert (alone.size, alone.num_nodes, alone.node_rank) == (1, 1, 0)
 
 
 def test_gpus_are_counted_per_machine() -> None:
-    several = world(LaunchFlags(num_gpus=4, num_nodes=3, node_rank=2, master_addr="a"), num_gpus=4)
+    several = topology(LaunchFlags(num_gpus=4, num_nodes=3, node_rank=2, master_addr="a"), num_gpus=4)
     assert several.size == 12
     assert several.endpoint == "a:29500"
     assert several.rdzv_id == "opt-1.3b"
 
 
 def test_nobody_said_which_machine_this_is() -> None:
-    assert world(LaunchFlags(num_nodes=2)).node_rank is None
+    assert topology(LaunchFlags(num_nodes=2)).node_rank is None
 
 
 def test_a_hostfile_gives_machines_slots_and_the_meeting_place(hostfile: str) -> None:
-    of_two = world(LaunchFlags(hostfile=hostfile, num_nodes=2))
+    of_two = topology(LaunchFlags(hostfile=hostfile, num_nodes=2))
     assert (of_two.hosts, of_two.num_gpus, of_two.master_addr) == (("a", "b"), 8, "a")
-    of_all = world(LaunchFlags(hostfile=hostfile, num_gpus=4), num_gpus=4)
+    of_all = topology(LaunchFlags(hostfile=hostfile, num_gpus=4), num_gpus=4)
     assert (of_all.num_nodes, of_all.size) == (3, 12)
 
 
@@ -58,7 +58,7 @@ def test_a_hostfile_gives_machines_slots_and_the_meeting_place(hostfile: str) ->
 )
 def test_deployment_types_mean_what_they_did(kind: str, flags: dict[str, int], size: int) -> None:
     asked = LaunchFlags(deployment_type=kind, **flags)  # type: ignore[arg-type]
-    assert world(asked, num_gpus=flags.get("num_gpus", 1)).size == size
+    assert topology(asked, num_gpus=flags.get("num_gpus", 1)).size == size
 
 
 @pytest.mark.parametrize(
@@ -75,23 +75,23 @@ def test_deployment_types_mean_what_they_did(kind: str, flags: dict[str, int], s
 )
 def test_flags_that_contradict_each_other_are_refused(flags: LaunchFlags, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
-        world(flags)
+        topology(flags)
     assert caught.value.hint
 
 
 def test_a_hostfile_that_does_not_fit_the_flags_is_refused(hostfile: str) -> None:
     with pytest.raises(ConfigError, match="c has slots=4 and a slots=8") as caught:
-        world(LaunchFlags(hostfile=hostfile))
+        topology(LaunchFlags(hostfile=hostfile))
     assert "--num-gpus 4" in str(caught.value.hint)
     with pytest.raises(ConfigError, match=r"--num-nodes 4: .* has 3 machines"):
-        world(LaunchFlags(hostfile=hostfile, num_nodes=4))
+        topology(LaunchFlags(hostfile=hostfile, num_nodes=4))
     with pytest.raises(ConfigError, match="--num-gpus 8: c has slots=4"):
-        world(LaunchFlags(hostfile=hostfile, num_gpus=8))
+        topology(LaunchFlags(hostfile=hostfile, num_gpus=8))
 
 
 def test_all_gpus_of_a_machine_without_any_are_not_none() -> None:
     with pytest.raises(ConfigError, match="this one has none"):
-        world(LaunchFlags(deployment_type="single_node"), gpus_here=0)
+        topology(LaunchFlags(deployment_type="single_node"), gpus_here=0)
 
 
 def test_only_a_started_process_has_a_rank() -> None:
