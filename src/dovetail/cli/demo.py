@@ -1,7 +1,7 @@
 """`dovetail demo`: the whole system at small scale, then its table and a conversation.
 
 Responsible for: the demo's plan from its recipes, what it prints at the end. Not responsible for: the work
-(stages/demo.py).
+(stages/demo.py), several processes (processes.py).
 """
 
 import importlib.util
@@ -13,11 +13,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from dovetail.cli.processes import carry_out_everywhere
 from dovetail.config.load import check, read_recipe
 from dovetail.config.recipes import FOLDER
 from dovetail.config.stages import SftConfig
 from dovetail.errors import ModelError
+from dovetail.launch.topology import LaunchFlags
 from dovetail.model.run_models import model_folder
+from dovetail.training.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from dovetail.stages.demo import DemoPlan
@@ -29,15 +32,23 @@ QUESTIONS = ("My name is Rosa.", "What is my name?")
 
 
 def demo(
+    context: typer.Context,
     model: Annotated[
         Literal["tiny", "smollm2"],
         typer.Option(help="tiny: a model made on the spot. smollm2: the real SmolLM2-135M, slower."),
     ] = "tiny",
     seed: Annotated[int, typer.Option(min=0, help="Seed of data, weights and sampling.")] = 0,
+    num_gpus: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Processes, one per GPU, or on the CPU; several share the actor (ZeRO stage 3)."
+        ),
+    ] = 1,
     output_dir: Annotated[
         str | None,
         typer.Option(
-            help="Folder of the run. By default runs/demo-MODEL-SEED, to which runs/demo then leads.",
+            help="Folder of the run. By default runs/demo-MODEL-SEED, of N processes runs/demo-MODEL-SEED-on-N; runs/demo "
+            "then leads to it.",
             show_default=False,
         ),
     ] = None,
@@ -47,15 +58,18 @@ def demo(
     Needs no GPU and no downloads. The data is generated, and the true quality of an answer can be computed
     (gold: right, polite, brief), so the table shows what each stage really gained.
     """
-    plan = plan_of(model, seed, output_dir or f"runs/demo-{model}-{seed}")
+    on = f"-on-{num_gpus}" if num_gpus > 1 else ""
+    plan = plan_of(model, seed, output_dir or f"runs/demo-{model}-{seed}{on}", num_gpus=num_gpus)
     from dovetail.stages import demo as stage  # here and not above: it imports torch
 
-    summary = stage.run(plan)
+    flags = LaunchFlags(num_gpus=num_gpus)
+    if not carry_out_everywhere(plan.run, flags, context.obj, lambda: stage.run(plan)):
+        return
     from rich.console import Console
 
-    Console().print(table(summary))
-    show_conversation(plan.run.output_dir)
     run = plan.run.output_dir
+    Console().print(table(RunFolder(run).read_summary()))
+    show_conversation(run)
     if output_dir is None and point_at(Path(run), NEWEST):
         run = str(NEWEST)
     # In the folder of `make demo` the command is not on the path.
@@ -77,16 +91,18 @@ def point_at(run: Path, link: Path) -> bool:
     return True
 
 
-def plan_of(model: str, seed: int, output_dir: str) -> "DemoPlan":
-    """The demo's settings, from its recipe."""
+def plan_of(model: str, seed: int, output_dir: str, *, num_gpus: int = 1) -> "DemoPlan":
+    """The demo's settings, from its recipe; several processes divide the actor as far as that goes."""
     words = {"$RUN": output_dir}
     if model == "smollm2":
         words["$WEIGHTS"] = str(smollm2_weights())
     from dovetail.data.synthetic import Sizes
     from dovetail.stages.demo import DemoPlan
 
-    values, origins = read_recipe(FOLDER / "demo" / f"{model}.yaml")
+    values, origins = read_recipe(DEMO / f"{model}.yaml")
     base, sizes = values.pop("base", None), values.pop("sizes", {})
+    if num_gpus > 1:
+        values |= {"num_gpus": num_gpus, "zero_stage": {"actor": 3}}
     run = check({**_filled(values, words), "seed": seed}, origins)
     return DemoPlan(run=run, sizes=Sizes(**sizes), base=SftConfig(**base) if base else None)
 

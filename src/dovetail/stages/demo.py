@@ -66,8 +66,8 @@ class DemoPlan:
     """Share of the ratings that say nothing, as some of people's do."""
 
 
-def run(plan: DemoPlan) -> dict[str, Any]:
-    """Everything from data to the measured models; returns the summary, which is also in `summary.json`."""
+def run(plan: DemoPlan) -> None:
+    """Everything from data to the measured models, whose scores are in `summary.json` at the end."""
     started = time.monotonic()
     rows = dataset(plan.run.seed, plan.sizes)
     with open_run(plan.run) as context:
@@ -83,8 +83,6 @@ def run(plan: DemoPlan) -> dict[str, Any]:
         measured = measure(rows, plan, context)
         if context.world.is_first:
             context.folder.update_summary(measured | {"seconds": {"total": seconds}})
-        context.world.wait()
-        return context.folder.read_summary()
 
 
 def make_base_model(rows: Dataset, settings: SftConfig, context: Context) -> None:
