@@ -47,8 +47,8 @@ def demo(
     output_dir: Annotated[
         str | None,
         typer.Option(
-            help="Folder of the run. By default runs/demo-MODEL-SEED, of N processes runs/demo-MODEL-SEED-on-N; runs/demo "
-            "then leads to it.",
+            help="Folder of the run. By default runs/demo-MODEL-SEED, of N processes runs/demo-MODEL-SEED-on-N; "
+            "runs/demo then leads to it.",
             show_default=False,
         ),
     ] = None,
