@@ -16,9 +16,11 @@ Shapes: B rows, V vocabulary.
 
 from __future__ import annotations
 
+import gc
 import heapq
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from enum import IntEnum
 from functools import cache
 from typing import Any, NamedTuple
@@ -271,13 +273,15 @@ class GraphDecoder:
         _, pool = _capture_pool(self._device)
         graph: torch.cuda.CUDAGraph | None = torch.cuda.CUDAGraph()
         assert graph is not None
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(stream), _no_garbage_collection():
             self._compute(kind)  # kernels are compiled, and libraries set up, outside the capture
             try:
                 graph.capture_begin(pool=pool, capture_error_mode="thread_local")
                 self._compute(kind)
                 graph.capture_end()
             except RuntimeError as error:
+                with suppress(RuntimeError):
+                    graph.capture_end()  # else the stream would go on recording
                 graph = None
                 self._give_up(error)
         torch.cuda.current_stream(self._device).wait_stream(stream)
@@ -320,6 +324,18 @@ class _RowsOfState(SamplingRows):
     def uniforms_S(self) -> Tensor:
         """Of the one draw that the table is for."""
         return uniforms(self.keys_S, self.positions_S)
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Freeing another engine's graphs, which only Python's collector may have held, would break a recording."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 @cache

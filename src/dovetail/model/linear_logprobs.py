@@ -227,10 +227,10 @@ def _softmax(logits_CV: Tensor, ids_C: Tensor, how: _How) -> tuple[Tensor, Tenso
     The logits are those of `_logits`, and become those divided by the temperature.
     """
     if _has_kernel(logits_CV, how):
-        rows: tuple[Tensor, Tensor, Tensor] = _kernels().softmax_rows(
+        logprobs_C, log_totals_C, entropy_C = _kernels().softmax_rows(
             logits_CV, ids_C, scale=how.scale, with_entropy=how.with_entropy
         )
-        return rows
+        return logprobs_C, log_totals_C, entropy_C if how.with_entropy else None
     if how.temperature != 1.0:
         logits_CV.div_(how.temperature)
     log_totals_C = logits_CV.logsumexp(dim=-1)
