@@ -13,7 +13,8 @@ Not responsible for: our own mistakes, which are assertions and keep their trace
     ├── LaunchError          the processes of a run could not start or find one another
     │   └── ProcessFailed    one of them failed or was lost
     ├── ParityError          generation or training disagrees with the model's own forward
-    └── TrainingStopped      a run that was stopped on purpose (NaN loss, KL run-away), with a diagnosis
+    ├── TrainingStopped      a run that was stopped on purpose (NaN loss, KL run-away), with a diagnosis
+    └── RunInterrupted       a run that a signal asked to end: its state is saved, the same command goes on
 """
 
 
@@ -75,3 +76,12 @@ class ParityError(DovetailError):
 
 class TrainingStopped(DovetailError):
     """A run stopped on purpose, with what was seen and what to change."""
+
+
+class RunInterrupted(DovetailError):
+    """A signal asked the run to end, and its state is saved; the exit code is EX_TEMPFAIL of sysexits.h: try again."""
+
+    exit_code = 75
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, hint="the same command goes on from there")

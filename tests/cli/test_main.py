@@ -10,7 +10,7 @@ from dovetail import __version__
 from dovetail.cli.main import main
 from dovetail.config.load import load
 from dovetail.config.run import RunConfig
-from dovetail.errors import DataError
+from dovetail.errors import DataError, RunInterrupted
 from dovetail.parallel.world import ALONE, World
 
 Run = Callable[..., tuple[int, str, str]]
@@ -180,6 +180,20 @@ def test_an_error_of_a_stage_is_shown_the_same_way(
     assert run("train", "opt-125m") == (
         2, "", "error: pairs.jsonl line 7: not JSON\nhint: repair the line\n",
     )  # fmt: skip
+
+
+def test_a_run_that_a_signal_ended_says_where_it_goes_on_and_has_a_code_of_its_own(
+    run: Run, pipeline: list[RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def end(config: RunConfig) -> None:
+        raise RunInterrupted("sft: ended by SIGTERM after step 2 of 3, which is saved")
+
+    monkeypatch.setattr(sys.modules["dovetail.stages.pipeline"], "run", end)
+    code, out, err = run("train", "opt-125m")
+    assert (code, out) == (75, "")
+    assert err == (
+        "\nsft: ended by SIGTERM after step 2 of 3, which is saved; the same command goes on from there\n"
+    )
 
 
 def test_ctrl_c_leaves_without_a_traceback(

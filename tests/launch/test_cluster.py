@@ -18,6 +18,7 @@ import yaml
 
 from dovetail.cli.main import app
 from dovetail.config.recipes import FOLDER
+from dovetail.errors import RunInterrupted
 
 SLURM = FOLDER / "cluster" / "slurm.sbatch"
 KUBERNETES = FOLDER / "cluster" / "kubernetes.yaml"
@@ -97,6 +98,10 @@ def test_kubernetes_mounts_what_it_names() -> None:
     assert mounted == {volume["name"] for volume in pod["volumes"]}
     rules = job["spec"]["podFailurePolicy"]["rules"]
     assert rules[0]["onExitCodes"]["containerName"] == pod["containers"][0]["name"]
+    assert {rule["action"]: rule["onExitCodes"]["values"] for rule in rules} == {
+        "FailJob": [1, 2],
+        "Ignore": [RunInterrupted.exit_code],
+    }
     assert pod["restartPolicy"] == "Never"  # the failure policy needs it
 
 

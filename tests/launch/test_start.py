@@ -57,6 +57,34 @@ def test_a_signal_ends_every_process(tmp_path: Path, number: signal.Signals, cod
     expect_gone(pids)
 
 
+def test_a_signal_lets_every_process_save_and_leads_to_no_restart(tmp_path: Path) -> None:
+    with launched(tmp_path, "save:0", "--num-gpus", "2", "--max-restarts", "1") as command:
+        pids = command.pids(2)
+        command.process.send_signal(signal.SIGTERM)
+        code, _, err = command.ended()
+    assert code == 75
+    assert [line for line in err.splitlines()[1:] if line] == [
+        "SIGTERM: the run saves a checkpoint after this step and ends; once more ends it now",
+        "ppo: ended by SIGTERM after step 3 of 9, which is saved; the same command goes on from there",
+    ]
+    expect_gone(pids)
+
+
+@pytest.mark.slow
+def test_a_second_signal_ends_processes_that_are_still_at_it(tmp_path: Path) -> None:
+    with launched(tmp_path, "refuse:0", "--num-gpus", "2") as command:
+        pids = command.pids(2)
+        assert command.process.stderr is not None
+        command.process.send_signal(signal.SIGINT)
+        while not command.process.stderr.readline().startswith("SIGINT: the run saves"):
+            assert command.process.poll() is None
+        command.process.send_signal(signal.SIGTERM)
+        code, _, err = command.ended()
+    assert code == 143
+    assert "stopped by SIGTERM" in err
+    expect_gone(pids)
+
+
 @pytest.mark.slow
 def test_every_start_and_restart_has_a_preflight(tmp_path: Path) -> None:
     with launched(tmp_path, "die:1", "--num-gpus", "2", "--max-restarts", "1", PREFLIGHT="1") as command:

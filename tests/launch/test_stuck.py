@@ -6,12 +6,18 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
+from dovetail.launch import stuck as module
 from dovetail.launch.rank import ERROR_FILE
 from dovetail.launch.stuck import Position, diagnosis
+from dovetail.training.checkpoint import Checkpoints
+from dovetail.training.disk import open_file
 
 WORKER = Path(__file__).parent / "stuck_worker.py"
 HOST = socket.gethostname()
@@ -34,6 +40,29 @@ def test_of_two_collectives_that_do_not_fit_the_rarer_comes_first() -> None:
 def test_a_rank_without_a_sign_of_life_comes_before_all() -> None:
     positions = {0: at("a.py:1"), 1: at("a.py:1", "all_reduce")}
     assert diagnosis(positions, {1}) == "rank 1 on worker shows no sign of life; rank 0 stands at a.py:1"
+
+
+def test_a_rank_that_waits_for_its_checkpoint_stands_where_that_is_written(tmp_path: Path) -> None:
+    written = threading.Event()
+
+    def slow_disk(path: Path) -> BinaryIO:
+        written.wait(60)
+        return open_file(path)
+
+    def look() -> None:
+        end = time.monotonic() + 60
+        while not any(frame.f_code is slow_disk.__code__ for frame in module._stack()):
+            if time.monotonic() > end:
+                return
+        seen.append("the disk")
+        written.set()
+
+    seen: list[str] = []
+    watch = threading.Thread(target=look)
+    watch.start()
+    Checkpoints(tmp_path, open_file=slow_disk).save(1, {"step": 1})
+    watch.join()
+    assert seen == ["the disk"]
 
 
 def stuck(how: str, folder: Path) -> tuple[int, dict[str, str] | None, str]:

@@ -114,7 +114,7 @@ class Runs:
         """A run that one process began, and stopped after the second step of stage 1."""
         config = self.config("llama", **zero(3), output_dir=str(self.folder / "moving"))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Checkpoints, "save", Checkpoints.save)  # to have it back afterwards
+            patch.setattr(Checkpoints, "begin_save", Checkpoints.begin_save)  # to have it back afterwards
             stop_at("sft", 2)
             with pytest.raises(Stopped):
                 pipeline.run(config)

@@ -24,16 +24,16 @@ class Stopped(Exception):
 
 
 def stop_at(stage: str, step: int) -> None:
-    """From now on, `Checkpoints.save` raises Stopped after it has written that step."""
-    save = Checkpoints.save
+    """From now on, `Checkpoints.begin_save` raises Stopped after it has written that step."""
+    begin_save = Checkpoints.begin_save
 
-    def save_and_stop(self: Checkpoints, at: int, state: Any) -> Path:
-        path = save(self, at, state)
+    def save_and_stop(self: Checkpoints, at: int, state: Any) -> None:
+        begin_save(self, at, state)
         if self.folder.parent.name == stage and at == step:
+            self.finish()
             raise Stopped
-        return path
 
-    Checkpoints.save = save_and_stop  # type: ignore[method-assign]
+    Checkpoints.begin_save = save_and_stop  # type: ignore[method-assign]
 
 
 def main(cases_file: str) -> None:

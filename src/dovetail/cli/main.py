@@ -2,7 +2,8 @@
 
 Responsible for: the command tree, list-valued flags, errors as message and hint, exit codes (0 done, 1
 stopped by a mistake of ours, 2 by one the user can repair, 3 where the processes of a run did not start, meet
-or stay, 130 by Ctrl-C). Not responsible for: what a command does (the modules beside this file).
+or stay, 75 saved and ended by a signal, 130 by Ctrl-C). Not responsible for: what a command does (the modules
+beside this file).
 """
 
 import sys

@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 
 from dovetail.config.run import RunConfig
+from dovetail.errors import RunInterrupted
 from dovetail.launch.topology import (
     LaunchFlags,
     Topology,
@@ -74,6 +75,7 @@ MaxRestarts = Annotated[
         min=0, help="Times to start all processes anew after one was lost.", rich_help_panel=MACHINES
     ),
 ]
+_GOES_ON = "the same command goes on from the last checkpoint"
 _VALUED = {f"--{field.name.replace('_', '-')}" for field in fields(LaunchFlags)}
 
 
@@ -85,6 +87,19 @@ def carry_out_everywhere(
     arguments: those of this command, which every process is given too. Returns whether the work is done and
     this is the process to say what comes next. Raises DovetailError, and typer.Exit after a signal.
     """
+    try:
+        return _carry_out(config, flags, arguments, work)
+    except RunInterrupted as end:
+        typer.echo(f"\n{end.message}; {end.hint}", err=True)
+        raise typer.Exit(end.exit_code) from None
+    except KeyboardInterrupt:
+        typer.echo(f"\nstopped; {_GOES_ON}", err=True)
+        raise typer.Exit(130) from None
+
+
+def _carry_out(
+    config: RunConfig, flags: LaunchFlags, arguments: Sequence[str], work: Callable[[], None]
+) -> bool:
     if (rank := rank_of()) is not None:
         _as_rank(config, rank[1], work)
         return False
@@ -168,7 +183,7 @@ def _start(config: RunConfig, topology: Topology, arguments: Sequence[str]) -> N
     try:
         start(topology, command, config.output_dir)
     except Stopped as stopped:
-        typer.echo(f"\nstopped by {stopped}; the same command goes on from the last checkpoint", err=True)
+        typer.echo(f"\nstopped by {stopped}; {_GOES_ON}", err=True)
         raise typer.Exit(128 + stopped.number) from None
 
 

@@ -266,11 +266,7 @@ def carry_out(resolved: Resolved, launch: LaunchFlags, arguments: Sequence[str],
         typer.echo(dump(config))
         typer.echo("\n".join(f"# {line}" for line in [*plan(config), *_machines(topology, arguments)]))
         return
-    try:
-        done = carry_out_everywhere(config, launch, arguments, lambda: _run_stages(config))
-    except KeyboardInterrupt:
-        typer.echo("\nstopped; the same command goes on from the last checkpoint", err=True)
-        raise typer.Exit(130) from None
+    done = carry_out_everywhere(config, launch, arguments, lambda: _run_stages(config))
     if done and {"ppo", "sft"} & set(config.stages):
         typer.echo(f"talk to it: dovetail chat {config.output_dir}")
 

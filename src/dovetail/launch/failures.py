@@ -1,6 +1,6 @@
 """Which of several dead processes died first, and what to say about it.
 
-Responsible for: one ProcessFailed out of error files and exit codes. Not responsible for: writing error files
+Responsible for: one error out of error files and exit codes. Not responsible for: writing error files
 (rank.py), showing the message (cli/).
 """
 
@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dovetail.errors import ProcessFailed
+from dovetail.errors import ProcessFailed, RunInterrupted
+from dovetail.launch.agent import END_NOW
 from dovetail.launch.logs import RankLogs
 
 # What gloo, NCCL and torch's stores say in a process whose peer has gone. Such an error follows from another.
@@ -36,10 +37,10 @@ class Death:
     def order(self) -> tuple[int, int]:
         """Smaller is nearer to the cause: killed from outside, then errors of its own, then lost peers and those
         that left without a word because another had failed, then those that the agent itself ended."""
-        if self.exit_code < 0 and -self.exit_code not in (signal.SIGTERM, signal.SIGABRT):
+        if self.exit_code < 0 and -self.exit_code not in (signal.SIGTERM, signal.SIGABRT, END_NOW):
             return 0, 0
         if self.report is None:
-            return {-signal.SIGTERM: 3, 1: 2}.get(self.exit_code, 1), 0
+            return {-signal.SIGTERM: 3, -END_NOW: 3, 1: 2}.get(self.exit_code, 1), 0
         when = int(self.report["message"]["extraInfo"]["timestamp"])
         return (2 if self.lost_peer else 1), when
 
@@ -76,6 +77,13 @@ def first_failure(exit_codes: Mapping[int, int], logs: RankLogs) -> ProcessFaile
         if report is not None or rank in exit_codes:
             deaths.append(Death(rank, exit_codes.get(rank, 1), report))
     return _describe(min(deaths, key=lambda death: death.order), logs)
+
+
+def interruption(logs: RankLogs) -> RunInterrupted:
+    """What rank 0 said when it had saved; from a machine where it is not, no more than that it did."""
+    reports = (read_report(logs.error_file(rank)) for rank in logs.ranks.values())
+    said = [r["message"]["message"] for r in reports if r and r.get("exit_code") == RunInterrupted.exit_code]
+    return RunInterrupted(said[0] if said else "ended by a signal to one of the machines; the state is saved")
 
 
 def _describe(death: Death, logs: RankLogs) -> ProcessFailed:

@@ -1,25 +1,27 @@
 """Start the processes of this machine under torch's elastic agent and see them to their end.
 
-Responsible for: the agent's settings, restarts, signals, and one error for whatever went wrong.
-Not responsible for: which processes (topology.py), what they do.
+Responsible for: the agent's settings, restarts, and one error for whatever went wrong.
+Not responsible for: which processes (topology.py), what they are told on a signal (agent.py), what they do.
 """
 
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from torch.distributed.elastic.agent.server.api import WorkerSpec
 from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousParameters, registry
 from torch.distributed.elastic.rendezvous.api import (
     RendezvousConnectionError,
     RendezvousError,
     RendezvousTimeoutError,
 )
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.distributed.launcher.api import LaunchConfig
 
-from dovetail.errors import LaunchError
-from dovetail.launch.failures import first_failure, read_report
+from dovetail.errors import DovetailError, LaunchError
+from dovetail.launch.agent import SAVED, Agent
+from dovetail.launch.failures import first_failure, interruption, read_report
 from dovetail.launch.logs import RankLogs, send_agent_log_to
 from dovetail.launch.rank import LAUNCHER
 from dovetail.launch.rendezvous import local_address, roll_call
@@ -31,7 +33,7 @@ _ONE_STREAM = ("/bin/sh", "-c", 'exec "$@" 2>&1', "sh")
 
 
 class Stopped(Exception):
-    """A signal ended the run; all processes are gone. `number` is the signal's."""
+    """A signal ended the run before it saved; all processes are gone. `number` is the signal's."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -41,9 +43,9 @@ class Stopped(Exception):
 def start(topology: Topology, command: Sequence[str], output_dir: str | Path) -> None:
     """Run `command` in every process of this machine; returns when all have ended well.
 
-    Each finds RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT in its environment. Signals are
-    passed on to all, which have 30 s to end. Raises LaunchError (the machines did not meet), ProcessFailed
-    (the first failure, after `topology.max_restarts` restarts), Stopped.
+    Each finds RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT in its environment. The first SIGTERM or
+    Ctrl-C is passed on to all, the second kills them. Raises LaunchError (the machines did not meet), ProcessFailed
+    (the first failure, after `topology.max_restarts` restarts), RunInterrupted (a signal came, and all saved), Stopped.
     """
     folder = Path(output_dir) / "logs"
     try:
@@ -64,14 +66,33 @@ def start(topology: Topology, command: Sequence[str], output_dir: str | Path) ->
     everywhere = f", {topology.size} on {topology.num_nodes}" if store is not None else ""
     say(f"{here}{everywhere}; the output of each is in {folder}")
     try:
-        elastic_launch(_settings(topology, logs), _ONE_STREAM[0])(*_ONE_STREAM[1:], *command)
-    except ChildFailedError as error:
-        exit_codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
-        raise first_failure(exit_codes, logs) from None
-    except SignalException as error:
-        raise Stopped(error.sigval) from None
+        _run(_settings(topology, logs), command, logs)
     except RendezvousError as error:
         raise _not_met(error, topology, folder / f"launcher-{topology.node_rank}.log") from error
+
+
+def _run(settings: LaunchConfig, command: Sequence[str], logs: RankLogs) -> None:
+    meeting = _meeting(settings)
+    agent = _agent(settings, meeting, [*_ONE_STREAM, *command])
+    try:
+        result = agent.run()
+    except SignalException as error:  # the meeting stays open: the other machines may go on
+        raise Stopped(agent.asked or error.sigval) from None
+    except BaseException:
+        meeting.shutdown()
+        raise
+    meeting.shutdown()
+    if result.is_failed():
+        raise _ending(agent, {rank: failure.exitcode for rank, failure in result.failures.items()}, logs)
+
+
+def _ending(agent: Agent, exit_codes: Mapping[int, int], logs: RankLogs) -> DovetailError | Stopped:
+    """What to say of processes that did not all end with 0."""
+    if SAVED in exit_codes.values():
+        return interruption(logs)
+    if agent.asked and not any(read_report(logs.error_file(rank)) for rank in exit_codes):
+        return Stopped(agent.asked)  # it came before anything could be saved
+    return first_failure(exit_codes, logs)
 
 
 def _not_met(error: RendezvousError, topology: Topology, log: Path) -> LaunchError:
@@ -111,6 +132,37 @@ def _settings(topology: Topology, logs: RankLogs) -> LaunchConfig:
         log_line_prefix_template="rank ${rank}: " if several else "${role_name}",
         local_addr=local_address(topology) if several else "localhost",
     )
+
+
+def _meeting(settings: LaunchConfig) -> RendezvousHandler:
+    """Where the agents of all machines agree on who has which ranks."""
+    return registry.get_rendezvous_handler(
+        RendezvousParameters(
+            backend=settings.rdzv_backend,
+            endpoint=settings.rdzv_endpoint,
+            run_id=settings.run_id,
+            min_nodes=settings.min_nodes,
+            max_nodes=settings.max_nodes,
+            local_addr=settings.local_addr,
+            **settings.rdzv_configs,
+        )
+    )
+
+
+def _agent(settings: LaunchConfig, meeting: RendezvousHandler, command: Sequence[str]) -> Agent:
+    program, *arguments = command
+    spec = WorkerSpec(
+        role=settings.role,
+        local_world_size=settings.nproc_per_node,
+        entrypoint=program,
+        args=tuple(arguments),
+        rdzv_handler=meeting,
+        max_restarts=settings.max_restarts,
+        local_addr=settings.local_addr,
+        numa_options=settings.numa_options,
+    )
+    assert settings.logs_specs is not None
+    return Agent(spec, settings.logs_specs, log_line_prefix_template=settings.log_line_prefix_template)
 
 
 def _say_restart(logs: RankLogs, ranks: dict[int, int], number: int) -> None:

@@ -1,9 +1,9 @@
 """A run in which nobody moves ends with the names of those who are waited for, and not in silence.
 
 Responsible for: where each process stands, and telling a deadlock from a slow rank. Needs no help from the
-training loop: a thread of each process looks at the stack of the main thread, and takes it for moving when the
-stack differs from the last look. Not responsible for: time limits of single collectives (the process group has
-its own).
+training loop: a thread of each process looks at the stack of the main thread, or of the one that writes a checkpoint
+while the main one waits for it, and takes it for moving when the stack differs from the last look.
+Not responsible for: time limits of single collectives (the process group has its own).
 """
 
 import json
@@ -25,6 +25,7 @@ from torch.distributed import DistError, Store  # type: ignore[attr-defined]
 from dovetail.errors import LaunchError
 from dovetail.launch.rank import record
 from dovetail.telemetry.log import warn
+from dovetail.training.checkpoint import WRITER, Checkpoints
 
 STUCK_AFTER_S = 540
 """Seconds without a step of any main thread. Less than the 600 s after which NCCL gives up without a diagnosis."""
@@ -82,7 +83,7 @@ class _Watch(threading.Thread):
             warn(f"where the other ranks stand is no longer known: {str(error).splitlines()[0]}")
 
     def _look(self) -> None:
-        frames = _stack_of_main_thread()
+        frames = _stack()
         stack = tuple((frame.f_code, frame.f_lasti) for frame in frames)
         if stack != self._stack:
             self._stack, self._moved = stack, time.monotonic()
@@ -138,9 +139,19 @@ def _positions(store: Store) -> dict[int, Position]:
     return {rank: Position(**json.loads(store.get(key))) for rank, key in keys.items() if store.check([key])}
 
 
-def _stack_of_main_thread() -> list[FrameType]:
-    """Its frames, innermost first."""
-    frames, frame = [], sys._current_frames().get(threading.main_thread().ident or 0)
+def _stack() -> list[FrameType]:
+    """Of the main thread, innermost first; where that waits for a checkpoint, of the thread that writes it."""
+    current = sys._current_frames()
+    frames = _frames(current.get(threading.main_thread().ident or 0))
+    if any(frame.f_code is Checkpoints.finish.__code__ for frame in frames):
+        for thread in threading.enumerate():
+            if thread.name.startswith(WRITER):
+                frames = _frames(current.get(thread.ident or 0)) or frames
+    return frames
+
+
+def _frames(frame: FrameType | None) -> list[FrameType]:
+    frames = []
     while frame is not None:
         frames.append(frame)
         frame = frame.f_back

@@ -13,7 +13,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from itertools import count
 from typing import Any, TypeVar
@@ -25,7 +25,7 @@ from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
-from dovetail.errors import ConfigError
+from dovetail.errors import ConfigError, RunInterrupted
 from dovetail.telemetry.log import CONSOLE
 
 T = TypeVar("T")
@@ -51,6 +51,8 @@ class World:
     """Among the processes of this machine: the number of its GPU."""
     is_group: bool = False
     """A group was joined, if only of one process."""
+    group: Any = None
+    """Whose collectives these are, to torch; None for those of the run's main thread."""
 
     @property
     def is_first(self) -> bool:
@@ -65,16 +67,23 @@ class World:
         """All processes in one row."""
         return init_device_mesh(device.type, (self.size,), mesh_dim_names=("data",))
 
+    def aside(self) -> "World":
+        """The same processes, with collectives of their own on the host for a thread beside the main one. A
+        collective."""
+        if self.size == 1:
+            return self
+        return replace(self, group=dist.new_group(backend="gloo", timeout=PATIENCE))
+
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over all processes, in place."""
         if self.size > 1:
-            dist.all_reduce(tensor)
+            dist.all_reduce(tensor, group=self.group)
         return tensor
 
     def max(self, tensor: Tensor) -> Tensor:
         """The largest of all processes, element by element, in place."""
         if self.size > 1:
-            dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group)
         return tensor
 
     def gather(self, value: T) -> list[T]:
@@ -82,7 +91,7 @@ class World:
         if self.size == 1:
             return [value]
         found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value)
+        dist.all_gather_object(found, value, group=self.group)
         return found
 
     def from_first(self, value: T) -> T:
@@ -90,7 +99,7 @@ class World:
         if self.size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0)
+        dist.broadcast_object_list(box, src=0, group=self.group)
         return box[0]
 
     def wait(self) -> None:
@@ -117,7 +126,8 @@ def joined(device: torch.device) -> Iterator[World]:
 
     device: what kind the run computes on; NCCL connects GPUs, gloo everything else. Processes other than the first
     print nothing. When one fails, it alone is heard: those that it leaves waiting, and those that meet the same
-    error, exit with status 1 and no word.
+    error, exit with status 1 and no word. RunInterrupted is met by all together: they leave the group in order, and
+    all but the first exit with its code and no word.
     Raises ConfigError if the environment is half a description, or names a GPU that is not there.
     """
     world = _described()
@@ -135,6 +145,12 @@ def joined(device: torch.device) -> Iterator[World]:
         with _silent(not world.is_first):
             yield world
             world.wait()
+    except RunInterrupted as end:
+        world.wait()
+        dist.destroy_process_group()
+        if world.is_first:
+            raise
+        raise SystemExit(end.exit_code) from end
     except Exception as error:
         # The group is not taken down: that would wait for the others, who wait for this process.
         if _is_first_to_fail(store):

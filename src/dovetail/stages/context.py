@@ -1,19 +1,21 @@
 """What every stage of a run shares: the folder, the device, and where metrics go.
 
-Responsible for: opening a run once and handing its parts to the stages.
+Responsible for: opening a run once, handing its parts to the stages, when their state is saved.
 Not responsible for: what a stage does with them.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from dovetail.config.run import RunConfig
 from dovetail.config.stages import StageConfig
+from dovetail.errors import RunInterrupted
 from dovetail.parallel.world import ALONE, World, joined
+from dovetail.stages.stopping import StopRequest, stop_request
 from dovetail.telemetry.log import say
 from dovetail.telemetry.metrics import Metrics
 from dovetail.telemetry.progress import Progress
@@ -41,10 +43,40 @@ class Context:
     dtype: torch.dtype
     world: World = ALONE
     """The processes of the run; the first alone writes into the folder."""
+    background: World = ALONE
+    """The same processes, for the thread that writes checkpoints."""
+    stop: StopRequest = field(default_factory=lambda: StopRequest(ALONE))
+    """What signals have asked for."""
 
     def checkpoints(self, stage: str, settings: StageConfig) -> Checkpoints:
         """The stage's checkpoints, newest kept as its settings say."""
-        return Checkpoints(self.folder.checkpoints(stage), keep=settings.keep_checkpoints, world=self.world)
+        folder = self.folder.checkpoints(stage)
+        return Checkpoints(folder, keep=settings.keep_checkpoints, world=self.background)
+
+    def save_if_due(
+        self,
+        checkpoints: Checkpoints,
+        state: Callable[[], Mapping[str, Any]],
+        settings: StageConfig,
+        *,
+        done: int,
+        total: int,
+    ) -> None:
+        """After step `done` of `total`: save the state every few steps, in the background, and at the end of the stage.
+
+        A signal that asked for an end is answered here: the state is saved, and RunInterrupted raised. A collective.
+        Raises CheckpointError as soon as a save is known to have failed.
+        """
+        checkpoints.expect_no_failure()
+        is_last = done == total
+        name = None if is_last else self.stop.asked()
+        if is_last or name or done % settings.save_every == 0:
+            checkpoints.begin_save(done, state())
+        if is_last or name:
+            checkpoints.finish()
+        if name:
+            stage = checkpoints.folder.parent.name
+            raise RunInterrupted(f"{stage}: ended by {name} after step {done} of {total}, which is saved")
 
     @contextmanager
     def metrics(self, stage: str, *, start: int) -> Iterator[Metrics]:
@@ -72,14 +104,14 @@ class Context:
 @contextmanager
 def open_run(config: RunConfig) -> Iterator[Context]:
     """Join the run's processes, and create or reopen its folder, refusing another run's; locked against a second
-    run."""
+    run. Within the block SIGTERM and SIGINT ask for an end (stopping.py)."""
     kind = resolve_device(config.device)
-    with joined(kind) as world, _folder_of(config, world) as folder:
+    with joined(kind) as world, stop_request(world) as stop, _folder_of(config, world) as folder:
         device = world.device(kind)
         dtype = resolve_dtype(config.precision, device)
         number = f"{world.size} processes, " if world.size > 1 else ""
         say(f"run {folder.path}: {number}{device}, {str(dtype).removeprefix('torch.')}")
-        yield Context(config, folder, device, dtype, world)
+        yield Context(config, folder, device, dtype, world, world.aside(), stop)
 
 
 def _folder_of(config: RunConfig, world: World) -> RunFolder:

@@ -42,6 +42,7 @@ def run_stages(context: Context, judge: Judge | None = None) -> None:
         if context.folder.is_done(name):
             say(f"{TITLES[name]}: finished before, skipped")
             continue
+        context.stop.expect_none(TITLES[name])
         say(TITLES[name])
         start = time.monotonic()
         report = run_stage(context)

@@ -65,6 +65,7 @@ def run(context: Context, judge: Judge | None = None) -> StageReport:
     with (
         context.metrics("ppo", start=start) as metrics,
         context.progress("ppo", total=iterations, start=start) as progress,
+        checkpoints,
     ):
         if start == 0:
             metrics.record(0, held_out_stats(0))
@@ -84,8 +85,7 @@ def run(context: Context, judge: Judge | None = None) -> StageReport:
             samples.show_if_due(done, collected)
             progress.advance({"score": row["ppo/score_mean"], "kl": row["ppo/kl_nats_per_answer"]})
             check_kl(row, config, step=done)
-            if done % config.save_every == 0 or done == iterations:
-                checkpoints.save(done, state())
+            context.save_if_due(checkpoints, state, config, done=done, total=iterations)
     save_actor(engine, folder)
     return StageReport(iterations, results or held_out_stats(iterations))
 

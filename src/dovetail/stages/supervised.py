@@ -75,6 +75,7 @@ def fit(task: Task, context: Context) -> Mapping[str, float]:
     with (
         context.metrics(task.stage, start=start) as metrics,
         context.progress(task.stage, total=task.total_steps, start=start) as progress,
+        checkpoints,
     ):
         for step in range(start, task.total_steps):
             seed_step(context.config.seed, step, world.rank)
@@ -94,8 +95,7 @@ def fit(task: Task, context: Context) -> Mapping[str, float]:
                 row |= {f"{task.stage}/{name}": value for name, value in results.items()}
             metrics.record(done, row)
             progress.advance({"loss": report.loss})
-            if done == task.total_steps or done % task.settings.save_every == 0:
-                checkpoints.save(done, state())
+            context.save_if_due(checkpoints, state, task.settings, done=done, total=task.total_steps)
     return results or task.evaluate()
 
 

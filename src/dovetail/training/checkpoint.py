@@ -1,9 +1,9 @@
 """Checkpoints: the state of a stage on disk, whole or not at all.
 
-Responsible for: writing a state (nested dicts of tensors and plain values) so that a kill, a power cut or a
-full disk at any moment leaves the ones before it usable; finding the newest sound one; keeping the last
-few. Several processes write one checkpoint together, each the rows of sharded tensors that it holds; any number may
-read it, each the rows that it needs.
+Responsible for: writing a state (nested dicts of tensors and plain values), in the background if wanted, so that a
+kill, a power cut or a full disk at any moment leaves the ones before it usable; finding the newest sound one; keeping
+the last few. Several processes write one checkpoint together, each the rows of sharded tensors that it holds; any
+number may read it, each the rows that it needs.
 Not responsible for: what a state holds (each part has its own `state_dict`), model folders for users.
 
 On disk: `step-00000100/` with `tensors.safetensors`, `state.json` (the structure and the plain values) and
@@ -17,7 +17,9 @@ import json
 import re
 import shutil
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import TracebackType
 from typing import Any, BinaryIO
 
 from torch import Tensor
@@ -30,6 +32,8 @@ from dovetail.training.disk import OpenFile, open_file, sync_file, sync_folder, 
 from dovetail.training.tensor_file import TensorFiles, num_bytes, write_tensors
 
 TENSORS, VALUES, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
+WRITER = "checkpoint"
+"""How the names of threads that write checkpoints begin."""
 _NAME = re.compile(r"step-(\d{8,})(?:\.(\d+))?")
 _UNFINISHED = (".writing-", ".deleting-")
 _MARK = "$tensor"
@@ -39,7 +43,8 @@ class Checkpoints:
     """The checkpoints of one stage, in one folder.
 
     keep: how many of the newest stay. open_file: how files are opened for writing. world: the processes that save and
-    read together, in one folder that all of them see.
+    read together, in one folder that all of them see; its collectives must be of its own (World.aside), because a
+    thread calls them. Leaving a `with` block over it waits for what is being saved.
     One run at a time may save (training/run_folder.py sees to it); any number may read.
     """
 
@@ -53,6 +58,21 @@ class Checkpoints:
         self._open_file = open_file
         self._world = world
         self._damaged: set[Path] = set()
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=WRITER)
+        self._saving: Future[Path] | None = None
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.finish()
+        except Exception as failure:
+            if kind is None:
+                raise
+            warn(f"the last checkpoint in {self.folder} was not finished: {failure}")
 
     def save(self, step: int, state: Mapping[str, Any]) -> Path:
         """Write the state after `step` steps, then remove what is older than the last `keep`. A collective.
@@ -60,9 +80,36 @@ class Checkpoints:
         Raises CheckpointError if the disk refuses; the checkpoints before are intact then, and no rest is
         left.
         """
+        self.begin_save(step, state)
+        saved = self.finish()
+        assert saved is not None
+        return saved
+
+    def begin_save(self, step: int, state: Mapping[str, Any]) -> None:
+        """As `save`, in the background: returns once the state is copied to host memory and may change again.
+
+        Waits for the save before, and raises what went wrong in it.
+        """
+        self.finish()
         tensors: dict[str, Tensor] = {}
         values = json.dumps(_split(state, "", tensors))
-        own = self._own_tensors(tensors)
+        own = {name: tensor.to("cpu", copy=True) for name, tensor in self._own_tensors(tensors)}
+        rows = {name: bounds(tensor) for name, tensor in tensors.items() if is_shard(tensor)}
+        self._saving = self._thread.submit(self._save, step, values, own, rows)
+
+    def finish(self) -> Path | None:
+        """Wait for the save that was begun, if one was, and raise what went wrong in it."""
+        saving, self._saving = self._saving, None
+        return saving.result() if saving is not None else None
+
+    def expect_no_failure(self) -> None:
+        """Raise what went wrong in a save that was begun, if that is known by now."""
+        if self._saving is not None and self._saving.done():
+            self.finish()
+
+    def _save(
+        self, step: int, values: str, own: Mapping[str, Tensor], rows: Mapping[str, tuple[int, int]]
+    ) -> Path:
         target = self.folder / self._world.from_first(self._free_name(step).name)
         temporary = self.folder / f".writing-{target.name}"
         needed = sum(num_bytes(tensor) for tensor in own.values()) + len(values)
@@ -72,7 +119,7 @@ class Checkpoints:
                 self._remove_unfinished()
                 temporary.mkdir()
             self._world.wait()
-            self._write(temporary, step, values, own, self._rows(tensors))
+            self._write(temporary, step, values, own, self._rows(rows))
             if self._world.is_first:
                 temporary.rename(target)
                 sync_folder(self.folder)
@@ -133,19 +180,16 @@ class Checkpoints:
         ]
         return plain if not taken else plain.with_name(f"{plain.name}.{max(taken) + 1}")
 
-    def _own_tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _own_tensors(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """What this process writes: its rows of what is sharded; the first one also all that is not."""
-        return {
-            name: local(tensor)
-            for name, tensor in tensors.items()
-            if is_shard(tensor) or self._world.is_first
-        }
+        for name, tensor in tensors.items():
+            if is_shard(tensor) or self._world.is_first:
+                yield name, local(tensor)
 
-    def _rows(self, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, tuple[int, int]]]:
+    def _rows(self, own: Mapping[str, tuple[int, int]]) -> dict[str, dict[str, tuple[int, int]]]:
         """Name -> file -> rows, of the tensors that lie in several files."""
         if self._world.size == 1:
             return {}
-        own = {name: bounds(tensor) for name, tensor in tensors.items() if is_shard(tensor)}
         found = self._world.gather(own)
         return {name: {_file_of(rank): rows[name] for rank, rows in enumerate(found)} for name in own}
 

@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from dovetail.cli import processes
-from dovetail.errors import DataError
+from dovetail.errors import DataError, RunInterrupted
 from dovetail.launch.topology import expect_enough_work
 
 
@@ -29,12 +29,22 @@ def run(config: Any) -> None:
     folder = Path(config.output_dir)
     if deed == "finish" or (folder / "died").exists():
         return
+    if deed in ANSWERS:
+        signal.signal(signal.SIGTERM, ANSWERS[deed])
     (folder / f"pid-{rank}").write_text(str(os.getpid()))
     if doer == rank:
         while len(list(folder.glob("pid-*"))) < int(os.environ["WORLD_SIZE"]):
             time.sleep(0.05)  # all must be there to see it
         do(deed, folder)
     time.sleep(600)
+
+
+def save_and_end(*_: object) -> None:
+    raise RunInterrupted("ppo: ended by SIGTERM after step 3 of 9, which is saved")
+
+
+ANSWERS: dict[str, Any] = {"save": save_and_end, "refuse": signal.SIG_IGN}
+"""What all do on SIGTERM."""
 
 
 def do(deed: str, folder: Path) -> None:

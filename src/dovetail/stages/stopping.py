@@ -1,0 +1,85 @@
+"""A signal asks a run to end: it ends after the step it is in, with a checkpoint.
+
+Responsible for: SIGTERM and Ctrl-C in a process that trains, and the step on which the processes of a run agree.
+Not responsible for: saving (saving.py), passing signals on to the processes of a run (launch/agent.py).
+"""
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import torch
+
+from dovetail.errors import RunInterrupted
+from dovetail.parallel.world import World
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class StopRequest:
+    """Whether a signal has asked any process of `world` to end."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._number = 0
+
+    def take(self, number: int) -> None:
+        """This process has got the signal."""
+        self._number = number
+
+    def asked(self) -> str | None:
+        """Name of the signal, the same in all processes. A collective."""
+        number = self._number
+        if self._world.size > 1:
+            number = int(self._world.max(torch.tensor([number])))
+        return signal.Signals(number).name if number else None
+
+    def expect_none(self, before: str) -> None:
+        """Raise RunInterrupted if the run was asked to end before the stage of that name. A collective."""
+        name = self.asked()
+        if name is not None:
+            raise RunInterrupted(f"ended by {name} before {before}")
+
+
+@contextmanager
+def stop_request(world: World) -> Iterator[StopRequest]:
+    """While the block runs, SIGTERM and SIGINT only ask for an end; what is ignored stays ignored.
+
+    Alone, a second signal ends the process as it would have done before. One of several takes no notice of more:
+    a cluster may signal it and its launcher, which passes the same on. In another thread than the main one, which
+    alone takes signals in Python, nothing changes.
+    """
+    request = StopRequest(world)
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    before = {number: signal.getsignal(number) or signal.SIG_DFL for number in SIGNALS}
+
+    def give_back() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def take(number: int, _: FrameType | None) -> None:
+        request.take(number)
+        if not world.is_group:
+            give_back()
+            _tell(number)
+
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, take)
+    try:
+        yield request
+    finally:
+        give_back()
+
+
+def _tell(number: int) -> None:
+    """Without buffers and locks, which the main thread may hold at this moment."""
+    name = signal.Signals(number).name
+    text = f"\n{name}: the run saves a checkpoint after this step and ends; once more ends it now\n"
+    os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, text.encode())
