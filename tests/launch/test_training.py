@@ -95,6 +95,7 @@ def expect_same_weights(config: RunConfig, reference: RunConfig) -> None:
             assert_near_after_adam(found[name], tensor, learning_rate=LEARNING_RATE)
 
 
+@pytest.mark.system
 def test_two_processes_one_of_them_killed_end_with_the_weights_of_one(
     alone: RunConfig, both: RunConfig
 ) -> None:
