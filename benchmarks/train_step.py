@@ -17,7 +17,7 @@ import argparse
 import os
 import socket
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -47,47 +47,69 @@ def main() -> None:
     device = torch.device(options.device)
     if options.sharded:
         with group_of_one(device) as world:
-            stages = {f"zero_{stage}": partial(ours, world=world, stage=stage) for stage in (1, 2, 3)}
-            compare({"dovetail": ours, **stages}, options, world.device(device))
+            for stage in (1, 2, 3):
+                sharded = partial(ours, world=world, stage=stage)
+                show_ratios(
+                    measure({"dovetail": ours, f"zero_{stage}": sharded}, options, world.device(device))
+                )
         return
     makers: dict[str, Make] = {"dovetail": ours, "hf_bf16": partial(hugging_face, autocast=False)}
     if not options.lora:
         makers["hf_autocast"] = partial(hugging_face, autocast=True)
-    compare(makers, options, device)
+    seconds: dict[str, float] = {}
+    for name, make in makers.items():  # each has the device to itself
+        seconds |= measure({name: make}, options, device)
+    show_ratios(seconds)
 
 
-def compare(makers: Mapping[str, Make], options: argparse.Namespace, device: torch.device) -> None:
-    """One line a system, and one with the seconds of the others over those of the first."""
-    seconds = {name: measure(name, make, options, device) for name, make in makers.items()}
-    ratios = {
-        f"ratio_to_{name}": s / seconds["dovetail"] for name, s in seconds.items() if name != "dovetail"
-    }
+def show_ratios(seconds: Mapping[str, float]) -> None:
+    """One line with the seconds of the others over ours."""
+    ours_s = seconds["dovetail"]
+    ratios = {f"ratio_to_{name}": s / ours_s for name, s in seconds.items() if name != "dovetail"}
     shapes.show(benchmark="train_step", **ratios)
 
 
-def measure(name: str, make: Make, options: argparse.Namespace, device: torch.device) -> float:
-    """Seconds of a step, the median."""
+def measure(
+    makers: Mapping[str, Make], options: argparse.Namespace, device: torch.device
+) -> dict[str, float]:
+    """Median seconds of a step of each; several take turns, so that a busy host is busy for all. One line each."""
     shapes.fresh(device)
-    model = model_of(options, device)
-    step = make(model, options, device)  # puts adapters on the model in place, or shards it
+    models = {name: model_of(options, device) for name in makers}
+    # Puts adapters on a model in place, or shards it.
+    steps = {name: make(models[name], options, device) for name, make in makers.items()}
+    kinds = {name: type(next(model.parameters()).data).__name__ for name, model in models.items()}
+    times: dict[str, list[float]] = {name: [] for name in makers}
+    for _ in range(2 + options.repeats):
+        for name, step in steps.items():
+            start = shapes.now(device)
+            step()
+            times[name].append(shapes.now(device) - start)
+    for name, model in models.items():
+        show(name, model, kinds[name], times[name][2:], options, device)
+    return {name: statistics.median(own[2:]) for name, own in times.items()}
+
+
+def show(
+    name: str,
+    model: Any,
+    kind: str,
+    times: Sequence[float],
+    options: argparse.Namespace,
+    device: torch.device,
+) -> None:
+    """The line of one system; kind: of its parameters."""
+    seconds = statistics.median(times)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    times = []
-    for _ in range(2 + options.repeats):
-        start = shapes.now(device)
-        step()
-        times.append(shapes.now(device) - start)
-    seconds = statistics.median(times[2:])
     tokens = options.sequences * LENGTH
     flop = (6 * trained + 4 * frozen) * tokens
     shapes.show(
         benchmark="train_step", system=name, model=options.model, lora=options.lora, tokens=tokens,
-        micro_sequences=options.micro, parameters=type(next(model.parameters()).data).__name__, seconds=seconds,
-        fastest=min(times[2:]), slowest=max(times[2:]), tokens_per_second=tokens / seconds,
-        model_tflops=flop / seconds / 1e12, of_matmul=flop / seconds / shapes.FLOP_PER_SECOND,
+        micro_sequences=options.micro, parameters=kind, seconds=seconds, fastest=min(times), slowest=max(times),
+        tokens_per_second=tokens / seconds, model_tflops=flop / seconds / 1e12,
+        of_matmul=flop / seconds / shapes.FLOP_PER_SECOND,
         **shapes.setting(device), **shapes.memory(device),
     )  # fmt: skip
-    return seconds
 
 
 @contextmanager

@@ -21,7 +21,7 @@ def layout_of(lengths):
     return PackedLayout.of(pack([[0] * n for n in lengths], [[False] * n for n in lengths]))
 
 
-def random_inputs(num_tokens, dtype=torch.float64):
+def random_inputs(num_tokens, dtype=torch.float64, *, num_key_heads=NUM_KEY_HEADS):
     generator = torch.Generator().manual_seed(num_tokens)
 
     def draw(heads):
@@ -29,7 +29,7 @@ def random_inputs(num_tokens, dtype=torch.float64):
         drawn = torch.randn(1, num_tokens, heads, WIDTH, generator=generator, dtype=dtype)
         return drawn.transpose(1, 2).requires_grad_()
 
-    return draw(NUM_HEADS), draw(NUM_KEY_HEADS), draw(NUM_KEY_HEADS)
+    return draw(NUM_HEADS), draw(num_key_heads), draw(num_key_heads)
 
 
 def by_definition(inputs, lengths, *, scaling, window=None, softcap=None):
@@ -41,7 +41,7 @@ def by_definition(inputs, lengths, *, scaling, window=None, softcap=None):
         for t in range(start, start + length):
             first = max(start, t + 1 - window) if window else start
             for head in range(NUM_HEADS):
-                key_head = head // (NUM_HEADS // NUM_KEY_HEADS)
+                key_head = head // (NUM_HEADS // len(key))
                 scores = key[key_head, first : t + 1] @ query[head, t] * scaling
                 if softcap:
                     scores = softcap * torch.tanh(scores / softcap)
@@ -141,36 +141,32 @@ def test_what_cannot_be_packed_is_told():
     assert "linear_attention" in why_not_packed(model)
 
 
-def recent(query, key, value, *places, scale=None, window_size, enable_gqa=False):
-    """varlen_attn with the options of torch 2.13, by definition."""
+def flash_forward(
+    query, key, value, *places, scale, window_size_left, window_size_right, is_causal, **options
+):
+    """torch's operator, by definition."""
     bounds, bounds_of_keys, longest, longest_key = places
     lengths = torch.diff(bounds).tolist()
     assert bounds is bounds_of_keys
     assert bounds.dtype == torch.int32
     assert longest == longest_key == max(lengths)
-    assert enable_gqa == (query.shape[1] != key.shape[1])
-    assert window_size[1] == 0
+    assert options == {"dropout_p": 0.0, "return_debug_mask": False}
+    assert window_size_right == 0
     inputs = [x.transpose(0, 1)[None] for x in (query, key, value)]
-    window = None if window_size[0] < 0 else window_size[0] + 1
-    return by_definition(inputs, lengths, scaling=WIDTH**-0.5 if scale is None else scale, window=window)[0]
+    window = None if window_size_left < 0 else window_size_left + 1
+    assert is_causal == (window is None)
+    scaling = WIDTH**-0.5 if scale is None else scale
+    return by_definition(inputs, lengths, scaling=scaling, window=window)[0], "log-sum-exp"
 
 
-def early(query, key, value, *places, is_causal=False):
-    """The same with fewer options."""
-    assert is_causal
-    return recent(query, key, value, *places, window_size=(-1, 0), enable_gqa=query.shape[1] != key.shape[1])
-
-
-@pytest.mark.parametrize(("version", "window"), [(recent, None), (recent, 3), (recent, 1), (early, None)])
+@pytest.mark.parametrize("window", [None, 3, 1])
 @pytest.mark.parametrize("scaling", [None, 0.3])
-def test_flash_attention_is_told_the_same_in_every_version_of_torch(monkeypatch, version, window, scaling):
+def test_what_flash_attention_is_told(monkeypatch, window, scaling):
     lengths = LENGTHS["ragged"]
     inputs = random_inputs(sum(lengths))
-    monkeypatch.setattr(attention.varlen, "varlen_attn", version)
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", flash_forward)
     monkeypatch.setattr(attention, "flash_can", lambda *_: True)
-    attention._varlen_options.cache_clear()
     ours = layout_of(lengths).attend(None, *inputs, scaling=scaling, sliding_window=window, softcap=None)
-    attention._varlen_options.cache_clear()
     assert_near(ours, by_definition(inputs, lengths, scaling=scaling or WIDTH**-0.5, window=window))
 
 
@@ -180,8 +176,10 @@ def test_flash_attention_is_told_the_same_in_every_version_of_torch(monkeypatch,
 @pytest.mark.parametrize("window", [None, 1, 3])
 @pytest.mark.parametrize("softcap", [None, 0.7])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_gpus_compute_the_same_attention_and_gradient(lengths, window, softcap, dtype):
-    inputs = [x.detach().to(dtype).requires_grad_() for x in random_inputs(sum(lengths))]
+@pytest.mark.parametrize("num_key_heads", [NUM_KEY_HEADS, NUM_HEADS])
+def test_gpus_compute_the_same_attention_and_gradient(lengths, window, softcap, dtype, num_key_heads):
+    drawn = random_inputs(sum(lengths), num_key_heads=num_key_heads)
+    inputs = [x.detach().to(dtype).requires_grad_() for x in drawn]
     exact = [x.detach().double().requires_grad_() for x in inputs]
     there = [x.detach().cuda().requires_grad_() for x in inputs]
     batch = pack([[0] * n for n in lengths], [[False] * n for n in lengths]).to(torch.device("cuda"))

@@ -77,7 +77,7 @@ class Prefill:
             return self._asking.attend(module, query, key, value, **options)  # type: ignore[arg-type]
         keys, values = self._arena.read(module.layer_idx, self._past_HT)
         window = sliding_window
-        if softcap is None and flash_can(query, values, window):
+        if softcap is None and flash_can(query, values):
             return flash_attention(
                 query, keys, values, self._asking, self._asked, scaling=scaling, window=window
             )

@@ -2,7 +2,7 @@
 
 Responsible for: the registered function, switching a model to it, and causal attention inside each sequence
 of a packed batch (flash attention on GPUs; on CPUs one sequence after the other; else, as with soft-capped scores,
-a padded rectangle).
+a padded rectangle, which a batch of equal lengths is without padding).
 Not responsible for: who calls the model (forward.py), or attention to cached keys (engine/).
 
 The one seam: every forward passes an object `layout`; whatever it is, its `attend` does the work. Training
@@ -16,13 +16,11 @@ K head width.
 
 from __future__ import annotations
 
-import inspect
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.attention import varlen
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -84,17 +82,31 @@ class PackedLayout:
     ) -> Tensor:
         """Causal attention within each sequence; a window counts the token itself."""
         window = sliding_window if sliding_window is not None and sliding_window < self.max_length else None
-        if softcap is None and flash_can(query, value, window):
+        is_plain = softcap is None and window is None
+        if (
+            softcap is None
+            and flash_can(query, value)
+            and not (is_plain and self._trains_a_rectangle(query, key))
+        ):
             return flash_attention(query, key, value, self, self, scaling=scaling, window=window)
         if softcap is None and not query.is_cuda:
             return self._one_by_one(query, key, value, scaling=scaling, window=window)
         query_SHLK, key_SHLK, value_SHLK = self.padded(query), self.padded(key), self.padded(value)
-        needs_mask = window is not None or softcap is not None
-        allowed_LL = self._window_mask(window or self.max_length) if needs_mask else None
+        allowed_LL = None if is_plain else self._window_mask(window or self.max_length)
         out_SHLK = padded_attention(
             query_SHLK, key_SHLK, value_SHLK, scaling=scaling, softcap=softcap, allowed=allowed_LL
         )
         return self.packed(out_SHLK)
+
+    def _trains_a_rectangle(self, query: Tensor, key: Tensor) -> bool:
+        """Sequences of one length, in training: torch has a faster kernel for them than flash attention, which takes
+        up to a second to prepare for each new shape. Elsewhere, and with one sequence, shapes change too often."""
+        return (
+            query.requires_grad
+            and self.is_rectangular
+            and len(self.lengths) > 1
+            and query.shape[1] == key.shape[1]
+        )
 
     def _one_by_one(
         self, query: Tensor, key: Tensor, value: Tensor, *, scaling: float | None, window: int | None
@@ -226,23 +238,25 @@ def flash_attention(
 
     query [1, H, T, K] lies as `asking` says, key and value [1, H / G, T', K] as `asked` does; [1, T, H, K].
     """
-    known = _varlen_options()
-    options: dict[str, Any] = {}
-    if "window_size" in known:  # (tokens to the left, to the right), the token itself not counted
-        options["window_size"] = (-1 if window is None else window - 1, 0)
-    else:
-        options["is_causal"] = True
-    if "scale" in known:
-        options["scale"] = scaling
-    elif scaling is not None:
-        query = query * (scaling * query.shape[-1] ** 0.5)
-    if "enable_gqa" in known:  # earlier versions group heads without being told
-        options["enable_gqa"] = query.shape[1] != key.shape[1]
     # squeeze and not [0]: the gradient of an index is a copy into zeros.
     query_THK, key_THK, value_THK = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
-    bounds = (asking.cu_seqlens_S1, asked.cu_seqlens_S1, asking.max_length, asked.max_length)
-    out_THK = varlen.varlen_attn(query_THK, key_THK, value_THK, *bounds, **options)
-    assert isinstance(out_THK, Tensor)  # a pair only if asked for
+    # The operator behind torch.nn.attention.varlen, whose Python takes longer than the kernel.
+    out_THK, *_ = torch.ops.aten._flash_attention_forward(
+        query_THK,
+        key_THK,
+        value_THK,
+        asking.cu_seqlens_S1,
+        asked.cu_seqlens_S1,
+        asking.max_length,
+        asked.max_length,
+        dropout_p=0.0,
+        is_causal=window is None,
+        return_debug_mask=False,
+        scale=scaling,
+        window_size_left=-1 if window is None else window - 1,  # the token itself is not counted
+        window_size_right=0,
+    )
+    assert isinstance(out_THK, Tensor)
     return out_THK[None]
 
 
@@ -265,7 +279,7 @@ def padded_attention(
     return _softcapped(query_SHLK, key_SHLK, value_SHLK, scaling=scaling, softcap=softcap, allowed=allowed)
 
 
-def flash_can(query: Tensor, value: Tensor, window: int | None) -> bool:
+def flash_can(query: Tensor, value: Tensor) -> bool:
     """Flash attention's own limits: half precision, a head width of up to 256 in steps of 8, one for all."""
     width = query.shape[-1]
     return (
@@ -274,14 +288,7 @@ def flash_can(query: Tensor, value: Tensor, window: int | None) -> bool:
         and width == value.shape[-1]
         and width % 8 == 0
         and width <= 256
-        and (window is None or "window_size" in _varlen_options())
     )
-
-
-@cache
-def _varlen_options() -> frozenset[str]:
-    """What this version of torch lets one say to varlen_attn: 2.11 to 2.13 differ."""
-    return frozenset(inspect.signature(varlen.varlen_attn).parameters)
 
 
 def _sdpa(

@@ -54,6 +54,16 @@ class Layout:
     def is_sharded(self) -> bool:
         return self.skeleton is not None
 
+    @property
+    def lends(self) -> bool:
+        """One process, whose shards are whole: FSDP2 computes with them instead of copies, and nothing is to free."""
+        return self.is_sharded and self.world.size == 1
+
+    @property
+    def regathers(self) -> bool:
+        """Weights are given back after each layer's forward pass."""
+        return self.stage == 3 and not self.lends
+
     def take_costs(self) -> tuple[float, int]:
         """(seconds, bytes received) of gathering since the last call."""
         costs = self.gather_seconds, self.gather_bytes
@@ -88,22 +98,24 @@ def spread(model: Any, *, stage: int, world: World, device: torch.device) -> Non
         _LAYOUTS[inner] = Layout(world)
         return
     skeleton = copy_of(model, device=torch.device("meta"))
+    layout = Layout(world, stage, skeleton)
     inner.run_with_weights = MethodType(_run, inner)
     # Sums, because losses are divided by the count of all processes already; float32 on the way, as in one process.
     options: dict[str, Any] = {
         "mesh": world.mesh(device),
-        "reshard_after_forward": stage == 3,
+        "reshard_after_forward": layout.regathers,
         "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False),
     }
-    for module in [*_layers(inner), inner]:
+    for module in [inner] if layout.lends else [*_layers(inner), inner]:
         sharded = fully_shard(module, **options)
         sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)
     register_fsdp_forward_method(inner, "run_with_weights")
-    if world.size == 1:
+    if layout.lends:
         _lend_shards(model)
+        inner.set_reshard_after_backward(False)
     share_buffers(model, skeleton)
-    _LAYOUTS[inner] = Layout(world, stage, skeleton)
+    _LAYOUTS[inner] = layout
 
 
 def before_backward(model: Any, *, is_last: bool) -> None:
@@ -111,9 +123,15 @@ def before_backward(model: Any, *, is_last: bool) -> None:
     layout, inner = layout_of(model), plain_model(model)
     if isinstance(inner, FSDPModule):
         inner.set_is_last_backward(is_last)
-        if layout.stage == 1:
+        if layout.stage == 1 and not layout.lends:
             inner.set_requires_gradient_sync(is_last)
             inner.set_reshard_after_backward(is_last)
+
+
+def before_update(model: Any) -> None:
+    """To be called between the last backward pass of a step and its update, which gathered copies would not see."""
+    if not layout_of(model).lends:
+        give_back(model)
 
 
 def reduce_gradients(model: Any, gradients: Mapping[str, Tensor]) -> None:
@@ -135,7 +153,7 @@ def reduce_gradients(model: Any, gradients: Mapping[str, Tensor]) -> None:
 
 
 def give_back(model: Any) -> None:
-    """Free gathered weights that a forward pass left; must be called before the weights change."""
+    """Free gathered weights that a forward pass left: what the model calls its weights are shards again."""
     inner = plain_model(model)
     if isinstance(inner, FSDPModule):
         for module in inner.modules():
@@ -155,7 +173,7 @@ def given_back_after_use(model: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        inner.set_reshard_after_forward(layout.stage == 3)
+        inner.set_reshard_after_forward(layout.regathers)
 
 
 @contextmanager

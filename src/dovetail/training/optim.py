@@ -128,8 +128,10 @@ class Optimizer:
     def zero_grad(self) -> None:
         """Forget and free all gradients."""
         for slot in self._slots.values():
-            slot.parameter.grad = None
-            slot.master_gradient = None
+            if slot.has_master:
+                slot.master_gradient = None  # the parameter's own was taken away
+            else:
+                slot.parameter.grad = None
 
     def gradients(self) -> dict[str, Tensor]:
         """Name -> accumulated gradient, of the weights that have one; float32 once it is a sum of several."""

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from dovetail.batches import MicroBatchable, SummedLoss
 from dovetail.errors import TrainingStopped
 from dovetail.model.shards import local
-from dovetail.parallel.shard import before_backward, give_back, layout_of, reduce_gradients, world_of
+from dovetail.parallel.shard import before_backward, before_update, layout_of, reduce_gradients, world_of
 from dovetail.parallel.share import shared_micro_batches
 from dovetail.parallel.world import World
 from dovetail.telemetry.log import warn
@@ -94,7 +94,7 @@ def gradient_step(
         unit_tokens=lambda: [unit.num_tokens for term in terms for unit in term.batch.micro_batches(1)],
     )
     numbers = _over_all(model, sums, own_norm, device)
-    give_back(model)
+    before_update(model)
     optimizer.step(_clip_scale(sums, numbers, max_grad_norm, _loss_scale(optimizer)))
     sums, grad_norm = _on_host(sums, numbers, _loss_scale(optimizer))
     losses = {
