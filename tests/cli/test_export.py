@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -71,21 +72,31 @@ def test_an_adapter_is_merged_into_its_base(base: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("which", ["sft", "ppo"])
-def test_a_checkpoint_of_a_half_finished_stage_can_be_had(base: Path, tmp_path: Path, which: str) -> None:
+@pytest.mark.parametrize("checkpoint", ["newest", "best"])
+def test_a_checkpoint_of_a_half_finished_stage_can_be_had(
+    base: Path, tmp_path: Path, which: str, checkpoint: str
+) -> None:
     run = RunFolder(tmp_path / "run")
     changes = [f"actor.path={base}", "actor.lora={rank: 2, alpha: 2}", f"output_dir={run.path}"]
     run.path.mkdir()
     run.config.write_text(dump(load("opt-125m", changes)))
     model = with_adapter()
     weights = trained_weights(model)
-    state = {"model": weights} if which == "sft" else {"engine": {"actor": weights}}
-    Checkpoints(run.checkpoints(which)).save(10, state)
+    other = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+
+    def state(weights: dict[str, torch.Tensor]) -> dict[str, Any]:
+        return {"model": weights} if which == "sft" else {"engine": {"actor": weights}}
+
+    checkpoints = Checkpoints(run.checkpoints(which))
+    checkpoints.save(10, state(weights if checkpoint == "best" else other), merit=-0.5)
+    checkpoints.save(20, state(weights if checkpoint == "newest" else other), merit=-0.6)
     arguments = (
         str(run.path),
         str(tmp_path / "out"),
         "--which",
         which,
         "--from-checkpoint",
+        checkpoint,
         "--dtype",
         "fp32",
     )
@@ -102,9 +113,11 @@ def test_what_is_not_finished_or_not_there_is_said(
     out = str(tmp_path / "out")
     assert export(str(run.path), out, "--which", "ppo") == 2
     assert "has no finished ppo model" in capsys.readouterr().err
-    assert export(str(run.path), out, "--which", "ppo", "--from-checkpoint") == 2
+    assert export(str(run.path), out, "--which", "ppo", "--from-checkpoint", "newest") == 2
     assert "has no checkpoint" in capsys.readouterr().err
-    assert export(str(run.path), out, "--which", "ema", "--from-checkpoint") == 2
+    assert export(str(run.path), out, "--which", "sft", "--from-checkpoint", "best") == 2
+    assert "with an evaluation right before it" in capsys.readouterr().err
+    assert export(str(run.path), out, "--which", "ema", "--from-checkpoint", "newest") == 2
     assert "cannot be taken from a checkpoint" in capsys.readouterr().err
     assert export(str(base), str(base)) == 2
     assert "exists already" in capsys.readouterr().err

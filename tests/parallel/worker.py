@@ -27,8 +27,8 @@ def stop_at(stage: str, step: int) -> None:
     """From now on, `Checkpoints.begin_save` raises Stopped after it has written that step."""
     begin_save = Checkpoints.begin_save
 
-    def save_and_stop(self: Checkpoints, at: int, state: Any) -> None:
-        begin_save(self, at, state)
+    def save_and_stop(self: Checkpoints, at: int, state: Any, *, merit: float | None) -> None:
+        begin_save(self, at, state, merit=merit)
         if self.folder.parent.name == stage and at == step:
             self.finish()
             raise Stopped

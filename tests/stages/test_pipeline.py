@@ -69,6 +69,29 @@ def test_the_summary_tells_the_results_of_every_stage(run_of_each: Path) -> None
     assert {"held_out_reward", "held_out_kl_nats_per_answer"} <= summary["ppo"].keys()
 
 
+@pytest.mark.parametrize(
+    ("stage", "metric", "sign"),
+    [("sft", "held_out_loss", -1), ("reward", "held_out_loss", -1), ("ppo", "held_out_reward", 1)],
+)
+def test_a_checkpoint_knows_how_good_its_model_was(
+    run_of_each: Path, stage: str, metric: str, sign: int
+) -> None:
+    lines = (run_of_each / "metrics.jsonl").read_text().splitlines()
+    measured = [
+        (row["step"], sign * row[f"{stage}/{metric}"])
+        for row in map(json.loads, lines)
+        if f"{stage}/{metric}" in row
+    ]
+    found = {}
+    for folder in (run_of_each / stage / "checkpoints").iterdir():
+        manifest = json.loads((folder / "manifest.json").read_text())
+        found[manifest["step"]] = manifest.get("merit")
+    step, merit = measured[-1]
+    is_best = stage != "ppo" or merit > measured[0][1]  # of step 0, which has no checkpoint
+    assert (step, found[1]) == (2, None)
+    assert found[2] == (merit if is_best else None)
+
+
 def test_the_average_is_a_float32_model_of_its_own(run_of_each: Path) -> None:
     actor = load_file(run_of_each / "ppo/model/model.safetensors")
     average = load_file(run_of_each / "ppo/model_ema/model.safetensors")

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 Which = Literal["sft", "reward", "ppo", "ema", "best"]
+Checkpoint = Literal["newest", "best"]
 
 
 def export(
@@ -29,8 +30,13 @@ def export(
         Which | None, typer.Option(help="Model of a run. By default ppo, else sft.", show_default=False)
     ] = None,
     from_checkpoint: Annotated[
-        bool, typer.Option("--from-checkpoint", help="From the stage's newest checkpoint, finished or not.")
-    ] = False,
+        Checkpoint | None,
+        typer.Option(
+            help="From a checkpoint of the stage, finished or not: the newest, or the one that was best on "
+            "held-out rows.",
+            show_default=False,
+        ),
+    ] = None,
     dtype: Annotated[
         Literal["bf16", "fp16", "fp32"], typer.Option(help="Precision of the written weights.")
     ] = "bf16",
@@ -40,7 +46,7 @@ def export(
 
     dovetail export runs/opt-13b my-chat-model
     dovetail export runs/opt-13b reward --which reward --dtype fp32
-    dovetail export runs/opt-13b half-way --which sft --from-checkpoint
+    dovetail export runs/opt-13b half-way --which sft --from-checkpoint newest
     """
     if to.exists():
         raise ModelError(f"{to} exists already", hint="give a new folder, or remove it first")
@@ -50,8 +56,8 @@ def export(
     from dovetail.model.load import save_model
     from dovetail.text.chat_format import ChatFormat
 
-    if from_checkpoint:
-        model, tokenizer = from_run_checkpoint(Path(path), which or "ppo")
+    if from_checkpoint is not None:
+        model, tokenizer = from_run_checkpoint(Path(path), which or "ppo", from_checkpoint)
     else:
         model, tokenizer = finished(Path(path).expanduser(), path, which, precision)
     chat = ChatFormat(tokenizer)
@@ -71,7 +77,7 @@ def finished(folder: Path, name: str, which: Which | None, dtype: "torch.dtype")
     if not model.is_dir():
         raise ModelError(
             f"{folder} has no finished {which} model",
-            hint=f"finish it: dovetail train {folder}/config.yaml, or add --from-checkpoint",
+            hint=f"finish it: dovetail train {folder}/config.yaml, or add --from-checkpoint newest",
         )
     return loaded(str(model), dtype)
 
@@ -102,8 +108,8 @@ def merged_adapter(folder: Path, dtype: "torch.dtype") -> tuple[Any, Any]:
     return PeftModel.from_pretrained(model, str(folder)).merge_and_unload(), tokenizer
 
 
-def from_run_checkpoint(folder: Path, which: Which) -> tuple[Any, Any]:
-    """The model of a stage as its newest checkpoint has it."""
+def from_run_checkpoint(folder: Path, which: Which, checkpoint: Checkpoint) -> tuple[Any, Any]:
+    """The model of a stage as its newest checkpoint has it, or its best."""
     from dovetail.training.checkpoint import Checkpoints
     from dovetail.training.run_folder import RunFolder
     from dovetail.training.weights import load_trained
@@ -111,10 +117,13 @@ def from_run_checkpoint(folder: Path, which: Which) -> tuple[Any, Any]:
     if which not in ("sft", "reward", "ppo"):
         raise ModelError(f"{which} cannot be taken from a checkpoint", hint="--which sft, reward or ppo")
     run = RunFolder(folder)
-    found = Checkpoints(run.checkpoints(which)).latest()
+    checkpoints = Checkpoints(run.checkpoints(which))
+    found = checkpoints.latest() if checkpoint == "newest" else checkpoints.best()
     if found is None:
+        rated = " with an evaluation right before it" if checkpoint == "best" else ""
         raise ModelError(
-            f"{run.checkpoints(which)} has no checkpoint", hint="the first comes after save_every steps"
+            f"{run.checkpoints(which)} has no checkpoint{rated}",
+            hint="they come after save_every steps, evaluations after eval_every",
         )
     step, state = found
     config = check(*read_recipe(run.config))

@@ -49,7 +49,8 @@ class StageConfig(FrozenModel):
     save_every: PositiveInt = 100
     """Steps or rollouts between checkpoints; the end of a stage is always saved."""
     keep_checkpoints: PositiveInt = 2
-    """How many of the newest checkpoints stay on disk."""
+    """How many of the newest checkpoints stay on disk, beside the best: that of least held-out loss, in PPO of most
+    held-out reward within `kl_limit`, among those saved right after an evaluation."""
     max_steps: PositiveInt | None = None
     """Stop after this many optimiser steps (SFT, reward model) or rollouts (PPO). By default `epochs`
     decides; in PPO, one pass over the prompts."""

@@ -61,8 +61,11 @@ class Context:
         *,
         done: int,
         total: int,
+        merit: float | None,
     ) -> None:
         """After step `done` of `total`: save the state every few steps, in the background, and at the end of the stage.
+
+        merit: of what the model has become, if it was evaluated after this very step; more is better.
 
         A signal that asked for an end is answered here: the state is saved, and RunInterrupted raised. A collective.
         Raises CheckpointError as soon as a save is known to have failed.
@@ -71,7 +74,7 @@ class Context:
         is_last = done == total
         name = None if is_last else self.stop.asked()
         if is_last or name or done % settings.save_every == 0:
-            checkpoints.begin_save(done, state())
+            checkpoints.begin_save(done, state(), merit=merit)
         if is_last or name:
             checkpoints.finish()
         if name:

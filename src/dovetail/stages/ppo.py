@@ -85,7 +85,8 @@ def run(context: Context, judge: Judge | None = None) -> StageReport:
             samples.show_if_due(done, collected)
             progress.advance({"score": row["ppo/score_mean"], "kl": row["ppo/kl_nats_per_answer"]})
             check_kl(row, config, step=done)
-            context.save_if_due(checkpoints, state, config, done=done, total=iterations)
+            merit = best.reward if best.step == done else None
+            context.save_if_due(checkpoints, state, config, done=done, total=iterations, merit=merit)
     save_actor(engine, folder)
     return StageReport(iterations, results or held_out_stats(iterations))
 

@@ -89,13 +89,17 @@ def fit(task: Task, context: Context) -> Mapping[str, float]:
                 device=context.device,
             )
             row = step_row(task.stage, report)
-            done = step + 1
+            done, loss = step + 1, None
             if done == task.total_steps or done % task.settings.eval_every == 0:
                 results = task.evaluate()
                 row |= {f"{task.stage}/{name}": value for name, value in results.items()}
+                loss = results.get("held_out_loss")
             metrics.record(done, row)
             progress.advance({"loss": report.loss})
-            context.save_if_due(checkpoints, state, task.settings, done=done, total=task.total_steps)
+            merit = None if loss is None else -loss
+            context.save_if_due(
+                checkpoints, state, task.settings, done=done, total=task.total_steps, merit=merit
+            )
     return results or task.evaluate()
 
 

@@ -2,18 +2,19 @@
 
 Responsible for: writing a state (nested dicts of tensors and plain values), in the background if wanted, so that a
 kill, a power cut or a full disk at any moment leaves the ones before it usable; finding the newest sound one; keeping
-the last few. Several processes write one checkpoint together, each the rows of sharded tensors that it holds; any
-number may read it, each the rows that it needs.
+the last few and the best. Several processes write one checkpoint together, each the rows of sharded tensors that it
+holds; any number may read it, each the rows that it needs.
 Not responsible for: what a state holds (each part has its own `state_dict`), model folders for users.
 
 On disk: `step-00000100/` with `tensors.safetensors`, `state.json` (the structure and the plain values) and
-`manifest.json` (sizes and SHA-256 of both). Several processes leave `tensors-00000.safetensors` and so on instead, and
-the manifest says which rows lie where. A folder gets its name, by a rename, only once all of it is on the disk. No
-pickle: reading a stranger's checkpoint runs no code.
+`manifest.json` (sizes and SHA-256 of both, and how good the state is). Several processes leave
+`tensors-00000.safetensors` and so on instead, and the manifest says which rows lie where. A folder gets its name, by a
+rename, only once all of it is on the disk. No pickle: reading a stranger's checkpoint runs no code.
 """
 
 import hashlib
 import json
+import math
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -42,9 +43,9 @@ _MARK = "$tensor"
 class Checkpoints:
     """The checkpoints of one stage, in one folder.
 
-    keep: how many of the newest stay. open_file: how files are opened for writing. world: the processes that save and
-    read together, in one folder that all of them see; its collectives must be of its own (World.aside), because a
-    thread calls them. Leaving a `with` block over it waits for what is being saved.
+    keep: how many of the newest stay, beside the best. open_file: how files are opened for writing. world: the
+    processes that save and read together, in one folder that all of them see; its collectives must be of its own
+    (World.aside), because a thread calls them. Leaving a `with` block over it waits for what is being saved.
     One run at a time may save (training/run_folder.py sees to it); any number may read.
     """
 
@@ -74,18 +75,20 @@ class Checkpoints:
                 raise
             warn(f"the last checkpoint in {self.folder} was not finished: {failure}")
 
-    def save(self, step: int, state: Mapping[str, Any]) -> Path:
+    def save(self, step: int, state: Mapping[str, Any], *, merit: float | None = None) -> Path:
         """Write the state after `step` steps, then remove what is older than the last `keep`. A collective.
+
+        merit: how good the state was found to be, more is better; the best stays. None or not finite: nothing is known.
 
         Raises CheckpointError if the disk refuses; the checkpoints before are intact then, and no rest is
         left.
         """
-        self.begin_save(step, state)
+        self.begin_save(step, state, merit=merit)
         saved = self.finish()
         assert saved is not None
         return saved
 
-    def begin_save(self, step: int, state: Mapping[str, Any]) -> None:
+    def begin_save(self, step: int, state: Mapping[str, Any], *, merit: float | None = None) -> None:
         """As `save`, in the background: returns once the state is copied to host memory and may change again.
 
         Waits for the save before, and raises what went wrong in it.
@@ -95,7 +98,8 @@ class Checkpoints:
         values = json.dumps(_split(state, "", tensors))
         own = {name: tensor.to("cpu", copy=True) for name, tensor in self._own_tensors(tensors)}
         rows = {name: bounds(tensor) for name, tensor in tensors.items() if is_shard(tensor)}
-        self._saving = self._thread.submit(self._save, step, values, own, rows)
+        facts = {"step": step} | ({"merit": merit} if merit is not None and math.isfinite(merit) else {})
+        self._saving = self._thread.submit(self._save, facts, values, own, rows)
 
     def finish(self) -> Path | None:
         """Wait for the save that was begun, if one was, and raise what went wrong in it."""
@@ -108,9 +112,13 @@ class Checkpoints:
             self.finish()
 
     def _save(
-        self, step: int, values: str, own: Mapping[str, Tensor], rows: Mapping[str, tuple[int, int]]
+        self,
+        facts: Mapping[str, Any],
+        values: str,
+        own: Mapping[str, Tensor],
+        rows: Mapping[str, tuple[int, int]],
     ) -> Path:
-        target = self.folder / self._world.from_first(self._free_name(step).name)
+        target = self.folder / self._world.from_first(_free_name(self.folder, facts["step"]).name)
         temporary = self.folder / f".writing-{target.name}"
         needed = sum(num_bytes(tensor) for tensor in own.values()) + len(values)
         try:
@@ -119,7 +127,7 @@ class Checkpoints:
                 self._remove_unfinished()
                 temporary.mkdir()
             self._world.wait()
-            self._write(temporary, step, values, own, self._rows(rows))
+            self._write(temporary, facts, values, own, self._rows(rows))
             if self._world.is_first:
                 temporary.rename(target)
                 sync_folder(self.folder)
@@ -145,8 +153,25 @@ class Checkpoints:
         step, name = step_and_name
         return step, _load(self.folder / name, like or {})
 
+    def best(self) -> tuple[int, dict[str, Any]] | None:
+        """Step and state of the best checkpoint among those of known merit, tensors on the CPU; None if there is none.
+
+        For one process. Raises CheckpointError if it is damaged.
+        """
+        found = _best(self.folder)
+        if found is None:
+            return None
+        step, folder = found
+        try:
+            _expect_sound(folder)
+        except (OSError, ValueError, KeyError) as error:
+            raise CheckpointError(
+                f"checkpoint {folder} is damaged: {error}", hint="take the newest one, or another run's"
+            ) from error
+        return step, _load(folder, {})
+
     def _newest_sound(self) -> tuple[int, str] | None:
-        found = self._finished()
+        found = _finished(self.folder)
         for step, folder in reversed(found):
             try:
                 _expect_sound(folder)
@@ -161,24 +186,6 @@ class Checkpoints:
                 hint="delete that folder to begin the stage anew, and check the disk",
             )
         return None
-
-    def _finished(self) -> list[tuple[int, Path]]:
-        """(step, folder), oldest first."""
-        if not self.folder.is_dir():
-            return []
-        matches = [(_NAME.fullmatch(path.name), path) for path in self.folder.iterdir()]
-        ordered = sorted((int(m[1]), int(m[2] or 0), path) for m, path in matches if m)
-        return [(step, path) for step, _, path in ordered]
-
-    def _free_name(self, step: int) -> Path:
-        """A name that is not taken: an earlier save of the same step must stay until this one is complete."""
-        plain = self.folder / f"step-{step:08d}"
-        taken = [
-            int(m[2] or 0)
-            for _, path in self._finished()
-            if (m := _NAME.fullmatch(path.name)) and int(m[1]) == step
-        ]
-        return plain if not taken else plain.with_name(f"{plain.name}.{max(taken) + 1}")
 
     def _own_tensors(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """What this process writes: its rows of what is sharded; the first one also all that is not."""
@@ -196,7 +203,7 @@ class Checkpoints:
     def _write(
         self,
         folder: Path,
-        step: int,
+        facts: Mapping[str, Any],
         values: str,
         tensors: Mapping[str, Tensor],
         rows: Mapping[str, Mapping[str, tuple[int, int]]],
@@ -211,7 +218,7 @@ class Checkpoints:
         with self._hashed(folder / VALUES, files) as file:
             file.write(values.encode())
         with self._hashed(folder / MANIFEST, {}) as file:
-            manifest = {"format": 1, "step": step, "files": files} | ({"rows": rows} if rows else {})
+            manifest = {"format": 1, **facts, "files": files} | ({"rows": rows} if rows else {})
             file.write(json.dumps(manifest, indent=1).encode())
         sync_folder(folder)
 
@@ -219,8 +226,10 @@ class Checkpoints:
         return _HashedFile(self._open_file(path), path.name, files)
 
     def _remove_old(self) -> None:
-        sound = [folder for _, folder in self._finished() if folder not in self._damaged]
-        for folder in [*sound[: -self._keep], *self._damaged]:
+        sound = [folder for _, folder in _finished(self.folder) if folder not in self._damaged]
+        _, best = _best(self.folder) or (0, None)
+        old = [folder for folder in sound[: -self._keep] if folder != best]
+        for folder in [*old, *self._damaged]:
             if folder.exists():
                 # renamed first: a kill half-way through must not leave something that looks finished
                 doomed = folder.rename(folder.with_name(f".deleting-{folder.name}"))
@@ -308,6 +317,41 @@ def _load(folder: Path, like: Mapping[str, Any]) -> dict[str, Any]:
     files = TensorFiles(folder, names, manifest.get("rows", {}))
     state: dict[str, Any] = _join(json.loads((folder / VALUES).read_text()), like, files)
     return state
+
+
+def _finished(folder: Path) -> list[tuple[int, Path]]:
+    """(step, folder), oldest first."""
+    if not folder.is_dir():
+        return []
+    matches = [(_NAME.fullmatch(path.name), path) for path in folder.iterdir()]
+    ordered = sorted((int(m[1]), int(m[2] or 0), path) for m, path in matches if m)
+    return [(step, path) for step, _, path in ordered]
+
+
+def _free_name(folder: Path, step: int) -> Path:
+    """A name that is not taken: an earlier save of the same step must stay until this one is complete."""
+    plain = folder / f"step-{step:08d}"
+    taken = [
+        int(m[2] or 0)
+        for _, path in _finished(folder)
+        if (m := _NAME.fullmatch(path.name)) and int(m[1]) == step
+    ]
+    return plain if not taken else plain.with_name(f"{plain.name}.{max(taken) + 1}")
+
+
+def _best(folder: Path) -> tuple[int, Path] | None:
+    """(step, folder) of the one with most merit, of equal ones the newest."""
+    rated = [(merit, step, path) for step, path in _finished(folder) if (merit := _merit(path)) is not None]
+    return max(rated)[1:] if rated else None
+
+
+def _merit(folder: Path) -> float | None:
+    """What was known of it when it was saved; a damaged one has none."""
+    try:
+        merit: float | None = json.loads((folder / MANIFEST).read_text()).get("merit")
+    except (OSError, ValueError):
+        return None
+    return merit
 
 
 def _expect_sound(folder: Path) -> None:
