@@ -301,7 +301,10 @@ def _fill(model: Any, layout: Layout) -> None:
     assert layout.skeleton is not None
     start = time.monotonic()
     give_back(model)
-    tensors = dict(whole_weights(model))
+    tensors = {
+        name: weight if layout.lends else weight.clone()  # one that was gathered is there until the next
+        for name, weight in whole_weights(model)
+    }
     replace_weights(layout.skeleton, lambda name, _: tensors[name])
     for device in {tensor.device for tensor in tensors.values() if tensor.is_cuda}:
         torch.cuda.synchronize(device)  # once per generate phase, so that the seconds are true
@@ -310,14 +313,32 @@ def _fill(model: Any, layout: Layout) -> None:
 
 def whole_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
     """(name, all of it) of one weight after the other. A collective if the model is sharded, whose bytes are counted;
-    `give_back` must be called before.
+    `give_back` must be called before. What is gathered, one layer at a time, is valid until the next is asked for.
     """
     layout = layout_of(model)
-    for name, parameter in model.named_parameters():
-        if is_shard(parameter):
-            num_bytes = parameter.numel() * parameter.element_size()
-            layout.gather_bytes += num_bytes - num_bytes // layout.world.size
-        yield name, whole(parameter)
+    for module, names in _names_by_group(model).items():
+        if isinstance(module, FSDPModule):
+            module.unshard()
+        for name in names:
+            weight = model.get_parameter(name).detach()
+            if layout.is_sharded:
+                num_bytes = weight.numel() * weight.element_size()
+                layout.gather_bytes += num_bytes - num_bytes // layout.world.size
+            yield name, weight
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def _names_by_group(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """Names of the weights that FSDP2 gathers together, by the module around them; all by the model's if it does not."""
+    owners: dict[str, nn.Module] = {name: model for name, _ in model.named_parameters()}
+    for path, module in model.named_modules():
+        if isinstance(module, FSDPModule):  # those further in come later
+            owners |= {name: module for name, _ in module.named_parameters(path) if name in owners}
+    groups: dict[nn.Module, list[str]] = {}
+    for name, module in owners.items():
+        groups.setdefault(module, []).append(name)
+    return groups
 
 
 def replace_weights(model: nn.Module, tensor_of: Callable[[str, Tensor], Tensor]) -> None:

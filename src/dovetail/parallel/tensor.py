@@ -58,7 +58,7 @@ class SplitModel:
     def filled(self) -> Iterator[Any]:
         """Within the block the slices are of the weights as they are now. A collective; blocks may not be nested.
 
-        The model is never whole on a device: one weight after the other is gathered and cut.
+        The model is never whole on a device: one layer after the other is gathered and cut.
         """
         start = time.monotonic()
         layout = layout_of(self._model)
@@ -77,7 +77,7 @@ class SplitModel:
 
     def _cut(self, name: str, weight: Tensor) -> Tensor:
         cut = self._cuts.get(name)
-        return (weight if cut is None else cut.of(weight)).to(self._device)
+        return (weight.clone() if cut is None else cut.of(weight)).to(self._device)
 
 
 def _expect_equal_ends(model: PreTrainedModel) -> None:
