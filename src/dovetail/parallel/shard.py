@@ -27,7 +27,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from dovetail.model.copies import copy_of
 from dovetail.model.forward import plain_model
-from dovetail.model.shards import is_shard, whole
+from dovetail.model.shards import whole
 from dovetail.parallel.world import ALONE, World
 
 R = TypeVar("R")
@@ -330,7 +330,7 @@ def whole_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def _names_by_group(model: nn.Module) -> dict[nn.Module, list[str]]:
-    """Names of the weights that FSDP2 gathers together, by the module around them; all by the model's if it does not."""
+    """Names of the weights that FSDP2 gathers together, by the module around them."""
     owners: dict[str, nn.Module] = {name: model for name, _ in model.named_parameters()}
     for path, module in model.named_modules():
         if isinstance(module, FSDPModule):  # those further in come later
