@@ -4,7 +4,7 @@
 #   make demo MODEL=smollm2      the same from the real SmolLM2-135M weights
 #   make demo PROCS=2            the same in two processes, which share the actor
 #   make test | test-slow        the tests that take minutes | those that take longer
-#   make test-system             those that need Chromium, Node, PostgreSQL or SLURM, which it installs (Debian)
+#   make test-system             those that need Chromium, Node, namespaces, PostgreSQL or SLURM, which it installs (Debian)
 #   make bench                   ratios to Hugging Face's generate and TRL's PPO on a CPU, into bench.json
 #   make check                   format, lint, types, imports, then test
 #   make format                  rewrite the files as the formatter wants them
@@ -14,7 +14,7 @@ MODEL ?= tiny
 SEED ?= 0
 PROCS ?= 1
 # Debian's packages that tests marked `system` drive; a skipped one fails.
-SYSTEM_PACKAGES := chromium curl nodejs openssl postgresql slurm-wlm
+SYSTEM_PACKAGES := chromium curl iproute2 nodejs openssl postgresql slurm-wlm
 SUDO := $(if $(filter-out 0,$(shell id -u)),sudo)
 
 VENV := .venv

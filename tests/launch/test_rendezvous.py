@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from dovetail.errors import LaunchError
-from dovetail.launch.rendezvous import expect_port_free, local_address, roll_call
+from dovetail.launch.rendezvous import expect_port_free, interface, local_address, roll_call
 from dovetail.launch.topology import Topology
 
 
@@ -96,3 +96,13 @@ def test_a_machine_is_known_by_its_address_on_the_way_to_node_0(topology: Topolo
     assert local_address(replace(topology, node_rank=1)) == "127.0.0.1"
     assert local_address(replace(topology, node_rank=1, master_addr="127.0.0.2")) != "127.0.0.2"
     assert local_address(replace(topology, master_addr="worker-0")) == "worker-0"
+
+
+def test_node_0_knows_its_interface_by_the_address_of_another(topology: Topology) -> None:
+    other = threading.Thread(target=roll_call, args=(replace(topology, node_rank=1),))
+    other.start()
+    store = roll_call(topology)
+    other.join(10)
+    assert interface(topology, store) == interface(replace(topology, node_rank=1), store) == "lo"
+    # Its own name may mean a loopback address here, and the way to node 1 is what counts.
+    assert interface(replace(topology, master_addr="no-such-name.invalid"), store) == "lo"

@@ -1,7 +1,8 @@
 """Machines of a run find one another before anything is started on them.
 
-Responsible for: the port on node 0, reaching it from the others, and saying by number which machine did not
-arrive. Not responsible for: the processes (start.py); torch's own rendezvous uses the same store afterwards.
+Responsible for: the port on node 0, reaching it from the others, saying by number which machine did not arrive, and
+by which interface they talk. Not responsible for: the processes (start.py); torch's own rendezvous uses the same store
+afterwards (meeting.py).
 """
 
 import errno
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from dovetail.errors import LaunchError
+from dovetail.launch.network import address_towards, interface_towards
 from dovetail.launch.topology import Topology
 
 _PAUSE = 0.2  # seconds between two looks
@@ -43,10 +45,13 @@ def roll_call(topology: Topology) -> Store:
         wait_for_workers=False,
         multi_tenant=True,  # torch's rendezvous opens the same port in this process and is given this server
     )
-    roll = PrefixStore(f"dovetail/{topology.rdzv_id}", store)
-    roll.set(
-        f"node-{topology.node_rank}", json.dumps({"host": socket.gethostname(), "gpus": topology.num_gpus})
-    )
+    roll = _roll(store, topology)
+    report = {
+        "host": socket.gethostname(),
+        "gpus": topology.num_gpus,
+        "address": local_address(topology),
+    }
+    roll.set(f"node-{topology.node_rank}", json.dumps(report))
     _expect_all_present(roll, topology, deadline)
     _expect_equal_counts(roll, topology)
     return store
@@ -70,12 +75,22 @@ def local_address(topology: Topology) -> str:
     """An address by which the others reach this machine: of node 0 the given one, else that on the way there."""
     if topology.node_rank == 0:  # many systems resolve a machine's own name to a loopback address
         return str(topology.master_addr)
-    family, _, _, _, address = socket.getaddrinfo(
-        topology.master_addr, topology.master_port, type=socket.SOCK_DGRAM
-    )[0]
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        probe.connect(address)  # a datagram socket sends nothing here: only the route is looked up
-        return str(probe.getsockname()[0])
+    return address_towards(str(topology.master_addr), topology.master_port)
+
+
+def interface(topology: Topology, store: Store) -> str | None:
+    """The network interface by which this machine reaches the others: on the way to node 0, from there to node 1.
+
+    store: of the roll call.
+    """
+    peer = str(topology.master_addr)
+    if topology.node_rank == 0:
+        peer = json.loads(_roll(store, topology).get("node-1"))["address"]
+    return interface_towards(peer, topology.master_port)
+
+
+def _roll(store: Store, topology: Topology) -> Store:
+    return PrefixStore(f"dovetail/{topology.rdzv_id}", store)
 
 
 def _reach_node_0(topology: Topology, deadline: float) -> None:

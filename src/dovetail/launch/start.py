@@ -11,7 +11,6 @@ from pathlib import Path
 
 from torch.distributed.elastic.agent.server.api import WorkerSpec
 from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousParameters, registry
 from torch.distributed.elastic.rendezvous.api import (
     RendezvousConnectionError,
     RendezvousError,
@@ -23,8 +22,9 @@ from dovetail.errors import DovetailError, LaunchError
 from dovetail.launch.agent import SAVED, Agent
 from dovetail.launch.failures import first_failure, interruption, read_report
 from dovetail.launch.logs import RankLogs, send_agent_log_to
+from dovetail.launch.meeting import Meeting
 from dovetail.launch.rank import LAUNCHER
-from dovetail.launch.rendezvous import local_address, roll_call
+from dovetail.launch.rendezvous import interface, local_address, roll_call
 from dovetail.launch.topology import Topology
 from dovetail.telemetry.log import say
 
@@ -56,12 +56,13 @@ def start(topology: Topology, command: Sequence[str], output_dir: str | Path) ->
         ) from error
     send_agent_log_to(folder / f"launcher-{topology.node_rank}.log")
     os.environ[LAUNCHER] = str(os.getpid())
-    # By default the agent keeps one store over all restarts: processes then find the addresses of the dead in it,
-    # and a machine that joins again waits for one that is told only once. Without sharing each start has its own.
-    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # each start has a store of its own: meeting.py
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // topology.num_gpus)))
     logs = RankLogs(folder, before_restart=lambda ranks, number: _say_restart(logs, ranks, number))
     store = roll_call(topology) if topology.num_nodes > 1 else None
+    if store is not None and (name := interface(topology, store)):
+        # Gloo takes the interface of the machine's own name, which many systems resolve to a loopback address.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
     here = f"{topology.num_gpus} process{'es' if topology.num_gpus > 1 else ''} on this machine"
     everywhere = f", {topology.size} on {topology.num_nodes}" if store is not None else ""
     say(f"{here}{everywhere}; the output of each is in {folder}")
@@ -72,7 +73,7 @@ def start(topology: Topology, command: Sequence[str], output_dir: str | Path) ->
 
 
 def _run(settings: LaunchConfig, command: Sequence[str], logs: RankLogs) -> None:
-    meeting = _meeting(settings)
+    meeting = Meeting(settings)
     agent = _agent(settings, meeting, [*_ONE_STREAM, *command])
     try:
         result = agent.run()
@@ -134,22 +135,7 @@ def _settings(topology: Topology, logs: RankLogs) -> LaunchConfig:
     )
 
 
-def _meeting(settings: LaunchConfig) -> RendezvousHandler:
-    """Where the agents of all machines agree on who has which ranks."""
-    return registry.get_rendezvous_handler(
-        RendezvousParameters(
-            backend=settings.rdzv_backend,
-            endpoint=settings.rdzv_endpoint,
-            run_id=settings.run_id,
-            min_nodes=settings.min_nodes,
-            max_nodes=settings.max_nodes,
-            local_addr=settings.local_addr,
-            **settings.rdzv_configs,
-        )
-    )
-
-
-def _agent(settings: LaunchConfig, meeting: RendezvousHandler, command: Sequence[str]) -> Agent:
+def _agent(settings: LaunchConfig, meeting: Meeting, command: Sequence[str]) -> Agent:
     program, *arguments = command
     spec = WorkerSpec(
         role=settings.role,

@@ -1,0 +1,30 @@
+"""By which address and interface this machine talks to another.
+
+Responsible for: asking the system for the route. Not responsible for: whether the other answers (rendezvous.py).
+"""
+
+import ipaddress
+import socket
+
+import psutil  # type: ignore[import-untyped]
+
+
+def address_towards(host: str, port: int) -> str:
+    """The address that `host` sees when this machine connects to it."""
+    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect(address)  # a datagram socket sends nothing here: only the route is looked up
+        return str(probe.getsockname()[0])
+
+
+def interface_towards(host: str, port: int) -> str | None:
+    """The name of the network interface on the way to `host`; None if none has that address."""
+    address = address_towards(host, port)
+    found: str | None = None
+    loopback = ipaddress.ip_address(address.partition("%")[0]).is_loopback
+    for name, entries in psutil.net_if_addrs().items():
+        addresses = {entry.address for entry in entries}
+        # Of the loopback addresses the system lists only the first.
+        if address in addresses or (loopback and "127.0.0.1" in addresses):
+            found = name
+    return found
