@@ -63,6 +63,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--zero-critic", type=int, choices=range(4), default=1)
     parser.add_argument("--zero-reference", type=int, choices=(0, 3), default=0)
     parser.add_argument("--zero-reward", type=int, choices=(0, 3), default=0)
+    parser.add_argument("--shard-over", default="all", help="zero_stage.shard_over: all, node or a number")
     parser.add_argument("--checkpointing", choices=("auto", "on", "off"), default="auto")
     return parser.parse_args(words)
 
@@ -94,6 +95,7 @@ def measure(options: argparse.Namespace, device: torch.device, world: World) -> 
     stages = ZeroStageConfig(
         actor=options.zero_actor, critic=options.zero_critic, reference=options.zero_reference,
         reward_model=options.zero_reward,
+        shard_over=int(options.shard_over) if options.shard_over.isdigit() else options.shard_over,
     )  # fmt: skip
     config = PpoConfig(
         batch_size=batch, micro_batch_tokens=options.micro_tokens, critic_warmup_rollouts=0,

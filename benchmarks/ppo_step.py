@@ -126,18 +126,22 @@ def make_roles(
 ) -> Roles:  # fmt: skip
     """Models with the same random weights in each process of `world`, which hold them together at the ZeRO stages."""
     stages = stages or ZeroStageConfig()
+    put = partial(
+        spread, world=world, device=device,
+        shard_size=stages.shard_size(processes=world.size, per_machine=world.local_size),
+    )  # fmt: skip
     dtype = getattr(torch, options.dtype)
     actor: Any = shapes.causal_lm(options.model, device, dtype)
     reference = None if options.lora else copy_of(actor).requires_grad_(False)
     if options.lora:
         actor = add_lora(actor, rank=options.lora, alpha=options.lora, seed=0)
-    spread(actor, stage=stages.actor, world=world, device=device)
+    put(actor, stage=stages.actor)
     if reference is not None:
-        spread(reference, stage=stages.reference, world=world, device=device)
+        put(reference, stage=stages.reference)
     reward = shapes.scalar_model(options.reward, device, dtype)
     critic = copy_of(reward)
-    spread(critic, stage=stages.critic, world=world, device=device)
-    spread(reward.requires_grad_(False), stage=stages.reward_model, world=world, device=device)
+    put(critic, stage=stages.critic)
+    put(reward.requires_grad_(False), stage=stages.reward_model)
     budget = TokenBudget(options.micro_tokens, may_shrink=world.size == 1)
     return Roles(
         actor=actor, critic=critic, reference=reference, score=RewardModelScorer(reward, budget, device),

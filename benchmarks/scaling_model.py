@@ -72,27 +72,39 @@ class Work:
     """Of all prompts and answers."""
     scores_actor: bool = False
     """Old log-probabilities come from a scoring pass of the actor."""
+    shard_size: int | None = None
+    """Processes that hold one copy of what is sharded; None: all."""
 
-    @property
-    def share(self) -> float:
-        """What a ring brings each process of a whole tensor."""
-        return (self.processes - 1) / self.processes
+    def share(self, model: Held) -> float:
+        """What a ring through those who hold one copy brings each of a whole tensor."""
+        return ring_share(self.shard_size or self.processes if model.stage else self.processes)
+
+    def across(self, model: Held) -> float:
+        """Bytes of a gradient step that come from the other copies: of each process's own rows, once."""
+        size = self.shard_size or self.processes
+        return 2 * ring_share(self.processes // size) * model.gradients / size if model.stage else 0.0
 
 
 def received(work: Work) -> dict[str, float]:
     """Bytes that each process receives, by what they are for. Left out: the answers themselves, and single numbers."""
-    s, m = work.share, work.micro_batches
+    m = work.micro_batches
     passes = [work.reference or work.actor, work.critic, work.reward]
     columns = 2
     if work.scores_actor:
         passes.append(work.actor)
         columns += 2
     return {
-        "gather for generation": s * work.actor.weights if work.actor.stage else 0.0,
-        "gather for scoring": sum(s * gathered(model, m) for model in passes),
-        "log-probabilities and values": 2 * s * columns * 4 * work.tokens,
-        "gradient steps": s * (stepped(work.actor, m) + stepped(work.critic, m)),
+        "gather for generation": work.share(work.actor) * work.actor.weights if work.actor.stage else 0.0,
+        "gather for scoring": sum(work.share(model) * gathered(model, m) for model in passes),
+        "log-probabilities and values": 2 * ring_share(work.processes) * columns * 4 * work.tokens,
+        "gradient steps": sum(work.share(model) * stepped(model, m) for model in (work.actor, work.critic)),
+        "gradients of other copies": work.across(work.actor) + work.across(work.critic),
     }
+
+
+def ring_share(processes: int) -> float:
+    """What a ring brings each process of a whole tensor."""
+    return (processes - 1) / processes
 
 
 def gathered(model: Held, micro_batches: int) -> float:
@@ -101,7 +113,7 @@ def gathered(model: Held, micro_batches: int) -> float:
 
 
 def stepped(model: Held, micro_batches: int) -> float:
-    """Bytes gathered and reduced in a gradient step; an all-reduce counts twice."""
+    """Bytes gathered and reduced in a gradient step within one copy; an all-reduce counts twice."""
     return {
         0: 2 * model.gradients,
         1: model.weights + model.gradients,

@@ -21,7 +21,7 @@ Run = Callable[..., tuple[int, str, str]]
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
     """Run a command in this process, with several processes allowed: exit code, stdout, stderr."""
 
-    def allow(config: Any, world_size: int) -> None:
+    def allow(config: Any, world_size: int, per_machine: int) -> None:
         expect_enough_work({"ppo.batch_size": config.ppo.batch_size}, world_size)
 
     monkeypatch.setattr(processes, "_expect_possible", allow)

@@ -1,7 +1,7 @@
 """One process of a group that counts what gradient steps and whole PPO steps receive, and prints it as JSON.
 
-CASES is a JSON list: [ZeRO stage, micro-batches] is a gradient step, [ZeRO stage, micro-batches, rank of adapters,
-old_logprobs] a PPO step. Printed is a list of {operator: bytes received}, in the same order.
+CASES is a JSON list: [ZeRO stage, micro-batches, shard_over] is a gradient step, [ZeRO stage, micro-batches, rank of
+adapters, old_logprobs, shard_over] a PPO step. Printed is a list of {operator: bytes received}, in the same order.
 """
 
 import json
@@ -40,15 +40,16 @@ NUMBERS = 512
 def main(cases: list[list[Any]]) -> None:
     """Prints the counts of all cases, in the first process."""
     with joined(CPU) as world:
-        found = [(gradient_bytes if len(case) == 2 else ppo_bytes)(*case, world) for case in cases]
+        found = [(gradient_bytes if len(case) == 3 else ppo_bytes)(*case, world) for case in cases]
     if world.is_first:
         sys.stdout.write(json.dumps(found))
 
 
-def gradient_bytes(stage: int, micro_batches: int, world: World) -> dict[str, int]:
+def gradient_bytes(stage: int, micro_batches: int, shard_over: Any, world: World) -> dict[str, int]:
     """Of the second step of a model; in the first FSDP2 sets up."""
     model = tiny_model()
-    spread(model, stage=stage, world=world, device=CPU)
+    shard_size = world.size if shard_over == "all" else shard_over
+    spread(model, stage=stage, world=world, device=CPU, shard_size=shard_size)
     optimizer = Optimizer(model, learning_rate=1e-3)
     rows = [[1 + i] * LENGTH for i in range(micro_batches * PER_MICRO_BATCH * world.size)]
     batch = pack(rows, [[True] * LENGTH for _ in rows])
@@ -66,11 +67,19 @@ def gradient_bytes(stage: int, micro_batches: int, world: World) -> dict[str, in
     return counted(step)
 
 
-def ppo_bytes(stage: int, micro_batches: int, lora: int, old_logprobs: Any, world: World) -> dict[str, int]:
+def ppo_bytes(
+    stage: int, micro_batches: int, lora: int, old_logprobs: Any, shard_over: Any, world: World
+) -> dict[str, int]:
     """Of the second step of actor, reference, critic and reward model; at stage 3 the frozen ones are sharded too."""
     frozen: Any = 3 if stage == 3 else 0
     stages = ZeroStageConfig.model_validate(
-        {"actor": stage, "critic": stage, "reference": frozen, "reward_model": frozen}
+        {
+            "actor": stage,
+            "critic": stage,
+            "reference": frozen,
+            "reward_model": frozen,
+            "shard_over": shard_over,
+        }
     )
     options = multi_gpu.arguments(
         ["--model", "tiny", "--reward", "tiny-350m", "--device", "cpu", "--dtype", "float32"]

@@ -14,32 +14,43 @@ from tests.parallel.group import run_group
 
 model: Any = load("scaling_model")
 
-GRADIENT_STEPS = [[stage, micro_batches] for stage in range(4) for micro_batches in (1, 3)]
+GRADIENT_STEPS = [[stage, micro_batches, "all"] for stage in range(4) for micro_batches in (1, 3)]
 PPO_STEPS = [
-    [0, 2, 0, "auto"],
-    [1, 2, 0, "auto"],
-    [2, 3, 0, "training"],
-    [3, 1, 0, "auto"],
-    [3, 2, 0, "training"],
-    [1, 2, 4, "training"],
-    [3, 2, 4, "auto"],
+    [0, 2, 0, "auto", "all"],
+    [1, 2, 0, "auto", "all"],
+    [2, 3, 0, "training", "all"],
+    [3, 1, 0, "auto", "all"],
+    [3, 2, 0, "training", "all"],
+    [1, 2, 4, "training", "all"],
+    [3, 2, 4, "auto", "all"],
 ]
+HYBRID_GRADIENT_STEPS = [[stage, micro_batches, 2] for stage in (1, 2, 3) for micro_batches in (1, 3)]
+HYBRID_PPO_STEPS = [[1, 2, 0, "auto", 2], [3, 2, 0, "training", 2], [2, 2, 4, "auto", 2]]
 SIZE = 2
+"""Processes that hold one copy."""
+
+
+def counts_of(cases: list[Any], *, size: int) -> list[dict[str, int]]:
+    codes, said = run_group(["tests.parallel.counting", json.dumps(cases)], size=size)
+    assert codes == [0] * size, said
+    found: list[dict[str, int]] = json.loads(said[0][said[0].index("[{") :])
+    return found
 
 
 @pytest.fixture(scope="module")
 def received() -> list[dict[str, int]]:
-    cases = json.dumps(GRADIENT_STEPS + PPO_STEPS)
-    codes, said = run_group(["tests.parallel.counting", cases], size=SIZE)
-    assert codes == [0] * SIZE, said
-    found: list[dict[str, int]] = json.loads(said[0][said[0].index("[{") :])
-    return found
+    return counts_of(GRADIENT_STEPS + PPO_STEPS, size=SIZE)
+
+
+@pytest.fixture(scope="module")
+def hybrid_received() -> list[dict[str, int]]:
+    return counts_of(HYBRID_GRADIENT_STEPS + HYBRID_PPO_STEPS, size=2 * SIZE)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", range(len(GRADIENT_STEPS)))
 def test_a_gradient_step_receives_what_the_formula_says(received: list[dict[str, int]], case: int) -> None:
-    stage, m = GRADIENT_STEPS[case]
+    stage, m, _ = GRADIENT_STEPS[case]
     weights = sum(parameter.numel() * 4 for parameter in tiny_model().parameters())  # float32, all trained
     half = 1 / SIZE  # (N - 1) / N for two processes
     expected = {
@@ -53,17 +64,48 @@ def test_a_gradient_step_receives_what_the_formula_says(received: list[dict[str,
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("case", range(len(HYBRID_GRADIENT_STEPS)))
+def test_only_sums_of_own_rows_come_from_other_copies_and_once_a_step(
+    hybrid_received: list[dict[str, int]], case: int
+) -> None:
+    stage, m, _ = HYBRID_GRADIENT_STEPS[case]
+    weights = sum(parameter.numel() * 4 for parameter in tiny_model().parameters())
+    counts = hybrid_received[case]
+    # of two copies, over two processes each: an all-reduce of half of the gradients brings half of that, twice
+    assert counts.pop("allreduce") == 2 * (1 / 2) * weights / 2
+    within = {1: 2 * weights, 2: m * 2 * weights, 3: m * 3 * weights}[stage] / 2
+    assert sum(counts.values()) == within
+    held = model.Held(weights, weights, stage)
+    work = model.Work(2 * SIZE, held, held, held, None, m, 0, shard_size=SIZE)
+    assert work.across(held) == weights / 2
+    assert work.share(held) * model.stepped(held, m) == within
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("case", range(len(PPO_STEPS)))
 def test_a_ppo_step_receives_what_the_formula_says(received: list[dict[str, int]], case: int) -> None:
-    counts = received[len(GRADIENT_STEPS) + case]
-    work = work_of(*PPO_STEPS[case])
-    answers = counts.pop("allgather")
-    assert sum(counts.values()) == sum(model.received(work).values())
+    expect_formula(received[len(GRADIENT_STEPS) + case], *PPO_STEPS[case], processes=SIZE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", range(len(HYBRID_PPO_STEPS)))
+def test_a_ppo_step_of_two_copies_receives_what_the_formula_says(
+    hybrid_received: list[dict[str, int]], case: int
+) -> None:
+    counts = hybrid_received[len(HYBRID_GRADIENT_STEPS) + case]
+    expect_formula(counts, *HYBRID_PPO_STEPS[case], processes=2 * SIZE)
+
+
+def expect_formula(counts: dict[str, int], *case: Any, processes: int) -> None:
+    work = work_of(*case[:-1], processes=processes)
     num_tokens = work.tokens / (PROMPT + ANSWER) * ANSWER
-    assert 10 * num_tokens / SIZE < answers < 20 * num_tokens / SIZE
+    answers = counts["allgather"]
+    assert sum(counts.values()) - answers == sum(model.received(work).values())
+    others = (processes - 1) / processes
+    assert 20 * num_tokens * others / 2 < answers < 40 * num_tokens * others / 2
 
 
-def work_of(stage: int, micro_batches: int, lora: int, old_logprobs: str) -> Any:
+def work_of(stage: int, micro_batches: int, lora: int, old_logprobs: str, *, processes: int) -> Any:
     """The models of tests/parallel/counting.py, as the formula sees them."""
     frozen = 3 if stage == 3 else 0
     actor: Any = shapes.causal_lm("tiny", torch.device("cpu"), torch.float32)
@@ -72,14 +114,15 @@ def work_of(stage: int, micro_batches: int, lora: int, old_logprobs: str) -> Any
         actor = add_lora(actor, rank=lora, alpha=lora, seed=0)
     critic = shapes.scalar_model("tiny-350m", torch.device("cpu"), torch.float32)
     return model.Work(
-        processes=SIZE,
+        processes=processes,
         actor=model.Held(num_bytes(actor, stage), num_bytes(actor, stage, trained=True), stage),
         critic=model.Held(num_bytes(critic, stage), num_bytes(critic, stage), stage),
         reward=model.Held(num_bytes(critic, frozen), 0, frozen),
         reference=reference,
         micro_batches=micro_batches,
-        tokens=micro_batches * PER_MICRO_BATCH * SIZE * (PROMPT + ANSWER),
+        tokens=micro_batches * PER_MICRO_BATCH * processes * (PROMPT + ANSWER),
         scores_actor=old_logprobs == "training",
+        shard_size=SIZE,
     )
 
 

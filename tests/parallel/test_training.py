@@ -35,6 +35,11 @@ def zero(stage: int) -> dict[str, Any]:
     return {"zero_stage": {"actor": stage, "critic": stage, "reference": frozen, "reward_model": frozen}}
 
 
+def hybrid(stage: int) -> dict[str, Any]:
+    """Pairs of processes hold a copy each."""
+    return {"zero_stage": {**zero(stage)["zero_stage"], "shard_over": 2}}
+
+
 TWO_PARTS = {"tensor_parallel": {"generation": 2}}
 
 
@@ -42,6 +47,7 @@ ALIKE: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "lora": ("opt", LORA),
     "several-steps": ("qwen2", SEVERAL_STEPS),
+    "wide": ("llama", {stage: {"batch_size": 8} for stage in ("sft", "reward", "ppo")}),
 }
 """Runs of one process: name -> (architecture, changes)."""
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -65,6 +71,21 @@ MORE_CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "zero-0-two-parts": ("llama", zero(0) | MICRO | TWO_PARTS),
     "zero-0-two-parts-lora": ("lora", zero(0) | TWO_PARTS),
     "zero-3-two-parts-lora": ("lora", zero(3) | RECOMPUTED | TWO_PARTS),
+}
+
+
+HYBRID_CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "hybrid-1-lora": ("lora", hybrid(1) | MICRO),
+    "hybrid-2": ("wide", hybrid(2) | MICRO),
+}
+"""Of four processes: two copies, each over two."""
+MORE_HYBRID_CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "hybrid-1": ("wide", hybrid(1) | MICRO),
+    "hybrid-2-lora": ("lora", hybrid(2) | MICRO),
+    "hybrid-3": ("wide", hybrid(3) | MICRO),
+    "hybrid-3-lora": ("lora", hybrid(3) | RECOMPUTED),
+    "hybrid-3-several-steps": ("several-steps", hybrid(3)),
+    "hybrid-3-two-parts": ("wide", hybrid(3) | MICRO | TWO_PARTS),
 }
 
 
@@ -104,21 +125,25 @@ class Runs:
                 (self.config(alike, **changes, output_dir=str(folders[case])), None)
                 for case, (alike, changes) in cases.items()
             ]
-            if cases is CASES:  # the same processes, because starting some takes longer than all they do here
-                runs.append((self.moving(), ("ppo", 1)))
+            # The same processes, because starting some takes longer than all they do here.
+            if cases is CASES:
+                runs.append((self.moving("moving", zero(3)), ("ppo", 1)))
+            elif cases is HYBRID_CASES:
+                runs.append((self.moving("moving-pairs", hybrid(3)), ("ppo", 1)))
             said = run_all(runs, size=size)
             assert said[1:] == [""] * (size - 1), "only the first process speaks"
         return folders
 
-    def moving(self) -> RunConfig:
-        """A run that one process began, and stopped after the second step of stage 1."""
-        config = self.config("llama", **zero(3), output_dir=str(self.folder / "moving"))
+    def moving(self, name: str, changes: dict[str, Any]) -> RunConfig:
+        """A run that one process began, unsharded, and stopped after the second step of stage 1; to go on changed."""
+        folder = str(self.folder / name)
+        config = self.config("llama", output_dir=folder)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Checkpoints, "begin_save", Checkpoints.begin_save)  # to have it back afterwards
             stop_at("sft", 2)
             with pytest.raises(Stopped):
                 pipeline.run(config)
-        return config
+        return self.config("llama", **changes, output_dir=folder)
 
 
 def merged(*groups: dict[str, Any]) -> dict[str, Any]:
@@ -169,12 +194,39 @@ def test_a_sharded_run_reports_what_gathering_for_generation_cost(runs: Runs, ca
     assert received == [3 * half, half, 2 * half]
 
 
-def test_a_run_moves_from_one_process_to_two_and_back(runs: Runs) -> None:
-    runs.together(CASES, size=2)
-    moving = runs.config("llama", **zero(3), output_dir=str(runs.folder / "moving"))
-    assert not (runs.folder / "moving/ppo/model").exists()
+@pytest.mark.parametrize("name", ["moving", "moving-pairs"])
+def test_a_run_moves_from_one_process_to_several_and_back(runs: Runs, name: str) -> None:
+    if name == "moving":
+        runs.together(CASES, size=2)
+    else:
+        runs.together(HYBRID_CASES, size=4)
+    moving = runs.config("llama", output_dir=str(runs.folder / name))
+    assert not (runs.folder / name / "ppo/model").exists()
     pipeline.run(moving)
-    expect_alike(runs.folder / "moving", runs.alone("llama"))
+    expect_alike(runs.folder / name, runs.alone("llama"))
+
+
+def test_of_several_copies_one_writes_each_row_of_a_checkpoint(runs: Runs) -> None:
+    run = runs.together(HYBRID_CASES, size=4)["hybrid-2"]
+    manifests = [json.loads(path.read_text()) for path in run.glob("*/checkpoints/*/manifest.json")]
+    assert manifests
+    for manifest in manifests:
+        assert manifest["rows"]
+        for name, files in manifest["rows"].items():
+            assert len(files) == 2, name
+            (start, middle), (again, _) = files.values()
+            assert (start, middle) == (0, again), name
+
+
+@pytest.mark.parametrize("case", HYBRID_CASES)
+def test_pairs_that_hold_a_copy_each_come_to_what_one_process_comes_to(runs: Runs, case: str) -> None:
+    expect_alike(runs.together(HYBRID_CASES, size=4)[case], runs.alone(HYBRID_CASES[case][0]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", MORE_HYBRID_CASES)
+def test_pairs_that_hold_a_copy_each_do_so_in_every_way(runs: Runs, case: str) -> None:
+    expect_alike(runs.together(MORE_HYBRID_CASES, size=4)[case], runs.alone(MORE_HYBRID_CASES[case][0]))
 
 
 @pytest.mark.slow
@@ -188,6 +240,17 @@ def test_two_processes_come_to_what_one_comes_to_in_every_way(runs: Runs, case: 
 def test_four_processes_come_to_what_one_comes_to(runs: Runs, case: str) -> None:
     cases = CASES | MORE_CASES
     expect_alike(runs.together(cases, size=4)[case], runs.alone(cases[case][0]))
+
+
+@pytest.mark.slow
+def test_a_run_moves_between_groups_of_every_size(runs: Runs) -> None:
+    def layout(changes: dict[str, Any]) -> RunConfig:
+        return runs.config("lora", **changes, output_dir=str(runs.folder / "regrouped"))
+
+    moves = [(hybrid(3), 4, ("sft", 2)), (zero(2), 2, ("reward", 1)), (zero(3), 4, ("reward", 2))]
+    for changes, size, stop in [*moves, (hybrid(1), 4, ("ppo", 2)), (zero(1), 1, None)]:
+        run_all([(layout(changes), stop)], size=size)
+    expect_alike(runs.folder / "regrouped", runs.alone("lora"))
 
 
 @pytest.mark.slow

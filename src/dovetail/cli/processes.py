@@ -118,7 +118,7 @@ def topology_for(config: RunConfig, flags: LaunchFlags) -> Topology:
     """The checked topology of a run. Raises ConfigError."""
     name = Path(config.output_dir).name
     topology = topology_of(flags, num_gpus=config.num_gpus, run_name=name, count_gpus=_count_gpus)
-    _expect_possible(config, topology.size)
+    _expect_possible(config, topology.size, topology.num_gpus)
     return topology
 
 
@@ -159,7 +159,7 @@ def _as_rank(config: RunConfig, world_size: int, work: Callable[[], None]) -> No
     from dovetail.launch.rank import as_rank
 
     with as_rank():
-        _expect_possible(config, world_size)
+        _expect_possible(config, world_size, int(os.environ.get("LOCAL_WORLD_SIZE", "0")))
         if world_size == 1:
             work()
             return
@@ -200,10 +200,11 @@ def _quiet_stores() -> Iterator[None]:
             del os.environ["TORCH_CPP_LOG_LEVEL"]
 
 
-def _expect_possible(config: RunConfig, world_size: int) -> None:
+def _expect_possible(config: RunConfig, world_size: int, per_machine: int) -> None:
     expect_enough_work(
         {f"{stage}.batch_size": getattr(config, stage).batch_size for stage in config.stages}, world_size
     )
+    config.zero_stage.shard_size(processes=world_size, per_machine=per_machine)
 
 
 def _count_gpus() -> int:

@@ -1,14 +1,15 @@
 """How the weights of each model lie on several devices.
 
-Responsible for: the ZeRO stages, and over how many devices the generating actor is divided.
+Responsible for: the ZeRO stages, how many devices share one copy, and over how many the generating actor is divided.
 Not responsible for: what they do (parallel/), how many devices there are.
 """
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import PositiveInt
+from pydantic import PositiveInt, model_validator
 
 from dovetail.config.frozen import FrozenModel
+from dovetail.errors import ConfigError
 
 
 class ZeroStageConfig(FrozenModel):
@@ -27,6 +28,42 @@ class ZeroStageConfig(FrozenModel):
     """PPO's frozen copy of the actor."""
     reward_model: Literal[0, 3] = 0
     """The frozen reward model of PPO."""
+    shard_over: Literal["all", "node"] | PositiveInt = "all"
+    """Processes that hold one copy of what is sharded: all; those of each machine (node); or so many neighbours. Each
+    group of them has a copy, and gradients are summed over the groups once per step (HSDP)."""
+
+    @model_validator(mode="after")
+    def _groups_need_something_to_shard(self) -> Self:
+        if self.shard_over != "all" and not any((self.actor, self.critic, self.reference, self.reward_model)):
+            raise ValueError(
+                f"shard_over = {self.shard_over} says who shards together, but all four stages are 0: nothing is "
+                "sharded; set a stage to 1, 2 or 3, or leave out shard_over"
+            )
+        return self
+
+    def shard_size(self, *, processes: int, per_machine: int) -> int:
+        """How many of the run's processes hold one copy of what is sharded; per_machine: 0 if machines differ.
+
+        Raises ConfigError if they cannot be grouped as asked for.
+        """
+        if self.shard_over == "all":
+            return processes
+        size = per_machine if self.shard_over == "node" else self.shard_over
+        if size == 0:
+            raise ConfigError(
+                "zero_stage.shard_over = node needs the same number of processes on every machine, and these differ",
+                hint="give all machines the same --num-gpus, or set zero_stage.shard_over to a number or all",
+            )
+        possible = [str(n) for n in range(2, processes + 1) if processes % n == 0]
+        if processes % size or size == 1 < processes:
+            each = f" ({size} on each machine)" if self.shard_over == "node" else ""
+            why = "one alone has nobody to shard with" if size == 1 else "no whole number of groups"
+            raise ConfigError(
+                f"zero_stage.shard_over = {self.shard_over}{each}, but the run has {processes} "
+                f"process{'es' if processes > 1 else ''}: {why}",
+                hint=f"set zero_stage.shard_over to {', '.join(['all', *possible])}",
+            )
+        return size
 
 
 class TensorParallelConfig(FrozenModel):

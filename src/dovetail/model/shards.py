@@ -3,7 +3,8 @@
 Responsible for: the local rows, the whole, and writing to either; for tensors that are not sharded, the tensor itself.
 Not responsible for: sharding a model (parallel/shard.py).
 
-A shard is a DTensor on a one-dimensional mesh, split by rows as `torch.chunk` does: what FSDP2 makes of parameters.
+A shard is a DTensor split by rows as `torch.chunk` does, over one dimension of a mesh: what FSDP2 makes of parameters.
+Over another dimension there are replicas: processes with the same rows.
 """
 
 from typing import Any
@@ -35,11 +36,20 @@ def bounds(tensor: Tensor) -> tuple[int, int]:
     """First row that is here, and the one after the last."""
     if not is_shard(tensor):
         return 0, len(tensor)
-    mesh = tensor.device_mesh  # type: ignore[attr-defined]
+    sharded: Any = tensor
+    mesh = sharded.device_mesh
+    split = next(axis for axis, placement in enumerate(sharded.placements) if placement.is_shard())
     num_rows = tensor.shape[0]
-    per_rank = -(-num_rows // mesh.size())
-    start = min(mesh.get_local_rank() * per_rank, num_rows)
+    per_rank = -(-num_rows // mesh.size(split))
+    start = min(mesh.get_local_rank(split) * per_rank, num_rows)
     return start, min(start + per_rank, num_rows)
+
+
+def is_first_replica(tensor: Tensor) -> bool:
+    """Of the processes that hold these rows of a shard, one is the first."""
+    sharded: Any = tensor
+    places = zip(sharded.device_mesh.get_coordinate(), sharded.placements, strict=True)
+    return all(place == 0 for place, placement in places if not placement.is_shard())
 
 
 @torch.no_grad()

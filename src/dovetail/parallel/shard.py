@@ -10,6 +10,8 @@ Stages, in terms of FSDP2, which always shards parameters, gradients and optimis
   1  parameters stay gathered from forward to backward; gradients are accumulated whole and reduced once per step
   2  the same, with gradients reduced after each micro-batch: less memory, more communication
   3  parameters are given back after each layer, and gathered again for its backward pass
+Groups of neighbours may hold a copy each (hybrid sharding, Zhao et al. 2023, arXiv:2304.11277): they shard it among
+themselves, and gradients are summed over the groups once per step.
 """
 
 import time
@@ -44,6 +46,8 @@ class Layout:
     stage: int = 0
     skeleton: nn.Module | None = None
     """The model as it was before sharding, without memory behind its weights; None if nothing is sharded."""
+    shard_size: int = 1
+    """Processes that hold one copy together: all, or groups of neighbours with a copy each."""
     gather_seconds: float = 0.0
     """Spent on gathering the whole model, since last asked for."""
     gather_bytes: int = 0
@@ -53,6 +57,11 @@ class Layout:
     @property
     def is_sharded(self) -> bool:
         return self.skeleton is not None
+
+    @property
+    def num_replicas(self) -> int:
+        """Processes that hold the same rows of a sharded model."""
+        return self.world.size // self.shard_size
 
     @property
     def lends(self) -> bool:
@@ -85,9 +94,12 @@ def world_of(model: Any) -> World:
     return layout_of(model).world
 
 
-def spread(model: Any, *, stage: int, world: World, device: torch.device) -> None:
+def spread(
+    model: Any, *, stage: int, world: World, device: torch.device, shard_size: int | None = None
+) -> None:
     """Let the processes of `world` hold the model together, at a ZeRO stage, on their devices; in place.
 
+    shard_size: how many neighbours share one copy; it divides their number. None: all.
     Call it with the same weights in each process, before the optimiser is made. In a world without a group: nothing.
     """
     if not world.is_group:
@@ -98,11 +110,11 @@ def spread(model: Any, *, stage: int, world: World, device: torch.device) -> Non
         _LAYOUTS[inner] = Layout(world)
         return
     skeleton = copy_of(model, device=torch.device("meta"))
-    layout = Layout(world, stage, skeleton)
+    layout = Layout(world, stage, skeleton, shard_size or world.size)
     inner.run_with_weights = MethodType(_run, inner)
     # Sums, because losses are divided by the count of all processes already; float32 on the way, as in one process.
     options: dict[str, Any] = {
-        "mesh": world.mesh(device),
+        "mesh": world.mesh(device, layout.shard_size),
         "reshard_after_forward": layout.regathers,
         "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False),
     }
@@ -126,6 +138,8 @@ def before_backward(model: Any, *, is_last: bool) -> None:
         if layout.stage == 1 and not layout.lends:
             inner.set_requires_gradient_sync(is_last)
             inner.set_reshard_after_backward(is_last)
+        elif layout.num_replicas > 1:
+            inner.set_requires_all_reduce(is_last)
 
 
 def before_update(model: Any) -> None:
@@ -323,7 +337,7 @@ def whole_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
             weight = model.get_parameter(name).detach()
             if layout.is_sharded:
                 num_bytes = weight.numel() * weight.element_size()
-                layout.gather_bytes += num_bytes - num_bytes // layout.world.size
+                layout.gather_bytes += num_bytes - num_bytes // layout.shard_size
             yield name, weight
         if isinstance(module, FSDPModule):
             module.reshard()

@@ -11,10 +11,11 @@ import atexit
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import cache
 from itertools import count
 from typing import Any, TypeVar
 
@@ -49,6 +50,8 @@ class World:
     size: int = 1
     local_rank: int = 0
     """Among the processes of this machine: the number of its GPU."""
+    local_size: int = 1
+    """Processes of each machine; 0 if they differ, or nobody said."""
     is_group: bool = False
     """A group was joined, if only of one process."""
     group: Any = None
@@ -63,9 +66,9 @@ class World:
         """The device of this process: its own GPU where `device` is any."""
         return torch.device("cuda", self.local_rank) if self.is_group and device.type == "cuda" else device
 
-    def mesh(self, device: torch.device) -> DeviceMesh:
-        """All processes in one row."""
-        return init_device_mesh(device.type, (self.size,), mesh_dim_names=("data",))
+    def mesh(self, device: torch.device, shard_size: int) -> DeviceMesh:
+        """All processes in one row; or rows of `shard_size` neighbours, one replica each."""
+        return _mesh(device.type, self.size, shard_size)
 
     def aside(self) -> "World":
         """The same processes, with collectives of their own on the host for a thread beside the main one. A
@@ -137,13 +140,14 @@ def joined(device: torch.device) -> Iterator[World]:
     _expect_device(world, device)
     # A store of its own for each group: nobody finds the addresses of an earlier one in it.
     store = PrefixStore(f"group-{next(_JOINS)}", shared_store())
+    _mesh.cache_clear()
     if device.type == "cuda":
         torch.cuda.set_device(world.local_rank)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=PATIENCE)
     try:
         with _silent(not world.is_first):
-            yield world
+            yield replace(world, local_size=_common(world.gather(world.local_size)))
             world.wait()
     except RunInterrupted as end:
         world.wait()
@@ -194,7 +198,20 @@ def _described() -> World:
             f"RANK={numbers['RANK']} is not one of WORLD_SIZE={numbers['WORLD_SIZE']} processes",
             hint="ranks run from 0 to WORLD_SIZE - 1; torchrun numbers them",
         )
-    return World(numbers["RANK"], numbers["WORLD_SIZE"], numbers["LOCAL_RANK"], is_group=True)
+    local_size = _number("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "0"))
+    return World(numbers["RANK"], numbers["WORLD_SIZE"], numbers["LOCAL_RANK"], local_size, is_group=True)
+
+
+def _common(numbers: Sequence[int]) -> int:
+    return numbers[0] if len(set(numbers)) == 1 else 0
+
+
+@cache
+def _mesh(kind: str, size: int, shard_size: int) -> DeviceMesh:
+    """Made once for all models: each has groups of processes with buffers of their own on a GPU."""
+    if shard_size == size:
+        return init_device_mesh(kind, (size,), mesh_dim_names=("shard",))
+    return init_device_mesh(kind, (size // shard_size, shard_size), mesh_dim_names=("replicate", "shard"))
 
 
 def _number(name: str, value: str | None) -> int:

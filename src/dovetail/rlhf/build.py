@@ -80,6 +80,7 @@ def make_roles(
 ) -> Roles:
     """Actor, reference, critic and scorer; dropout off everywhere, all but actor and critic frozen."""
     world, stage = setup.world, setup.zero_stage
+    shard_size = stage.shard_size(processes=world.size, per_machine=world.local_size)
     device = world.device(resolve_device(setup.device))
     at = loading_device(device, world)
     dtype = resolve_dtype(setup.precision, device)
@@ -106,7 +107,7 @@ def make_roles(
     models = ((actor, stage.actor), (critic, stage.critic), (reference, stage.reference))
     for model, own_stage in (*models, (reward_model, stage.reward_model)):
         if model is not None:
-            spread(model, stage=own_stage, world=world, device=device)
+            spread(model, stage=own_stage, world=world, device=device, shard_size=shard_size)
     checkpoint_activations([actor, critic], config, device=device, is_averaged=True)
     return Roles(
         actor=actor,

@@ -48,6 +48,11 @@ class Context:
     stop: StopRequest = field(default_factory=lambda: StopRequest(ALONE))
     """What signals have asked for."""
 
+    @property
+    def shard_size(self) -> int:
+        """Processes that hold one copy of what is sharded."""
+        return self.config.zero_stage.shard_size(processes=self.world.size, per_machine=self.world.local_size)
+
     def checkpoints(self, stage: str, settings: StageConfig) -> Checkpoints:
         """The stage's checkpoints, newest kept as its settings say."""
         folder = self.folder.checkpoints(stage)
@@ -114,7 +119,10 @@ def open_run(config: RunConfig) -> Iterator[Context]:
         dtype = resolve_dtype(config.precision, device)
         number = f"{world.size} processes, " if world.size > 1 else ""
         say(f"run {folder.path}: {number}{device}, {str(dtype).removeprefix('torch.')}")
-        yield Context(config, folder, device, dtype, world, world.aside(), stop)
+        context = Context(config, folder, device, dtype, world, world.aside(), stop)
+        if (size := context.shard_size) < world.size:
+            say(f"what is sharded has {world.size // size} copies, each over {size} processes")
+        yield context
 
 
 def _folder_of(config: RunConfig, world: World) -> RunFolder:

@@ -97,7 +97,13 @@ def make_base_model(rows: Dataset, settings: SftConfig, context: Context) -> Non
     )
     model = new_model(small_llama(tokenizer), seed=context.config.seed)
     nn.Module.to(model, device=context.device, dtype=context.dtype)
-    spread(model, stage=context.config.zero_stage.actor, world=context.world, device=context.device)
+    spread(
+        model,
+        stage=context.config.zero_stage.actor,
+        world=context.world,
+        device=context.device,
+        shard_size=context.shard_size,
+    )
     texts = [[*tokenizer(text).input_ids, tokenizer.eos_token_id] for text in rows.documents]
     task = Task(
         stage="base",

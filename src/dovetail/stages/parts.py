@@ -103,7 +103,9 @@ def ready_to_train(
             seed=context.config.seed,
         )
     loaded.train()
-    spread(loaded, stage=zero_stage, world=context.world, device=context.device)
+    spread(
+        loaded, stage=zero_stage, world=context.world, device=context.device, shard_size=context.shard_size
+    )
     checkpoint_activations([loaded], settings, device=context.device, is_averaged=False)
     return loaded
 

@@ -26,7 +26,7 @@ from typing import Any, BinaryIO
 from torch import Tensor
 
 from dovetail.errors import CheckpointError
-from dovetail.model.shards import bounds, is_shard, local, shard_like
+from dovetail.model.shards import bounds, is_first_replica, is_shard, local, shard_like
 from dovetail.parallel.world import ALONE, World
 from dovetail.telemetry.log import warn
 from dovetail.training.disk import OpenFile, open_file, sync_file, sync_folder, write_failure
@@ -96,10 +96,11 @@ class Checkpoints:
         self.finish()
         tensors: dict[str, Tensor] = {}
         values = json.dumps(_split(state, "", tensors))
-        own = {name: tensor.to("cpu", copy=True) for name, tensor in self._own_tensors(tensors)}
-        rows = {name: bounds(tensor) for name, tensor in tensors.items() if is_shard(tensor)}
+        own = {name: tensor for name, tensor in tensors.items() if _writes(self._world, tensor)}
+        rows = {name: bounds(tensor) for name, tensor in own.items() if is_shard(tensor)}
+        copies = {name: local(tensor).to("cpu", copy=True) for name, tensor in own.items()}
         facts = {"step": step} | ({"merit": merit} if merit is not None and math.isfinite(merit) else {})
-        self._saving = self._thread.submit(self._save, facts, values, own, rows)
+        self._saving = self._thread.submit(self._save, facts, values, copies, rows)
 
     def finish(self) -> Path | None:
         """Wait for the save that was begun, if one was, and raise what went wrong in it."""
@@ -187,18 +188,15 @@ class Checkpoints:
             )
         return None
 
-    def _own_tensors(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """What this process writes: its rows of what is sharded; the first one also all that is not."""
-        for name, tensor in tensors.items():
-            if is_shard(tensor) or self._world.is_first:
-                yield name, local(tensor)
-
     def _rows(self, own: Mapping[str, tuple[int, int]]) -> dict[str, dict[str, tuple[int, int]]]:
         """Name -> file -> rows, of the tensors that lie in several files."""
         if self._world.size == 1:
             return {}
         found = self._world.gather(own)
-        return {name: {_file_of(rank): rows[name] for rank, rows in enumerate(found)} for name in own}
+        return {
+            name: {_file_of(rank): rows[name] for rank, rows in enumerate(found) if name in rows}
+            for name in own
+        }
 
     def _write(
         self,
@@ -240,6 +238,11 @@ class Checkpoints:
         for path in self.folder.iterdir():
             if path.name.startswith(_UNFINISHED):
                 shutil.rmtree(path, ignore_errors=True)
+
+
+def _writes(world: World, tensor: Tensor) -> bool:
+    """Whether this process writes what it has of it: its rows of a shard, the first one what is not sharded."""
+    return is_first_replica(tensor) if is_shard(tensor) else world.is_first
 
 
 class _HashedFile:

@@ -183,9 +183,9 @@ def _over_all(model: nn.Module, sums: Sequence[_Sums], norm: Tensor, device: tor
     layout = layout_of(model)
     added = [value for own in sums for value in own.sums()]
     largest = [value for own in sums for value in own.maxima.values()]
-    # Each process holds other rows of a sharded gradient: the squares add up. Replicas have the whole already.
+    # Processes that share a copy hold other rows of its gradient: the squares add up, replica by replica.
     if layout.is_sharded:
-        summed = layout.world.sum(_together([*added, norm.double() ** 2], device))
+        summed = layout.world.sum(_together([*added, norm.double() ** 2 / layout.num_replicas], device))
         return torch.cat([summed[:-1], layout.world.max(_together(largest, device)), summed[-1:].sqrt()])
     summed = layout.world.sum(_together(added, device))
     return torch.cat([summed, layout.world.max(_together([*largest, norm], device))])
