@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import FrameType
 from typing import BinaryIO
 
 import pytest
@@ -51,11 +52,14 @@ def test_a_rank_that_waits_for_its_checkpoint_stands_where_that_is_written(tmp_p
 
     def look() -> None:
         end = time.monotonic() + 60
-        while not any(frame.f_code is slow_disk.__code__ for frame in module._stack()):
+        while not any(frame.f_code is slow_disk.__code__ for frame in watched_stack()):
             if time.monotonic() > end:
                 return
         seen.append("the disk")
         written.set()
+
+    def watched_stack() -> list[FrameType]:
+        return module._frames(sys._current_frames().get(module._thread().ident or 0))
 
     seen: list[str] = []
     watch = threading.Thread(target=look)
@@ -81,7 +85,7 @@ def stuck(how: str, folder: Path) -> tuple[int, dict[str, str] | None, str]:
     ]
     try:
         printed = ranks[0].communicate(timeout=90)[1]
-        if how == "busy":
+        if how in ("busy", "native"):
             ranks[1].communicate(timeout=90)
         code = ranks[0].returncode
     finally:
@@ -111,8 +115,9 @@ def test_a_stuck_collective_ends_and_names_the_rank(how: str, who: str, tmp_path
 
 
 @pytest.mark.slow
-def test_a_slow_rank_is_told_of_and_waited_for(tmp_path: Path) -> None:
-    code, recorded, printed = stuck("busy", tmp_path)
+@pytest.mark.parametrize("how", ["busy", "native"])
+def test_a_slow_rank_is_told_of_and_waited_for(how: str, tmp_path: Path) -> None:
+    code, recorded, printed = stuck(how, tmp_path)
     assert code == 0
     assert recorded is None
     assert printed.count("warning: has not moved for 2 s: rank 1 stands at") == 1

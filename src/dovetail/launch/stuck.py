@@ -2,8 +2,9 @@
 
 Responsible for: where each process stands, and telling a deadlock from a slow rank. Needs no help from the
 training loop: a thread of each process looks at the stack of the main thread, or of the one that writes a checkpoint
-while the main one waits for it, and takes it for moving when the stack differs from the last look.
-Not responsible for: time limits of single collectives (the process group has its own).
+while the main one waits for it, and takes it for moving when the stack differs from the last look, or when it worked
+outside of a collective (there, waiting too may keep a processor busy).
+Not responsible for: what is work (activity.py), time limits of single collectives (the process group has its own).
 """
 
 import json
@@ -23,12 +24,14 @@ import torch
 from torch.distributed import DistError, Store  # type: ignore[attr-defined]
 
 from dovetail.errors import LaunchError
+from dovetail.launch.activity import Effort, effort_of, has_worked, uses_gpu
 from dovetail.launch.rank import record
 from dovetail.telemetry.log import warn
 from dovetail.training.checkpoint import WRITER, Checkpoints
 
-STUCK_AFTER_S = 540
-"""Seconds without a step of any main thread. Less than the 600 s after which NCCL gives up without a diagnosis."""
+STUCK_AFTER_S = 480
+"""Seconds without a step of any main thread. Less than the 600 s after which NCCL gives up without a diagnosis where
+nobody gave it another limit, as within the sub-meshes that torch makes."""
 _LOOKS = 4
 """A process whose thread has not looked while another looked so often is frozen, and not only short of a processor."""
 _TORCH = str(Path(torch.__file__).parent)
@@ -71,6 +74,7 @@ class _Watch(threading.Thread):
         self._stuck_after_s = stuck_after_s
         self._period = min(10.0, stuck_after_s / 5)
         self._stack: tuple[object, ...] = ()
+        self._effort: Effort | None = None
         self._moved = time.monotonic()
         self._looks = 0
         self._history: list[dict[int, Position]] = []
@@ -83,13 +87,17 @@ class _Watch(threading.Thread):
             warn(f"where the other ranks stand is no longer known: {str(error).splitlines()[0]}")
 
     def _look(self) -> None:
-        frames = _stack()
+        thread = _thread()
+        frames = _frames(sys._current_frames().get(thread.ident or 0))
+        place, collective = _place(frames)
         stack = tuple((frame.f_code, frame.f_lasti) for frame in frames)
-        if stack != self._stack:
-            self._stack, self._moved = stack, time.monotonic()
+        effort = effort_of(thread.native_id or 0)
+        works = collective is None and has_worked(self._effort, effort, on_gpu=uses_gpu())
+        if stack != self._stack or works:
+            self._moved = time.monotonic()
+        self._stack, self._effort = stack, effort
         self._looks += 1
         still_s = time.monotonic() - self._moved
-        place, collective = _place(frames)
         mine = Position(socket.gethostname(), place, collective, still_s, self._looks)
         self._store.set(f"position-{os.environ['RANK']}", json.dumps(asdict(mine)))
         if still_s < self._stuck_after_s:
@@ -139,18 +147,17 @@ def _positions(store: Store) -> dict[int, Position]:
     return {rank: Position(**json.loads(store.get(key))) for rank, key in keys.items() if store.check([key])}
 
 
-def _stack() -> list[FrameType]:
-    """Of the main thread, innermost first; where that waits for a checkpoint, of the thread that writes it."""
-    current = sys._current_frames()
-    frames = _frames(current.get(threading.main_thread().ident or 0))
+def _thread() -> threading.Thread:
+    """The main one; where that waits for a checkpoint, the one that writes it."""
+    main = threading.main_thread()
+    frames = _frames(sys._current_frames().get(main.ident or 0))
     if any(frame.f_code is Checkpoints.finish.__code__ for frame in frames):
-        for thread in threading.enumerate():
-            if thread.name.startswith(WRITER):
-                frames = _frames(current.get(thread.ident or 0)) or frames
-    return frames
+        return next((t for t in threading.enumerate() if t.name.startswith(WRITER)), main)
+    return main
 
 
 def _frames(frame: FrameType | None) -> list[FrameType]:
+    """Of a stack, innermost first."""
     frames = []
     while frame is not None:
         frames.append(frame)

@@ -33,8 +33,9 @@ T = TypeVar("T")
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """Set by torchrun for each process it starts."""
-PATIENCE = timedelta(minutes=30)
-"""How long a collective waits for the slowest process; loading and saving large models happen within one."""
+PATIENCE = timedelta(hours=2)
+"""How long a collective waits for the slowest process; loading and saving large models happen within one. A run in
+which nobody moves ends long before (launch/stuck.py)."""
 
 _FAILURES = "failures"
 _STORES: dict[tuple[str, str], Store] = {}
