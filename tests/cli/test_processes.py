@@ -67,6 +67,13 @@ def test_one_stage_takes_the_same_flags(
     assert stage in started[0][1]
 
 
+def test_one_process_that_offloads_is_started_as_a_group(
+    run: Run, started: list[tuple[Topology, list[str]]]
+) -> None:
+    assert run("train", "opt-125m", "offload.actor=true")[0] == 0
+    assert started[0][0].size == 1
+
+
 def test_a_recipe_may_say_how_many(run: Run, started: list[tuple[Topology, list[str]]]) -> None:
     run("train", "opt-125m", "num_gpus=2")
     assert started[0][0].size == 2

@@ -69,3 +69,13 @@ def test_what_is_no_number_of_processes_is_refused(value: object) -> None:
         RunConfig.model_validate(
             {"actor": {"path": "m"}, "output_dir": "x", "zero_stage": {"shard_over": value}}
         )
+
+
+@pytest.mark.parametrize("model", ["actor", "critic", "reference", "reward_model"])
+def test_only_what_is_sharded_is_offloaded(model: str) -> None:
+    run = {"actor": {"path": "some/model"}, "output_dir": "runs/x", "offload": {model: True}}
+    assert check(run | {"zero_stage": {model: 3}}).offload.models == [model]
+    with pytest.raises(
+        ConfigError, match=f"offload.{model} = true, but zero_stage.{model} = 0: .*={3}, which"
+    ):
+        check(run | {"zero_stage": {model: 0}})

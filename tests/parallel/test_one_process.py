@@ -12,10 +12,11 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dovetail.batches import pack
+from dovetail.errors import ConfigError
 from dovetail.model.lora import add_lora
 from dovetail.model.shards import is_shard, whole
-from dovetail.parallel.shard import give_back, spread
-from dovetail.parallel.world import World, joined
+from dovetail.parallel.shard import give_back, layout_of, spread
+from dovetail.parallel.world import ALONE, World, joined
 from dovetail.rlhf.update import language_model_loss
 from dovetail.training.memory import TokenBudget
 from dovetail.training.optim import Optimizer
@@ -77,6 +78,31 @@ def test_steps_are_those_of_a_plain_model(world: World, stage: int, dtype: torch
     assert found.keys() == expected.keys()
     for name, weight in found.items():
         assert torch.equal(weight, expected[name]), name
+
+
+@pytest.mark.parametrize(("stage", "dtype"), [(1, torch.float32), (2, torch.bfloat16), (3, torch.float32)])
+@pytest.mark.parametrize("lora", [False, True])
+def test_offloaded_steps_are_those_of_a_plain_model(
+    world: World, stage: int, dtype: torch.dtype, lora: bool
+) -> None:
+    plain: Any = tiny_model().to(dtype)
+    if lora:
+        plain = add_lora(plain, rank=2, alpha=4, seed=0)
+    offloaded = copy.deepcopy(plain)
+    spread(offloaded, stage=stage, world=world, device=CPU, offload=True)
+    assert not layout_of(offloaded).lends
+    assert three_steps(offloaded) == three_steps(plain)
+    expected = weights_of(plain)
+    for name, weight in weights_of(offloaded).items():
+        assert torch.equal(weight, expected[name]), name
+
+
+def test_what_is_not_sharded_cannot_be_offloaded(world: World) -> None:
+    with pytest.raises(ConfigError, match="its ZeRO stage is 0"):
+        spread(tiny_model(), stage=0, world=world, device=CPU, offload=True)
+    with pytest.raises(ConfigError, match="not one of a group") as caught:
+        spread(tiny_model(), stage=3, world=ALONE, device=CPU, offload=True)
+    assert "torchrun" in str(caught.value.hint)
 
 
 def test_the_weights_that_compute_are_the_shards(world: World) -> None:

@@ -40,6 +40,8 @@ def hybrid(stage: int) -> dict[str, Any]:
     return {"zero_stage": {**zero(stage)["zero_stage"], "shard_over": 2}}
 
 
+OFFLOADED = {"offload": dict.fromkeys(("actor", "critic", "reference", "reward_model"), True)}
+LEARNERS_OFFLOADED = {"offload": {"actor": True, "critic": True}}
 TWO_PARTS = {"tensor_parallel": {"generation": 2}}
 
 
@@ -53,7 +55,7 @@ ALIKE: dict[str, tuple[str, dict[str, Any]]] = {
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "zero-3": ("llama", zero(3) | MICRO),
     "zero-1-lora": ("lora", zero(1)),
-    "zero-3-two-parts": ("llama", zero(3) | TWO_PARTS),
+    "zero-3-two-parts": ("llama", zero(3) | TWO_PARTS | OFFLOADED),
 }
 """Runs of several: name -> (the run that it must equal, changes)."""
 MORE_CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -71,6 +73,9 @@ MORE_CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "zero-0-two-parts": ("llama", zero(0) | MICRO | TWO_PARTS),
     "zero-0-two-parts-lora": ("lora", zero(0) | TWO_PARTS),
     "zero-3-two-parts-lora": ("lora", zero(3) | RECOMPUTED | TWO_PARTS),
+    "zero-1-offloaded": ("several-steps", zero(1) | LEARNERS_OFFLOADED),
+    "zero-2-offloaded-lora": ("lora", zero(2) | MICRO | LEARNERS_OFFLOADED),
+    "zero-3-offloaded": ("llama", zero(3) | MICRO | OFFLOADED),
 }
 
 
@@ -86,6 +91,7 @@ MORE_HYBRID_CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "hybrid-3-lora": ("lora", hybrid(3) | RECOMPUTED),
     "hybrid-3-several-steps": ("several-steps", hybrid(3)),
     "hybrid-3-two-parts": ("wide", hybrid(3) | MICRO | TWO_PARTS),
+    "hybrid-3-offloaded": ("wide", hybrid(3) | MICRO | OFFLOADED),
 }
 
 

@@ -84,6 +84,17 @@ def test_more_processes_for_a_model_than_there_are_are_refused_before_anything_i
     assert not (tmp_path / "run/sft").exists()
 
 
+def test_offload_in_a_process_that_shards_nothing_is_refused_before_anything_is_trained(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(
+        ConfigError, match=r"offload\.actor = true, but this process is not one of a group"
+    ) as caught:
+        pipeline.run(tiny_run(tmp_path, offload={"actor": True}))
+    assert "torchrun --nproc-per-node 1" in str(caught.value.hint)
+    assert not (tmp_path / "run/sft").exists()
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
 def test_a_critic_with_a_shorter_context_is_told_before_anything_is_drawn(tmp_path: Path, name: str) -> None:
     limit = "n_positions" if name == "gpt2" else "max_position_embeddings"

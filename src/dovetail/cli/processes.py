@@ -107,7 +107,7 @@ def _carry_out(
     if topology.node_rank is None:
         typer.echo("\n".join(commands(topology, arguments)))
         return False
-    if topology.size == 1:
+    if topology.size == 1 and not config.offload.models:
         work()
     else:
         _start(config, topology, arguments)

@@ -3,14 +3,14 @@
 Responsible for: the root of the configuration. Not responsible for: YAML and overrides (config/load.py).
 """
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import NonNegativeInt, PositiveInt, model_validator
 
 from dovetail.config.data import DataConfig
 from dovetail.config.frozen import FrozenModel
 from dovetail.config.model import ModelConfig, Precision
-from dovetail.config.sharding import TensorParallelConfig, ZeroStageConfig
+from dovetail.config.sharding import OffloadConfig, TensorParallelConfig, ZeroStageConfig
 from dovetail.config.stages import PpoConfig, RewardConfig, SftConfig
 
 StageName = Literal["sft", "reward", "ppo"]
@@ -57,10 +57,22 @@ class RunConfig(FrozenModel):
     """What several processes divide of each model; nothing to divide for one."""
     tensor_parallel: TensorParallelConfig = TensorParallelConfig()
     """How many processes compute each layer together."""
+    offload: OffloadConfig = OffloadConfig()
+    """What lives in host memory of each sharded model."""
     num_gpus: PositiveInt = 1
     """Processes that `dovetail train` starts on each machine, one per GPU."""
     tracking: TrackingConfig = TrackingConfig()
     """Where metrics go."""
+
+    @model_validator(mode="after")
+    def _what_is_offloaded_is_sharded(self) -> Self:
+        for name in self.offload.models:
+            if getattr(self.zero_stage, name) == 0:
+                raise ValueError(
+                    f"offload.{name} = true, but zero_stage.{name} = 0: only sharded weights can stay in host memory; "
+                    f"set zero_stage.{name}=3, which brings them to the device layer by layer"
+                )
+        return self
 
     def reward_start(self) -> ModelConfig:
         """The model that stage 2 starts from when it does not start from the SFT model."""

@@ -1,6 +1,7 @@
 """How the weights of each model lie on several devices.
 
-Responsible for: the ZeRO stages, how many devices share one copy, and over how many the generating actor is divided.
+Responsible for: the ZeRO stages, how many devices share one copy, over how many the generating actor is divided, and
+whose weights wait in host memory.
 Not responsible for: what they do (parallel/), how many devices there are.
 """
 
@@ -64,6 +65,27 @@ class ZeroStageConfig(FrozenModel):
                 hint=f"set zero_stage.shard_over to {', '.join(['all', *possible])}",
             )
         return size
+
+
+class OffloadConfig(FrozenModel):
+    """What lives in host memory of each sharded model: weights, gradients and optimiser states.
+
+    Weights come to the device when they are needed, gradients leave it, and AdamW steps on the CPU.
+    """
+
+    actor: bool = False
+    """The model that stage 1 and PPO train."""
+    critic: bool = False
+    """The model that stage 2 trains, and PPO's critic."""
+    reference: bool = False
+    """PPO's frozen copy of the actor."""
+    reward_model: bool = False
+    """The frozen reward model of PPO."""
+
+    @property
+    def models(self) -> list[str]:
+        """Those that are offloaded."""
+        return [name for name, is_offloaded in self if is_offloaded]
 
 
 class TensorParallelConfig(FrozenModel):

@@ -40,6 +40,7 @@ from dovetail.engine.sampling import Sampling
 from dovetail.errors import ParityError
 from dovetail.maths.precision import at_least_float32
 from dovetail.model.forward import hidden_states, plain_model, token_logprobs
+from dovetail.model.shards import computing_device
 
 PROMPT_TOKENS = (24, 60, 120)
 """Prompts are cut to their last tokens, to lengths that differ; the second one's answer outgrows a page of keys."""
@@ -137,7 +138,7 @@ def check_parity(
     ]
     with evaluation_mode(model), attention_restored(model):
         answers, generated = _generate(engine, cut)
-        batch = _packed(cut, answers).to(next(model.parameters()).device)
+        batch = _packed(cut, answers).to(computing_device(model))
         trained_A = token_logprobs(model, batch).logprobs_T[batch.mask_T].tolist()
         tokens = _beside_the_reference(model, cut, answers, [p for row in generated for p in row], trained_A)
         wrong = _first_wrong(tokens, tolerance, attrgetter("generated"))
@@ -165,7 +166,7 @@ def check_training_parity(model: Any, sequences: Sequence[Sequence[int]]) -> Tra
     tolerance = TOLERANCES[next(inner.parameters()).dtype]
     cut = [list(ids)[:most] for ids, most in zip(sequences, PROMPT_TOKENS, strict=False)]
     with evaluation_mode(model), attention_restored(inner):
-        batch = _packed(cut, [[]] * len(cut)).to(next(inner.parameters()).device)
+        batch = _packed(cut, [[]] * len(cut)).to(computing_device(inner))
         packed_TD = hidden_states(model, batch)
         with plain_attention(inner):
             plain_TD = torch.cat([plain_hidden_states(inner, ids) for ids in cut])
@@ -304,7 +305,7 @@ def _trace_training(
     model: PreTrainedModel, sequences: Sequence[Sequence[int]], index: int, tolerance: Tolerance
 ) -> str:
     """Run the packed batch again and name the first layer that differs in this sequence."""
-    batch = _packed(sequences, [[]] * len(sequences)).to(next(model.parameters()).device)
+    batch = _packed(sequences, [[]] * len(sequences)).to(computing_device(model))
     with layer_outputs(model) as calls:
         hidden_states(model, batch)
     start, length = sum(batch.lengths[:index]), batch.lengths[index]

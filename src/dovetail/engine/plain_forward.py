@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dovetail.model.attention import why_not_packed
+from dovetail.model.shards import computing_device
 
 
 def plain_logits(model: PreTrainedModel, ids: Sequence[int]) -> Tensor:
@@ -34,7 +35,7 @@ def plain_hidden_states(model: PreTrainedModel, ids: Sequence[int]) -> Tensor:
 
 
 def _plain_output(module: Any, ids: Sequence[int]) -> Any:
-    device = next(module.parameters()).device
+    device = computing_device(module)
     extra: dict[str, Any] = {}
     if "position_ids" in inspect.signature(module.forward).parameters:
         extra["position_ids"] = torch.arange(len(ids), device=device)[None]

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from dovetail.batches import pack
 from dovetail.errors import ModelError
 from dovetail.model.forward import hidden_states, plain_model, scalar_head
-from dovetail.model.shards import assign, whole
+from dovetail.model.shards import assign, computing_device, whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ def final_layer_norm(model: Any) -> nn.LayerNorm | None:
 
 
 def _two_tokens(model: Any) -> Tensor:
-    device = next(model.parameters()).device
+    device = computing_device(model)
     return hidden_states(model, pack([[0, 1]], [[False, False]]).to(device))
 
 

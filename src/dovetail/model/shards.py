@@ -1,21 +1,34 @@
 """Tensors of which this process may hold a shard: some of the rows.
 
 Responsible for: the local rows, the whole, and writing to either; for tensors that are not sharded, the tensor itself.
-Not responsible for: sharding a model (parallel/shard.py).
+Not responsible for: sharding a model, or keeping it in host memory (parallel/shard.py).
 
 A shard is a DTensor split by rows as `torch.chunk` does, over one dimension of a mesh: what FSDP2 makes of parameters.
-Over another dimension there are replicas: processes with the same rows.
+Over another dimension there are replicas: processes with the same rows. Where the mesh is of devices and the rows are
+in host memory, it is offloaded: they come to the device to compute with.
 """
 
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def is_shard(tensor: Tensor) -> bool:
     """Whether this process holds some rows of it."""
     return hasattr(tensor, "to_local")
+
+
+def is_offloaded(tensor: Tensor) -> bool:
+    """Whether the rows wait in host memory for a device that computes."""
+    held: Any = tensor
+    return is_shard(tensor) and tensor.device.type != held.device_mesh.device_type
+
+
+def computing_device(model: nn.Module) -> torch.device:
+    """Where the model computes, which is not where its weights are if they are offloaded."""
+    weight: Any = next(model.parameters())
+    return torch.device(weight.device_mesh.device_type) if is_offloaded(weight) else weight.device
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -26,8 +39,10 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All rows. A collective if the tensor is sharded."""
+    """All rows, where they compute. A collective if the tensor is sharded."""
     held: Any = tensor.detach()
+    if is_offloaded(held):
+        held = shard_like(held, local(held).to(held.device_mesh.device_type))
     rows: Tensor = held.full_tensor() if is_shard(held) else held
     return rows
 

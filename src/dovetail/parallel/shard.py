@@ -18,18 +18,25 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from types import MethodType
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 
+from dovetail.errors import ConfigError
 from dovetail.model.copies import copy_of
 from dovetail.model.forward import plain_model
 from dovetail.model.shards import whole
+from dovetail.parallel.lending import lend_shards
 from dovetail.parallel.world import ALONE, World
 
 R = TypeVar("R")
@@ -46,6 +53,8 @@ class Layout:
     stage: int = 0
     skeleton: nn.Module | None = None
     """The model as it was before sharding, without memory behind its weights; None if nothing is sharded."""
+    offloads: bool = False
+    """Shards are in host memory."""
     shard_size: int = 1
     """Processes that hold one copy together: all, or groups of neighbours with a copy each."""
     gather_seconds: float = 0.0
@@ -66,7 +75,7 @@ class Layout:
     @property
     def lends(self) -> bool:
         """One process, whose shards are whole: FSDP2 computes with them instead of copies, and nothing is to free."""
-        return self.is_sharded and self.world.size == 1
+        return self.is_sharded and self.world.size == 1 and not self.offloads
 
     @property
     def regathers(self) -> bool:
@@ -95,13 +104,27 @@ def world_of(model: Any) -> World:
 
 
 def spread(
-    model: Any, *, stage: int, world: World, device: torch.device, shard_size: int | None = None
+    model: Any,
+    *,
+    stage: int,
+    world: World,
+    device: torch.device,
+    shard_size: int | None = None,
+    offload: bool = False,
 ) -> None:
     """Let the processes of `world` hold the model together, at a ZeRO stage, on their devices; in place.
 
     shard_size: how many neighbours share one copy; it divides their number. None: all.
+    offload: what is sharded lives in host memory.
     Call it with the same weights in each process, before the optimiser is made. In a world without a group: nothing.
+    Raises ConfigError if what is to be offloaded is not sharded.
     """
+    if offload and (stage == 0 or not world.is_group):
+        raise ConfigError(
+            "a model can stay in host memory only if it is sharded: "
+            + ("its ZeRO stage is 0" if world.is_group else "this process is not one of a group"),
+            hint="set its stage in zero_stage to 1, 2 or 3, and start the processes, if only one, with torchrun",
+        )
     if not world.is_group:
         return
     inner: Any = plain_model(model)
@@ -110,7 +133,7 @@ def spread(
         _LAYOUTS[inner] = Layout(world)
         return
     skeleton = copy_of(model, device=torch.device("meta"))
-    layout = Layout(world, stage, skeleton, shard_size or world.size)
+    layout = Layout(world, stage, skeleton, offloads=offload, shard_size=shard_size or world.size)
     inner.run_with_weights = MethodType(_run, inner)
     # Sums, because losses are divided by the count of all processes already; float32 on the way, as in one process.
     options: dict[str, Any] = {
@@ -118,13 +141,16 @@ def spread(
         "reshard_after_forward": layout.regathers,
         "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False),
     }
+    if offload:
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type != "cpu")
     for module in [inner] if layout.lends else [*_layers(inner), inner]:
         sharded = fully_shard(module, **options)
         sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)
     register_fsdp_forward_method(inner, "run_with_weights")
     if layout.lends:
-        _lend_shards(model)
+        lend_shards(model)
+        give_back(model)
         inner.set_reshard_after_backward(False)
     share_buffers(model, skeleton)
     _LAYOUTS[inner] = layout
@@ -245,53 +271,6 @@ def whole_model(model: Any, weights: Mapping[str, Tensor] | None = None) -> Any 
 def _run(_: nn.Module, function: Callable[[], R]) -> R:
     """Becomes a method of a sharded model; FSDP2 gathers its own weights around the call."""
     return function()
-
-
-@torch.no_grad()
-def _lend_shards(model: nn.Module) -> None:
-    """For one process, whose shards are whole: FSDP2 computes with them instead of copies, and what it would reduce
-    are their gradients already. Both through its extension points; nothing else about it changes.
-    """
-    shards = dict(model.named_parameters())
-    for shard in shards.values():
-        rows: Any = shard._local_tensor  # type: ignore[attr-defined]  # the very tensor that FSDP2 asks
-        rows.fsdp_pre_all_gather = _gather_nothing
-        rows.fsdp_post_all_gather = partial(_as_it_is, rows)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.unshard()
-    for name, weight in model.named_parameters():
-        if weight.requires_grad:
-            weight.register_post_accumulate_grad_hook(partial(_hand_over, shards[name]))  # type: ignore[no-untyped-call]
-    give_back(model)
-
-
-def _gather_nothing(
-    mesh: Any, size: torch.Size, stride: tuple[int, ...], module: nn.Module, policy: MixedPrecisionPolicy
-) -> tuple[tuple[Tensor, ...], None]:
-    """What to send of a shard, and what to remember of it."""
-    return (torch.empty(0, device=mesh.device_type),), None
-
-
-def _as_it_is(
-    rows: Tensor,
-    received: tuple[Tensor, ...],
-    remembered: None,
-    dtype: torch.dtype,
-    *,
-    out: Tensor | None = None,
-) -> tuple[Tensor, tuple[Tensor, ...]] | None:
-    """The weight to compute with, and what of it is to be freed after use; nothing once `out` is that weight."""
-    return (rows, ()) if out is None else None
-
-
-def _hand_over(shard: nn.Parameter, weight: Tensor) -> None:
-    """The gradient of the weight becomes that of its shard, as if it had been reduced."""
-    assert weight.grad is not None
-    shard.grad = weight.grad if shard.grad is None else shard.grad.add_(weight.grad)
-    weight.grad = None
-    for hook in (shard._post_accumulate_grad_hooks or {}).values():
-        hook(shard)
 
 
 def _layers(inner: Any) -> list[nn.Module]:

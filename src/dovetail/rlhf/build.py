@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dovetail.config.model import LoraConfig
-from dovetail.config.sharding import TensorParallelConfig, ZeroStageConfig
+from dovetail.config.sharding import OffloadConfig, TensorParallelConfig, ZeroStageConfig
 from dovetail.config.stages import OptimizerConfig, PpoConfig, StageConfig
 from dovetail.data.records import Message
 from dovetail.engine.hybrid import HybridEngine
@@ -66,6 +66,8 @@ class Setup:
     """The processes that hold the models together."""
     zero_stage: ZeroStageConfig = field(default_factory=ZeroStageConfig)
     """What they divide of each."""
+    offload: OffloadConfig = field(default_factory=OffloadConfig)
+    """What of it lives in host memory."""
     tensor_parallel: TensorParallelConfig = field(default_factory=TensorParallelConfig)
     """How many of them hold the actor together while it generates."""
 
@@ -85,7 +87,7 @@ def make_roles(
     at = loading_device(device, world)
     dtype = resolve_dtype(setup.precision, device)
     chat = ChatFormat(tokenizer)
-    budget = TokenBudget(config.micro_batch_tokens, may_shrink=world.size == 1)
+    budget = TokenBudget(config.micro_batch_tokens, may_shrink=world.size == 1 and not setup.offload.models)
     actor = (
         load_causal_lm(actor_model, dtype=dtype, device=at) if isinstance(actor_model, str) else actor_model
     )
@@ -104,10 +106,17 @@ def make_roles(
     score = _scorer(model_scorer, reward, config, world)
     actor = _trainable(actor, setup.actor_lora, seed=setup.seed)
     critic = _trainable(critic, setup.critic_lora, seed=setup.seed + 1)
-    models = ((actor, stage.actor), (critic, stage.critic), (reference, stage.reference))
-    for model, own_stage in (*models, (reward_model, stage.reward_model)):
+    models = {"actor": actor, "critic": critic, "reference": reference, "reward_model": reward_model}
+    for role, model in models.items():
         if model is not None:
-            spread(model, stage=own_stage, world=world, device=device, shard_size=shard_size)
+            spread(
+                model,
+                stage=getattr(stage, role),
+                world=world,
+                device=device,
+                shard_size=shard_size,
+                offload=getattr(setup.offload, role),
+            )
     checkpoint_activations([actor, critic], config, device=device, is_averaged=True)
     return Roles(
         actor=actor,

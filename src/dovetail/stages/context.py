@@ -13,7 +13,7 @@ import torch
 
 from dovetail.config.run import RunConfig
 from dovetail.config.stages import StageConfig
-from dovetail.errors import RunInterrupted
+from dovetail.errors import ConfigError, RunInterrupted
 from dovetail.parallel.world import ALONE, World, joined
 from dovetail.stages.stopping import StopRequest, stop_request
 from dovetail.telemetry.log import say
@@ -119,6 +119,11 @@ def open_run(config: RunConfig) -> Iterator[Context]:
         dtype = resolve_dtype(config.precision, device)
         number = f"{world.size} processes, " if world.size > 1 else ""
         say(f"run {folder.path}: {number}{device}, {str(dtype).removeprefix('torch.')}")
+        if config.offload.models and not world.is_group:
+            raise ConfigError(
+                f"offload.{config.offload.models[0]} = true, but this process is not one of a group: it shards nothing",
+                hint="start it with dovetail train, which makes one, or with torchrun --nproc-per-node 1",
+            )
         context = Context(config, folder, device, dtype, world, world.aside(), stop)
         if (size := context.shard_size) < world.size:
             say(f"what is sharded has {world.size // size} copies, each over {size} processes")

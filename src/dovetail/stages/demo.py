@@ -103,6 +103,7 @@ def make_base_model(rows: Dataset, settings: SftConfig, context: Context) -> Non
         world=context.world,
         device=context.device,
         shard_size=context.shard_size,
+        offload=context.config.offload.actor,
     )
     texts = [[*tokenizer(text).input_ids, tokenizer.eos_token_id] for text in rows.documents]
     task = Task(

@@ -86,13 +86,21 @@ def trainable_causal_lm(
         trust_remote_code=model.trust_remote_code,
     )
     expect_rows_for(chat.tokenizer, loaded, model.path)
-    return ready_to_train(loaded, model, settings, context, zero_stage=context.config.zero_stage.actor)
+    return ready_to_train(loaded, model, settings, context, role="actor")
 
 
 def ready_to_train(
-    loaded: PreTrainedModel, model: ModelConfig, settings: StageConfig, context: Context, *, zero_stage: int
+    loaded: PreTrainedModel,
+    model: ModelConfig,
+    settings: StageConfig,
+    context: Context,
+    *,
+    role: Literal["actor", "critic"],
 ) -> PreTrainedModel:
-    """Adapters if asked for, on the devices, activation checkpointing if asked for or needed, training mode."""
+    """Adapters if asked for, on the devices, activation checkpointing if asked for or needed, training mode.
+
+    role: whose settings say how the processes hold it.
+    """
     if model.lora is not None:
         loaded = add_lora(
             loaded,
@@ -104,7 +112,12 @@ def ready_to_train(
         )
     loaded.train()
     spread(
-        loaded, stage=zero_stage, world=context.world, device=context.device, shard_size=context.shard_size
+        loaded,
+        stage=getattr(context.config.zero_stage, role),
+        world=context.world,
+        device=context.device,
+        shard_size=context.shard_size,
+        offload=getattr(context.config.offload, role),
     )
     checkpoint_activations([loaded], settings, device=context.device, is_averaged=False)
     return loaded
@@ -137,6 +150,7 @@ def rlhf_engine(context: Context, chat: ChatFormat, *, total_steps: int) -> RLHF
             critic_lora=config.reward_model.lora if config.reward_model else None,
             world=context.world,
             zero_stage=config.zero_stage,
+            offload=config.offload,
             tensor_parallel=config.tensor_parallel,
         ),
     )
@@ -255,9 +269,7 @@ def trainable_scalar_model(start: ModelConfig, chat: ChatFormat, context: Contex
         trust_remote_code=start.trust_remote_code,
     )
     expect_rows_for(chat.tokenizer, model, start.path)
-    return ready_to_train(
-        model, start, context.config.reward, context, zero_stage=context.config.zero_stage.critic
-    )
+    return ready_to_train(model, start, context.config.reward, context, role="critic")
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from dovetail.batches import PackedBatch, SummedLoss, cumulative
 from dovetail.config.stages import RewardConfig, SftConfig
 from dovetail.data.loader import BatchOrder
 from dovetail.engine.parity import check_training_parity
-from dovetail.parallel.shard import gathered
+from dovetail.parallel.shard import gathered, layout_of
 from dovetail.rlhf.build import optimizer_for
 from dovetail.stages.context import Context, resume
 from dovetail.telemetry.log import say
@@ -52,7 +52,9 @@ def fit(task: Task, context: Context) -> Mapping[str, float]:
     optimizer, world = optimizer_for(task.model, task.settings.optimizer), context.world
     # A pure function of the step, so that a resumed run sees the same rows.
     order = BatchOrder(task.num_rows, task.settings.batch_size, context.config.seed)
-    budget = TokenBudget(task.settings.micro_batch_tokens, may_shrink=world.size == 1)
+    budget = TokenBudget(
+        task.settings.micro_batch_tokens, may_shrink=world.size == 1 and not layout_of(task.model).offloads
+    )
     checkpoints = context.checkpoints(task.stage, task.settings)
 
     def state() -> dict[str, Any]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dovetail.errors import CheckpointError
-from dovetail.model.shards import assign, local, shard_like
+from dovetail.model.shards import assign, is_offloaded, local, shard_like
 from dovetail.training.optim import Optimizer
 from dovetail.training.parking import ParkingSpace
 from dovetail.training.weights import trained_weights
@@ -36,7 +36,9 @@ class Ema:
             name: _full_precision(local(weight)).clone() for name, weight in self._weights().items()
         }
         self._parameters = {name: p for name, p in model.named_parameters() if name in self._averages}
-        self._parking = ParkingSpace(list(self._averages.values()))
+        self._parking = ParkingSpace(
+            [self._averages[name] for name, p in self._parameters.items() if not is_offloaded(p)]
+        )
 
     def park(self) -> None:
         """Keep the averages in host memory until `restore`."""

@@ -21,7 +21,7 @@ from torch.optim.adamw import adamw
 from torch.utils.hooks import RemovableHandle
 
 from dovetail.errors import CheckpointError, ModelError, TrainingStopped
-from dovetail.model.shards import assign, is_shard, local, shard_like
+from dovetail.model.shards import assign, is_offloaded, is_shard, local, shard_like
 from dovetail.training.loss_scale import LossScaler
 from dovetail.training.memory import is_out_of_memory
 from dovetail.training.parking import ParkingSpace
@@ -55,6 +55,9 @@ class _Slot:
     def take_gradient(self, parameter: Tensor) -> None:
         """Called by autograd when the parameter's gradient is complete: take it away, or add it in float32."""
         assert parameter.grad is not None
+        if is_offloaded(parameter.grad):
+            # The copy from the device may be on its way still; this stream is where FSDP2 has ordered it.
+            torch.accelerator.current_stream().synchronize()
         if self.master_gradient is None:
             self.master_gradient = local(parameter.grad)
         elif self.master_gradient.dtype == torch.float32:
@@ -313,7 +316,9 @@ def _slot_of(parameter: nn.Parameter) -> _Slot:
 
 
 def _large(slot: _Slot) -> list[Tensor]:
-    """What takes memory and is no part of the model."""
+    """What takes the device's memory and is no part of the model."""
+    if is_offloaded(slot.parameter):
+        return []
     return [slot.exp_avg, slot.exp_avg_sq, *([slot.weight] if slot.has_master else [])]
 
 

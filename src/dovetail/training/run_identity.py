@@ -27,6 +27,7 @@ MAY_CHANGE = (
     "tracking.*",
     "zero_stage.*",
     "tensor_parallel.*",
+    "offload.*",
     "data.cache_dir",
     "*.micro_batch_tokens",
     "*.activation_checkpointing",

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from dovetail.model.linear_logprobs import CUDA_CHUNK_BYTES
-from dovetail.model.shards import local
+from dovetail.model.shards import is_offloaded, local
 from dovetail.model.widths import widths_of
 
 MASTER, MOMENTS, GRADIENT, AVERAGE = 4, 8, 4, 4
@@ -108,10 +108,11 @@ def activation_bytes(of: Architecture, *, tokens: int, element_bytes: int, is_ch
 
 
 def state_bytes(model: nn.Module, *, is_averaged: bool) -> int:
-    """What training adds to the weights that are here: gradients, optimiser, the moving average if there is one."""
+    """What training adds on the device to the weights that are here: gradients, optimiser, moving average if there is
+    one."""
     total = 0
     for parameter in model.parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad and not is_offloaded(parameter):
             master = MASTER if parameter.element_size() == 2 else 0
             total += local(parameter).numel() * (
                 master + MOMENTS + GRADIENT + (AVERAGE if is_averaged else 0)
