@@ -13,8 +13,9 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 
-from dovetail.errors import LaunchError
+from dovetail.errors import ConfigError, LaunchError
 from dovetail.launch import preflight
+from dovetail.launch.inputs import Inputs
 
 ADD_UP = dist.all_reduce
 
@@ -40,6 +41,12 @@ def oddness(fault: str, folder: str) -> Iterator[str]:
             yield folder
 
 
+def inputs(fault: str) -> Inputs:
+    settings = {"ppo.gamma": "0.9" if fault == "setting" else "1.0", "seed": "7"}
+    files = {"pairs.jsonl": "12 bytes, hash ab" if fault == "data" else "12 bytes, hash cd"}
+    return Inputs(settings, None if fault == "joined" else files)
+
+
 def outcome(fault: str, folder: str, rank: str) -> str:
     if fault == "missing" and rank == "1":
         return "stayed away"
@@ -49,8 +56,8 @@ def outcome(fault: str, folder: str, rank: str) -> str:
         dist.init_process_group("gloo")
     with oddness(fault if rank == "1" else "none", folder) as seen:
         try:
-            preflight.preflight(seen, device="cpu", patience_s=0.5)
-        except LaunchError as error:
+            preflight.preflight(seen, inputs(fault if rank == "1" else "none"), device="cpu", patience_s=0.5)
+        except (ConfigError, LaunchError) as error:
             return error.message
     joined = "still joined" if dist.is_initialized() else "left"
     if joined == "left":  # and now comes the run

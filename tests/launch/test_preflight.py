@@ -16,7 +16,7 @@ from dovetail.launch import preflight as module
 
 WORKER = Path(__file__).parent / "preflight_worker.py"
 HOST = socket.gethostname()
-FAULTS = ("none", "version", "folder", "file", "sum", "joined", "missing")
+FAULTS = ("none", "version", "setting", "data", "folder", "file", "sum", "joined", "missing")
 
 
 def free_ports(count: int) -> int:
@@ -83,6 +83,20 @@ def test_a_folder_that_is_not_shared_is_named(said: list[dict[str, str]], folder
 def test_other_versions_on_a_rank_are_named(said: list[dict[str, str]]) -> None:
     message = f"rank 1 on {HOST} has dovetail 0.0.7 (rank 0: {dovetail.__version__}); rank 0 is on {HOST}"
     assert [of_rank["version"] for of_rank in said] == [message] * 2
+
+
+@pytest.mark.parametrize(
+    ("fault", "difference"),
+    [
+        ("setting", "ppo.gamma = 0.9 (rank 0: 1.0)"),
+        ("data", "pairs.jsonl: 12 bytes, hash ab (rank 0: 12 bytes, hash cd)"),
+    ],
+)
+def test_other_settings_or_files_on_a_rank_are_named(
+    said: list[dict[str, str]], fault: str, difference: str
+) -> None:
+    message = f"rank 1 on {HOST} has {difference}; rank 0 is on {HOST}"
+    assert [of_rank[fault] for of_rank in said] == [message] * 2
 
 
 def test_a_wrong_sum_is_named(said: list[dict[str, str]]) -> None:

@@ -163,11 +163,12 @@ def _as_rank(config: RunConfig, world_size: int, work: Callable[[], None]) -> No
         if world_size == 1:
             work()
             return
+        from dovetail.launch.inputs import inputs_of
         from dovetail.launch.preflight import preflight  # here and not above: it imports torch
         from dovetail.launch.stuck import watched
         from dovetail.parallel.world import shared_store
 
-        preflight(config.output_dir, device=config.device)
+        preflight(config.output_dir, inputs_of(config), device=config.device)
         with watched(shared_store()):
             work()
 

@@ -1,7 +1,8 @@
 """What is checked with all processes before weights are loaded: minutes of loading are a dear way to find out.
 
-Responsible for: equal versions, one shared output folder, a GPU for every process, one right all-reduce.
-Not responsible for: ports and missing machines (rendezvous.py), the run's own process group.
+Responsible for: equal versions, settings and input files, one shared output folder, a GPU for every process, one right
+all-reduce. Not responsible for: what is compared of settings and files (inputs.py), ports and missing machines
+(rendezvous.py), the run's own process group.
 """
 
 import os
@@ -21,15 +22,18 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
 import dovetail
-from dovetail.errors import LaunchError
+from dovetail.errors import ConfigError, LaunchError
+from dovetail.launch.inputs import Inputs
 from dovetail.parallel.world import shared_store
 
 TIMEOUT_S = 300
 """Seconds that processes wait for one another."""
 
 
-def preflight(output_dir: str | Path, *, device: str = "auto", patience_s: float = 10) -> None:
-    """Check that the processes fit together; all of them call it, and all raise the same LaunchError.
+def preflight(
+    output_dir: str | Path, inputs: Inputs, *, device: str = "auto", patience_s: float = 10
+) -> None:
+    """Check that the processes fit together; all of them call it, and all raise the same LaunchError or ConfigError.
 
     Uses the process group if this process has joined one, else one of its own for the time of the checks.
     device: cpu, cuda or auto, as in the recipe. patience_s: how long a file of
@@ -38,6 +42,7 @@ def preflight(output_dir: str | Path, *, device: str = "auto", patience_s: float
     on_gpu = device != "cpu" and torch.cuda.is_available()
     with _group(on_gpu) as where:
         _expect_equal_versions(_gathered(_versions()))
+        _expect_equal_inputs(_gathered((inputs, socket.gethostname())))
         _expect_shared(Path(output_dir), patience_s)
         _expect_right_sum(where)
 
@@ -107,6 +112,16 @@ def _expect_equal_versions(of_ranks: Sequence[dict[str, str]]) -> None:
             raise LaunchError(
                 f"rank {rank} on {versions['host']} has {found}; rank 0 is on {first['host']}",
                 hint="install the same versions on all machines; `dovetail doctor` prints them",
+            )
+
+
+def _expect_equal_inputs(of_ranks: Sequence[tuple[Inputs, str]]) -> None:
+    first, host_of_first = of_ranks[0]
+    for rank, (inputs, host) in enumerate(of_ranks):
+        if difference := inputs.difference(first):
+            raise ConfigError(
+                f"rank {rank} on {host} has {difference}; rank 0 is on {host_of_first}",
+                hint="give the same command, recipe and files on all machines",
             )
 
 

@@ -93,9 +93,15 @@ def differences(saved: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]
     ]
 
 
-def _deciding(config: Mapping[str, Any]) -> dict[str, Any]:
+def flat_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Every setting by its dotted name, as JSON sees it."""
     flat: dict[str, Any] = {}
     _flatten(_plain(config), "", flat)
+    return flat
+
+
+def _deciding(config: Mapping[str, Any]) -> dict[str, Any]:
+    flat = flat_settings(config)
     return {key: value for key, value in flat.items() if not any(fnmatchcase(key, p) for p in MAY_CHANGE)}
 
 

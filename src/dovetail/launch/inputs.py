@@ -1,0 +1,96 @@
+"""What a process would train on: its settings, and the files of its machine that they name.
+
+Responsible for: describing both in few words, and saying in what two processes differ. Not responsible for: telling
+each other (preflight.py), what comes from the hub, whether a file is any good.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from hashlib import blake2b
+from pathlib import Path
+
+from dovetail.config.run import RunConfig
+from dovetail.training.run_identity import flat_settings
+
+MAY_DIFFER = ("output_dir", "data.cache_dir", "tracking.*")
+"""Patterns of settings that are a machine's own. That all write to one folder is looked at by itself."""
+_ABSENT = "no such file"
+_ENDS = 1 << 16  # bytes that are read at each end of a file: whole models would take as long as loading them
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """Settings by dotted name, and what there is to say of each file; None for those who did not look."""
+
+    settings: Mapping[str, str]
+    files: Mapping[str, str] | None = None
+
+    def difference(self, first: "Inputs") -> str | None:
+        """What of these is not as those of rank 0; None if all is."""
+        for name in dict.fromkeys([*first.settings, *self.settings]):
+            mine, wanted = (each.settings.get(name, "not set") for each in (self, first))
+            if mine != wanted:
+                return f"{name} = {mine} (rank 0: {wanted})"
+        if self.files is None or first.files is None:
+            return None
+        for name in sorted({*first.files, *self.files}):
+            mine, wanted = (files.get(name, _ABSENT) for files in (self.files, first.files))
+            if mine != wanted:
+                return f"{name}: {mine} (rank 0: {wanted})"
+        return None
+
+
+def inputs_of(config: RunConfig, *, look_at_files: bool | None = None) -> Inputs:
+    """Of this process. look_at_files: by default in the first of each machine; they all see the same."""
+    if look_at_files is None:
+        look_at_files = os.environ.get("LOCAL_RANK") == "0"
+    flat = flat_settings(config.model_dump(mode="json"))
+    settings = {
+        key: str(value) for key, value in flat.items() if not any(fnmatchcase(key, p) for p in MAY_DIFFER)
+    }
+    if not look_at_files:
+        return Inputs(settings)
+    return Inputs(settings, {name: text for path in _paths(config) for name, text in _described(Path(path))})
+
+
+def _paths(config: RunConfig) -> Iterator[str]:
+    """Of models, data and code; among them names that mean something on the hub."""
+    models = (config.actor, config.reward_model)
+    for model in filter(None, models):
+        yield model.path
+        if (
+            model.chat_template is not None
+            and "\n" not in model.chat_template
+            and len(model.chat_template) < 256
+        ):
+            yield model.chat_template
+    yield from (source.path for source in (*config.data.blend, *config.data.pretraining))
+    if config.ppo.reward_function is not None:
+        yield config.ppo.reward_function.rpartition(":")[0]
+
+
+def _described(path: Path) -> Iterator[tuple[str, str]]:
+    """A file, or those of a folder, each under its name as given; nothing for what is not there."""
+    place = path.expanduser()
+    if place.is_file():
+        yield str(path), _identity(place)
+    elif place.is_dir():
+        for file in sorted(place.rglob("*")):
+            inside = file.relative_to(place)
+            if file.is_file() and not any(part.startswith(".") for part in inside.parts):
+                yield str(path / inside), _identity(file)
+
+
+def _identity(file: Path) -> str:
+    """Its size, and a hash of both ends."""
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as content:
+            ends = blake2b(content.read(_ENDS), digest_size=8)
+            content.seek(max(0, size - _ENDS))
+            ends.update(content.read(_ENDS))
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    return f"{size:,} bytes, hash {ends.hexdigest()}"
