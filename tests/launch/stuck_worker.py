@@ -1,4 +1,4 @@
-"""One rank of a stuck run: `stuck_worker.py RANK PORT HOW`; rank 1 does not come to the sum."""
+"""One rank of a stuck run: `stuck_worker.py RANK PORT HOW [DEVICE]`; rank 1 does not come to the second sum."""
 
 import os
 import signal
@@ -36,13 +36,16 @@ def work_in_one_call(rounds: int) -> None:
     pbkdf2_hmac("sha256", b"word", b"salt", rounds)
 
 
-def main(rank: str, port: str, how: str) -> None:
+def main(rank: str, port: str, how: str, kind: str = "cpu") -> None:
     os.environ |= {"RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    dist.init_process_group("gloo")
+    device = torch.device("cuda", int(rank)) if kind == "cuda" else torch.device("cpu")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
+    dist.all_reduce(number := torch.ones(1, device=device))
     with watched(shared_store(), stuck_after_s=2):
         if rank == "1":
             load_rows(how)
-        dist.all_reduce(torch.ones(1))
+        dist.all_reduce(number)
+        number.item()  # where a process waits for its GPU
 
 
 main(*sys.argv[1:])

@@ -69,14 +69,14 @@ def test_a_rank_that_waits_for_its_checkpoint_stands_where_that_is_written(tmp_p
     assert seen == ["the disk"]
 
 
-def stuck(how: str, folder: Path) -> tuple[int, dict[str, str] | None, str]:
+def stuck(how: str, folder: Path, kind: str = "cpu") -> tuple[int, dict[str, str] | None, str]:
     """Exit code of rank 0, what it recorded, and what it printed; rank 1 is the launcher's to end, and ended here."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     ranks = [
         subprocess.Popen(
-            [sys.executable, str(WORKER), rank, port, how],
+            [sys.executable, str(WORKER), rank, port, how, kind],
             stderr=subprocess.PIPE,
             text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1", ERROR_FILE: str(folder / rank)},
