@@ -4,7 +4,7 @@ import pytest
 
 from dovetail.config.load import check
 from dovetail.config.run import RunConfig
-from dovetail.config.sharding import ZeroStageConfig
+from dovetail.config.sharding import OffloadConfig, TensorParallelConfig, ZeroStageConfig
 from dovetail.errors import ConfigError
 
 
@@ -79,3 +79,13 @@ def test_only_what_is_sharded_is_offloaded(model: str) -> None:
         ConfigError, match=f"offload.{model} = true, but zero_stage.{model} = 0: .*={3}, which"
     ):
         check(run | {"zero_stage": {model: 0}})
+
+
+def test_what_does_not_go_with_divided_layers_is_refused() -> None:
+    grouped, kept = ZeroStageConfig(shard_over=2), OffloadConfig(critic=True)
+    with pytest.raises(ConfigError, match=r"training = 2 and zero_stage\.shard_over = 2 do not go together"):
+        TensorParallelConfig(training=2).expect_supported(grouped, OffloadConfig())
+    with pytest.raises(ConfigError, match=r"training = 2 and offload\.critic = true do not go together"):
+        TensorParallelConfig(training=2).expect_supported(ZeroStageConfig(), kept)
+    TensorParallelConfig().expect_supported(grouped, kept)
+    TensorParallelConfig(training=2).expect_supported(ZeroStageConfig(), OffloadConfig())

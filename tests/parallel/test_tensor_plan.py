@@ -11,7 +11,7 @@ from transformers import BloomConfig, LlamaConfig
 from dovetail.errors import ConfigError
 from dovetail.model.lora import add_lora
 from dovetail.parallel.tensor_group import expect_even_groups
-from dovetail.parallel.tensor_plan import Place, cuts_of, expect_divisible, slice_bytes
+from dovetail.parallel.tensor_plan import TRAINING, Place, cuts_of, expect_divisible, slice_bytes
 from dovetail.parallel.world import World
 from tests.fakes import TINY, tiny_model
 
@@ -158,7 +158,7 @@ def _llama(**changes: Any) -> LlamaConfig:
         (
             BloomConfig(),
             2,
-            "no plan to divide the layers of a model of type bloom",
+            "no plan to divide the layers of the model, of type bloom",
             "tensor_parallel.generation=1",
         ),
     ],
@@ -170,6 +170,18 @@ def test_sizes_that_do_not_divide_a_model_are_refused_with_those_that_do(
         expect_divisible(config, size)
     assert way_out in str(caught.value.hint)
     expect_divisible(config, 1)
+
+
+@pytest.mark.parametrize(
+    ("size", "told"),
+    [(6, "the critic's 4 key heads cannot be divided by 6"), (5, "the critic's 12 attention")],
+)
+def test_sizes_that_do_not_divide_a_model_to_train_are_refused(size: int, told: str) -> None:
+    with pytest.raises(ConfigError, match=f"tensor_parallel.training = {size}: {told}") as caught:
+        expect_divisible(_llama(), size, setting=TRAINING, model="the critic")
+    assert "tensor_parallel.training to one of 1, 2, 4" in str(caught.value.hint)
+    with pytest.raises(ConfigError, match="no plan to divide the layers of the critic, of type bloom"):
+        expect_divisible(BloomConfig(), 2, setting=TRAINING, model="the critic")
 
 
 def test_processes_that_do_not_come_out_even_are_refused() -> None:

@@ -42,13 +42,30 @@ def hybrid(stage: int) -> dict[str, Any]:
 
 OFFLOADED = {"offload": dict.fromkeys(("actor", "critic", "reference", "reward_model"), True)}
 LEARNERS_OFFLOADED = {"offload": {"actor": True, "critic": True}}
+
+
+def merged(*groups: dict[str, Any]) -> dict[str, Any]:
+    both: dict[str, Any] = {}
+    for group in groups:
+        for key, value in group.items():
+            both[key] = merged(both.get(key, {}), value) if isinstance(value, dict) else value
+    return both
+
+
 TWO_PARTS = {"tensor_parallel": {"generation": 2}}
+EVEN = {stage: {"optimizer": {"eps": 1e-3}} for stage in ("sft", "reward")}
+EVEN |= {"ppo": {"actor_optimizer": {"eps": 1e-3}, "critic_optimizer": {"eps": 1e-3}}}
+"""Sums in the middle of layers round otherwise in every gradient: those of nearly nothing must not become steps."""
+DIVIDED = {"tensor_parallel": {"training": 2}}
+DIVIDED_ALL_ALONG = {"tensor_parallel": {"training": 2, "generation": 2}}
 
 
 ALIKE: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "lora": ("opt", LORA),
     "several-steps": ("qwen2", SEVERAL_STEPS),
+    "even": ("llama", EVEN),
+    "even-lora": ("opt", merged(LORA, EVEN)),
     "wide": ("llama", {stage: {"batch_size": 8} for stage in ("sft", "reward", "ppo")}),
 }
 """Runs of one process: name -> (architecture, changes)."""
@@ -56,6 +73,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "zero-3": ("llama", zero(3) | MICRO),
     "zero-1-lora": ("lora", zero(1)),
     "zero-3-two-parts": ("llama", zero(3) | TWO_PARTS | OFFLOADED),
+    "zero-1-divided": ("even", zero(1) | MICRO | DIVIDED),
 }
 """Runs of several: name -> (the run that it must equal, changes)."""
 MORE_CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -76,6 +94,10 @@ MORE_CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "zero-1-offloaded": ("several-steps", zero(1) | LEARNERS_OFFLOADED),
     "zero-2-offloaded-lora": ("lora", zero(2) | MICRO | LEARNERS_OFFLOADED),
     "zero-3-offloaded": ("llama", zero(3) | MICRO | OFFLOADED),
+    "zero-0-divided-lora": ("even-lora", zero(0) | DIVIDED),
+    "zero-2-divided-lora": ("even-lora", zero(2) | MICRO | DIVIDED_ALL_ALONG),
+    "zero-3-divided": ("even", zero(3) | RECOMPUTED | DIVIDED_ALL_ALONG),
+    "zero-3-divided-lora": ("even-lora", zero(3) | MICRO | DIVIDED),
 }
 
 
@@ -150,14 +172,6 @@ class Runs:
             with pytest.raises(Stopped):
                 pipeline.run(config)
         return self.config("llama", **changes, output_dir=folder)
-
-
-def merged(*groups: dict[str, Any]) -> dict[str, Any]:
-    both: dict[str, Any] = {}
-    for group in groups:
-        for key, value in group.items():
-            both[key] = merged(both.get(key, {}), value) if isinstance(value, dict) else value
-    return both
 
 
 def metrics_of(run: Path) -> list[tuple[int, dict[str, float]]]:
@@ -265,3 +279,18 @@ def test_a_run_moves_from_one_process_to_four_to_two_and_back(runs: Runs) -> Non
     for size, stop in [(1, ("sft", 2)), (4, ("reward", 1)), (2, ("ppo", 2)), (1, None)]:
         run_all([(config, stop)], size=size)
     expect_alike(runs.folder / "far", runs.alone("llama"))
+
+
+@pytest.mark.slow
+def test_a_run_moves_between_whole_and_divided_layers(runs: Runs) -> None:
+    folder = str(runs.folder / "between")
+    steps: list[tuple[int, dict[str, Any], tuple[str, int] | None]] = [
+        (2, zero(0) | DIVIDED, ("sft", 2)),
+        (1, {}, ("reward", 1)),
+        (4, zero(3) | DIVIDED, ("ppo", 1)),
+        (2, zero(1), ("ppo", 2)),
+        (2, zero(3) | DIVIDED_ALL_ALONG, None),
+    ]
+    for size, changes, stop in steps:
+        run_all([(runs.config("even", **changes, output_dir=folder), stop)], size=size)
+    expect_alike(runs.folder / "between", runs.alone("even"))

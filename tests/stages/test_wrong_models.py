@@ -75,11 +75,12 @@ def test_an_actor_without_room_for_prompt_and_answer_is_told_before_anything_is_
     assert not (tmp_path / "run/ppo").exists()
 
 
+@pytest.mark.parametrize("setting", ["generation", "training"])
 def test_more_processes_for_a_model_than_there_are_are_refused_before_anything_is_trained(
-    tmp_path: Path,
+    tmp_path: Path, setting: str
 ) -> None:
-    config = tiny_run(tmp_path, tensor_parallel={"generation": 2})
-    with pytest.raises(ConfigError, match="the run's 1 process cannot form groups of 2"):
+    config = tiny_run(tmp_path, tensor_parallel={setting: 2})
+    with pytest.raises(ConfigError, match=f"{setting} = 2: the run's 1 process cannot form groups of 2"):
         pipeline.run(config)
     assert not (tmp_path / "run/sft").exists()
 

@@ -1,12 +1,15 @@
 import io
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load
 
-from dovetail.training.tensor_file import TensorFiles, num_bytes, write_tensors
+from dovetail.model.slices import Pieces, Slice, boxes, note
+from dovetail.training.tensor_file import TensorFiles, num_bytes, place, write_tensors
 
 EVERY_KIND = {
     "scalar": torch.tensor(3.5),
@@ -74,3 +77,35 @@ def test_rows_are_read_across_files(tmp_path: Path) -> None:
         for end in range(start, 11):
             assert torch.equal(files.read("cut", start, end), whole[start:end])
             assert torch.equal(files.read("uncut", start, end), whole[start:end] + 1)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("num_dims", [1, 2])
+def test_slices_are_read_from_other_slices_rows_and_wholes(tmp_path: Path, dim: int, num_dims: int) -> None:
+    """Each of two processes holds two pieces of 12 rows or columns; another division has three, of other lengths."""
+    if dim >= num_dims:
+        return
+    whole = torch.randn([12, 12][:num_dims], generator=torch.Generator().manual_seed(0))
+    twos: tuple[Pieces, ...] = (((0, 3), (6, 2)), ((3, 3), (8, 4)))
+    threes: tuple[Pieces, ...] = (((0, 5),), ((5, 1), (11, 1)), ((6, 5),))
+    places: dict[str, dict[str, Any]] = {"twos": {}, "rows": {"a": (0, 7), "b": (7, 12)}}
+    for file, pieces in zip("ab", twos, strict=True):
+        part = sliced(whole, dim, pieces)
+        places["twos"][file] = json.loads(json.dumps(place(part)))
+        rows = whole[slice(*places["rows"][file])]
+        with (tmp_path / file).open("wb") as opened:
+            write_tensors(opened, {"twos": part, "rows": rows} | ({"whole": whole} if file == "a" else {}))
+    files = TensorFiles(tmp_path, ["a", "b"], places)
+    for name in ("twos", "rows", "whole"):
+        assert files.shape(name) == whole.shape
+        assert torch.equal(files.read(name), whole)
+        assert torch.equal(files.read(name, 4, 9), whole[4:9])
+        for pieces in threes:
+            wanted = sliced(whole, dim, pieces)
+            assert torch.equal(files.read_boxes(name, boxes(wanted), wanted.shape), wanted)
+
+
+def sliced(whole: torch.Tensor, dim: int, pieces: Pieces) -> torch.Tensor:
+    """The pieces end to end, as a process would hold them."""
+    part = torch.cat([whole.narrow(dim, start, length) for start, length in pieces], dim)
+    return note(part, Slice(whole.shape, dim, pieces, everybodys=(pieces,), is_first=True))

@@ -203,7 +203,8 @@ def _quiet_stores() -> Iterator[None]:
 
 def _expect_possible(config: RunConfig, world_size: int, per_machine: int) -> None:
     expect_enough_work(
-        {f"{stage}.batch_size": getattr(config, stage).batch_size for stage in config.stages}, world_size
+        {f"{stage}.batch_size": getattr(config, stage).batch_size for stage in config.stages},
+        max(1, world_size // config.tensor_parallel.training),
     )
     config.zero_stage.shard_size(processes=world_size, per_machine=per_machine)
 

@@ -1,7 +1,7 @@
 """How the weights of each model lie on several devices.
 
-Responsible for: the ZeRO stages, how many devices share one copy, over how many the generating actor is divided, and
-whose weights wait in host memory.
+Responsible for: the ZeRO stages, how many devices share one copy, over how many each layer is divided, and whose
+weights wait in host memory.
 Not responsible for: what they do (parallel/), how many devices there are.
 """
 
@@ -91,6 +91,22 @@ class OffloadConfig(FrozenModel):
 class TensorParallelConfig(FrozenModel):
     """How many processes compute each layer together (Shoeybi et al. 2019, arXiv:1909.08053)."""
 
+    training: PositiveInt = 1
+    """Neighbouring processes that compute each layer of every model together while it scores and learns, each with a
+    slice of the layer's weights; the other processes work on other sequences and shard the slices (`zero_stage`)."""
     generation: Literal["auto"] | PositiveInt = "auto"
     """Processes that hold one copy of the actor while answers are generated; groups of so many share the prompts.
     auto: 1 if by an estimate the whole model fits on a GPU beside what stays there, else as few as fit; 1 on a CPU."""
+
+    def expect_supported(self, zero_stage: ZeroStageConfig, offload: OffloadConfig) -> None:
+        """Raise ConfigError for settings that do not go together."""
+        if self.training == 1:
+            return
+        others = {f"offload.{name}": ("true", "false") for name in offload.models}
+        if zero_stage.shard_over != "all":
+            others["zero_stage.shard_over"] = (str(zero_stage.shard_over), "all")
+        for name, (found, possible) in others.items():
+            raise ConfigError(
+                f"tensor_parallel.training = {self.training} and {name} = {found} do not go together yet",
+                hint=f"set {name}={possible}, or tensor_parallel.training=1",
+            )

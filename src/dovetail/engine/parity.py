@@ -39,8 +39,9 @@ from dovetail.engine.plain_forward import (
 from dovetail.engine.sampling import Sampling
 from dovetail.errors import ParityError
 from dovetail.maths.precision import at_least_float32
-from dovetail.model.forward import hidden_states, plain_model, token_logprobs
+from dovetail.model.forward import hidden_states, plain_model, token_logprobs, with_weights
 from dovetail.model.shards import computing_device
+from dovetail.parallel.shard import world_of
 
 PROMPT_TOKENS = (24, 60, 120)
 """Prompts are cut to their last tokens, to lengths that differ; the second one's answer outgrows a page of keys."""
@@ -126,8 +127,8 @@ def check_parity(
     """Compare a few greedy answers to `prompts` (at most three are used) with the plain forward.
 
     Mode, attention, weights and gradients are afterwards as before. decode_text: to quote the prompt in errors.
-    trained: the model whose training and plain forward are run, where the engine has but slices of its weights;
-    peft-wrapped or not, sharded or not (then all processes must call this). By default the engine's own.
+    trained: the model whose training and plain forward are run, where engine and training do not have the same weights,
+    but slices; peft-wrapped or not, sharded or not (then all processes must call this). By default the engine's own.
     Raises ParityError, naming the token and the first layer that differs.
     """
     model = engine.model if trained is None else plain_model(trained)
@@ -137,7 +138,8 @@ def check_parity(
         list(prompt)[-int(min(most, room)) :] for prompt, most in zip(prompts, PROMPT_TOKENS, strict=False)
     ]
     with evaluation_mode(model), attention_restored(model):
-        answers, generated = _generate(engine, cut)
+        # Neighbours that compute each layer together must run the same sequences.
+        answers, generated = world_of(model).agreed(_generate(engine, cut))
         batch = _packed(cut, answers).to(computing_device(model))
         trained_A = token_logprobs(model, batch).logprobs_T[batch.mask_T].tolist()
         tokens = _beside_the_reference(model, cut, answers, [p for row in generated for p in row], trained_A)
@@ -158,9 +160,9 @@ def check_parity(
 def check_training_parity(model: Any, sequences: Sequence[Sequence[int]]) -> TrainingParityReport:
     """Compare the packed training forward of a few `sequences` (at most three) with the plain forward.
 
-    For stages that do not generate; any model that training runs, peft-wrapped or not, whatever its head. Mode,
-    attention, weights and gradients are afterwards as before. Raises ParityError, naming the first layer that
-    differs.
+    For stages that do not generate; any model that training runs, peft-wrapped or not, sharded or not, whatever its
+    head. Mode, attention, weights and gradients are afterwards as before. Raises ParityError, naming the first layer
+    that differs.
     """
     inner = plain_model(model)
     tolerance = TOLERANCES[next(inner.parameters()).dtype]
@@ -169,7 +171,9 @@ def check_training_parity(model: Any, sequences: Sequence[Sequence[int]]) -> Tra
         batch = _packed(cut, [[]] * len(cut)).to(computing_device(inner))
         packed_TD = hidden_states(model, batch)
         with plain_attention(inner):
-            plain_TD = torch.cat([plain_hidden_states(inner, ids) for ids in cut])
+            plain_TD = with_weights(
+                model, lambda: torch.cat([plain_hidden_states(inner, ids) for ids in cut])
+            )
         error_T = errors_T(packed_TD, plain_TD)
         mean, largest = float(error_T.mean()), float(error_T.max())
         if not (mean <= tolerance.hidden and largest <= _ANY_TOKEN * tolerance.hidden):  # NaN is not within

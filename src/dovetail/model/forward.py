@@ -43,10 +43,10 @@ class LogProbs:
 
 def hidden_states(model: Any, batch: PackedBatch) -> Tensor:
     """[T, D]: the backbone's output, no head applied. Row t has seen its sequence up to and with token t."""
-    return _with_weights(model, lambda: _hidden_states(model, batch))
+    return with_weights(model, lambda: _hidden_states(model, batch))
 
 
-def _with_weights(model: Any, function: Callable[[], TensorsT]) -> TensorsT:
+def with_weights(model: Any, function: Callable[[], TensorsT]) -> TensorsT:
     """The result of a function that reads the model's weights, backbone and head.
 
     A model whose weights are sharded (parallel/shard.py) gathers them around the call, and watches the tensors that
@@ -93,7 +93,7 @@ def token_logprobs(
             with_entropy=with_entropy,
         )
 
-    logprobs_A, entropy_A = _with_weights(model, score)
+    logprobs_A, entropy_A = with_weights(model, score)
     zeros_T = logprobs_A.new_zeros(batch.num_tokens)
     return LogProbs(
         logprobs_T=zeros_T.index_copy(0, index_A, logprobs_A),
@@ -104,7 +104,7 @@ def token_logprobs(
 def cross_entropy(model: Any, batch: PackedBatch) -> Tensor:
     """- sum of log p(token | its sequence before it) where `mask_T` is True; scalar, float32 (float64 for float64)."""
     index_A = masked_index(batch)
-    return _with_weights(
+    return with_weights(
         model,
         lambda: linear_cross_entropy(
             _hidden_states(model, batch).index_select(0, index_A - 1),
@@ -116,7 +116,7 @@ def cross_entropy(model: Any, batch: PackedBatch) -> Tensor:
 
 def token_values(model: Any, batch: PackedBatch) -> Tensor:
     """[T], float32: value of the state in which token t was chosen; 0 for first tokens, chosen by nobody."""
-    scores_T = _with_weights(model, lambda: _scalar_head(model, _hidden_states(model, batch))).squeeze(-1)
+    scores_T = with_weights(model, lambda: _scalar_head(model, _hidden_states(model, batch))).squeeze(-1)
     values_T = pad(scores_T[:-1], (1, 0))
     return values_T.index_fill(0, batch.cu_seqlens_S1[:-1].long(), 0.0)
 
@@ -124,7 +124,7 @@ def token_values(model: Any, batch: PackedBatch) -> Tensor:
 def last_scores(model: Any, batch: PackedBatch) -> Tensor:
     """[S], float32: scalar head at each sequence's last token, as `...ForSequenceClassification` reads it."""
     last_S = batch.last_index_S()
-    return _with_weights(
+    return with_weights(
         model, lambda: _scalar_head(model, _hidden_states(model, batch).index_select(0, last_S))
     ).squeeze(-1)
 
@@ -136,7 +136,7 @@ def last_hidden_states(model: Any, batch: PackedBatch) -> Tensor:
 
 def scalar_head(model: Any, hidden_ND: Tensor) -> Tensor:
     """[N], float32 at least: one number per hidden state."""
-    return _with_weights(model, lambda: _scalar_head(model, hidden_ND)).squeeze(-1)
+    return with_weights(model, lambda: _scalar_head(model, hidden_ND)).squeeze(-1)
 
 
 def _scalar_head(model: Any, hidden_ND: Tensor) -> Tensor:

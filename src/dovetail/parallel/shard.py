@@ -36,13 +36,13 @@ from dovetail.errors import ConfigError
 from dovetail.model.copies import copy_of
 from dovetail.model.forward import plain_model
 from dovetail.model.shards import whole
+from dovetail.parallel.grid import Grid
 from dovetail.parallel.lending import lend_shards
+from dovetail.parallel.tensor_group import WHOLE
+from dovetail.parallel.tensor_training import Division, divide, sum_in_pieces
 from dovetail.parallel.world import ALONE, World
 
 R = TypeVar("R")
-
-BUCKET_ELEMENTS = 1 << 24
-"""Gradients of replicas are summed in pieces of about this many numbers: large enough for the network's full speed."""
 
 
 @dataclass(slots=True, eq=False)
@@ -52,11 +52,13 @@ class Layout:
     world: World = ALONE
     stage: int = 0
     skeleton: nn.Module | None = None
-    """The model as it was before sharding, without memory behind its weights; None if nothing is sharded."""
+    """The model as it was before, without memory behind its weights; None if it is here whole."""
     offloads: bool = False
     """Shards are in host memory."""
     shard_size: int = 1
     """Processes that hold one copy together: all, or groups of neighbours with a copy each."""
+    division: Division = field(default_factory=Division)
+    """How each layer is divided over neighbours, before anything is sharded."""
     gather_seconds: float = 0.0
     """Spent on gathering the whole model, since last asked for."""
     gather_bytes: int = 0
@@ -65,7 +67,7 @@ class Layout:
 
     @property
     def is_sharded(self) -> bool:
-        return self.skeleton is not None
+        return self.stage > 0
 
     @property
     def num_replicas(self) -> int:
@@ -116,6 +118,7 @@ def spread(
 
     shard_size: how many neighbours share one copy; it divides their number. None: all.
     offload: what is sharded lives in host memory.
+    Of a grid (grid.py), neighbours compute each layer together and the others shard what each of them holds.
     Call it with the same weights in each process, before the optimiser is made. In a world without a group: nothing.
     Raises ConfigError if what is to be offloaded is not sharded.
     """
@@ -128,20 +131,31 @@ def spread(
     if not world.is_group:
         return
     inner: Any = plain_model(model)
-    if stage == 0:
+    group = world.tensor if isinstance(world, Grid) else WHOLE
+    skeleton = copy_of(model, device=torch.device("meta")) if stage or group.size > 1 else None
+    size = world.size if isinstance(world, Grid) else shard_size or world.size
+    layout = Layout(world, stage, skeleton, offloads=offload, shard_size=size, division=divide(model, group))
+    _shard(model, layout, device)
+    _mark(model, layout)
+    if skeleton is not None:
+        share_buffers(model, skeleton)
+    _LAYOUTS[inner] = layout
+
+
+def _shard(model: Any, layout: Layout, device: torch.device) -> None:
+    """With FSDP2, or whole on the device at stage 0."""
+    inner: Any = plain_model(model)
+    if not layout.is_sharded:
         model.to(device)
-        _LAYOUTS[inner] = Layout(world)
         return
-    skeleton = copy_of(model, device=torch.device("meta"))
-    layout = Layout(world, stage, skeleton, offloads=offload, shard_size=shard_size or world.size)
     inner.run_with_weights = MethodType(_run, inner)
     # Sums, because losses are divided by the count of all processes already; float32 on the way, as in one process.
     options: dict[str, Any] = {
-        "mesh": world.mesh(device, layout.shard_size),
+        "mesh": layout.world.mesh(device, layout.shard_size),
         "reshard_after_forward": layout.regathers,
         "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False),
     }
-    if offload:
+    if layout.offloads:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type != "cpu")
     for module in [inner] if layout.lends else [*_layers(inner), inner]:
         sharded = fully_shard(module, **options)
@@ -150,10 +164,11 @@ def spread(
     register_fsdp_forward_method(inner, "run_with_weights")
     if layout.lends:
         lend_shards(model)
+        _mark(
+            model, layout
+        )  # as nobody frees them, these may be what the model calls its weights at any time
         give_back(model)
         inner.set_reshard_after_backward(False)
-    share_buffers(model, skeleton)
-    _LAYOUTS[inner] = layout
 
 
 def before_backward(model: Any, *, is_last: bool) -> None:
@@ -175,21 +190,12 @@ def before_update(model: Any) -> None:
 
 
 def reduce_gradients(model: Any, gradients: Mapping[str, Tensor]) -> None:
-    """Sum the gradients of replicas over the processes, in place; those of shards are reduced already."""
+    """Sum the gradients of replicas over the processes, in place; those of shards are reduced already. Those of
+    weights that a divided layer leaves whole become the same in all processes that have them."""
     layout = layout_of(model)
-    if layout.is_sharded or layout.world.size == 1:
-        return
-    bucket: list[Tensor] = []
-    for gradient in gradients.values():
-        if bucket and (
-            gradient.dtype != bucket[0].dtype
-            or sum(tensor.numel() for tensor in bucket) + gradient.numel() > BUCKET_ELEMENTS
-        ):
-            _sum_together(bucket, layout.world)
-            bucket = []
-        bucket.append(gradient)
-    if bucket:
-        _sum_together(bucket, layout.world)
+    if not layout.is_sharded and layout.world.size > 1:
+        sum_in_pieces(layout.world.sum, list(gradients.values()))
+    layout.division.complete(gradients)
 
 
 def give_back(model: Any) -> None:
@@ -256,7 +262,7 @@ def whole_model(model: Any, weights: Mapping[str, Tensor] | None = None) -> Any 
     host = torch.device("cpu")
     tensors: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
-        full = whole((weights or {}).get(name, parameter))
+        full = layout.division.whole(whole((weights or {}).get(name, parameter)), parameter)
         if layout.world.is_first:
             tensors[name] = full.to(host, torch.float32 if weights is not None else None, copy=True)
     if not layout.world.is_first:
@@ -266,6 +272,10 @@ def whole_model(model: Any, weights: Mapping[str, Tensor] | None = None) -> Any 
     replace_weights(made, lambda name, _: tensors[name])
     made.to(host)
     return made if weights is None else nn.Module.float(made)
+
+
+def _mark(model: nn.Module, layout: Layout) -> None:
+    layout.division.mark(model, is_sharded=layout.is_sharded, is_first=layout.world.rank == 0)
 
 
 def _run(_: nn.Module, function: Callable[[], R]) -> R:
@@ -305,10 +315,11 @@ def _fill(model: Any, layout: Layout) -> None:
 
 
 def whole_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """(name, all of it) of one weight after the other. A collective if the model is sharded, whose bytes are counted;
-    `give_back` must be called before. What is gathered, one layer at a time, is valid until the next is asked for.
+    """(name, all of it) of one weight after the other. A collective if the model is sharded or divided, whose bytes are
+    counted; `give_back` must be called before. What is gathered, one layer at a time, is valid until the next is asked
+    for.
     """
-    layout = layout_of(model)
+    layout, held = layout_of(model), dict(model.named_parameters())
     for module, names in _names_by_group(model).items():
         if isinstance(module, FSDPModule):
             module.unshard()
@@ -317,7 +328,9 @@ def whole_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
             if layout.is_sharded:
                 num_bytes = weight.numel() * weight.element_size()
                 layout.gather_bytes += num_bytes - num_bytes // layout.shard_size
-            yield name, weight
+            full = layout.division.whole(weight, held[name])
+            layout.gather_bytes += (full.numel() - weight.numel()) * full.element_size()
+            yield name, full
         if isinstance(module, FSDPModule):
             module.reshard()
 
@@ -325,9 +338,11 @@ def whole_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
 def _names_by_group(model: nn.Module) -> dict[nn.Module, list[str]]:
     """Names of the weights that FSDP2 gathers together, by the module around them."""
     owners: dict[str, nn.Module] = {name: model for name, _ in model.named_parameters()}
-    for path, module in model.named_modules():
+    modules: dict[str, Any] = dict(model.named_modules())
+    for path, module in modules.items():
         if isinstance(module, FSDPModule):  # those further in come later
-            owners |= {name: module for name, _ in module.named_parameters(path) if name in owners}
+            owner = modules[path]
+            owners |= {name: owner for name, _ in owner.named_parameters(path) if name in owners}
     groups: dict[nn.Module, list[str]] = {}
     for name, module in owners.items():
         groups.setdefault(module, []).append(name)
@@ -345,12 +360,3 @@ def replace_weights(model: nn.Module, tensor_of: Callable[[str, Tensor], Tensor]
                 tensor = tensor_of(f"{name}.{key}" if name else key, old)
                 made[id(old)] = nn.Parameter(tensor, requires_grad=False)
             module._parameters[key] = made[id(old)]
-
-
-def _sum_together(tensors: list[Tensor], world: World) -> None:
-    wide = torch.promote_types(tensors[0].dtype, torch.float32)  # rounded once, after the sum
-    flat = torch.cat([tensor.flatten().to(wide) for tensor in tensors])
-    world.sum(flat)
-    pieces = flat.split_with_sizes([tensor.numel() for tensor in tensors])
-    for tensor, piece in zip(tensors, pieces, strict=True):
-        tensor.copy_(piece.view_as(tensor))

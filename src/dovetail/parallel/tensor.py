@@ -20,15 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from dovetail.errors import ConfigError
 from dovetail.model.copies import copy_of
 from dovetail.model.forward import plain_model
-from dovetail.model.widths import widths_of
+from dovetail.parallel.narrow import count_fewer_heads, expect_narrower_output
 from dovetail.parallel.shard import give_back, layout_of, replace_weights, share_buffers, whole_weights
 from dovetail.parallel.tensor_group import TensorGroup
-from dovetail.parallel.tensor_plan import PLANS, Cut, Place, cuts_of, expect_divisible
+from dovetail.parallel.tensor_plan import GENERATION, PLANS, Cut, Place, cuts_of, expect_divisible
 
 
 class SplitModel:
@@ -52,7 +51,7 @@ class SplitModel:
         self._cuts = cuts_of(inner, place)
         _make_layers_narrow(inner, self._cuts, group)
         _look_up_together(inner, place, group)
-        _count_fewer_heads(inner, place)
+        count_fewer_heads(inner, place)
 
     @contextmanager
     def filled(self) -> Iterator[Any]:
@@ -87,18 +86,17 @@ def _expect_equal_ends(model: PreTrainedModel) -> None:
         raise ConfigError(
             f"{type(model).__name__} reads {embedding.num_embeddings} tokens and speaks {head.weight.shape[0]}: it "
             "cannot be divided by its vocabulary",
-            hint="set tensor_parallel.generation=1",
+            hint=f"set {GENERATION}=1",
         )
 
 
 def _make_layers_narrow(model: PreTrainedModel, cuts: Mapping[str, Cut], group: TensorGroup) -> None:
-    """Row layers put out the group's sum; GPT-2's layers, which reckon with their width, know the new one."""
+    """Row layers put out the group's sum."""
+    expect_narrower_output(model, cuts)
     rows = PLANS[model.config.model_type].rows
     for path, layer in model.named_modules():
         if path.rpartition(".")[2] in rows:
             layer.register_forward_hook(lambda _, __, output: group.sum(output))
-        if isinstance(layer, Conv1D) and f"{path}.bias" in cuts:
-            layer.nf = cuts[f"{path}.bias"].length
 
 
 def _look_up_together(model: PreTrainedModel, place: Place, group: TensorGroup) -> None:
@@ -113,22 +111,3 @@ def _look_up(embedding: nn.Embedding, first: int, rows: int, group: TensorGroup,
     is_here = (ids >= first) & (ids < first + rows)
     found: Tensor = type(embedding).forward(embedding, (ids - first).clamp(0, max(0, rows - 1)))
     return group.sum(found.masked_fill(~is_here[..., None], 0))
-
-
-def _count_fewer_heads(model: PreTrainedModel, place: Place) -> None:
-    """What attention modules, and the configuration that some read, reckon with."""
-    config, widths = model.config, widths_of(model.config)
-    heads, key_heads = place.heads(widths)
-    known = {
-        "num_heads": heads,
-        "num_key_value_heads": key_heads,
-        "num_key_value_groups": heads // key_heads,
-        "split_size": heads * widths.head,
-    }
-    for module in model.modules():
-        for name in known.keys() & vars(module).keys():
-            setattr(module, name, known[name])
-    config.head_dim = widths.head  # it may have followed from the number of heads
-    config.num_attention_heads = heads
-    if hasattr(config, "num_key_value_heads"):
-        config.num_key_value_heads = key_heads

@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dovetail.errors import ConfigError
-from dovetail.parallel.tensor_plan import SETTING
-from dovetail.parallel.world import PATIENCE, World
+from dovetail.parallel.tensor_plan import GENERATION
+from dovetail.parallel.world import World, row_and_column
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +45,16 @@ class TensorGroup:
         """[S, sum of lengths]: the first `lengths[i]` columns of process i, side by side."""
         if self.size == 1:
             return part_SC
-        parts = [torch.empty_like(part_SC, memory_format=torch.contiguous_format) for _ in lengths]
-        dist.all_gather(parts, part_SC.contiguous(), group=self.handle)
-        return torch.cat([part[:, :length] for part, length in zip(parts, lengths, strict=True)], dim=1)
+        parts = zip(self.each(part_SC), lengths, strict=True)
+        return torch.cat([part[:, :length] for part, length in parts], dim=1)
+
+    def each(self, part: Tensor) -> list[Tensor]:
+        """What every process has in the place of `part`, all of one shape, by rank."""
+        if self.size == 1:
+            return [part]
+        parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(self.size)]
+        dist.all_gather(parts, part.contiguous(), group=self.handle)
+        return parts
 
     def from_first(self, tensor: Tensor) -> Tensor:
         """What the first process has, in place; the tensor must be contiguous."""
@@ -76,16 +83,16 @@ def tensor_group(world: World, size: int) -> TensorGroup:
     expect_even_groups(world, size)
     if size == 1:
         return WHOLE
-    handle, _ = dist.new_subgroups(size, timeout=PATIENCE)  # type: ignore[no-untyped-call]
-    return TensorGroup(world.rank % size, size, handle)
+    row, _ = row_and_column(world.size, size)
+    return TensorGroup(world.rank % size, size, row)
 
 
-def expect_even_groups(world: World, size: int) -> None:
-    """Raise ConfigError unless the processes of `world` form groups of `size`."""
+def expect_even_groups(world: World, size: int, *, setting: str = GENERATION) -> None:
+    """Raise ConfigError, which names the setting, unless the processes of `world` form groups of `size`."""
     if world.size % size:
         possible = [str(n) for n in range(1, world.size + 1) if world.size % n == 0]
         raise ConfigError(
-            f"{SETTING} = {size}: the run's {world.size} process{'es' if world.size > 1 else ''} cannot form groups "
+            f"{setting} = {size}: the run's {world.size} process{'es' if world.size > 1 else ''} cannot form groups "
             f"of {size}",
-            hint=f"set {SETTING} to one of {', '.join(possible)}, or start another number of processes (--num-gpus)",
+            hint=f"set {setting} to one of {', '.join(possible)}, or start another number of processes (--num-gpus)",
         )

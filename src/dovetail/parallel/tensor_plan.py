@@ -9,7 +9,7 @@ the group. Embedding and head are cut by the vocabulary. All other weights are w
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -20,7 +20,8 @@ from transformers.pytorch_utils import Conv1D
 from dovetail.errors import ConfigError
 from dovetail.model.widths import Widths, widths_of
 
-SETTING = "tensor_parallel.generation"
+GENERATION, TRAINING = "tensor_parallel.generation", "tensor_parallel.training"
+"""The settings that say how many processes share a model."""
 ALIGNED_ROWS = 8
 """Rows of the vocabulary in a process are a multiple of this, which matrix products of half precision want."""
 
@@ -37,6 +38,8 @@ class Plan:
 
     columns: Mapping[str, Sections]
     rows: tuple[str, ...]
+    between: tuple[str, ...] = ()
+    """Layers between the two that are whole but see this process's heads alone."""
 
 
 _SEPARATE = Plan(
@@ -49,7 +52,8 @@ PLANS: dict[str, Plan] = {
     # Query, key and value of a head are neighbours: equal parts are whole heads.
     "gpt_neox": Plan({"query_key_value": EVEN, "dense_h_to_4h": EVEN}, ("dense", "dense_4h_to_h")),
     "phi3": Plan({"qkv_proj": EVEN + KEYS * 2, "gate_up_proj": EVEN * 2}, ("o_proj", "down_proj")),
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"), _SEPARATE),
+    **dict.fromkeys(("llama", "mistral", "qwen2", "gemma2"), _SEPARATE),
+    **dict.fromkeys(("qwen3", "gemma3_text"), replace(_SEPARATE, between=("q_norm", "k_norm"))),
 }
 """By the `model_type` of the configuration."""
 
@@ -108,15 +112,26 @@ class Place:
 
 
 def cuts_of(model: PreTrainedModel, place: Place) -> dict[str, Cut]:
-    """Name of a weight -> its cut, for all that are not whole; plain or with adapters inside."""
-    plan, widths = PLANS[model.config.model_type], widths_of(model.config)
+    """Name of a weight -> its cut to generate with, for all that are not whole; plain or with adapters inside."""
+    cuts = layer_cuts(model, place)
     ends = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[no-untyped-call]
+    for path, layer in model.named_modules():
+        if any(layer is end for end in ends):
+            cuts |= {f"{path}.{key}": cut for key, cut in _vocabulary_cuts(layer, place)}
+        elif path.rpartition(".")[2] in PLANS[model.config.model_type].rows:
+            cuts |= {f"{path}.{key}": cut for key, cut in _row_bias_cuts(layer, place)}
+    return cuts
+
+
+def layer_cuts(model: PreTrainedModel, place: Place) -> dict[str, Cut]:
+    """Name of a weight -> its cut, of those inside the layers: no two processes have a number of them in common,
+    unless they repeat a head of keys. The whole cut of a model to train.
+    """
+    plan, widths = PLANS[model.config.model_type], widths_of(model.config)
     cuts: dict[str, Cut] = {}
     for path, layer in model.named_modules():
         name = path.rpartition(".")[2]
-        if any(layer is end for end in ends):
-            found = _vocabulary_cuts(layer, place)
-        elif name in plan.columns:
+        if name in plan.columns:
             found = _column_cuts(layer, plan.columns[name], place, widths)
         elif name in plan.rows:
             found = _row_cuts(layer, place)
@@ -124,6 +139,25 @@ def cuts_of(model: PreTrainedModel, place: Place) -> dict[str, Cut]:
             continue
         cuts |= {f"{path}.{key}": cut for key, cut in found}
     return cuts
+
+
+def partial_gradients(model: PreTrainedModel) -> set[str]:
+    """Names of whole weights whose gradient in a process is but that process's share of a sum over the group.
+
+    They work on, or feed, this process's part of a cut layer alone: of an adapter what its column layer takes in or its
+    row layer puts out, and norms of single heads. All other whole weights see the group's sums, and have all of their
+    gradient in every process.
+    """
+    plan = PLANS[model.config.model_type]
+    names: set[str] = set()
+    for path, layer in model.named_modules():
+        name = path.rpartition(".")[2]
+        if name in plan.between:
+            names |= {f"{path}.{key}" for key, _ in layer.named_parameters()}
+        for kept, half in ((name in plan.columns, "lora_A"), (name in plan.rows, "lora_B")):
+            if kept:
+                names |= {f"{path}.{half}.{adapter}.weight" for adapter in getattr(layer, half, ())}
+    return names
 
 
 def slice_bytes(model: PreTrainedModel, size: int) -> int:
@@ -137,32 +171,41 @@ def slice_bytes(model: PreTrainedModel, size: int) -> int:
     return total
 
 
-def expect_divisible(config: Any, size: int) -> None:
-    """Raise ConfigError, with the sizes that are possible, unless `size` processes can share such a model."""
-    reason = why_not_divisible(config, size)
+def expect_divisible(config: Any, size: int, *, setting: str = GENERATION, model: str = "the model") -> None:
+    """Raise ConfigError, with the sizes that are possible, unless `size` processes can share such a model.
+
+    setting: who asks for it. model: which one, for the message.
+    """
+    reason = why_not_divisible(config, size, setting=setting, model=model)
     if reason is None:
         return
     if config.model_type not in PLANS:
-        hint = f"set {SETTING}=1, or train one of these types: {', '.join(sorted(PLANS))}"
+        hint = f"set {setting}=1, or train one of these types: {', '.join(sorted(PLANS))}"
     else:
-        possible = [str(n) for n in range(1, 65) if why_not_divisible(config, n) is None]
-        hint = f"set {SETTING} to one of {', '.join(possible)}"
-    raise ConfigError(f"{SETTING} = {size}: {reason}", hint=hint)
+        possible = [n for n in range(1, 65) if why_not_divisible(config, n, setting=setting) is None]
+        hint = f"set {setting} to one of {', '.join(map(str, possible))}"
+    raise ConfigError(f"{setting} = {size}: {reason}", hint=hint)
 
 
-def why_not_divisible(config: Any, size: int) -> str | None:
+def why_not_divisible(
+    config: Any, size: int, *, setting: str = GENERATION, model: str = "the model"
+) -> str | None:
     """Why `size` processes cannot share a model of this configuration; None if they can."""
     if size == 1:
         return None
     if config.model_type not in PLANS:
-        return f"there is no plan to divide the layers of a model of type {config.model_type}"
+        return f"there is no plan to divide the layers of {model}, of type {config.model_type}"
     widths = widths_of(config)
     if widths.num_heads % size:
-        return f"the model's {widths.num_heads} attention heads cannot be divided by {size}"
+        return f"{model}'s {widths.num_heads} attention heads cannot be divided by {size}"
+    if widths.num_key_heads % size and setting == TRAINING:
+        return f"{model}'s {widths.num_key_heads} key heads cannot be divided by {size}"
     if widths.num_key_heads % size and size % widths.num_key_heads:
-        return f"the model's {widths.num_key_heads} key heads can be neither divided by {size} nor repeated evenly"
+        return (
+            f"{model}'s {widths.num_key_heads} key heads can be neither divided by {size} nor repeated evenly"
+        )
     if widths.inner % size:
-        return f"the model's feed-forward layers of width {widths.inner} cannot be divided by {size}"
+        return f"{model}'s feed-forward layers of width {widths.inner} cannot be divided by {size}"
     return None
 
 
@@ -175,32 +218,35 @@ def _vocabulary_cuts(layer: nn.Module, place: Place) -> Iterator[tuple[str, Cut]
 def _column_cuts(
     layer: nn.Module, sections: Sections, place: Place, widths: Widths
 ) -> Iterator[tuple[str, Cut]]:
-    base = _base_of(layer)
+    base = base_of(layer)
     out_dim = 1 if isinstance(base, Conv1D) else 0
     pieces = _pieces(sections, base.weight.shape[out_dim], place, widths)
-    yield from _base_cuts(layer, weight=Cut(out_dim, pieces), bias=Cut(0, pieces))
+    yield f"{_prefix(layer)}weight", Cut(out_dim, pieces)
+    if base.bias is not None:
+        yield f"{_prefix(layer)}bias", Cut(0, pieces)
     for adapter in getattr(layer, "lora_B", ()):
         yield f"lora_B.{adapter}.weight", Cut(0, pieces)
 
 
 def _row_cuts(layer: nn.Module, place: Place) -> Iterator[tuple[str, Cut]]:
-    base = _base_of(layer)
-    in_dim, out_dim = (0, 1) if isinstance(base, Conv1D) else (1, 0)
+    base = base_of(layer)
+    in_dim = 0 if isinstance(base, Conv1D) else 1
     pieces = (place.even(0, base.weight.shape[in_dim]),)
-    width = base.weight.shape[out_dim]
-    # Added by the first process alone: the results of all are summed.
-    bias = Cut(0, ((0, width),)) if place.rank == 0 else Cut(0, (), width)
-    yield from _base_cuts(layer, weight=Cut(in_dim, pieces), bias=bias)
+    yield f"{_prefix(layer)}weight", Cut(in_dim, pieces)
     for adapter in getattr(layer, "lora_A", ()):
         yield f"lora_A.{adapter}.weight", Cut(1, pieces)
 
 
-def _base_cuts(layer: nn.Module, *, weight: Cut, bias: Cut) -> Iterator[tuple[str, Cut]]:
-    base = _base_of(layer)
-    prefix = "" if base is layer else "base_layer."
-    yield f"{prefix}weight", weight
+def _row_bias_cuts(layer: nn.Module, place: Place) -> Iterator[tuple[str, Cut]]:
+    """Added by the first process alone: the results of all are summed."""
+    base = base_of(layer)
     if base.bias is not None:
-        yield f"{prefix}bias", bias
+        width = len(base.bias)
+        yield f"{_prefix(layer)}bias", Cut(0, ((0, width),)) if place.rank == 0 else Cut(0, (), width)
+
+
+def _prefix(layer: nn.Module) -> str:
+    return "" if base_of(layer) is layer else "base_layer."
 
 
 def _pieces(sections: Sections, width: int, place: Place, widths: Widths) -> tuple[tuple[int, int], ...]:
@@ -214,6 +260,6 @@ def _pieces(sections: Sections, width: int, place: Place, widths: Widths) -> tup
     return tuple(pieces)
 
 
-def _base_of(layer: nn.Module) -> Any:
+def base_of(layer: nn.Module) -> Any:
     """The linear layer inside one with an adapter, or the layer itself."""
     return getattr(layer, "base_layer", layer)

@@ -63,6 +63,11 @@ class World:
         """The one process that writes and speaks."""
         return self.rank == 0
 
+    @property
+    def everyone(self) -> "World":
+        """All processes of the run; others than these only where they stand in a grid (grid.py)."""
+        return self
+
     def device(self, device: torch.device) -> torch.device:
         """The device of this process: its own GPU where `device` is any."""
         return torch.device("cuda", self.local_rank) if self.is_group and device.type == "cuda" else device
@@ -103,8 +108,12 @@ class World:
         if self.size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0, group=self.group)
+        dist.broadcast_object_list(box, group=self.group, group_src=0)
         return box[0]
+
+    def agreed(self, value: T) -> T:
+        """The value of the first of those that compute one model's layers together (grid.py): here, of this process."""
+        return value
 
     def wait(self) -> None:
         """Until all are here."""
@@ -142,6 +151,7 @@ def joined(device: torch.device) -> Iterator[World]:
     # A store of its own for each group: nobody finds the addresses of an earlier one in it.
     store = PrefixStore(f"group-{next(_JOINS)}", shared_store())
     _mesh.cache_clear()
+    row_and_column.cache_clear()
     if device.type == "cuda":
         torch.cuda.set_device(world.local_rank)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -179,6 +189,21 @@ def shared_store(patience: timedelta = PATIENCE) -> Store:
             rendezvous("env://", rank=int(rank), world_size=int(size), timeout=patience)
         )
     return _STORES[address, port]
+
+
+@cache
+def row_and_column(size: int, width: int) -> tuple[Any, Any]:
+    """torch's groups of this process when all `size` stand in rows of `width` neighbours: its row, and its column.
+
+    A collective. Made once for all that want the same: each has buffers of its own on a GPU.
+    """
+    rows = [list(range(start, start + width)) for start in range(0, size, width)]
+    columns = [list(range(start, size, width)) for start in range(width)]
+    row, column = (
+        dist.new_subgroups_by_enumeration(ranks, timeout=PATIENCE)[0]  # type: ignore[no-untyped-call]
+        for ranks in (rows, columns)
+    )
+    return row, column
 
 
 def _described() -> World:

@@ -19,7 +19,7 @@ from dovetail.config.stages import PpoConfig
 from dovetail.data.records import Message
 from dovetail.engine.parity import PROMPT_TOKENS, check_parity
 from dovetail.model.forward import token_logprobs
-from dovetail.parallel.shard import give_back
+from dovetail.parallel.shard import give_back, layout_of
 from dovetail.rlhf.build import Setup, make_learners, make_roles, name_of
 from dovetail.rlhf.rewards import Answer, RewardFunction
 from dovetail.rlhf.rollout import Collected, collect, pack_rollout, sample_answers
@@ -72,12 +72,13 @@ class RLHFEngine:
             return
         chat = self.roles.chat
         ids = [chat.prompt_ids(as_messages(prompt)) for prompt in prompts[: len(PROMPT_TOKENS)]]
-        engine = self.roles.engine
+        engine, actor = self.roles.engine, self.roles.actor
         with nullcontext() if engine.group.size > 1 else engine.weights():
             # Slices prove nothing of themselves: they are compared with the model that is trained.
-            trained = self.roles.actor if engine.group.size > 1 else None
+            is_divided = max(engine.group.size, layout_of(actor).division.group.size) > 1
+            trained = actor if is_divided else None
             report = check_parity(engine, ids, decode_text=chat.decode, trained=trained)
-        give_back(self.roles.actor)
+        give_back(actor)
         self._is_checked = True
         say(
             f"parity: {report.num_tokens} tokens of {len(ids)} answers, generated and trained on, against the plain "

@@ -5,7 +5,7 @@ Not responsible for: reading weights (model/load.py), using the roles (rlhf/role
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -24,7 +24,8 @@ from dovetail.model.forward import plain_model
 from dovetail.model.load import expect_rows_for, load_causal_lm, load_scalar_model
 from dovetail.model.lora import add_lora
 from dovetail.model.scalar import scalar_model_from
-from dovetail.parallel.shard import gathered, generation_model, spread
+from dovetail.parallel.grid import in_rows
+from dovetail.parallel.shard import gathered, generation_model, layout_of, spread
 from dovetail.parallel.world import ALONE, World
 from dovetail.rlhf.rewards import (
     FirstRankScorer,
@@ -69,7 +70,7 @@ class Setup:
     offload: OffloadConfig = field(default_factory=OffloadConfig)
     """What of it lives in host memory."""
     tensor_parallel: TensorParallelConfig = field(default_factory=TensorParallelConfig)
-    """How many of them hold the actor together while it generates."""
+    """How many of them compute each layer together."""
 
 
 def make_roles(
@@ -83,6 +84,8 @@ def make_roles(
     """Actor, reference, critic and scorer; dropout off everywhere, all but actor and critic frozen."""
     world, stage = setup.world, setup.zero_stage
     shard_size = stage.shard_size(processes=world.size, per_machine=world.local_size)
+    setup.tensor_parallel.expect_supported(stage, setup.offload)
+    grid = in_rows(world, setup.tensor_parallel.training)
     device = world.device(resolve_device(setup.device))
     at = loading_device(device, world)
     dtype = resolve_dtype(setup.precision, device)
@@ -112,7 +115,7 @@ def make_roles(
             spread(
                 model,
                 stage=getattr(stage, role),
-                world=world,
+                world=grid,
                 device=device,
                 shard_size=shard_size,
                 offload=getattr(setup.offload, role),
@@ -203,9 +206,9 @@ def checkpoint_activations(
 
 def _activation_bytes(model: PreTrainedModel, tokens: int) -> int:
     inner = plain_model(model)
-    return activation_bytes(
-        architecture_of(inner), tokens=tokens, element_bytes=inner.dtype.itemsize, is_checkpointed=False
-    )
+    whole = architecture_of(inner)  # but for the heads, of which a divided model counts its own
+    here = replace(whole, inner_width=whole.inner_width // layout_of(model).division.group.size)
+    return activation_bytes(here, tokens=tokens, element_bytes=inner.dtype.itemsize, is_checkpointed=False)
 
 
 def same_tokens(one: ChatFormat, other: ChatFormat) -> bool:

@@ -109,9 +109,8 @@ def sample_answers(
         max_new_tokens=sampling.max_new_tokens,
         stop_token_ids=roles.chat.stop_token_ids,
     )
-    return complete(
-        prompt_ids, prompts, roles.engine, roles.chat, how, seed=seed, world=world_of(roles.actor)
-    )
+    world = world_of(roles.actor).everyone
+    return complete(prompt_ids, prompts, roles.engine, roles.chat, how, seed=seed, world=world)
 
 
 def complete(

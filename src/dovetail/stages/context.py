@@ -14,6 +14,7 @@ import torch
 from dovetail.config.run import RunConfig
 from dovetail.config.stages import StageConfig
 from dovetail.errors import ConfigError, RunInterrupted
+from dovetail.parallel.grid import in_rows
 from dovetail.parallel.world import ALONE, World, joined
 from dovetail.stages.stopping import StopRequest, stop_request
 from dovetail.telemetry.log import say
@@ -52,6 +53,11 @@ class Context:
     def shard_size(self) -> int:
         """Processes that hold one copy of what is sharded."""
         return self.config.zero_stage.shard_size(processes=self.world.size, per_machine=self.world.local_size)
+
+    @property
+    def grid(self) -> World:
+        """The processes as models are spread over them: those that compute each layer together are neighbours."""
+        return in_rows(self.world, self.config.tensor_parallel.training)
 
     def checkpoints(self, stage: str, settings: StageConfig) -> Checkpoints:
         """The stage's checkpoints, newest kept as its settings say."""

@@ -100,7 +100,7 @@ def make_base_model(rows: Dataset, settings: SftConfig, context: Context) -> Non
     spread(
         model,
         stage=context.config.zero_stage.actor,
-        world=context.world,
+        world=context.grid,
         device=context.device,
         shard_size=context.shard_size,
         offload=context.config.offload.actor,

@@ -6,7 +6,7 @@ Not responsible for: the loops (sft.py, reward.py, ppo.py), reading (data/, mode
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -33,6 +33,8 @@ from dovetail.model.heads import centre_on
 from dovetail.model.load import expect_rows_for, load_causal_lm, load_scalar_model, read_config
 from dovetail.model.lora import add_lora
 from dovetail.parallel.shard import given_back_after_use, spread
+from dovetail.parallel.tensor_group import expect_even_groups
+from dovetail.parallel.tensor_plan import TRAINING, expect_divisible
 from dovetail.rlhf.api import RLHFEngine
 from dovetail.rlhf.build import Setup, checkpoint_activations, loading_device
 from dovetail.rlhf.limits import expect_room
@@ -114,7 +116,7 @@ def ready_to_train(
     spread(
         loaded,
         stage=getattr(context.config.zero_stage, role),
-        world=context.world,
+        world=context.grid,
         device=context.device,
         shard_size=context.shard_size,
         offload=getattr(context.config.offload, role),
@@ -166,13 +168,24 @@ def rlhf_engine(context: Context, chat: ChatFormat, *, total_steps: int) -> RLHF
 
 
 def expect_tensor_parallel(context: Context) -> None:
-    """Raise ConfigError unless the actor can generate over as many processes as asked for; no weight is read."""
-    actor, size = context.config.actor, context.config.tensor_parallel.generation
-    if size == "auto" or "ppo" not in context.config.stages:
-        return
-    config = read_config(actor.path, revision=actor.revision, trust_remote_code=actor.trust_remote_code)
-    if config is not None:  # a .gguf file says it when it has been read
-        expect_possible(config, size, context.world)
+    """Raise ConfigError unless the models can be divided over as many processes as asked for; no weight is read.
+
+    What only a .gguf file says is found out when it has been read.
+    """
+    config, wanted = context.config, context.config.tensor_parallel
+    wanted.expect_supported(config.zero_stage, config.offload)
+    actor = _config_of(config.actor)
+    if wanted.generation != "auto" and "ppo" in config.stages and actor is not None:
+        expect_possible(actor, wanted.generation, context.world)
+    expect_even_groups(context.world, wanted.training, setting=TRAINING)
+    scored = None if config.stages == ("sft",) or config.reward_model is None else config.reward_model
+    for role, model in (("actor", actor), ("reward model", scored and _config_of(scored))):
+        if model is not None:
+            expect_divisible(model, wanted.training, setting=TRAINING, model=f"the {role}")
+
+
+def _config_of(model: ModelConfig) -> Any:
+    return read_config(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
 
 
 def reward_model_path(context: Context) -> str | None:

@@ -5,6 +5,7 @@ Not responsible for: the loss, the batches and the evaluation, which the stage p
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -16,7 +17,7 @@ from dovetail.batches import PackedBatch, SummedLoss, cumulative
 from dovetail.config.stages import RewardConfig, SftConfig
 from dovetail.data.loader import BatchOrder
 from dovetail.engine.parity import check_training_parity
-from dovetail.parallel.shard import gathered, layout_of
+from dovetail.parallel.shard import gathered, give_back, layout_of, world_of
 from dovetail.rlhf.build import optimizer_for
 from dovetail.stages.context import Context, resume
 from dovetail.telemetry.log import say
@@ -71,8 +72,10 @@ def fit(task: Task, context: Context) -> Mapping[str, float]:
 
     start = resume(checkpoints, load, task.stage, like=state())
     if start < task.total_steps:
-        with gathered(task.model) as plain:
-            check_forward(plain, task.batch_of(order.batch(start)))
+        is_divided = layout_of(task.model).division.group.size > 1
+        with nullcontext(task.model) if is_divided else gathered(task.model) as checked:
+            check_forward(checked, task.batch_of(order.batch(start)))
+        give_back(task.model)
     results: Mapping[str, float] = {}
     with (
         context.metrics(task.stage, start=start) as metrics,
@@ -80,7 +83,7 @@ def fit(task: Task, context: Context) -> Mapping[str, float]:
         checkpoints,
     ):
         for step in range(start, task.total_steps):
-            seed_step(context.config.seed, step, world.rank)
+            seed_step(context.config.seed, step, world_of(task.model).rank)
             report = gradient_step(
                 task.model,
                 optimizer,

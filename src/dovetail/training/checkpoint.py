@@ -8,7 +8,8 @@ Not responsible for: what a state holds (each part has its own `state_dict`), mo
 
 On disk: `step-00000100/` with `tensors.safetensors`, `state.json` (the structure and the plain values) and
 `manifest.json` (sizes and SHA-256 of both, and how good the state is). Several processes leave
-`tensors-00000.safetensors` and so on instead, and the manifest says which rows lie where. A folder gets its name, by a
+`tensors-00000.safetensors` and so on instead, and the manifest says which rows, or which boxes
+of tensors that are cut by columns, lie where. A folder gets its name, by a
 rename, only once all of it is on the disk. No pickle: reading a stranger's checkpoint runs no code.
 """
 
@@ -27,10 +28,11 @@ from torch import Tensor
 
 from dovetail.errors import CheckpointError
 from dovetail.model.shards import bounds, is_first_replica, is_shard, local, shard_like
+from dovetail.model.slices import boxes, is_part, slice_of, whole_shape
 from dovetail.parallel.world import ALONE, World
 from dovetail.telemetry.log import warn
 from dovetail.training.disk import OpenFile, open_file, sync_file, sync_folder, write_failure
-from dovetail.training.tensor_file import TensorFiles, num_bytes, write_tensors
+from dovetail.training.tensor_file import Place, TensorFiles, num_bytes, place, write_tensors
 
 TENSORS, VALUES, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
 WRITER = "checkpoint"
@@ -97,10 +99,10 @@ class Checkpoints:
         tensors: dict[str, Tensor] = {}
         values = json.dumps(_split(state, "", tensors))
         own = {name: tensor for name, tensor in tensors.items() if _writes(self._world, tensor)}
-        rows = {name: bounds(tensor) for name, tensor in own.items() if is_shard(tensor)}
+        places = {name: place(tensor) for name, tensor in own.items() if is_part(tensor)}
         copies = {name: local(tensor).to("cpu", copy=True) for name, tensor in own.items()}
         facts = {"step": step} | ({"merit": merit} if merit is not None and math.isfinite(merit) else {})
-        self._saving = self._thread.submit(self._save, facts, values, copies, rows)
+        self._saving = self._thread.submit(self._save, facts, values, copies, places)
 
     def finish(self) -> Path | None:
         """Wait for the save that was begun, if one was, and raise what went wrong in it."""
@@ -117,7 +119,7 @@ class Checkpoints:
         facts: Mapping[str, Any],
         values: str,
         own: Mapping[str, Tensor],
-        rows: Mapping[str, tuple[int, int]],
+        places: Mapping[str, Place],
     ) -> Path:
         target = self.folder / self._world.from_first(_free_name(self.folder, facts["step"]).name)
         temporary = self.folder / f".writing-{target.name}"
@@ -128,7 +130,7 @@ class Checkpoints:
                 self._remove_unfinished()
                 temporary.mkdir()
             self._world.wait()
-            self._write(temporary, facts, values, own, self._rows(rows))
+            self._write(temporary, facts, values, own, self._places(places))
             if self._world.is_first:
                 temporary.rename(target)
                 sync_folder(self.folder)
@@ -188,13 +190,13 @@ class Checkpoints:
             )
         return None
 
-    def _rows(self, own: Mapping[str, tuple[int, int]]) -> dict[str, dict[str, tuple[int, int]]]:
-        """Name -> file -> rows, of the tensors that lie in several files."""
+    def _places(self, own: Mapping[str, Place]) -> dict[str, dict[str, Place]]:
+        """Name -> file -> what is there of the tensors that lie in several files."""
         if self._world.size == 1:
             return {}
         found = self._world.gather(own)
         return {
-            name: {_file_of(rank): rows[name] for rank, rows in enumerate(found) if name in rows}
+            name: {_file_of(rank): places[name] for rank, places in enumerate(found) if name in places}
             for name in own
         }
 
@@ -204,7 +206,7 @@ class Checkpoints:
         facts: Mapping[str, Any],
         values: str,
         tensors: Mapping[str, Tensor],
-        rows: Mapping[str, Mapping[str, tuple[int, int]]],
+        places: Mapping[str, Mapping[str, Place]],
     ) -> None:
         files: dict[str, dict[str, Any]] = {}
         name = TENSORS if self._world.size == 1 else _file_of(self._world.rank)
@@ -216,7 +218,7 @@ class Checkpoints:
         with self._hashed(folder / VALUES, files) as file:
             file.write(values.encode())
         with self._hashed(folder / MANIFEST, {}) as file:
-            manifest = {"format": 1, **facts, "files": files} | ({"rows": rows} if rows else {})
+            manifest = {"format": 1, **facts, "files": files} | ({"rows": places} if places else {})
             file.write(json.dumps(manifest, indent=1).encode())
         sync_folder(folder)
 
@@ -241,7 +243,10 @@ class Checkpoints:
 
 
 def _writes(world: World, tensor: Tensor) -> bool:
-    """Whether this process writes what it has of it: its rows of a shard, the first one what is not sharded."""
+    """Whether this process writes what it has of it: its part of a shard or slice, the first one what is whole."""
+    cut = slice_of(tensor)
+    if cut is not None:
+        return cut.is_first
     return is_first_replica(tensor) if is_shard(tensor) else world.is_first
 
 
@@ -304,9 +309,11 @@ def _join(value: Any, like: Any, files: TensorFiles) -> Any:
 
 def _tensor(name: str, like: Any, files: TensorFiles) -> Tensor:
     # A tensor of another shape is read whole, so that whoever loads it can say what is wrong.
-    if not isinstance(like, Tensor) or not is_shard(like) or files.shape(name) != like.shape:
+    if not isinstance(like, Tensor) or not is_part(like) or files.shape(name) != whole_shape(like):
         return files.read(name)
-    return shard_like(like, files.read(name, *bounds(like)))
+    if slice_of(like) is None:
+        return shard_like(like, files.read(name, *bounds(like)))
+    return shard_like(like, files.read_boxes(name, boxes(like), local(like).shape))
 
 
 def _file_of(rank: int) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dovetail.errors import CheckpointError
 from dovetail.model.shards import assign, is_offloaded, local, shard_like
+from dovetail.model.slices import noted
 from dovetail.training.optim import Optimizer
 from dovetail.training.parking import ParkingSpace
 from dovetail.training.weights import trained_weights
@@ -78,7 +79,8 @@ class Ema:
     def averages(self) -> dict[str, Tensor]:
         """Name -> average, float32, sharded as the weight is: references, not copies."""
         return {
-            name: shard_like(parameter, self._averages[name]) for name, parameter in self._parameters.items()
+            name: noted(shard_like(parameter, self._averages[name]), parameter)
+            for name, parameter in self._parameters.items()
         }
 
     def state_dict(self) -> dict[str, Any]:

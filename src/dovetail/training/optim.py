@@ -11,7 +11,7 @@ updates are a thousand times smaller. The masters move; the model's own weights 
 
 import math
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from dovetail.errors import CheckpointError, ModelError, TrainingStopped
 from dovetail.model.shards import assign, is_offloaded, is_shard, local, shard_like
+from dovetail.model.slices import noted
 from dovetail.training.loss_scale import LossScaler
 from dovetail.training.memory import is_out_of_memory
 from dovetail.training.parking import ParkingSpace
@@ -141,9 +142,12 @@ class Optimizer:
         found = ((name, slot.gradient()) for name, slot in self._slots.items())
         return {name: gradient for name, gradient in found if gradient is not None}
 
-    def grad_norm(self) -> Tensor:
-        """Scalar on the device: the 2-norm over all gradients of the model that are here, in float32 or better."""
-        gradients = list(self.gradients().values())
+    def grad_norm(self, left_out: Collection[str] = ()) -> Tensor:
+        """Scalar on the device: the 2-norm over all gradients of the model that are here, in float32 or better.
+
+        left_out: names of weights that another process counts.
+        """
+        gradients = [gradient for name, gradient in self.gradients().items() if name not in left_out]
         if not gradients:
             return torch.zeros(())
         precision = torch.float64 if gradients[0].dtype == torch.float64 else torch.float32
@@ -325,7 +329,8 @@ def _large(slot: _Slot) -> list[Tensor]:
 def _state_of(slot: _Slot) -> dict[str, Tensor]:
     of_weight = {"exp_avg": slot.exp_avg, "exp_avg_sq": slot.exp_avg_sq}
     of_weight |= {"master": slot.weight} if slot.has_master else {}
-    return {"step": slot.step} | {key: shard_like(slot.parameter, rows) for key, rows in of_weight.items()}
+    like = slot.parameter
+    return {"step": slot.step} | {k: noted(shard_like(like, rows), like) for k, rows in of_weight.items()}
 
 
 def _matching(saved: Mapping[str, Mapping[str, Tensor]], name: str, key: str, tensor: Tensor) -> Tensor:

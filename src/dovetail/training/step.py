@@ -175,7 +175,7 @@ def _accumulate(
             own.add(loss, counts=counts)
         sums.append(own)
     reduce_gradients(model, optimizer.gradients())
-    return sums, optimizer.grad_norm()
+    return sums, optimizer.grad_norm(layout_of(model).division.counted_elsewhere())
 
 
 def _over_all(model: nn.Module, sums: Sequence[_Sums], norm: Tensor, device: torch.device) -> Tensor:
@@ -186,9 +186,11 @@ def _over_all(model: nn.Module, sums: Sequence[_Sums], norm: Tensor, device: tor
     # Processes that share a copy hold other rows of its gradient: the squares add up, replica by replica.
     if layout.is_sharded:
         summed = layout.world.sum(_together([*added, norm.double() ** 2 / layout.num_replicas], device))
-        return torch.cat([summed[:-1], layout.world.max(_together(largest, device)), summed[-1:].sqrt()])
-    summed = layout.world.sum(_together(added, device))
-    return torch.cat([summed, layout.world.max(_together([*largest, norm], device))])
+        numbers = torch.cat([summed[:-1], layout.world.max(_together(largest, device)), summed[-1:].sqrt()])
+    else:
+        summed = layout.world.sum(_together(added, device))
+        numbers = torch.cat([summed, layout.world.max(_together([*largest, norm], device))])
+    return torch.cat([numbers[:-1], layout.division.whole_norm(numbers[-1:])])
 
 
 def _clip_scale(sums: Sequence[_Sums], numbers: Tensor, max_norm: float, loss_scale: float) -> Tensor:

@@ -7,13 +7,18 @@ Not responsible for: names and structure of a state (checkpoint.py).
 """
 
 import json
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain, product
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
+
+from dovetail.model.shards import bounds
+from dovetail.model.slices import Box, Span, boxes, slice_of
 
 _NAMES = {
     torch.float64: "F64",
@@ -52,17 +57,25 @@ def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor]) -> None:
         file.write(flat.view(torch.uint8).numpy().data)
 
 
-class TensorFiles:
-    """Tensors in the files of one folder, read on the CPU when asked for; a tensor's rows may lie in several files.
+Place = Sequence[Any]
+"""What of a tensor is in a file: (first row, one after the last), or `boxes` of model/slices.py."""
 
-    rows: for tensors cut by rows, name -> file, in the order of the rows -> (first row, one after the last).
+
+def place(tensor: Tensor) -> Place:
+    """What this process would write of a shard or slice."""
+    return bounds(tensor) if slice_of(tensor) is None else boxes(tensor)
+
+
+class TensorFiles:
+    """Tensors in the files of one folder, read on the CPU when asked for; a tensor's parts may lie in several files.
+
+    places: for tensors that are cut, name -> file, in the order of the rows -> what is in it.
     """
 
-    def __init__(
-        self, folder: Path, names: Sequence[str], rows: Mapping[str, Mapping[str, Sequence[int]]]
-    ) -> None:
+    def __init__(self, folder: Path, names: Sequence[str], places: Mapping[str, Mapping[str, Place]]) -> None:
         self._files: dict[str, Any] = {name: safe_open(folder / name, framework="pt") for name in names}
-        self._rows = rows
+        self._boxes = {key: files for key, files in places.items() if _has_boxes(files)}
+        self._rows = {key: files for key, files in places.items() if key not in self._boxes}
         self._file_of = {key: file for file in self._files.values() for key in file.keys()}  # noqa: SIM118
 
     def shape(self, name: str) -> torch.Size:
@@ -70,18 +83,49 @@ class TensorFiles:
         shape = self._file_of[name].get_slice(name).get_shape()
         if name in self._rows:
             shape[0] = max(end for _, end in self._rows[name].values())
+        for rows, columns in chain(*self._boxes.get(name, {}).values()):
+            shape[0] = max(shape[0], rows[0] + rows[2])
+            if columns is not None:
+                shape[1] = max(shape[1], columns[0] + columns[2])
         return torch.Size(shape)
 
     def read(self, name: str, start: int | None = None, end: int | None = None) -> Tensor:
         """The tensor, or its rows from `start` to before `end`. Raises KeyError if no file has it."""
+        if name in self._boxes:
+            shape = self.shape(name)
+            rows = (start or 0, 0, (shape[0] if end is None else end) - (start or 0))
+            return self.read_boxes(name, [(rows, None)], torch.Size([rows[2], *shape[1:]]))
         if start is None and name not in self._rows:
             tensor: Tensor = self._file_of[name].get_tensor(name)
             return tensor
         if name not in self._rows:
-            rows: Tensor = self._file_of[name].get_slice(name)[start:end]
-            return rows
+            found: Tensor = self._file_of[name].get_slice(name)[start:end]
+            return found
         pieces = [self._piece(name, file, start or 0, end) for file in self._rows[name]]
         return torch.cat(pieces)
+
+    def read_boxes(self, name: str, wanted: Sequence[Box], shape: torch.Size) -> Tensor:
+        """A tensor of this shape, made of boxes of the whole one. Raises KeyError if no file has it."""
+        made: Tensor | None = None
+        for file, there in self._sources(name):
+            stored = file.get_slice(name)
+            if made is None:
+                made = torch.empty(shape, dtype=stored[0:0].dtype)
+            for own, other in product(wanted, there):
+                _copy_common(made, own, stored, other)
+        assert made is not None
+        return made
+
+    def _sources(self, name: str) -> Iterator[tuple[Any, Sequence[Box]]]:
+        """Each file that has something of a tensor, and what."""
+        if name in self._boxes:
+            for file, there in self._boxes[name].items():
+                yield self._files[file], there
+        elif name in self._rows:
+            for file, (start, end) in self._rows[name].items():
+                yield self._files[file], [((start, 0, end - start), None)]
+        else:
+            yield self._file_of[name], [((0, 0, self.shape(name)[0]), None)]
 
     def _piece(self, name: str, file: str, start: int, end: int | None) -> Tensor:
         """What a file has of the rows from `start` to before `end`; perhaps none."""
@@ -90,6 +134,30 @@ class TensorFiles:
         high = (stop if end is None else min(stop, end)) - begin
         piece: Tensor = self._files[file].get_slice(name)[low : max(low, high)]
         return piece
+
+
+def _has_boxes(places: Mapping[str, Place]) -> bool:
+    return any(not isinstance(part, int) for where in places.values() for part in where)
+
+
+def _copy_common(made: Tensor, own: Box, stored: Any, other: Box) -> None:
+    """Into one box of a tensor, what it has in common with another box of the same whole, which is in a file."""
+    pairs = [_common(mine, theirs) for mine, theirs in zip(own, other, strict=True)][: made.ndim]
+    into, out_of = zip(*pairs, strict=True)
+    if all(span.start is None or span.start < span.stop for span in into):
+        made[into] = stored[out_of]
+
+
+def _common(own: Span | None, other: Span | None) -> tuple[slice, slice]:
+    """Where in each of two boxes the part lies that both have, in one dimension."""
+    if own is None and other is None:
+        return slice(None), slice(None)
+    first, at, length = own or (0, 0, sys.maxsize)
+    other_first, other_at, other_length = other or (0, 0, sys.maxsize)
+    low, high = max(first, other_first), min(first + length, other_first + other_length)
+    return slice(low - first + at, high - first + at), slice(
+        low - other_first + other_at, high - other_first + other_at
+    )
 
 
 def num_bytes(tensor: Tensor) -> int:

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from dovetail.errors import CheckpointError
 from dovetail.model.shards import assign
+from dovetail.model.slices import noted
 
 
 def trained_weights(model: nn.Module) -> dict[str, Tensor]:
     """Name -> weight, of those that learn. References, not copies."""
-    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    return {name: noted(p.detach(), p) for name, p in model.named_parameters() if p.requires_grad}
 
 
 @torch.no_grad()

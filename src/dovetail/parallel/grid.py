@@ -1,0 +1,77 @@
+"""The processes of a run in two dimensions: neighbours compute together, the others work on other sequences.
+
+Responsible for: who stands where, and that those who compute together agree.
+Not responsible for: what they hold (tensor_training.py, shard.py).
+
+With T neighbours in a row, process r is number r % T of its row and number r // T of its column. Those of a column hold
+the same slices, divide the batch among themselves, and shard their slices as `shard.py` shards whole weights.
+"""
+
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from dovetail.parallel.tensor_group import WHOLE, TensorGroup, expect_even_groups
+from dovetail.parallel.tensor_plan import TRAINING
+from dovetail.parallel.world import ALONE, World, row_and_column
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Grid(World):
+    """As a World: this process's column, which is all that data parallelism knows."""
+
+    run: World = ALONE
+    """All processes."""
+    tensor: TensorGroup = WHOLE
+    """This process's row."""
+
+    @property
+    def is_first(self) -> bool:
+        """The first of all processes, of which alone there is one."""
+        return self.run.is_first
+
+    @property
+    def everyone(self) -> World:
+        """All processes of the run."""
+        return self.run
+
+    def wait(self) -> None:
+        """Until all processes of the run are here."""
+        self.run.wait()
+
+    def agreed(self, value: T) -> T:
+        """The value of the row's first process."""
+        box = [value]
+        dist.broadcast_object_list(box, group=self.tensor.handle, group_src=0)
+        return box[0]
+
+    def mesh(self, device: torch.device, shard_size: int) -> DeviceMesh:
+        """The column, all of which shards together."""
+        assert shard_size == self.size
+        return DeviceMesh.from_group(self.group, device.type, mesh_dim_names=("shard",))
+
+
+def in_rows(world: World, width: int) -> World:
+    """The processes of `world` in rows of `width`; `world` itself if that is 1. A collective.
+
+    Raises ConfigError if the processes do not come out even.
+    """
+    expect_even_groups(world, width, setting=TRAINING)
+    if width == 1:
+        return world
+    row, column = row_and_column(world.size, width)
+    return Grid(
+        rank=world.rank // width,
+        size=world.size // width,
+        local_rank=world.local_rank,
+        local_size=world.local_size,
+        is_group=True,
+        group=column,
+        run=world,
+        tensor=TensorGroup(world.rank % width, width, row),
+    )

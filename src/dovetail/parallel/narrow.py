@@ -1,0 +1,39 @@
+"""What a model's own modules must know when their layers are narrower than the configuration says.
+
+Responsible for: counts of heads and widths that Hugging Face's modules keep beside their weights.
+Not responsible for: the weights (tensor_plan.py), what is sent (tensor.py to generate, tensor_training.py to train).
+"""
+
+from collections.abc import Mapping
+
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from dovetail.model.widths import widths_of
+from dovetail.parallel.tensor_plan import Cut, Place
+
+
+def expect_narrower_output(model: PreTrainedModel, cuts: Mapping[str, Cut]) -> None:
+    """GPT-2's layers, which reckon with the width that they put out, know the new one."""
+    for path, layer in model.named_modules():
+        if isinstance(layer, Conv1D) and f"{path}.bias" in cuts:
+            layer.nf = cuts[f"{path}.bias"].length
+
+
+def count_fewer_heads(model: PreTrainedModel, place: Place) -> None:
+    """What attention modules, and the configuration that some read, reckon with."""
+    config, widths = model.config, widths_of(model.config)
+    heads, key_heads = place.heads(widths)
+    known = {
+        "num_heads": heads,
+        "num_key_value_heads": key_heads,
+        "num_key_value_groups": heads // key_heads,
+        "split_size": heads * widths.head,
+    }
+    for module in model.modules():
+        for name in known.keys() & vars(module).keys():
+            setattr(module, name, known[name])
+    config.head_dim = widths.head  # it may have followed from the number of heads
+    config.num_attention_heads = heads
+    if hasattr(config, "num_key_value_heads"):
+        config.num_key_value_heads = key_heads

@@ -1,0 +1,258 @@
+"""A model divided over a tensor-parallel group, to train (Shoeybi et al. 2019, arXiv:1909.08053).
+
+Responsible for: the modules of one process, narrowed in place with its slices as parameters; the two sums over the
+group in each forward and backward pass; gradients of whole weights that are the same in all processes.
+Not responsible for: which part of which weight (tensor_plan.py), shards of the slices (shard.py).
+
+What a column layer takes in is whole in every process, and so is what a row layer puts out, once it is summed ("f" and
+"g" of the paper): forward, row layers' results are summed; backward, the gradients of what column layers took in. A row
+layer's bias is whole and added after the sum. Embedding, head and all else outside the layers are whole.
+
+Shapes: none of its own; tensors are those of the layers.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from dovetail.model.forward import plain_model
+from dovetail.model.slices import Slice, note, slice_of
+from dovetail.parallel.narrow import count_fewer_heads, expect_narrower_output
+from dovetail.parallel.tensor_group import WHOLE, TensorGroup
+from dovetail.parallel.tensor_plan import (
+    PLANS,
+    TRAINING,
+    Cut,
+    Place,
+    base_of,
+    expect_divisible,
+    layer_cuts,
+    partial_gradients,
+)
+
+BUCKET_ELEMENTS = 1 << 24
+"""Gradients are sent in pieces of about this many numbers: large enough for the network's full speed."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Division:
+    """How a model is divided over a group. Names are those of the model's parameters."""
+
+    group: TensorGroup = WHOLE
+    slices: Mapping[str, Slice] | None = None
+    """Of all parameters; None if the group is of one process."""
+    partial: frozenset[str] = frozenset()
+    """Whole weights whose gradient is to be summed over the group."""
+
+    def mark(self, model: nn.Module, *, is_sharded: bool, is_first: bool) -> None:
+        """Note on every parameter which part it is.
+
+        is_first: this process is the first of those with the same slices; of shards of them, each has its own.
+        """
+        for name, parameter in model.named_parameters():
+            if self.slices is not None:
+                found = self.slices[name]
+                is_only = found.everybodys is not None or self.group.is_first
+                writes = is_only and (is_sharded or is_first)
+                note(parameter, Slice(found.shape, found.dim, found.pieces, found.everybodys, writes))
+
+    def whole(self, tensor: Tensor, like: Tensor) -> Tensor:
+        """The whole that `tensor` is a slice of, the same as `like` is. A collective where it is cut."""
+        found = slice_of(like)
+        if found is None or found.everybodys is None:
+            return tensor
+        return found.joined(self.group.each(tensor))
+
+    def counted_elsewhere(self) -> frozenset[str]:
+        """Weights whose part of the gradient's norm another process of the group counts."""
+        if self.slices is None or self.group.is_first:
+            return frozenset()
+        return frozenset(name for name, found in self.slices.items() if found.everybodys is None)
+
+    def whole_norm(self, norm: Tensor) -> Tensor:
+        """The gradient's norm over the group, from that of what each process counts."""
+        return norm if self.slices is None else self.group.sum(norm**2).sqrt()
+
+    def complete(self, gradients: Mapping[str, Tensor]) -> None:
+        """Gradients of whole weights become those of the whole model, in place, and alike in all processes to the bit.
+
+        To be called once per step. What every process has computed alike is the first one's from then on: kernels that
+        add in no fixed order cannot lead replicas apart.
+        """
+        if self.slices is None:
+            return
+        whole = [name for name in gradients if self.slices[name].everybodys is None]
+        sum_in_pieces(self.group.sum, [gradients[name] for name in whole if name in self.partial])
+        in_pieces(self.group.from_first, [gradients[name] for name in whole if name not in self.partial])
+
+
+def divide(model: Any, group: TensorGroup) -> Division:
+    """Make the model's layers this process's part of them, in place; plain or peft-wrapped, with any head.
+
+    Call it with the same weights in each process. Raises ConfigError if the group's size does not divide the model.
+    """
+    if group.size == 1:
+        return Division()
+    inner = plain_model(model)
+    expect_divisible(inner.config, group.size, setting=TRAINING, model=type(inner).__name__)
+    place = Place(group.rank, group.size)
+    cuts = [layer_cuts(inner, Place(rank, group.size)) for rank in range(group.size)]
+    slices = {id(p): _slice_of(name, p, cuts, group) for name, p in inner.named_parameters()}
+    partial_ids = {id(inner.get_parameter(name)) for name in partial_gradients(inner)}
+    named = dict(model.named_parameters())
+    division = Division(
+        group,
+        {name: slices[id(parameter)] for name, parameter in named.items()},
+        frozenset(name for name, parameter in named.items() if id(parameter) in partial_ids),
+    )
+    _connect(inner, group)
+    _cut(inner, cuts[group.rank])
+    expect_narrower_output(inner, cuts[group.rank])
+    count_fewer_heads(inner, place)
+    return division
+
+
+def sum_in_pieces(add_up: Callable[[Tensor], Tensor], tensors: Sequence[Tensor]) -> None:
+    """Sums over processes, in place, many tensors at a time; rounded once, after the sum."""
+    in_pieces(lambda flat: add_up(flat.to(torch.promote_types(flat.dtype, torch.float32))), tensors)
+
+
+def in_pieces(send: Callable[[Tensor], Tensor], tensors: Sequence[Tensor]) -> None:
+    """Make the tensors what `send` gives for them, many at a time, end to end."""
+    for bucket in _buckets(tensors):
+        flat = send(torch.cat([tensor.flatten() for tensor in bucket]))
+        pieces = flat.split_with_sizes([tensor.numel() for tensor in bucket])
+        for tensor, piece in zip(bucket, pieces, strict=True):
+            tensor.copy_(piece.view_as(tensor))
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    bucket: list[Tensor] = []
+    for tensor in tensors:
+        num = sum(held.numel() for held in bucket) + tensor.numel()
+        if bucket and (tensor.dtype != bucket[0].dtype or num > BUCKET_ELEMENTS):
+            yield bucket
+            bucket = []
+        bucket.append(tensor)
+    if bucket:
+        yield bucket
+
+
+def _slice_of(name: str, parameter: Tensor, cuts: Sequence[Mapping[str, Cut]], group: TensorGroup) -> Slice:
+    cut = cuts[group.rank].get(name)
+    if cut is None:
+        return Slice(parameter.shape, 0, ((0, len(parameter)),), None, is_first=group.is_first)
+    everybodys = tuple(own[name].pieces for own in cuts)
+    return Slice(parameter.shape, cut.dim, cut.pieces, everybodys, is_first=True)
+
+
+@torch.no_grad()
+def _cut(model: PreTrainedModel, cuts: Mapping[str, Cut]) -> None:
+    for name, cut in cuts.items():
+        path, _, key = name.rpartition(".")
+        module = model.get_submodule(path)
+        weight = module._parameters[key]
+        assert weight is not None
+        module._parameters[key] = nn.Parameter(cut.of(weight), requires_grad=weight.requires_grad)
+
+
+def _connect(model: PreTrainedModel, group: TensorGroup) -> None:
+    """Column layers take in what all have, and row layers put out what all have."""
+    plan = PLANS[model.config.model_type]
+    readers: dict[str, list[nn.Module]] = {}
+    for path, layer in model.named_modules():
+        parent, _, name = path.rpartition(".")
+        if name in plan.columns:
+            readers.setdefault(parent, []).append(layer)
+        elif name in plan.rows:
+            _put_out_sum(layer, group)
+    for layers in readers.values():
+        shared = _SharedInput(group, len(layers))
+        for layer in layers:
+            layer.register_forward_pre_hook(shared)
+
+
+class _SharedInput:
+    """What the column layers of one module take in. Those that read the same tensor (queries, keys and values) send its
+    gradient once."""
+
+    def __init__(self, group: TensorGroup, num_readers: int) -> None:
+        self._group = group
+        self._num_readers = num_readers
+        self._forget()
+
+    def _forget(self) -> None:
+        self._given: Tensor | None = None
+        self._taken: Tensor | None = None
+        self._num_left = self._num_readers
+
+    def __call__(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        (given,) = inputs
+        if not (torch.is_grad_enabled() and given.requires_grad):
+            return inputs
+        if given is not self._given:
+            self._forget()
+            self._given, self._taken = given, _Copied.apply(given, self._group)  # type: ignore[no-untyped-call]
+        taken = self._taken
+        assert taken is not None
+        self._num_left -= 1
+        if self._num_left == 0:
+            self._forget()  # or the activations of a whole pass would live on
+        return (taken,)
+
+
+def _put_out_sum(layer: nn.Module, group: TensorGroup) -> None:
+    base: Any = base_of(layer)
+    if isinstance(base, Conv1D):
+        base.forward = partial(_product, base)  # type: ignore[method-assign]
+    layer.forward = partial(_summed, base, layer.forward, group)
+
+
+def _summed(
+    base: nn.Module, forward: Callable[..., Tensor], group: TensorGroup, *args: Any, **kwargs: Any
+) -> Tensor:
+    """What a row layer puts out: the group's sum, and its bias once."""
+    bias = base._parameters["bias"]
+    vars(base)["bias"] = None  # hides the parameter from the layer's own forward
+    try:
+        part = forward(*args, **kwargs)
+    finally:
+        del vars(base)["bias"]
+    total: Tensor = _Summed.apply(part, group)  # type: ignore[no-untyped-call]
+    return total if bias is None else total + bias
+
+
+def _product(layer: Conv1D, x: Tensor) -> Tensor:
+    """Conv1D's result without a bias, which it cannot be without."""
+    return x @ layer.weight
+
+
+class _Copied(torch.autograd.Function):
+    """f: the same for all; the gradients of all, added up."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: TensorGroup) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return ctx.group.sum(grads[0].clone(memory_format=torch.contiguous_format)), None
+
+
+class _Summed(torch.autograd.Function):
+    """g: what all put out, added up; the same gradient for all."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: TensorGroup) -> Tensor:
+        return group.sum(x.clone(memory_format=torch.contiguous_format))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
