@@ -9,7 +9,6 @@ import sys
 import threading
 import time
 from pathlib import Path
-from types import FrameType
 from typing import BinaryIO
 
 import pytest
@@ -17,6 +16,7 @@ import pytest
 from dovetail.launch import stuck as module
 from dovetail.launch.rank import ERROR_FILE
 from dovetail.launch.stuck import Position, diagnosis
+from dovetail.parallel.stand import frames_of
 from dovetail.training.checkpoint import Checkpoints
 from dovetail.training.disk import open_file
 
@@ -52,14 +52,11 @@ def test_a_rank_that_waits_for_its_checkpoint_stands_where_that_is_written(tmp_p
 
     def look() -> None:
         end = time.monotonic() + 60
-        while not any(frame.f_code is slow_disk.__code__ for frame in watched_stack()):
+        while not any(frame.f_code is slow_disk.__code__ for frame in frames_of(module._thread())):
             if time.monotonic() > end:
                 return
         seen.append("the disk")
         written.set()
-
-    def watched_stack() -> list[FrameType]:
-        return module._frames(sys._current_frames().get(module._thread().ident or 0))
 
     seen: list[str] = []
     watch = threading.Thread(target=look)

@@ -175,10 +175,11 @@ class Runs:
 
 
 def metrics_of(run: Path) -> list[tuple[int, dict[str, float]]]:
-    """All rows but their times, and what only sharded runs report."""
+    """All rows but their times, and what only sharded runs and those of several processes report."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    own = ("seconds", "gather", "slowest")
     return [
-        (row["step"], {k: v for k, v in row.items() if "/" in k and "seconds" not in k and "gather" not in k})
+        (row["step"], {k: v for k, v in row.items() if "/" in k and not any(name in k for name in own)})
         for row in rows
     ]
 

@@ -10,7 +10,6 @@ Not responsible for: what is work (activity.py), time limits of single collectiv
 import json
 import os
 import socket
-import sys
 import threading
 import time
 from collections import defaultdict
@@ -20,12 +19,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 
-import torch
 from torch.distributed import DistError, Store  # type: ignore[attr-defined]
 
 from dovetail.errors import LaunchError
 from dovetail.launch.activity import Effort, effort_of, has_worked, uses_gpu
 from dovetail.launch.rank import record
+from dovetail.parallel.stand import frames_of, own_line
 from dovetail.telemetry.log import warn
 from dovetail.training.checkpoint import WRITER, Checkpoints
 
@@ -34,8 +33,6 @@ STUCK_AFTER_S = 480
 nobody gave it another limit, as within the sub-meshes that torch makes."""
 _LOOKS = 4
 """A process whose thread has not looked while another looked so often is frozen, and not only short of a processor."""
-_TORCH = str(Path(torch.__file__).parent)
-_DISTRIBUTED = os.path.join(_TORCH, "distributed")  # noqa: PTH118 (compared with a frame's file name, a str)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +85,8 @@ class _Watch(threading.Thread):
 
     def _look(self) -> None:
         thread = _thread()
-        frames = _frames(sys._current_frames().get(thread.ident or 0))
-        place, collective = _place(frames)
+        frames = list(frames_of(thread))
+        line, collective = own_line(iter(frames))
         stack = tuple((frame.f_code, frame.f_lasti) for frame in frames)
         effort = effort_of(thread.native_id or 0)
         works = collective is None and has_worked(self._effort, effort, on_gpu=uses_gpu())
@@ -98,7 +95,7 @@ class _Watch(threading.Thread):
         self._stack, self._effort = stack, effort
         self._looks += 1
         still_s = time.monotonic() - self._moved
-        mine = Position(socket.gethostname(), place, collective, still_s, self._looks)
+        mine = Position(socket.gethostname(), _place(line), collective, still_s, self._looks)
         self._store.set(f"position-{os.environ['RANK']}", json.dumps(asdict(mine)))
         if still_s < self._stuck_after_s:
             self._history.clear()
@@ -150,28 +147,13 @@ def _positions(store: Store) -> dict[int, Position]:
 def _thread() -> threading.Thread:
     """The main one; where that waits for a checkpoint, the one that writes it."""
     main = threading.main_thread()
-    frames = _frames(sys._current_frames().get(main.ident or 0))
-    if any(frame.f_code is Checkpoints.finish.__code__ for frame in frames):
+    if any(frame.f_code is Checkpoints.finish.__code__ for frame in frames_of(main)):
         return next((t for t in threading.enumerate() if t.name.startswith(WRITER)), main)
     return main
 
 
-def _frames(frame: FrameType | None) -> list[FrameType]:
-    """Of a stack, innermost first."""
-    frames = []
-    while frame is not None:
-        frames.append(frame)
-        frame = frame.f_back
-    return frames
-
-
-def _place(frames: list[FrameType]) -> tuple[str, str | None]:
-    """The innermost line outside torch, and the function of torch.distributed that was called there, if any."""
-    collective = None
-    for frame in frames:
-        file = frame.f_code.co_filename
-        if not file.startswith(_TORCH):
-            return f"{'/'.join(Path(file).parts[-2:])}:{frame.f_lineno} ({frame.f_code.co_name})", collective
-        if file.startswith(_DISTRIBUTED) and frame.f_code.co_name != "wrapper":
-            collective = frame.f_code.co_name
-    return "no line of Python", None
+def _place(frame: FrameType | None) -> str:
+    if frame is None:
+        return "no line of Python"
+    parts = Path(frame.f_code.co_filename).parts[-2:]
+    return f"{'/'.join(parts)}:{frame.f_lineno} ({frame.f_code.co_name})"

@@ -94,8 +94,14 @@ class Context:
 
     @contextmanager
     def metrics(self, stage: str, *, start: int) -> Iterator[Metrics]:
-        """Sinks of this stage; rows of steps that a killed run wrote after its last checkpoint are dropped."""
-        metrics = Metrics(self._sinks(stage, start) if self.world.is_first else [])
+        """Sinks of this stage; rows of steps that a killed run wrote after its last checkpoint are dropped. A
+        collective, which begins to compare the pace of the processes."""
+        pace = self.stop.pace
+        pace.begin()
+        metrics = Metrics(
+            self._sinks(stage, start) if self.world.is_first else [],
+            more=lambda: {f"{stage}/{name}": value for name, value in pace.figures.items()},
+        )
         try:
             yield metrics
         finally:

@@ -15,6 +15,7 @@ from types import FrameType
 import torch
 
 from dovetail.errors import RunInterrupted
+from dovetail.parallel.pace import Pace, pace_of
 from dovetail.parallel.world import World
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -23,7 +24,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 class StopRequest:
     """Whether a signal has asked any process of `world` to end."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, pace: Pace | None = None) -> None:
+        self.pace = pace or Pace(world)
         self._world = world
         self._number = 0
 
@@ -32,10 +34,13 @@ class StopRequest:
         self._number = number
 
     def asked(self) -> str | None:
-        """Name of the signal, the same in all processes. A collective."""
+        """Name of the signal, the same in all processes. A collective, which takes along how long each has worked."""
         number = self._number
         if self._world.size > 1:
-            number = int(self._world.max(torch.tensor([number])))
+            told = torch.tensor([number, *self.pace.worked()], dtype=torch.float64)
+            signalled, *worked = self._world.max(told).tolist()
+            number = int(signalled)
+            self.pace.judge(worked)
         return signal.Signals(number).name if number else None
 
     def expect_none(self, before: str) -> None:
@@ -53,10 +58,17 @@ def stop_request(world: World) -> Iterator[StopRequest]:
     a cluster may signal it and its launcher, which passes the same on. In another thread than the main one, which
     alone takes signals in Python, nothing changes.
     """
-    request = StopRequest(world)
-    if threading.current_thread() is not threading.main_thread():
-        yield request
-        return
+    with pace_of(world) as pace:
+        request = StopRequest(world, pace)
+        if threading.current_thread() is not threading.main_thread():
+            yield request
+        else:
+            with _taking_signals(request, world):
+                yield request
+
+
+@contextmanager
+def _taking_signals(request: StopRequest, world: World) -> Iterator[None]:
     before = {number: signal.getsignal(number) or signal.SIG_DFL for number in SIGNALS}
 
     def give_back() -> None:
@@ -73,7 +85,7 @@ def stop_request(world: World) -> Iterator[StopRequest]:
         if handler is not signal.SIG_IGN:
             signal.signal(number, take)
     try:
-        yield request
+        yield
     finally:
         give_back()
 

@@ -4,7 +4,7 @@ Responsible for: the shape of a row. Not responsible for: where it goes (sinks.p
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import SupportsFloat
 
@@ -14,13 +14,17 @@ _NAME = re.compile(r"[A-Za-z0-9_.@-]+(/[A-Za-z0-9_.@-]+)+")
 
 
 class Metrics:
-    """Gives each row to all sinks."""
+    """Gives each row to all sinks. `more` is asked for numbers that every row takes along."""
 
-    def __init__(self, sinks: Sequence[Sink]) -> None:
+    def __init__(
+        self, sinks: Sequence[Sink], *, more: Callable[[], Mapping[str, float]] | None = None
+    ) -> None:
         self.sinks = tuple(sinks)
+        self._more = more
 
     def record(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
         """Write one row. Names look like `ppo/kl_nats_per_answer`; values are numbers already on the host."""
+        values = {**values, **(self._more() if self._more else {})}
         for name in values:
             if not _NAME.fullmatch(name):
                 raise ValueError(f"metric name {name!r} is not group/name of letters, digits and _ . @ -")

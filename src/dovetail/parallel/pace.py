@@ -1,0 +1,133 @@
+"""Which process the others wait for, step after step.
+
+Responsible for: the part of each step that a process spends outside of collectives, and naming one that needs much
+longer than the others. Not responsible for: telling each other (whoever calls `worked` and `judge` once a step), a
+run in which nobody moves (launch/stuck.py).
+
+A thread looks now and then whether the main one is in a call of torch.distributed. That costs the step nothing, and
+takes no notice of a GPU: one that waits within its own queue, for a kernel of its own or of another, counts as working.
+"""
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from statistics import median
+
+from dovetail.parallel.stand import frames_of, own_line
+from dovetail.parallel.world import World
+from dovetail.telemetry.log import warn
+
+RATIO = 1.5
+"""Times as long as the others (their median) is slow."""
+IN_A_ROW = 5
+"""Steps in which the same process is slow before it is told of: the longest answers fall to one by chance."""
+AT_LEAST_S = 1.0
+"""Shorter steps are taken together; fewer looks would say little."""
+_SHARE = 0.1
+"""Of the step that must be lost; less is not worth a word."""
+_PERIOD_S = 0.05
+
+
+class WorkClock:
+    """Seconds that the main thread of this process spends outside of collectives, from looks at it."""
+
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._looks = 0
+        self._working = 0
+        self._since = clock()
+
+    def look(self) -> None:
+        """To be called now and then by another thread."""
+        _, collective = own_line(frames_of(threading.main_thread()))
+        self._looks += 1
+        self._working += collective is None
+
+    def take(self) -> float:
+        """Seconds since the last call; all of them if nobody looked."""
+        now = self._clock()
+        share = self._working / self._looks if self._looks else 1.0
+        seconds = (now - self._since) * share
+        self._looks, self._working, self._since = 0, 0, now
+        return seconds
+
+
+class Pace:
+    """The working time of all processes, and what it says of them. `figures`: metrics of the last judgement."""
+
+    def __init__(self, world: World, own: WorkClock | None = None) -> None:
+        self.figures: dict[str, float] = {}
+        self._world = world
+        self._own = own or WorkClock()
+        self._hosts: list[str] = []
+        self._seconds = [0.0] * world.size
+        self._steps = 0
+        self._since = time.monotonic()
+        self._slowest: int | None = None
+        self._in_a_row = 0
+
+    def begin(self) -> None:
+        """A stage begins: what came before was no step. A collective."""
+        self._hosts = self._world.gather(socket.gethostname())
+        self._own.take()
+        self._reset()
+        self._slowest, self._in_a_row, self.figures = None, 0, {}
+
+    def worked(self) -> list[float]:
+        """One number for each process: this one's seconds in its place, 0 in the others'. Their maximum is all."""
+        seconds = [0.0] * self._world.size
+        seconds[self._world.rank] = self._own.take()
+        return seconds
+
+    def judge(self, seconds: Sequence[float], *, elapsed_s: float | None = None) -> None:
+        """Take in a step's working seconds by rank; warns once in each stretch of steps with the same slow process.
+
+        elapsed_s: how long the steps took since the last judgement, by default by the clock.
+        """
+        self._seconds = [before + now for before, now in zip(self._seconds, seconds, strict=True)]
+        self._steps += 1
+        elapsed = time.monotonic() - self._since if elapsed_s is None else elapsed_s
+        if elapsed < AT_LEAST_S or self._world.size == 1:
+            return
+        slowest = max(range(self._world.size), key=lambda rank: self._seconds[rank])
+        longest = self._seconds[slowest]
+        others = median(s for rank, s in enumerate(self._seconds) if rank != slowest)
+        is_slow = longest > RATIO * others and longest - others > _SHARE * elapsed
+        self.figures = {"slowest_rank": float(slowest), "slowest_work_ratio": longest / max(others, 1e-3)}
+        self._in_a_row = self._in_a_row + 1 if is_slow and slowest == self._slowest else int(is_slow)
+        self._slowest = slowest if is_slow else None
+        if self._in_a_row == IN_A_ROW:
+            self._tell(slowest, longest / self._steps, others / self._steps)
+        self._reset()
+
+    def _tell(self, rank: int, longest: float, others: float) -> None:
+        host = f" on {self._hosts[rank]}" if self._hosts else ""
+        warn(
+            f"rank {rank}{host} makes the others wait, step after step: it works {longest:.3g} s of each, they "
+            f"{others:.3g} s"
+        )
+
+    def _reset(self) -> None:
+        self._seconds, self._steps, self._since = [0.0] * self._world.size, 0, time.monotonic()
+
+
+@contextmanager
+def pace_of(world: World) -> Iterator[Pace]:
+    """The pace of a run; while the block runs, a thread looks at the main one, if there are others to wait for."""
+    clock, done = WorkClock(), threading.Event()
+
+    def look() -> None:
+        while not done.wait(_PERIOD_S):
+            clock.look()
+
+    thread = threading.Thread(target=look, name="pace", daemon=True)
+    if world.size > 1:
+        thread.start()
+    try:
+        yield Pace(world, clock)
+    finally:
+        done.set()
+        if world.size > 1:
+            thread.join()

@@ -1,0 +1,41 @@
+"""Where a thread of this process stands: its line, and whether it waits there for other processes.
+
+Responsible for: reading the stack from outside. Not responsible for: what follows from it (pace.py, launch/stuck.py).
+"""
+
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+import torch
+
+_TORCH = str(Path(torch.__file__).parent)
+_DISTRIBUTED = os.path.join(_TORCH, "distributed")  # noqa: PTH118 (compared with a frame's file name, a str)
+_LOCAL = os.path.join(_DISTRIBUTED, "tensor", "")  # noqa: PTH118 (sharded tensors, which compute; they call the others)
+
+
+def frames_of(thread: threading.Thread) -> Iterator[FrameType]:
+    """Its stack, innermost first; nothing if it has ended."""
+    frame = sys._current_frames().get(thread.ident or 0)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def own_line(frames: Iterator[FrameType]) -> tuple[FrameType | None, str | None]:
+    """The innermost frame outside torch, and the function of torch.distributed that was called there, if any."""
+    collective = None
+    for frame in frames:
+        file = frame.f_code.co_filename
+        if not file.startswith(_TORCH):
+            return frame, collective
+        if (
+            file.startswith(_DISTRIBUTED)
+            and not file.startswith(_LOCAL)
+            and frame.f_code.co_name != "wrapper"
+        ):
+            collective = frame.f_code.co_name
+    return None, collective

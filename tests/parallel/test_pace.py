@@ -1,0 +1,77 @@
+"""A rank that the others wait for is named: one that sleeps among real processes, and by hand."""
+
+import re
+import socket
+
+import pytest
+
+from dovetail.parallel.pace import IN_A_ROW, Pace, WorkClock
+from dovetail.parallel.world import World
+from tests.parallel.group import run_group
+
+HOST = socket.gethostname()
+
+
+def told(pace: Pace, steps: list[list[float]], capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """The warnings after these working seconds by rank, in steps that took as long as their slowest."""
+    for seconds in steps:
+        pace.judge(seconds, elapsed_s=max(seconds))
+    return [line for line in capsys.readouterr().err.splitlines() if "makes the others wait" in line]
+
+
+@pytest.fixture
+def pace() -> Pace:
+    return Pace(World(rank=0, size=4))
+
+
+def test_a_slow_rank_is_told_of_once_in_a_stretch(pace: Pace, capsys: pytest.CaptureFixture[str]) -> None:
+    slow, even = [2.0, 2.1, 4.2, 1.9], [2.0, 2.1, 2.2, 1.9]
+    assert told(pace, [slow] * (IN_A_ROW - 1), capsys) == []
+    assert told(pace, [slow] * 10, capsys) == [
+        "warning: rank 2 makes the others wait, step after step: it works 4.2 s of each, they 2 s"
+    ]
+    assert pace.figures == {"slowest_rank": 2.0, "slowest_work_ratio": 2.1}
+    assert told(pace, [even], capsys) == []
+    assert len(told(pace, [slow] * IN_A_ROW, capsys)) == 1
+
+
+def test_the_longest_answers_by_turns_are_nobodys_fault(
+    pace: Pace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    by_turns = [[4.0 if rank == step % 4 else 2.0 for rank in range(4)] for step in range(40)]
+    assert told(pace, by_turns, capsys) == []
+
+
+def test_a_little_slower_is_not_slow(pace: Pace, capsys: pytest.CaptureFixture[str]) -> None:
+    assert told(pace, [[2.0, 2.0, 2.9, 2.0]] * 20, capsys) == []
+    # Three times as long, but of a step in which all mostly wait for something else.
+    for _ in range(20):
+        pace.judge([0.1, 0.1, 0.3, 0.1], elapsed_s=9.0)
+    assert told(pace, [], capsys) == []
+
+
+def test_short_steps_are_taken_together(pace: Pace, capsys: pytest.CaptureFixture[str]) -> None:
+    for elapsed in [0.3, 0.6, 0.9, 1.2] * IN_A_ROW:
+        pace.judge([0.1, 0.1, 0.3, 0.1], elapsed_s=elapsed)
+    assert len(told(pace, [], capsys)) == 1
+
+
+def test_a_clock_counts_what_was_seen_of_work() -> None:
+    now = [0.0]
+    clock = WorkClock(clock=lambda: now[0])
+    now[0] = 3.0
+    assert clock.take() == 3.0  # nobody looked
+    for _ in range(4):
+        clock.look()  # at this test, which is in no collective
+    now[0] = 5.0
+    assert clock.take() == 2.0
+
+
+@pytest.mark.slow
+def test_a_rank_that_sleeps_is_named_among_real_processes() -> None:
+    codes, said = run_group(["tests.parallel.pacing", "15", "1"], size=3)
+    assert codes == [0, 0, 0], said
+    line = rf"warning: rank 1 on {HOST} makes the others wait, step after step: it works 0\.\d+ s of each"
+    assert len(re.findall(line, said[0])) == 1, said[0]
+    assert "makes the others wait" not in said[1] + said[2]
+    assert "('slowest_rank', 1.0)" in said[0]
