@@ -61,7 +61,7 @@ def do(deed: str, folder: Path) -> None:
             os._exit(7)
 
 
-def expect_possible(config: Any, world_size: int) -> None:
+def expect_possible(config: Any, world_size: int, *_: int) -> None:
     expect_enough_work({"sft.batch_size": config.sft.batch_size}, world_size)
 
 
