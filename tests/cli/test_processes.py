@@ -3,16 +3,19 @@
 import shlex
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+import yaml
 
 from dovetail.cli import processes
 from dovetail.cli.main import main
 from dovetail.cli.processes import without_launch_flags
 from dovetail.errors import ProcessFailed
 from dovetail.launch.topology import Topology, expect_enough_work
+from tests.stages.runs import tiny_run
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -131,6 +134,29 @@ def test_wrong_counts_are_one_message(
     assert code == 2
     assert message in err
     assert "Traceback" not in err
+    assert started == []
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("generation=3", "error: tensor_parallel.generation = 3: "),  # of 4 heads
+        ("training=3", "error: tensor_parallel.training = 3: "),
+        (
+            "generation=2",
+            "error: tensor_parallel.generation = 2: the run's 3 processes cannot form groups of 2",
+        ),
+    ],
+)
+def test_models_that_cannot_be_divided_are_refused_before_anything_starts(
+    run: Run, started: list[tuple[Topology, list[str]]], tmp_path: Path, setting: str, message: str
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(tiny_run(tmp_path).model_dump(mode="json")))
+    code, _, err = run("train", str(recipe), "--num-gpus", "3", f"tensor_parallel.{setting}")
+    assert code == 2
+    assert err.startswith(message)
+    assert err.count("\n") == 2  # and a hint
     assert started == []
 
 

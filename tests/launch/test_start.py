@@ -177,3 +177,31 @@ def test_a_machine_that_does_not_come_is_named_and_nothing_is_started(tmp_path: 
     assert len(err.splitlines()) == 2
     assert out == ""
     assert not list(tmp_path.glob("pid-*"))
+
+
+def test_a_port_in_use_is_one_message_and_nothing_is_started(tmp_path: Path, port: str) -> None:
+    where = ["--num-nodes", "2", "--node-rank", "0", "--master-addr", "127.0.0.1", "--master-port", port]
+    with (
+        socket.create_server(("127.0.0.1", int(port))),
+        launched(tmp_path, "finish:0", *where) as command,
+    ):
+        code, out, err = command.ended()
+    assert code == 3
+    assert err.splitlines()[0] == f"error: port {port} of this machine is in use"
+    assert err.splitlines()[1].startswith("hint: stop what uses it")
+    assert (len(err.splitlines()), out) == (2, "")
+    assert not list(tmp_path.glob("pid-*"))
+
+
+def test_a_typo_in_the_hostfile_is_one_message_and_nothing_is_started(tmp_path: Path) -> None:
+    hosts = tmp_path / "hosts"
+    hosts.write_text("worker-0 slots=8\nworker-1 slot=8\n", encoding="utf-8")
+    with launched(tmp_path, "finish:0", "--hostfile", str(hosts), "--node-rank", "0") as command:
+        code, out, err = command.ended()
+    assert code == 2
+    assert err.splitlines() == [
+        f"error: {hosts} line 2: 'worker-1 slot=8' is not a machine and its slots",
+        "hint: write it as: worker-0 slots=8",
+    ]
+    assert out == ""
+    assert not list(tmp_path.glob("pid-*"))

@@ -36,11 +36,11 @@ def expect_one_error(said: str, message: str) -> None:
     assert "Traceback" not in said
 
 
-def test_heads_that_do_not_come_out_even_are_one_message(tmp_path: Path) -> None:
+def test_heads_that_do_not_come_out_even_are_one_message_before_anything_starts(tmp_path: Path) -> None:
     config = tiny_run(tmp_path, tensor_parallel={"generation": 3})
     with launched(config, "--num-gpus", "3") as process:
         expect_one_error(expect_end(process, config, 2), "tensor_parallel.generation = 3: ")
-    assert not Path(config.output_dir, "sft").exists()
+    assert not Path(config.output_dir).exists()
     expect_nobody(config)
 
 

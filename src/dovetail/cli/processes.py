@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 
 from dovetail.config.run import RunConfig
+from dovetail.config.sharding import TensorParallelConfig
 from dovetail.errors import RunInterrupted
 from dovetail.launch.topology import (
     LaunchFlags,
@@ -179,6 +180,7 @@ def _start(config: RunConfig, topology: Topology, arguments: Sequence[str]) -> N
 
     if config.device != "cpu":
         expect_enough_gpus(topology.num_gpus, _count_gpus())
+    _expect_divisible(config, topology.size)
     command = [sys.executable, "-u", "-X", "faulthandler", "-m", "dovetail"]
     command += [*without_launch_flags(arguments), "--num-gpus", str(topology.num_gpus)]
     try:
@@ -207,6 +209,16 @@ def _expect_possible(config: RunConfig, world_size: int, per_machine: int) -> No
         max(1, world_size // config.tensor_parallel.training),
     )
     config.zero_stage.shard_size(processes=world_size, per_machine=per_machine)
+
+
+def _expect_divisible(config: RunConfig, world_size: int) -> None:
+    """What the run would say before its first stage, but once and before anything is started."""
+    if config.tensor_parallel == TensorParallelConfig():
+        return
+    from dovetail.parallel.world import World  # here and not above: it imports torch
+    from dovetail.stages.parts import expect_tensor_parallel
+
+    expect_tensor_parallel(config, World(size=world_size))
 
 
 def _count_gpus() -> int:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from dovetail.batches import PackedBatch, RankedBatch, pack, pack_ranked
 from dovetail.config.model import ModelConfig
+from dovetail.config.run import RunConfig
 from dovetail.config.stages import StageConfig
 from dovetail.data.blend import load_stage
 from dovetail.data.loader import BatchOrder
@@ -35,6 +36,7 @@ from dovetail.model.lora import add_lora
 from dovetail.parallel.shard import given_back_after_use, spread
 from dovetail.parallel.tensor_group import expect_even_groups
 from dovetail.parallel.tensor_plan import TRAINING, expect_divisible
+from dovetail.parallel.world import World
 from dovetail.rlhf.api import RLHFEngine
 from dovetail.rlhf.build import Setup, checkpoint_activations, loading_device
 from dovetail.rlhf.limits import expect_room
@@ -167,17 +169,17 @@ def rlhf_engine(context: Context, chat: ChatFormat, *, total_steps: int) -> RLHF
     return engine
 
 
-def expect_tensor_parallel(context: Context) -> None:
+def expect_tensor_parallel(config: RunConfig, world: World) -> None:
     """Raise ConfigError unless the models can be divided over as many processes as asked for; no weight is read.
 
     What only a .gguf file says is found out when it has been read.
     """
-    config, wanted = context.config, context.config.tensor_parallel
+    wanted = config.tensor_parallel
     wanted.expect_supported(config.zero_stage, config.offload)
     actor = _config_of(config.actor)
     if wanted.generation != "auto" and "ppo" in config.stages and actor is not None:
-        expect_possible(actor, wanted.generation, context.world)
-    expect_even_groups(context.world, wanted.training, setting=TRAINING)
+        expect_possible(actor, wanted.generation, world)
+    expect_even_groups(world, wanted.training, setting=TRAINING)
     scored = None if config.stages == ("sft",) or config.reward_model is None else config.reward_model
     for role, model in (("actor", actor), ("reward model", scored and _config_of(scored))):
         if model is not None:

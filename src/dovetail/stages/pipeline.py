@@ -30,7 +30,7 @@ def run(config: RunConfig) -> World:
 
 def run_stages(context: Context, judge: Judge | None = None) -> None:
     """Run the stages of an open run; `judge` gives PPO's held-out answers a second opinion."""
-    expect_tensor_parallel(context)
+    expect_tensor_parallel(context.config, context.world)
     stages: dict[StageName, Callable[[Context], StageReport]] = {
         "sft": sft.run,
         "reward": reward.run,
