@@ -73,7 +73,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "zero-3": ("llama", zero(3) | MICRO),
     "zero-1-lora": ("lora", zero(1)),
     "zero-3-two-parts": ("llama", zero(3) | TWO_PARTS | OFFLOADED),
-    "zero-1-divided": ("even", zero(1) | MICRO | DIVIDED),
+    "zero-1-divided": ("even", zero(1) | MICRO | DIVIDED_ALL_ALONG),
 }
 """Runs of several: name -> (the run that it must equal, changes)."""
 MORE_CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -213,6 +213,13 @@ def test_a_sharded_run_reports_what_gathering_for_generation_cost(runs: Runs, ca
     half = sum(weight.numel() * weight.element_size() for weight in weights) / 2
     # One gathering per rollout; the parity check and the first evaluation come before the first row.
     assert received == [3 * half, half, 2 * half]
+
+
+def test_slices_that_training_has_are_not_sent_to_generate_with_them(runs: Runs) -> None:
+    run = runs.together(CASES, size=2)["zero-1-divided"]
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    received = [row["ppo/gather_bytes"] for row in rows if "ppo/gather_bytes" in row]
+    assert received == [0.0] * 3  # embedding and head are whole in training
 
 
 @pytest.mark.parametrize("name", ["moving", "moving-pairs"])

@@ -15,7 +15,7 @@ themselves, and gradients are summed over the groups once per step.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import MethodType
@@ -314,10 +314,10 @@ def _fill(model: Any, layout: Layout) -> None:
     layout.gather_seconds += time.monotonic() - start
 
 
-def whole_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
+def whole_weights(model: Any, slices: Collection[str] = ()) -> Iterator[tuple[str, Tensor]]:
     """(name, all of it) of one weight after the other. A collective if the model is sharded or divided, whose bytes are
     counted; `give_back` must be called before. What is gathered, one layer at a time, is valid until the next is asked
-    for.
+    for. slices: names of weights that are wanted as this process's slice of them.
     """
     layout, held = layout_of(model), dict(model.named_parameters())
     for module, names in _names_by_group(model).items():
@@ -328,7 +328,7 @@ def whole_weights(model: Any) -> Iterator[tuple[str, Tensor]]:
             if layout.is_sharded:
                 num_bytes = weight.numel() * weight.element_size()
                 layout.gather_bytes += num_bytes - num_bytes // layout.shard_size
-            full = layout.division.whole(weight, held[name])
+            full = weight if name in slices else layout.division.whole(weight, held[name])
             layout.gather_bytes += (full.numel() - weight.numel()) * full.element_size()
             yield name, full
         if isinstance(module, FSDPModule):

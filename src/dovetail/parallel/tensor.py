@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from dovetail.errors import ConfigError
 from dovetail.model.copies import copy_of
 from dovetail.model.forward import plain_model
+from dovetail.model.slices import slice_of
 from dovetail.parallel.narrow import count_fewer_heads, expect_narrower_output
 from dovetail.parallel.shard import give_back, layout_of, replace_weights, share_buffers, whole_weights
 from dovetail.parallel.tensor_group import TensorGroup
@@ -57,13 +58,19 @@ class SplitModel:
     def filled(self) -> Iterator[Any]:
         """Within the block the slices are of the weights as they are now. A collective; blocks may not be nested.
 
-        The model is never whole on a device: one layer after the other is gathered and cut.
+        The model is never whole on a device: one layer after the other is gathered and cut. A slice that training has
+        as well is not put together first, and not copied unless it is sharded.
         """
         start = time.monotonic()
-        layout = layout_of(self._model)
+        layout, trained = layout_of(self._model), plain_model(self._model)
         give_back(self._model)
         inner = plain_model(self.modules)
-        slices = {name: self._cut(name, weight) for name, weight in whole_weights(plain_model(self._model))}
+        held = {name for name, weight in trained.named_parameters() if self._is_held(name, weight)}
+        lends = layout.lends or not layout.is_sharded
+        slices = {
+            name: weight if name in held and lends else self._cut(name, weight, is_slice=name in held)
+            for name, weight in whole_weights(trained, slices=held)
+        }
         replace_weights(inner, lambda name, _: slices[name])
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)  # once per generate phase, so that the seconds are true
@@ -74,8 +81,20 @@ class SplitModel:
             slices.clear()
             replace_weights(inner, lambda _, tensor: torch.empty_like(tensor, device="meta"))
 
-    def _cut(self, name: str, weight: Tensor) -> Tensor:
-        cut = self._cuts.get(name)
+    def _is_held(self, name: str, weight: Tensor) -> bool:
+        """Whether training divides this weight as generation does."""
+        cut, held = self._cuts.get(name), slice_of(weight)
+        is_same_group = layout_of(self._model).division.group.size == self.group.size
+        return (
+            is_same_group
+            and cut is not None
+            and held is not None
+            and held.everybodys is not None
+            and (cut.dim, cut.pieces, cut.num_zeros) == (held.dim, held.pieces, 0)
+        )
+
+    def _cut(self, name: str, weight: Tensor, *, is_slice: bool) -> Tensor:
+        cut = None if is_slice else self._cuts.get(name)
         return (weight.clone() if cut is None else cut.of(weight)).to(self._device)
 
 
