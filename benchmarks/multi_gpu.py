@@ -26,7 +26,7 @@ import torch
 import traffic
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from dovetail.config.sharding import ZeroStageConfig
+from dovetail.config.sharding import OffloadConfig, ZeroStageConfig
 from dovetail.config.stages import PpoConfig, SamplingConfig
 from dovetail.engine import Sampling
 from dovetail.parallel.shard import layout_of
@@ -64,6 +64,9 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--zero-reference", type=int, choices=(0, 3), default=0)
     parser.add_argument("--zero-reward", type=int, choices=(0, 3), default=0)
     parser.add_argument("--shard-over", default="all", help="zero_stage.shard_over: all, node or a number")
+    parser.add_argument(
+        "--offload", nargs="+", choices=tuple(OffloadConfig.model_fields), default=[], help="into host memory"
+    )
     parser.add_argument("--checkpointing", choices=("auto", "on", "off"), default="auto")
     return parser.parse_args(words)
 
@@ -102,7 +105,8 @@ def measure(options: argparse.Namespace, device: torch.device, world: World) -> 
         activation_checkpointing={"auto": "auto", "on": True, "off": False}[options.checkpointing],
         sampling=SamplingConfig(max_new_tokens=options.new),
     )  # fmt: skip
-    roles = ppo_step.make_roles(options, device, world, stages)
+    offload = OffloadConfig(**dict.fromkeys(options.offload, True))
+    roles = ppo_step.make_roles(options, device, world, stages, offload)
     checkpoint_activations([roles.actor, roles.critic], config, device=device, is_averaged=True)
     learners = make_learners(roles, config, total_steps=1000)
     rows = []
@@ -117,6 +121,7 @@ def measure(options: argparse.Namespace, device: torch.device, world: World) -> 
     row = {
         "processes": world.size, "model": options.model, "lora": options.lora, "batch": batch,
         "is_sharded": layout_of(roles.actor).is_sharded, "zero_stage": stages.model_dump(),
+        "offload": offload.models,
         "prompt": options.prompt, "new_tokens": options.new, **medians,
         "received_bytes": counted.received(), "sequences_per_second": rate,
         "sequences_per_second_and_process": rate / world.size,

@@ -25,7 +25,7 @@ import shapes
 import torch
 from torch import Tensor
 
-from dovetail.config.sharding import ZeroStageConfig
+from dovetail.config.sharding import OffloadConfig, ZeroStageConfig
 from dovetail.config.stages import PpoConfig, SamplingConfig
 from dovetail.engine import HybridEngine, Sampling
 from dovetail.model.copies import copy_of
@@ -122,9 +122,11 @@ def make_parts(
 
 
 def make_roles(
-    options: argparse.Namespace, device: torch.device, world: World = ALONE, stages: ZeroStageConfig | None = None
+    options: argparse.Namespace, device: torch.device, world: World = ALONE, stages: ZeroStageConfig | None = None,
+    offload: OffloadConfig | None = None,
 ) -> Roles:  # fmt: skip
     """Models with the same random weights in each process of `world`, which hold them together at the ZeRO stages."""
+    offload = offload or OffloadConfig()
     stages = stages or ZeroStageConfig()
     put = partial(
         spread, world=world, device=device,
@@ -135,13 +137,13 @@ def make_roles(
     reference = None if options.lora else copy_of(actor).requires_grad_(False)
     if options.lora:
         actor = add_lora(actor, rank=options.lora, alpha=options.lora, seed=0)
-    put(actor, stage=stages.actor)
+    put(actor, stage=stages.actor, offload=offload.actor)
     if reference is not None:
-        put(reference, stage=stages.reference)
+        put(reference, stage=stages.reference, offload=offload.reference)
     reward = shapes.scalar_model(options.reward, device, dtype)
     critic = copy_of(reward)
-    put(critic, stage=stages.critic)
-    put(reward.requires_grad_(False), stage=stages.reward_model)
+    put(critic, stage=stages.critic, offload=offload.critic)
+    put(reward.requires_grad_(False), stage=stages.reward_model, offload=offload.reward_model)
     budget = TokenBudget(options.micro_tokens, may_shrink=world.size == 1)
     return Roles(
         actor=actor, critic=critic, reference=reference, score=RewardModelScorer(reward, budget, device),

@@ -204,9 +204,10 @@ def test_two_processes_come_to_what_one_comes_to(runs: Runs, case: str) -> None:
     expect_alike(runs.together(CASES, size=2)[case], runs.alone(CASES[case][0]))
 
 
-@pytest.mark.parametrize("case", ["zero-3", "zero-3-two-parts"])
+@pytest.mark.parametrize("case", ["zero-3", "zero-3-two-parts", "hybrid-2"])
 def test_a_sharded_run_reports_what_gathering_for_generation_cost(runs: Runs, case: str) -> None:
-    run = runs.together(CASES, size=2)[case]
+    cases, size = (CASES, 2) if case in CASES else (HYBRID_CASES, 4)  # a copy is held by two processes in all
+    run = runs.together(cases, size=size)[case]
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     received = [row["ppo/gather_bytes"] for row in rows if "ppo/gather_bytes" in row]
     weights = load_file(run / "ppo/model/model.safetensors").values()

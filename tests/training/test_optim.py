@@ -240,3 +240,31 @@ def test_state_that_does_not_fit_is_explained(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(optim.torch, "zeros_like", full)
     with pytest.raises(TrainingStopped, match="optimiser's state for 264 trained weights"):
         build_optimizer(Toy(), learning_rate=0.1)
+
+
+def test_gradients_that_leave_a_device_are_read_when_they_have_arrived(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """FSDP2 on torch 2.11 offloads them so: the copy is ordered, hooks are called, and nobody has waited."""
+    model = nn.Module()
+    model.weight = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
+    under_way: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def depart(parameter: torch.Tensor) -> None:
+        assert parameter.grad is not None
+        under_way.append((parameter.grad, parameter.grad.clone()))
+        parameter.grad.fill_(torch.nan)
+
+    class Stream:
+        def synchronize(self) -> None:
+            while under_way:
+                place, values = under_way.pop()
+                place.copy_(values)
+
+    model.weight.register_post_accumulate_grad_hook(depart)
+    optimizer = Optimizer(model, learning_rate=0.1)
+    monkeypatch.setattr(optim, "is_offloaded", lambda _: True)
+    monkeypatch.setattr(torch.accelerator, "current_stream", Stream)
+    for _ in range(3):
+        (2 * model.weight).sum().backward()
+    assert optimizer.gradients()["weight"].tolist() == [6.0, 6.0, 6.0]
