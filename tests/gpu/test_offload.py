@@ -161,6 +161,25 @@ def test_what_is_offloaded_takes_no_memory_of_the_gpu(world: World) -> None:
     assert torch.cuda.memory_allocated() == room  # nothing to park, nothing to bring back
 
 
+def test_an_offloaded_state_goes_on_where_it_was(world: World) -> None:
+    """What a checkpoint holds is written into masters, moments and averages in host memory, not into copies."""
+    first, second = made(torch.bfloat16, lora=False), made(torch.bfloat16, lora=False)
+    for model in (first, second):
+        spread(model, stage=3, world=world, device=DEVICE, offload=True)
+    _, optimizer, ema = steps(first, micro_batches=2)
+    resumed = Optimizer(second, learning_rate=1.0, eps=1.0)
+    resumed_ema = Ema(second, decay=0.9, optimizer=resumed)
+    resumed.load_state_dict(optimizer.state_dict())
+    resumed_ema.load_state_dict(ema.state_dict())
+    for name, weight in optimizer.weights().items():
+        assert torch.equal(resumed.weights()[name], weight), name
+        assert torch.equal(local(resumed_ema.averages()[name]), local(ema.averages()[name])), name
+    found, expected = (o.state_dict()["parameters"] for o in (resumed, optimizer))
+    for name, slots in expected.items():
+        for key, slot in slots.items():
+            assert torch.equal(local(found[name][key]), local(slot)), (name, key)
+
+
 @pytest.mark.parametrize("lora", [False, True])
 def test_an_offloaded_model_generates_and_is_saved_as_it_is(world: World, lora: bool) -> None:
     plain = made(torch.float32, lora).eval()

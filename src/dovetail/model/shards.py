@@ -81,14 +81,12 @@ def shard_like(tensor: Tensor, rows: Tensor) -> Tensor:
     if not is_shard(tensor):
         return rows
     from torch.distributed.tensor import DTensor  # only where there is a group
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
+    # As FSDP2 makes its own. `DTensor.from_local` would copy rows of host memory to the device of the mesh.
+    make: Any = DTensor
     sharded: Any = tensor
-    made: Tensor = DTensor.from_local(
-        rows,
-        sharded.device_mesh,
-        sharded.placements,
-        run_check=False,
-        shape=sharded.shape,
-        stride=sharded.stride(),
-    )
+    meta = TensorMeta(sharded.shape, sharded.stride(), rows.dtype)
+    spec = DTensorSpec(sharded.device_mesh, sharded.placements, tensor_meta=meta)
+    made: Tensor = make(rows.detach(), spec, requires_grad=False)
     return made
