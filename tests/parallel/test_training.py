@@ -94,6 +94,7 @@ MORE_CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "zero-1-offloaded": ("several-steps", zero(1) | LEARNERS_OFFLOADED),
     "zero-2-offloaded-lora": ("lora", zero(2) | MICRO | LEARNERS_OFFLOADED),
     "zero-3-offloaded": ("llama", zero(3) | MICRO | OFFLOADED),
+    "zero-0-divided": ("even", zero(0) | MICRO | DIVIDED),
     "zero-0-divided-lora": ("even-lora", zero(0) | DIVIDED),
     "zero-2-divided-lora": ("even-lora", zero(2) | MICRO | DIVIDED_ALL_ALONG),
     "zero-3-divided": ("even", zero(3) | RECOMPUTED | DIVIDED_ALL_ALONG),

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -28,6 +28,25 @@ CUDA_CHUNK_BYTES = 2**30
 """Of the logits of one chunk. On a GPU each chunk also adds a gradient as large as the weight to the sum."""
 
 
+class SharedVocabulary(Protocol):
+    """What processes that each hold some rows of a head have in common; all compute the same chunks in step."""
+
+    first: int
+    """The first row that is here."""
+
+    def copied(self, hidden: Tensor) -> Tensor:
+        """The same tensor; its gradient is summed over the processes."""
+        ...
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over the processes, in place."""
+        ...
+
+    def max(self, tensor: Tensor) -> Tensor:
+        """The largest of all processes, element by element, in place."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class LMHead:
     """logits = softcap * tanh(scale * (h W' + b) / softcap), without the cap where `softcap` is None."""
@@ -38,9 +57,11 @@ class LMHead:
     """Gemma 2's final_logit_softcapping."""
     logit_scale: float = 1.0
     """Cohere's logit_scale, or 1 / Granite's logits_scaling."""
+    shared: SharedVocabulary | None = None
+    """Where these are some rows of a head."""
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
-        """[N, V] in float32 at least, whatever the precision of the weights."""
+        """[N, V] in float32 at least, whatever the precision of the weights; of the rows that are here."""
         return _cap(_raw_logits(hidden_ND, self.weight_VD, self.bias_V, self.logit_scale), self.softcap)
 
 
@@ -56,7 +77,8 @@ def head_of(model: Any) -> LMHead:
     softcap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
     scale = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0
     scale /= getattr(config, "logits_scaling", None) or 1.0
-    return LMHead(linear.weight, getattr(linear, "bias", None), softcap, float(scale))
+    shared = getattr(linear, "shared_vocabulary", None)
+    return LMHead(linear.weight, getattr(linear, "bias", None), softcap, float(scale), shared)
 
 
 def linear_logprobs(
@@ -74,6 +96,7 @@ def linear_logprobs(
     summed in float32 over the chunks); the entropy carries none.
     """
     how = _How.of(head, hidden_AD, temperature, with_entropy=with_entropy, chunk_tokens=chunk_tokens)
+    hidden_AD = hidden_AD if head.shared is None else head.shared.copied(hidden_AD)
     logprobs_A, entropy_A = _LinearLogprobs.apply(  # type: ignore[no-untyped-call]
         hidden_AD, head.weight_VD, head.bias_V, next_ids_A, how
     )
@@ -89,6 +112,7 @@ def linear_cross_entropy(
     beside the sum, and backward only multiplies them. That saves a third of the head's products.
     """
     how = _How.of(head, hidden_AD, 1.0, with_entropy=False, chunk_tokens=chunk_tokens)
+    hidden_AD = hidden_AD if head.shared is None else head.shared.copied(hidden_AD)
     inputs = hidden_AD, head.weight_VD, head.bias_V
     learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     total: Tensor = _LinearCrossEntropy.apply(*inputs, next_ids_A, how, learns)  # type: ignore[no-untyped-call]
@@ -104,6 +128,7 @@ class _How:
     chunk_tokens: int
     dtype: torch.dtype
     """Of the weight: what slopes are rounded to by the kernel."""
+    shared: SharedVocabulary | None
 
     @classmethod
     def of(
@@ -118,12 +143,20 @@ class _How:
         """chunk_tokens: None for as many as take CHUNK_BYTES."""
         limit = CUDA_CHUNK_BYTES if hidden_AD.is_cuda else CHUNK_BYTES
         tokens = chunk_tokens or max(1, limit // (4 * head.weight_VD.shape[0]))
-        return cls(temperature, head.softcap, head.logit_scale, with_entropy, tokens, head.weight_VD.dtype)
+        scale, dtype = head.logit_scale, head.weight_VD.dtype
+        return cls(temperature, head.softcap, scale, with_entropy, tokens, dtype, head.shared)
 
     @property
     def scale(self) -> float:
         """What logits are multiplied by before the softmax, where nothing caps them in between."""
         return self.logit_scale / self.temperature
+
+    def rows(self, ids_C: Tensor, num_rows: int) -> Tensor:
+        """The rows of these ids; -1 of those that another process has."""
+        if self.shared is None:
+            return ids_C
+        rows_C = ids_C - self.shared.first
+        return rows_C.masked_fill((rows_C < 0) | (rows_C >= num_rows), -1)
 
 
 class _LinearLogprobs(torch.autograd.Function):
@@ -226,6 +259,22 @@ def _softmax(logits_CV: Tensor, ids_C: Tensor, how: _How) -> tuple[Tensor, Tenso
 
     The logits are those of `_logits`, and become those divided by the temperature.
     """
+    if how.shared is None:
+        return _own_softmax(logits_CV, ids_C, how)
+    rows_C = how.rows(ids_C, logits_CV.shape[1])
+    logprobs_C, log_totals_C, entropy_C = _own_softmax(logits_CV, rows_C.clamp(min=0), how)
+    # Of each process: its share of the total, the id's logit if it has it, and its mean logit times its share.
+    top_C = how.shared.max(log_totals_C.clone())
+    share_C = (log_totals_C - top_C).exp_()
+    parts = [share_C, (logprobs_C + log_totals_C).masked_fill_(rows_C < 0, 0.0)]
+    parts += [] if entropy_C is None else [share_C * (log_totals_C - entropy_C)]
+    sums = how.shared.sum(torch.stack(parts))
+    all_C = top_C + sums[0].log()
+    return sums[1] - all_C, all_C, all_C - sums[2] / sums[0] if entropy_C is not None else None
+
+
+def _own_softmax(logits_CV: Tensor, ids_C: Tensor, how: _How) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The same of the rows that are here, all of which `ids_C` are."""
     if _has_kernel(logits_CV, how):
         logprobs_C, log_totals_C, entropy_C = _kernels().softmax_rows(
             logits_CV, ids_C, scale=how.scale, with_entropy=how.with_entropy
@@ -247,9 +296,10 @@ def _slopes(logits_CV: Tensor, ids_C: Tensor, log_totals_C: Tensor, grad_C: Tens
     The logits are those of `_logits`, and may be written over.
     """
     slope_C = grad_C * how.scale
+    rows_C = how.rows(ids_C, logits_CV.shape[1])
     if _has_kernel(logits_CV, how):
         slopes_CV: Tensor = _kernels().softmax_slopes(
-            logits_CV, ids_C, log_totals_C, slope_C, scale=how.scale, dtype=how.dtype
+            logits_CV, rows_C, log_totals_C, slope_C, scale=how.scale, dtype=how.dtype
         )
         return slopes_CV
     # Without a cap nobody needs the logits once more: the probabilities may take their place.
@@ -257,7 +307,9 @@ def _slopes(logits_CV: Tensor, ids_C: Tensor, log_totals_C: Tensor, grad_C: Tens
     if how.temperature != 1.0:
         probs_CV.div_(how.temperature)
     probs_CV.sub_(log_totals_C[:, None]).exp_()
-    grad_CV = probs_CV.mul_(-slope_C[:, None]).scatter_add_(-1, ids_C[:, None], slope_C[:, None])
+    own_slope_C = slope_C if how.shared is None else slope_C.masked_fill(rows_C < 0, 0.0)
+    grad_CV = probs_CV.mul_(-slope_C[:, None])
+    grad_CV.scatter_add_(-1, rows_C.clamp(min=0)[:, None], own_slope_C[:, None])
     if how.softcap is not None:
         grad_CV.mul_(1 - (logits_CV / how.softcap).square_())
     return grad_CV

@@ -48,6 +48,12 @@ class TensorGroup:
         parts = zip(self.each(part_SC), lengths, strict=True)
         return torch.cat([part[:, :length] for part, length in parts], dim=1)
 
+    def max(self, tensor: Tensor) -> Tensor:
+        """The largest of the group, element by element, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.handle)
+        return tensor
+
     def each(self, part: Tensor) -> list[Tensor]:
         """What every process has in the place of `part`, all of one shape, by rank."""
         if self.size == 1:

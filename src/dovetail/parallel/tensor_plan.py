@@ -125,7 +125,7 @@ def cuts_of(model: PreTrainedModel, place: Place) -> dict[str, Cut]:
 
 def layer_cuts(model: PreTrainedModel, place: Place) -> dict[str, Cut]:
     """Name of a weight -> its cut, of those inside the layers: no two processes have a number of them in common,
-    unless they repeat a head of keys. The whole cut of a model to train.
+    unless they repeat a head of keys.
     """
     plan, widths = PLANS[model.config.model_type], widths_of(model.config)
     cuts: dict[str, Cut] = {}
@@ -139,6 +139,24 @@ def layer_cuts(model: PreTrainedModel, place: Place) -> dict[str, Cut]:
             continue
         cuts |= {f"{path}.{key}": cut for key, cut in found}
     return cuts
+
+
+def training_cuts(model: PreTrainedModel, place: Place) -> dict[str, Cut]:
+    """Name of a weight -> its cut in a model to train, where nothing is filled up with zeros: embedding and head are
+    whole if their rows do not come out even.
+    """
+    cuts = layer_cuts(model, place)
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[no-untyped-call]
+    for path, layer in model.named_modules():
+        if any(layer is end for end in ends) and is_cut_evenly(layer, place.size):
+            for key, weight in layer.named_parameters(recurse=False):
+                cuts[f"{path}.{key}"] = Cut(0, (place.even(0, len(weight)),))
+    return cuts
+
+
+def is_cut_evenly(end: Any, size: int) -> bool:
+    """Whether each process trains as many rows of an embedding or head."""
+    return len(end.weight) % size == 0
 
 
 def partial_gradients(model: PreTrainedModel) -> set[str]:

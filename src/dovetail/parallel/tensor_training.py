@@ -6,7 +6,8 @@ Not responsible for: which part of which weight (tensor_plan.py), shards of the 
 
 What a column layer takes in is whole in every process, and so is what a row layer puts out, once it is summed ("f" and
 "g" of the paper): forward, row layers' results are summed; backward, the gradients of what column layers took in. A row
-layer's bias is whole and added after the sum. Embedding, head and all else outside the layers are whole.
+layer's bias is whole and added after the sum. Embedding and head are cut by the vocabulary where it comes out even:
+what is looked up is summed, and of logits their maxima and sums alone are shared (model/linear_logprobs.py).
 
 Shapes: none of its own; tensors are those of the layers.
 """
@@ -32,8 +33,9 @@ from dovetail.parallel.tensor_plan import (
     Place,
     base_of,
     expect_divisible,
-    layer_cuts,
+    is_cut_evenly,
     partial_gradients,
+    training_cuts,
 )
 
 BUCKET_ELEMENTS = 1 << 24
@@ -102,7 +104,7 @@ def divide(model: Any, group: TensorGroup) -> Division:
     inner = plain_model(model)
     expect_divisible(inner.config, group.size, setting=TRAINING, model=type(inner).__name__)
     place = Place(group.rank, group.size)
-    cuts = [layer_cuts(inner, Place(rank, group.size)) for rank in range(group.size)]
+    cuts = [training_cuts(inner, Place(rank, group.size)) for rank in range(group.size)]
     slices = {id(p): _slice_of(name, p, cuts, group) for name, p in inner.named_parameters()}
     partial_ids = {id(inner.get_parameter(name)) for name in partial_gradients(inner)}
     named = dict(model.named_parameters())
@@ -112,6 +114,7 @@ def divide(model: Any, group: TensorGroup) -> Division:
         frozenset(name for name, parameter in named.items() if id(parameter) in partial_ids),
     )
     _connect(inner, group)
+    _share_vocabulary(inner, place, group)
     _cut(inner, cuts[group.rank])
     expect_narrower_output(inner, cuts[group.rank])
     count_fewer_heads(inner, place)
@@ -154,12 +157,15 @@ def _slice_of(name: str, parameter: Tensor, cuts: Sequence[Mapping[str, Cut]], g
 
 @torch.no_grad()
 def _cut(model: PreTrainedModel, cuts: Mapping[str, Cut]) -> None:
+    made: dict[int, nn.Parameter] = {}
     for name, cut in cuts.items():
         path, _, key = name.rpartition(".")
         module = model.get_submodule(path)
         weight = module._parameters[key]
         assert weight is not None
-        module._parameters[key] = nn.Parameter(cut.of(weight), requires_grad=weight.requires_grad)
+        if id(weight) not in made:  # tied ones stay tied
+            made[id(weight)] = nn.Parameter(cut.of(weight), requires_grad=weight.requires_grad)
+        module._parameters[key] = made[id(weight)]
 
 
 def _connect(model: PreTrainedModel, group: TensorGroup) -> None:
@@ -176,6 +182,56 @@ def _connect(model: PreTrainedModel, group: TensorGroup) -> None:
         shared = _SharedInput(group, len(layers))
         for layer in layers:
             layer.register_forward_pre_hook(shared)
+
+
+def _share_vocabulary(model: PreTrainedModel, place: Place, group: TensorGroup) -> None:
+    """Embedding and head know which rows they are; to be called while they are whole."""
+    embedding: Any = model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    if is_cut_evenly(embedding, group.size):
+        first, rows = place.even(0, len(embedding.weight))
+        padding = embedding.padding_idx
+        is_here = padding is not None and first <= padding < first + rows
+        embedding.padding_idx = padding - first if is_here else None
+        embedding.forward = partial(_look_up, embedding, first, rows, group)
+    if head is not None and is_cut_evenly(head, group.size):
+        head.shared_vocabulary = _Rows(group, place.even(0, len(head.weight))[0])
+        head.forward = partial(_all_logits, head.forward, group)
+
+
+def _look_up(embedding: nn.Embedding, first: int, rows: int, group: TensorGroup, ids: Tensor) -> Tensor:
+    """Of token ids: each process finds those of its rows, and the sum has all."""
+    is_here = (ids >= first) & (ids < first + rows)
+    found: Tensor = type(embedding).forward(embedding, (ids - first).clamp(0, rows - 1))
+    total: Tensor = _Summed.apply(found.masked_fill(~is_here[..., None], 0), group)  # type: ignore[no-untyped-call]
+    return total
+
+
+def _all_logits(forward: Callable[[Tensor], Tensor], group: TensorGroup, hidden: Tensor) -> Tensor:
+    """What the whole head puts out, without gradient; training never asks for it."""
+    own = forward(hidden)
+    assert not own.requires_grad, "logits of a divided head are not differentiable"
+    return torch.cat(group.each(own), dim=-1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """A `SharedVocabulary`: the head's rows of one process of a group."""
+
+    group: TensorGroup
+    first: int
+
+    def copied(self, hidden: Tensor) -> Tensor:
+        if not (torch.is_grad_enabled() and hidden.requires_grad):
+            return hidden
+        taken: Tensor = _Copied.apply(hidden, self.group)  # type: ignore[no-untyped-call]
+        return taken
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        return self.group.sum(tensor)
+
+    def max(self, tensor: Tensor) -> Tensor:
+        return self.group.max(tensor)
 
 
 class _SharedInput:
