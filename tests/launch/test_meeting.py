@@ -1,6 +1,7 @@
 """The processes of each start meet in a store that is there before them, and in which nothing lies."""
 
 import socket
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -52,3 +53,14 @@ def test_a_restart_finds_nothing_of_the_start_before(meeting: Meeting) -> None:
     assert first.bootstrap_store_info is not None
     with pytest.raises(OSError, match="refused"):
         socket.create_connection(("localhost", first.bootstrap_store_info.master_port))
+
+
+def test_a_machine_that_leaves_has_no_thread_left_and_does_not_end_the_run(meeting: Meeting) -> None:
+    def heartbeats() -> list[str]:
+        return [thread.name for thread in threading.enumerate() if "KeepAlive" in thread.name]
+
+    meeting.next_rendezvous()
+    assert heartbeats()
+    meeting.leave()
+    assert not heartbeats()
+    assert not meeting.is_closed()

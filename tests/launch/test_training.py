@@ -31,7 +31,6 @@ def one_of(launcher: int, rank: int) -> int:
     raise AssertionError(f"no process of rank {rank}")
 
 
-@pytest.mark.system
 def test_two_processes_one_of_them_killed_end_with_the_weights_of_one(
     alone: RunConfig, both: RunConfig
 ) -> None:

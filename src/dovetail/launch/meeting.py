@@ -76,6 +76,14 @@ class Meeting(RendezvousHandler):
         """Machines that came back and wait for the next start."""
         return self._agents.num_nodes_waiting()
 
+    def leave(self) -> None:
+        """This machine goes, and the run may go on: the others are told nothing.
+
+        Ends the thread by which the others know that this machine is there: found in the midst of a call at the end of
+        the interpreter, it would make that an abort().
+        """
+        self._agents._stop_heartbeats()  # type: ignore[attr-defined]
+
     def shutdown(self) -> bool:
         """The run has ended, and this machine leaves."""
         return self._agents.shutdown()

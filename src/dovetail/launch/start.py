@@ -77,7 +77,8 @@ def _run(settings: LaunchConfig, command: Sequence[str], logs: RankLogs) -> None
     agent = _agent(settings, meeting, [*_ONE_STREAM, *command])
     try:
         result = agent.run()
-    except SignalException as error:  # the meeting stays open: the other machines may go on
+    except SignalException as error:
+        meeting.leave()  # and stays open: the other machines may go on
         raise Stopped(agent.asked or error.sigval) from None
     except BaseException:
         meeting.shutdown()
