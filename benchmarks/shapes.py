@@ -49,6 +49,7 @@ SHAPES: dict[str, Callable[[], PretrainedConfig]] = {
     "opt-1.3b": lambda: _opt(2048, 24, 32),
     "opt-13b": lambda: _opt(5120, 40, 40),
     "opt-350m": lambda: _opt(1024, 24, 16, do_layer_norm_before=False, word_embed_proj_dim=512),
+    "opt-6.7b": lambda: _opt(4096, 32, 32),
     "qwen3-8b": lambda: Qwen3Config(
         vocab_size=151936, hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32,
         num_key_value_heads=8, head_dim=128, max_position_embeddings=4096, tie_word_embeddings=False,
