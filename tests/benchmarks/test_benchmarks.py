@@ -127,7 +127,9 @@ def test_a_ppo_step_on_one_and_two_processes() -> None:
     assert alone["received_bytes"] == {}
     weights = 4 * shapes.num_parameters(shapes.causal_lm("tiny", torch.device("cpu"), torch.float32))
     assert two["gather_bytes"] == pytest.approx(weights / 2, rel=1e-3)
-    assert two["received_bytes"]["allgather_base"] > two["gather_bytes"]  # scoring and training gather as well
+    assert (
+        two["received_bytes"]["allgather_base"] > two["gather_bytes"]
+    )  # scoring and training gather as well
     parts = [second[phase] for phase in ("generate", "gather", "score", "train")]
     assert sum(parts) >= second["seconds"] * 0.999  # each is that of the slowest process
     rates = {int(number): rate for number, rate in compared["sequences_per_second"].items()}

@@ -12,8 +12,11 @@ from tests.parallel.test_tensor_training import Groups, expect_equal
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no two GPUs")]
 
+# Kernels compute float32's softmax, plain torch float64's.
 CASES: tuple[Case, ...] = (
     ("opt", 2, 0, ""),
+    ("opt", 2, 0, "float32"),
+    ("llama", 2, 3, "float32"),
     ("llama", 2, 1, "lora"),
     ("gpt2", 2, 3, "scalar"),
     ("qwen3", 2, 2, "recomputed"),

@@ -3,7 +3,7 @@
 RANK=0 WORLD_SIZE=2 ... python -m tests.parallel.dividing '[["llama", 2, 0, ""], ...]' cpu FOLDER
 
 A case: [model, processes that compute each layer together, ZeRO stage, what is special ("", "lora", "scalar",
-"recomputed", "bytes" or "dropout")]. Printed is {case: what it came to}; the first process leaves
+"recomputed", "float32", "bytes" or "dropout")]. Printed is {case: what it came to}; the first process leaves
 whole gradients in FOLDER, "<case>.safetensors".
 """
 
@@ -50,8 +50,8 @@ def batch() -> PackedBatch:
 
 
 def made(name: str, special: str) -> Any:
-    """The model of a case, as one process has it; float64."""
-    model: Any = tiny_model(name, dtype=torch.float64)
+    """The model of a case, as one process has it; float64 unless the case says otherwise."""
+    model: Any = tiny_model(name, dtype=torch.float32 if special == "float32" else torch.float64)
     if special != "dropout":
         disable_dropout(model)
     if special == "scalar":
