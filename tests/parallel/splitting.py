@@ -9,7 +9,6 @@ A case: [model, processes that hold it together, ZeRO stage, what is special (""
 import json
 import random
 import sys
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -25,6 +24,7 @@ from dovetail.engine.parity import check_parity
 from dovetail.engine.sampling import Sampling
 from dovetail.errors import ParityError
 from dovetail.model.lora import add_lora
+from dovetail.model.shards import is_shard
 from dovetail.parallel import tensor, tensor_plan
 from dovetail.parallel.shard import spread, whole_weights
 from dovetail.parallel.tensor import SplitModel
@@ -149,13 +149,11 @@ def received(engine: HybridEngine, size: int) -> int:
 def wholes_counted(split: SplitModel) -> Iterator[list[int]]:
     """Each time that a weight has been gathered: how many of those that are cut are there whole."""
     counts: list[int] = []
-    seen: list[weakref.ref[torch.Tensor]] = []
 
-    def watched(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, weight in whole_weights(model):
-            if name in split._cuts:
-                seen.append(weakref.ref(weight))
-            counts.append(sum(reference() is not None for reference in seen))
+    def watched(model: Any, **options: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, weight in whole_weights(model, **options):
+            weights = {key: model.get_parameter(key) for key in split._cuts}
+            counts.append(sum(not is_shard(held) for held in weights.values()))
             yield name, weight
 
     with patch.object(tensor, "whole_weights", watched):

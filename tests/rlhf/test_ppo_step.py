@@ -7,6 +7,7 @@ InstructGPT's objective as printed. Given the same rollout, losses and gradients
 import copy
 import math
 import random
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any
 
@@ -147,9 +148,14 @@ def record_gradients(engine: RLHFEngine, monkeypatch: pytest.MonkeyPatch) -> dic
         optimizer = getattr(engine.learners, role)
         measure = optimizer.grad_norm
 
-        def grad_norm(role: str = role, model: PreTrainedModel = model, measure: object = measure) -> Tensor:
+        def grad_norm(
+            left_out: Collection[str],
+            role: str = role,
+            model: PreTrainedModel = model,
+            measure: Callable[..., Tensor] = measure,
+        ) -> Tensor:
             seen[role] = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-            return measure()  # type: ignore[operator]
+            return measure(left_out)
 
         monkeypatch.setattr(optimizer, "grad_norm", grad_norm)
     return seen
