@@ -19,7 +19,7 @@ from dovetail.config.run import RunConfig
 
 ROOT = Path(__file__).parents[2]
 
-LONGEST = 540.0
+LONGEST = 1800.0
 """Seconds that a group may take."""
 
 Case = tuple[RunConfig, tuple[str, int] | None]

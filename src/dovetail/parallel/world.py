@@ -8,6 +8,7 @@ A process that was not started as one of a group is a world of one, `ALONE`: tor
 """
 
 import atexit
+import gc
 import os
 import sys
 import warnings
@@ -150,8 +151,7 @@ def joined(device: torch.device) -> Iterator[World]:
     _expect_device(world, device)
     # A store of its own for each group: nobody finds the addresses of an earlier one in it.
     store = PrefixStore(f"group-{next(_JOINS)}", shared_store())
-    _mesh.cache_clear()
-    row_and_column.cache_clear()
+    _forget_groups()
     if device.type == "cuda":
         torch.cuda.set_device(world.local_rank)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -162,7 +162,7 @@ def joined(device: torch.device) -> Iterator[World]:
             world.wait()
     except RunInterrupted as end:
         world.wait()
-        dist.destroy_process_group()
+        _take_down()
         if world.is_first:
             raise
         raise SystemExit(end.exit_code) from end
@@ -173,7 +173,19 @@ def joined(device: torch.device) -> Iterator[World]:
         # Nor by the interpreter at its end: threads of the group still wait, and now and then that is an abort().
         atexit.register(_leave)
         raise SystemExit(1) from error
+    _take_down()
+
+
+def _take_down() -> None:
+    """Leave all groups while the interpreter lives: at its end their threads would now and then abort() it."""
+    _forget_groups()
     dist.destroy_process_group()
+
+
+def _forget_groups() -> None:
+    _mesh.cache_clear()
+    row_and_column.cache_clear()
+    gc.collect()  # models that were sharded refer to groups, in circles
 
 
 def shared_store(patience: timedelta = PATIENCE) -> Store:
