@@ -164,9 +164,8 @@ def _shard(model: Any, layout: Layout, device: torch.device) -> None:
     register_fsdp_forward_method(inner, "run_with_weights")
     if layout.lends:
         lend_shards(model)
-        _mark(
-            model, layout
-        )  # as nobody frees them, these may be what the model calls its weights at any time
+        # As nobody frees them, these may be what the model calls its weights at any time.
+        _mark(model, layout)
         give_back(model)
         inner.set_reshard_after_backward(False)
 

@@ -7,7 +7,7 @@ Not responsible for: what a stage does with them.
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -15,6 +15,7 @@ from dovetail.config.run import RunConfig
 from dovetail.config.stages import StageConfig
 from dovetail.errors import ConfigError, RunInterrupted
 from dovetail.parallel.grid import in_rows
+from dovetail.parallel.shard import spread
 from dovetail.parallel.world import ALONE, World, joined
 from dovetail.stages.stopping import StopRequest, stop_request
 from dovetail.telemetry.log import say
@@ -58,6 +59,17 @@ class Context:
     def grid(self) -> World:
         """The processes as models are spread over them: those that compute each layer together are neighbours."""
         return in_rows(self.world, self.config.tensor_parallel.training)
+
+    def spread(self, model: Any, role: Literal["actor", "critic"]) -> None:
+        """Let the processes hold the model together as the settings say for its role; in place."""
+        spread(
+            model,
+            stage=getattr(self.config.zero_stage, role),
+            world=self.grid,
+            device=self.device,
+            shard_size=self.shard_size,
+            offload=getattr(self.config.offload, role),
+        )
 
     def checkpoints(self, stage: str, settings: StageConfig) -> Checkpoints:
         """The stage's checkpoints, newest kept as its settings say."""

@@ -34,7 +34,6 @@ from dovetail.data.synthetic import (
 from dovetail.engine.hybrid import HybridEngine
 from dovetail.engine.sampling import Sampling
 from dovetail.model.load import load_causal_lm
-from dovetail.parallel.shard import spread
 from dovetail.rlhf.rewards import Answer
 from dovetail.rlhf.rollout import complete
 from dovetail.rlhf.update import language_model_loss
@@ -97,14 +96,7 @@ def make_base_model(rows: Dataset, settings: SftConfig, context: Context) -> Non
     )
     model = new_model(small_llama(tokenizer), seed=context.config.seed)
     nn.Module.to(model, device=context.device, dtype=context.dtype)
-    spread(
-        model,
-        stage=context.config.zero_stage.actor,
-        world=context.grid,
-        device=context.device,
-        shard_size=context.shard_size,
-        offload=context.config.offload.actor,
-    )
+    context.spread(model, "actor")
     texts = [[*tokenizer(text).input_ids, tokenizer.eos_token_id] for text in rows.documents]
     task = Task(
         stage="base",

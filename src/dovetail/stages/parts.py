@@ -33,7 +33,7 @@ from dovetail.model.forward import last_hidden_states, scalar_head
 from dovetail.model.heads import centre_on
 from dovetail.model.load import expect_rows_for, load_causal_lm, load_scalar_model, read_config
 from dovetail.model.lora import add_lora
-from dovetail.parallel.shard import given_back_after_use, spread
+from dovetail.parallel.shard import given_back_after_use
 from dovetail.parallel.tensor_group import expect_even_groups
 from dovetail.parallel.tensor_plan import TRAINING, expect_divisible
 from dovetail.parallel.world import World
@@ -115,14 +115,7 @@ def ready_to_train(
             seed=context.config.seed,
         )
     loaded.train()
-    spread(
-        loaded,
-        stage=getattr(context.config.zero_stage, role),
-        world=context.grid,
-        device=context.device,
-        shard_size=context.shard_size,
-        offload=getattr(context.config.offload, role),
-    )
+    context.spread(loaded, role)
     checkpoint_activations([loaded], settings, device=context.device, is_averaged=False)
     return loaded
 
