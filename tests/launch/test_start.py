@@ -1,5 +1,6 @@
 """The real command starts real processes; what is on screen, in the logs, and left behind."""
 
+import os
 import signal
 import socket
 import sys
@@ -21,8 +22,8 @@ def test_every_process_does_the_work_and_the_first_is_shown(tmp_path: Path) -> N
     assert [command.log(rank) for rank in (0, 1)] == ["rank 0 of 2\n", "rank 1 of 2\n"]
 
 
-def test_an_error_of_any_process_is_one_message(tmp_path: Path) -> None:
-    with launched(tmp_path, "error:1", "--num-gpus", "2") as command:
+def test_an_error_of_any_process_is_one_message_and_leads_to_no_restart(tmp_path: Path) -> None:
+    with launched(tmp_path, "error:1", "--num-gpus", "2", "--max-restarts", "1") as command:
         pids = command.pids(2)
         code, _, err = command.ended()
     assert code == 2
@@ -83,6 +84,33 @@ def test_a_second_signal_ends_processes_that_are_still_at_it(tmp_path: Path) -> 
     assert code == 143
     assert "stopped by SIGTERM" in err
     expect_gone(pids)
+
+
+@pytest.mark.slow
+def test_a_terminal_that_closes_says_so_twice_and_every_process_saves(tmp_path: Path) -> None:
+    with launched(tmp_path, "save late:0", "--num-gpus", "2") as command:
+        command.pids(2)
+        assert command.process.stderr is not None
+        command.process.send_signal(signal.SIGHUP)
+        while not command.process.stderr.readline().startswith("SIGHUP: the run saves"):
+            assert command.process.poll() is None
+        command.process.send_signal(signal.SIGHUP)
+        assert command.ended()[0] == 75
+
+
+@pytest.mark.slow
+def test_a_run_that_ignores_the_end_of_its_terminal_goes_on(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does; the command inherits it
+    try:
+        with launched(tmp_path, "save:0", "--num-gpus", "2") as command:
+            for pid in [*command.pids(2), command.process.pid]:
+                os.kill(pid, signal.SIGHUP)
+            command.process.send_signal(signal.SIGTERM)  # handled after a SIGHUP that was not ignored
+            code, _, err = command.ended()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert code == 75
+    assert "SIGTERM: the run saves" in err
 
 
 @pytest.mark.slow

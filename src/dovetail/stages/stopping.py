@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 import torch
@@ -91,7 +91,9 @@ def _taking_signals(request: StopRequest, world: World) -> Iterator[None]:
 
 
 def _tell(number: int) -> None:
-    """Without buffers and locks, which the main thread may hold at this moment."""
+    """Without buffers and locks, which the main thread may hold at this moment. The terminal may have gone."""
     name = signal.Signals(number).name
     text = f"\n{name}: the run saves a checkpoint after this step and ends; once more ends it now\n"
-    os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, text.encode())
+    if sys.__stderr__:
+        with suppress(OSError):
+            os.write(sys.__stderr__.fileno(), text.encode())

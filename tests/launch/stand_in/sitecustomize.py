@@ -43,7 +43,12 @@ def save_and_end(*_: object) -> None:
     raise RunInterrupted("ppo: ended by SIGTERM after step 3 of 9, which is saved")
 
 
-ANSWERS: dict[str, Any] = {"save": save_and_end, "refuse": signal.SIG_IGN}
+def save_late(*_: object) -> None:
+    time.sleep(3)
+    save_and_end()
+
+
+ANSWERS: dict[str, Any] = {"save": save_and_end, "save late": save_late, "refuse": signal.SIG_IGN}
 """What all do on SIGTERM."""
 
 
