@@ -211,7 +211,7 @@ def _step(
     generate = _generate(actor, math.ceil(sequences * tensor_parallel / gpus), tensor_parallel, room)
     if generate is None:
         return None
-    gather = _ring(held.weights / tensor_parallel, gpus, actor.layers)
+    gather = _ring(held.weights, gpus, actor.layers)  # whole layers, from which each cuts its slices
     gather += 2 * states / HOST_LINK if is_parked else 0.0
     reference = Held(held.weights, stage=3 if actor.stage == 3 else 0)
     score = max(
