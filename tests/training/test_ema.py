@@ -58,28 +58,6 @@ def test_frozen_weights_are_not_averaged() -> None:
     assert "embedding.weight" not in Ema(model, decay=0.9).state_dict()["averages"]
 
 
-def test_the_model_is_the_average_within_the_block_and_itself_afterwards() -> None:
-    model = Toy(dtype=torch.bfloat16)
-    ema = Ema(model, decay=0.5)
-    start = weights_of(model)
-    for parameter in model.parameters():
-        parameter.data.mul_(2.0)
-    own = weights_of(model)
-    with ema.applied_to(model) as averaged:
-        assert averaged is model
-        assert same_bits(weights_of(model), start)
-    assert same_bits(weights_of(model), own)
-    with pytest.raises(KeyError), ema.applied_to(model):
-        raise KeyError
-    assert same_bits(weights_of(model), own)
-
-
-def test_copying_into_another_model_rounds_to_its_precision() -> None:
-    model, other = Toy(), Toy(seed=1, dtype=torch.bfloat16)
-    Ema(model, decay=0.5).copy_to(other)
-    assert same_bits(weights_of(other), {name: w.bfloat16() for name, w in weights_of(model).items()})
-
-
 def test_a_restored_average_goes_on_bit_for_bit() -> None:
     model = Toy()
     one = Ema(model, decay=0.9)

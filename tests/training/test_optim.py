@@ -238,7 +238,7 @@ def test_state_that_does_not_fit_is_explained(monkeypatch: pytest.MonkeyPatch) -
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(optim.torch, "zeros_like", full)
-    with pytest.raises(TrainingStopped, match="optimiser's state for 264 trained weights"):
+    with pytest.raises(TrainingStopped, match="optimiser's state for the 264 trained weights"):
         build_optimizer(Toy(), learning_rate=0.1)
 
 
@@ -268,3 +268,22 @@ def test_gradients_that_leave_a_device_are_read_when_they_have_arrived(
     for _ in range(3):
         (2 * model.weight).sum().backward()
     assert optimizer.gradients()["weight"].tolist() == [6.0, 6.0, 6.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_updated_in_pieces_are_those_updated_at_once(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states = []
+    for num_bytes in (optim.BUCKET_BYTES, 100):
+        monkeypatch.setattr(optim, "BUCKET_BYTES", num_bytes)
+        model = Toy(dtype=dtype)
+        optimizer = build_optimizer(model, learning_rate=0.1, weight_decay=0.1)
+        for scale in (None, torch.tensor(0.5)):
+            for number, parameter in enumerate(model.parameters()):
+                (parameter.float() * (number + 1.5)).sum().backward()
+            optimizer.step(scale)
+            optimizer.zero_grad()
+        states.append((weights_of(model), optimizer.weights()))
+    for whole, pieces in zip(*states, strict=True):
+        assert same_bits(whole, pieces)

@@ -1,15 +1,15 @@
 """The averaged copy of a trained model.
 
-Responsible for: an exponential moving average of the trained weights in float32, and lending it to the model.
-Not responsible for: when to update (once per optimiser step), saving a model folder (model/load.py).
+Responsible for: an exponential moving average of the trained weights in float32.
+Not responsible for: when to update (once per optimiser step), a model that has it (parallel/shard.py), saving one
+(model/save.py).
 
 Why float32: a step of the average is (1 - decay) times a step of training, below bf16's resolution; an
 average kept in bf16 never moves.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,6 @@ from dovetail.model.slices import noted
 from dovetail.training.optim import Optimizer
 from dovetail.training.parking import ParkingSpace
 from dovetail.training.weights import trained_weights
-
-ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
 class Ema:
@@ -55,26 +53,6 @@ class Ema:
         assert not self._parking.is_parked, "an update while the average is parked"
         weights = [_full_precision(local(weight)) for weight in self._weights().values()]
         torch._foreach_lerp_(list(self._averages.values()), weights, 1.0 - self.decay)
-
-    @torch.no_grad()
-    def copy_to(self, model: nn.Module) -> None:
-        """Overwrite the model's trainable weights, rounded to its precision."""
-        for name, parameter in model.named_parameters():
-            if name in self._averages:
-                local(parameter).copy_(self._averages[name])
-
-    @contextmanager
-    def applied_to(self, model: ModelT) -> Iterator[ModelT]:
-        """Within the block the model is the average; afterwards its own weights are back, bit for bit."""
-        own = {name: local(p).clone() for name, p in model.named_parameters() if name in self._averages}
-        self.copy_to(model)
-        try:
-            yield model
-        finally:
-            with torch.no_grad():
-                for name, parameter in model.named_parameters():
-                    if name in own:
-                        local(parameter).copy_(own[name])
 
     def averages(self) -> dict[str, Tensor]:
         """Name -> average, float32, sharded as the weight is: references, not copies."""

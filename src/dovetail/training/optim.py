@@ -11,7 +11,7 @@ updates are a thousand times smaller. The masters move; the model's own weights 
 
 import math
 import weakref
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from dovetail.training.adamw_kernel import OnePassAdamW
 
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
+BUCKET_BYTES = 2**28
+"""Of gradients that are widened at a time."""
 
 
 @dataclass(slots=True, eq=False)
@@ -113,11 +115,12 @@ class Optimizer:
             _Group(slots, decay, self._one_pass(slots) if one_pass else None)
             for (decay, _, one_pass), slots in grouped.items()
         ]
-        with_master = [slot for slot in self._slots.values() if slot.has_master]
         self._parking = ParkingSpace([tensor for slot in self._slots.values() for tensor in _large(slot)])
-        self._images = [slot.parameter for slot in with_master]
-        self._masters = [slot.weight for slot in with_master]
-        hooks = [_on_gradient(slot.parameter, slot.take_gradient) for slot in with_master]
+        hooks = [
+            _on_gradient(slot.parameter, slot.take_gradient)
+            for slot in self._slots.values()
+            if slot.has_master
+        ]
         # A later optimiser of the same model must find the gradients untouched.
         weakref.finalize(self, _remove, hooks).atexit = False
         # float32 adapters on an fp16 base get their gradients through fp16 activations
@@ -209,7 +212,7 @@ class Optimizer:
         if len(saved) != len(self._slots):
             surplus = sorted(saved.keys() - self._slots.keys())
             raise _foreign(f"the checkpoint also trains {surplus[0]}, which this model does not")
-        self._write_images()
+        _write_images(self._slots.values())
         self.learning_rate = float(state["learning_rate"])
         self.skipped_in_a_row = int(state["skipped_in_a_row"])
         if self.scaler and state["scaler"]:
@@ -234,35 +237,31 @@ class Optimizer:
         """torch's own kernel, after a look at the scale: one over all tensors, also on the CPU, where it is ten
         times as fast as one for each."""
         factor = 1.0 if scale is None else float(scale)
-        slots = [slot for slot in group.slots if slot.gradient() is not None]
-        if math.isnan(factor) or not slots:
+        if math.isnan(factor):
             return
-        gradients = [
-            gradient.to(slot.weight.dtype) for slot in slots if (gradient := slot.gradient()) is not None
-        ]
-        if factor != 1.0:
-            torch._foreach_mul_(gradients, factor)
-        adamw(
-            [slot.weight for slot in slots],
-            gradients,
-            [slot.exp_avg for slot in slots],
-            [slot.exp_avg_sq for slot in slots],
-            [],
-            [slot.step for slot in slots],
-            fused=True,
-            amsgrad=False,
-            beta1=self._betas[0],
-            beta2=self._betas[1],
-            lr=self.learning_rate,
-            weight_decay=group.weight_decay,
-            eps=self._eps,
-            maximize=False,
-        )
-        self._write_images()
-
-    def _write_images(self) -> None:
-        if self._images:
-            torch._foreach_copy_([local(image) for image in self._images], self._masters)
+        for slots in _buckets([slot for slot in group.slots if slot.gradient() is not None]):
+            gradients = [
+                gradient.to(slot.weight.dtype) for slot in slots if (gradient := slot.gradient()) is not None
+            ]
+            if factor != 1.0:
+                torch._foreach_mul_(gradients, factor)
+            adamw(
+                [slot.weight for slot in slots],
+                gradients,
+                [slot.exp_avg for slot in slots],
+                [slot.exp_avg_sq for slot in slots],
+                [],
+                [slot.step for slot in slots],
+                fused=True,
+                amsgrad=False,
+                beta1=self._betas[0],
+                beta2=self._betas[1],
+                lr=self.learning_rate,
+                weight_decay=group.weight_decay,
+                eps=self._eps,
+                maximize=False,
+            )
+            _write_images(slots)
 
 
 def build_optimizer(
@@ -281,11 +280,12 @@ def build_optimizer(
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        num_weights = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        num_weights = sum(local(p).numel() for p in model.parameters() if p.requires_grad)
         raise TrainingStopped(
-            f"the optimiser's state for {num_weights:,} trained weights, about "
+            f"the optimiser's state for the {num_weights:,} trained weights that are here, about "
             f"{num_weights * 12 / 2**30:.1f} GiB, does not fit in memory",
-            hint="train LoRA adapters (actor.lora.rank=64), or use a smaller model or a larger device",
+            hint="train LoRA adapters (actor.lora.rank=64), shard the model (zero_stage) over more devices, keep it "
+            "in host memory (offload), or use a smaller model",
         ) from error
 
 
@@ -303,6 +303,32 @@ def _suits_one_pass(slot: _Slot) -> bool:
         and slot.weight.dtype == torch.float32
         and all(tensor.is_contiguous() and tensor.data_ptr() % 16 == 0 for tensor in tensors)
     )
+
+
+def _buckets(slots: Iterable[_Slot]) -> Iterator[list[_Slot]]:
+    """Neighbours whose float32 gradients, made for the update alone, fit in BUCKET_BYTES together."""
+    bucket: list[_Slot] = []
+    room = BUCKET_BYTES
+    for slot in slots:
+        needed = slot.weight.numel() * slot.weight.element_size()
+        if bucket and needed > room:
+            yield bucket
+            bucket, room = [], BUCKET_BYTES
+        bucket.append(slot)
+        room -= needed
+    if bucket:
+        yield bucket
+
+
+def _write_images(slots: Iterable[_Slot]) -> None:
+    """The model's own weights become their masters, rounded."""
+    images, masters = [], []
+    for slot in slots:
+        if slot.has_master:
+            images.append(local(slot.parameter))
+            masters.append(slot.weight)
+    if images:
+        torch._foreach_copy_(images, masters)
 
 
 def _slot_of(parameter: nn.Parameter) -> _Slot:
