@@ -195,6 +195,8 @@ class Checkpoints:
         if self._world.size == 1:
             return {}
         found = self._world.gather(own)
+        if not self._world.is_first:  # who alone writes them
+            return {}
         return {
             name: {_file_of(rank): places[name] for rank, places in enumerate(found) if name in places}
             for name in own
@@ -219,7 +221,7 @@ class Checkpoints:
             file.write(values.encode())
         with self._hashed(folder / MANIFEST, {}) as file:
             manifest = {"format": 1, **facts, "files": files} | ({"rows": places} if places else {})
-            file.write(json.dumps(manifest, indent=1).encode())
+            file.write(json.dumps(manifest).encode())
         sync_folder(folder)
 
     def _hashed(self, path: Path, files: dict[str, dict[str, Any]]) -> "_HashedFile":
