@@ -30,6 +30,7 @@ from dovetail.config.sharding import OffloadConfig, ZeroStageConfig
 from dovetail.config.stages import PpoConfig, SamplingConfig
 from dovetail.engine import Sampling
 from dovetail.parallel.shard import layout_of
+from dovetail.parallel.sharing import Sharing
 from dovetail.parallel.world import ALONE, World, joined
 from dovetail.rlhf.build import checkpoint_activations, make_learners
 from dovetail.rlhf.roles import Roles
@@ -106,7 +107,8 @@ def measure(options: argparse.Namespace, device: torch.device, world: World) -> 
         sampling=SamplingConfig(max_new_tokens=options.new),
     )  # fmt: skip
     offload = OffloadConfig(**dict.fromkeys(options.offload, True))
-    roles = ppo_step.make_roles(options, device, world, stages, offload)
+    sharing = Sharing(world=world, zero_stage=stages, offload=offload)
+    roles = ppo_step.make_roles(options, device, sharing)
     checkpoint_activations([roles.actor, roles.critic], config, device=device, is_averaged=True)
     learners = make_learners(roles, config, total_steps=1000)
     rows = []

@@ -25,13 +25,12 @@ import shapes
 import torch
 from torch import Tensor
 
-from dovetail.config.sharding import OffloadConfig, ZeroStageConfig
 from dovetail.config.stages import PpoConfig, SamplingConfig
 from dovetail.engine import HybridEngine, Sampling
 from dovetail.model.copies import copy_of
 from dovetail.model.lora import add_lora
-from dovetail.parallel.shard import gathered, generation_model, spread
-from dovetail.parallel.world import ALONE, World
+from dovetail.parallel.shard import gathered, generation_model
+from dovetail.parallel.sharing import Sharing
 from dovetail.rlhf.build import make_learners
 from dovetail.rlhf.rewards import Answer, RewardModelScorer
 from dovetail.rlhf.roles import Roles
@@ -122,29 +121,23 @@ def make_parts(
 
 
 def make_roles(
-    options: argparse.Namespace, device: torch.device, world: World = ALONE, stages: ZeroStageConfig | None = None,
-    offload: OffloadConfig | None = None,
+    options: argparse.Namespace, device: torch.device, sharing: Sharing | None = None
 ) -> Roles:  # fmt: skip
-    """Models with the same random weights in each process of `world`, which hold them together at the ZeRO stages."""
-    offload = offload or OffloadConfig()
-    stages = stages or ZeroStageConfig()
-    put = partial(
-        spread, world=world, device=device,
-        shard_size=stages.shard_size(processes=world.size, per_machine=world.local_size),
-    )  # fmt: skip
+    """Models with the same random weights in each process."""
+    sharing = sharing or Sharing()
     dtype = getattr(torch, options.dtype)
     actor: Any = shapes.causal_lm(options.model, device, dtype)
     reference = None if options.lora else copy_of(actor).requires_grad_(False)
     if options.lora:
         actor = add_lora(actor, rank=options.lora, alpha=options.lora, seed=0)
-    put(actor, stage=stages.actor, offload=offload.actor)
+    sharing.spread(actor, "actor", device)
     if reference is not None:
-        put(reference, stage=stages.reference, offload=offload.reference)
+        sharing.spread(reference, "reference", device)
     reward = shapes.scalar_model(options.reward, device, dtype)
     critic = copy_of(reward)
-    put(critic, stage=stages.critic, offload=offload.critic)
-    put(reward.requires_grad_(False), stage=stages.reward_model, offload=offload.reward_model)
-    budget = TokenBudget(options.micro_tokens, may_shrink=world.size == 1)
+    sharing.spread(critic, "critic", device)
+    sharing.spread(reward.requires_grad_(False), "reward_model", device)
+    budget = TokenBudget(options.micro_tokens, may_shrink=sharing.may_retry)
     return Roles(
         actor=actor, critic=critic, reference=reference, score=RewardModelScorer(reward, budget, device),
         chat=SimpleNamespace(decode=lambda _: ""), device=device, budget=budget,

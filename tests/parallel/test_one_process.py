@@ -12,10 +12,10 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dovetail.batches import pack
-from dovetail.errors import ConfigError
+from dovetail.errors import ConfigError, ModelError
 from dovetail.model.lora import add_lora
 from dovetail.model.shards import is_shard, whole
-from dovetail.parallel.shard import give_back, layout_of, spread
+from dovetail.parallel.shard import gathered_bytes, give_back, layout_of, spread
 from dovetail.parallel.world import ALONE, World, joined
 from dovetail.rlhf.update import language_model_loss
 from dovetail.training.memory import TokenBudget
@@ -95,6 +95,24 @@ def test_offloaded_steps_are_those_of_a_plain_model(
     expected = weights_of(plain)
     for name, weight in weights_of(offloaded).items():
         assert torch.equal(weight, expected[name]), name
+
+
+def test_what_stages_gather_for_a_pass_is_counted(world: World) -> None:
+    num_weights = sum(weight.numel() for weight in tiny_model().parameters())
+    found = []
+    for stage in (1, 2, 3):
+        model = tiny_model().to(torch.bfloat16)
+        spread(model, stage=stage, world=world, device=CPU, offload=True)
+        found.append(gathered_bytes(model))
+    # Shards on a CPU count as being on the device: whole float32 gradients are what comes on top.
+    assert found == [4 * num_weights, 0, 0]
+
+
+def test_layers_that_are_not_found_are_not_sharded_as_one(world: World) -> None:
+    model = tiny_model()
+    model.config.num_hidden_layers = 7
+    with pytest.raises(ModelError, match="no list of 7 modules"):
+        spread(model, stage=3, world=world, device=CPU, offload=True)
 
 
 def test_what_is_not_sharded_cannot_be_offloaded(world: World) -> None:

@@ -13,7 +13,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from dovetail.batches import pack
 from dovetail.model.forward import last_scores
 from dovetail.model.load import load_scalar_model
+from dovetail.parallel.world import World
 from dovetail.stages import pipeline
+from dovetail.stages.context import open_run
 from dovetail.text.chat_format import ChatFormat
 from dovetail.text.tokenizer import load_tokenizer
 from tests.fakes import END, PAD
@@ -211,6 +213,16 @@ def test_without_held_out_rows_a_run_goes_through(tmp_path: Path) -> None:
     config = config.model_copy(update={"data": config.data.model_copy(update={"blend": blend})})
     pipeline.run(config)
     assert (Path(config.output_dir) / "ppo/model/model.safetensors").exists()
+
+
+def test_whether_a_stage_has_finished_is_what_the_first_process_sees(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shared folder may show others what it was a minute ago, and they must not load another model."""
+    with open_run(tiny_run(tmp_path)) as context:
+        monkeypatch.setattr(World, "from_first", lambda world, own: True)
+        assert not context.folder.is_done("sft")
+        assert context.is_done("sft")
 
 
 def dtypes(folder: Path) -> set[torch.dtype]:

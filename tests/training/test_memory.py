@@ -100,3 +100,12 @@ def test_a_budget_that_may_not_shrink_ends_the_run_and_says_with_what_to_start_a
         retry_on_out_of_memory(attempt, budget, unit_tokens=lambda: [10] * 20)
     assert "micro_batch_tokens=50" in str(caught.value.hint)
     assert budget.tokens == 100
+
+
+def test_a_budget_that_was_halved_stays_so_when_a_run_goes_on_unless_another_is_asked_for() -> None:
+    halved = TokenBudget(100)
+    halved.tokens = 25
+    for asked, tokens in ((100, 25), (60, 60), (200, 200)):
+        budget = TokenBudget(asked)
+        budget.load_state_dict(halved.state_dict())
+        assert budget.tokens == tokens

@@ -44,6 +44,10 @@ class Grid(World):
         """Until all processes of the run are here."""
         self.run.wait()
 
+    def aside(self) -> World:
+        """All processes of the run, for a thread beside the main one."""
+        return self.run.aside()
+
     def agreed(self, value: T) -> T:
         """The value of the row's first process."""
         box = [value]

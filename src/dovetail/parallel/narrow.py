@@ -1,11 +1,13 @@
 """What a model's own modules must know when their layers are narrower than the configuration says.
 
-Responsible for: counts of heads and widths that Hugging Face's modules keep beside their weights.
+Responsible for: counts of heads and widths that Hugging Face's modules keep beside their weights, and an embedding that
+has some of its rows.
 Not responsible for: the weights (tensor_plan.py), what is sent (tensor.py to generate, tensor_training.py to train).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -37,3 +39,12 @@ def count_fewer_heads(model: PreTrainedModel, place: Place) -> None:
     config.num_attention_heads = heads
     if hasattr(config, "num_key_value_heads"):
         config.num_key_value_heads = key_heads
+
+
+def look_up(
+    embedding: nn.Embedding, first: int, rows: int, add_up: Callable[[Tensor], Tensor], ids: Tensor
+) -> Tensor:
+    """[..., D] of token ids [...]: each process finds those of its rows, from `first` on, and the sum has all."""
+    is_here = (ids >= first) & (ids < first + rows)
+    found: Tensor = type(embedding).forward(embedding, (ids - first).clamp(0, max(0, rows - 1)))
+    return add_up(found.masked_fill(~is_here[..., None], 0))

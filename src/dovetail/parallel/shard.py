@@ -32,10 +32,10 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 
-from dovetail.errors import ConfigError
+from dovetail.errors import ConfigError, ModelError
 from dovetail.model.copies import copy_of
 from dovetail.model.forward import plain_model
-from dovetail.model.shards import whole
+from dovetail.model.shards import is_offloaded, local, whole
 from dovetail.parallel.grid import Grid
 from dovetail.parallel.lending import lend_shards
 from dovetail.parallel.tensor_group import WHOLE
@@ -197,6 +197,21 @@ def reduce_gradients(model: Any, gradients: Mapping[str, Tensor]) -> None:
     layout.division.complete(gradients)
 
 
+def gathered_bytes(model: Any) -> int:
+    """What one forward and backward pass has on the device beside the shards: whole weights at stages 1 and 2, and at
+    stage 1 whole gradients of several micro-batches, in float32. At stage 3 there is one layer at a time: nothing
+    that counts."""
+    layout = layout_of(model)
+    if layout.lends or layout.stage not in (1, 2):
+        return 0
+    total = 0
+    for parameter in model.parameters():
+        gradient = 4 if layout.stage == 1 and parameter.requires_grad else 0
+        here = 0 if is_offloaded(parameter) else local(parameter).numel()
+        total += parameter.numel() * (parameter.element_size() + gradient) - here * parameter.element_size()
+    return total
+
+
 def give_back(model: Any) -> None:
     """Free gathered weights that a forward pass left: what the model calls its weights are shards again."""
     inner = plain_model(model)
@@ -283,12 +298,15 @@ def _run(_: nn.Module, function: Callable[[], R]) -> R:
 
 
 def _layers(inner: Any) -> list[nn.Module]:
-    """The decoder's layers: what is gathered and given back together."""
+    """The decoder's layers: what is gathered and given back together. Raises ModelError if they are not found."""
     num_layers = inner.config.get_text_config().num_hidden_layers
     for module in inner.modules():
         if isinstance(module, nn.ModuleList) and len(module) == num_layers:
             return list(module)
-    return []
+    raise ModelError(
+        f"{type(inner).__name__}: no list of {num_layers} modules, which its num_hidden_layers says there is",
+        hint="a model whose layers are not found cannot be sharded: set all of zero_stage to 0",
+    )
 
 
 def share_buffers(model: nn.Module, skeleton: nn.Module) -> None:

@@ -18,14 +18,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from dovetail.errors import ConfigError
 from dovetail.model.copies import copy_of
 from dovetail.model.forward import plain_model
 from dovetail.model.slices import slice_of
-from dovetail.parallel.narrow import count_fewer_heads, expect_narrower_output
+from dovetail.parallel.narrow import count_fewer_heads, expect_narrower_output, look_up
 from dovetail.parallel.shard import give_back, layout_of, replace_weights, share_buffers, whole_weights
 from dovetail.parallel.tensor_group import TensorGroup
 from dovetail.parallel.tensor_plan import GENERATION, PLANS, Cut, Place, cuts_of, expect_divisible
@@ -122,11 +122,4 @@ def _look_up_together(model: PreTrainedModel, place: Place, group: TensorGroup) 
     embedding: Any = model.get_input_embeddings()
     first, rows, _ = place.vocabulary(embedding.num_embeddings)
     embedding.padding_idx = None  # matters to gradients alone, and would have to be a row that is here
-    embedding.forward = partial(_look_up, embedding, first, rows, group)
-
-
-def _look_up(embedding: nn.Embedding, first: int, rows: int, group: TensorGroup, ids: Tensor) -> Tensor:
-    """[..., D] of token ids [...]: each process finds those of its rows, and the sum has all."""
-    is_here = (ids >= first) & (ids < first + rows)
-    found: Tensor = type(embedding).forward(embedding, (ids - first).clamp(0, max(0, rows - 1)))
-    return group.sum(found.masked_fill(~is_here[..., None], 0))
+    embedding.forward = partial(look_up, embedding, first, rows, group.sum)

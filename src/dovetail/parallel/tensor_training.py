@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dovetail.model.forward import plain_model
 from dovetail.model.slices import Slice, note, slice_of
-from dovetail.parallel.narrow import count_fewer_heads, expect_narrower_output
+from dovetail.parallel.narrow import count_fewer_heads, expect_narrower_output, look_up
 from dovetail.parallel.tensor_group import WHOLE, TensorGroup
 from dovetail.parallel.tensor_plan import (
     PLANS,
@@ -193,18 +193,10 @@ def _share_vocabulary(model: PreTrainedModel, place: Place, group: TensorGroup) 
         padding = embedding.padding_idx
         is_here = padding is not None and first <= padding < first + rows
         embedding.padding_idx = padding - first if is_here else None
-        embedding.forward = partial(_look_up, embedding, first, rows, group)
+        embedding.forward = partial(look_up, embedding, first, rows, partial(_added_up, group))
     if head is not None and is_cut_evenly(head, group.size):
         head.shared_vocabulary = _Rows(group, place.even(0, len(head.weight))[0])
         head.forward = partial(_all_logits, head.forward, group)
-
-
-def _look_up(embedding: nn.Embedding, first: int, rows: int, group: TensorGroup, ids: Tensor) -> Tensor:
-    """Of token ids: each process finds those of its rows, and the sum has all."""
-    is_here = (ids >= first) & (ids < first + rows)
-    found: Tensor = type(embedding).forward(embedding, (ids - first).clamp(0, rows - 1))
-    total: Tensor = _Summed.apply(found.masked_fill(~is_here[..., None], 0), group)  # type: ignore[no-untyped-call]
-    return total
 
 
 def _all_logits(forward: Callable[[Tensor], Tensor], group: TensorGroup, hidden: Tensor) -> Tensor:
@@ -280,8 +272,16 @@ def _summed(
         part = forward(*args, **kwargs)
     finally:
         del vars(base)["bias"]
-    total: Tensor = _Summed.apply(part, group)  # type: ignore[no-untyped-call]
+    total = _added_up(group, part)
     return total if bias is None else total + bias
+
+
+def _added_up(group: TensorGroup, part: Tensor) -> Tensor:
+    """What all put out, added up: in place, unless a backward pass needs to know."""
+    if not part.requires_grad:
+        return group.sum(part)
+    total: Tensor = _Summed.apply(part, group)  # type: ignore[no-untyped-call]
+    return total
 
 
 def _product(layer: Conv1D, x: Tensor) -> Tensor:

@@ -73,7 +73,7 @@ class RLHFEngine:
         chat = self.roles.chat
         ids = [chat.prompt_ids(as_messages(prompt)) for prompt in prompts[: len(PROMPT_TOKENS)]]
         engine, actor = self.roles.engine, self.roles.actor
-        with nullcontext() if engine.group.size > 1 else engine.weights():
+        with self.learners.parked(), nullcontext() if engine.group.size > 1 else engine.weights():
             # Slices prove nothing of themselves: they are compared with the model that is trained.
             is_divided = max(engine.group.size, layout_of(actor).division.group.size) > 1
             trained = actor if is_divided else None
@@ -149,7 +149,7 @@ class RLHFEngine:
             "critic_optimizer": self.learners.critic.state_dict(),
             "ema": self.learners.ema.state_dict(),
             "step": self.learners.step,
-            "budget": self.roles.budget.tokens,
+            "budget": self.roles.budget.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -160,7 +160,7 @@ class RLHFEngine:
         self.learners.critic.load_state_dict(state["critic_optimizer"])
         self.learners.ema.load_state_dict(state["ema"])
         self.learners.step = state["step"]
-        self.roles.budget.tokens = state["budget"]
+        self.roles.budget.load_state_dict(state["budget"])
 
 
 class PPOTrainer:

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dovetail.config.model import LoraConfig
-from dovetail.config.sharding import OffloadConfig, TensorParallelConfig, ZeroStageConfig
 from dovetail.config.stages import OptimizerConfig, PpoConfig, StageConfig
 from dovetail.data.records import Message
 from dovetail.engine.hybrid import HybridEngine
@@ -24,9 +24,9 @@ from dovetail.model.forward import plain_model
 from dovetail.model.load import expect_rows_for, load_causal_lm, load_scalar_model
 from dovetail.model.lora import add_lora
 from dovetail.model.scalar import scalar_model_from
-from dovetail.parallel.grid import in_rows
-from dovetail.parallel.shard import gathered, generation_model, layout_of, spread
-from dovetail.parallel.world import ALONE, World
+from dovetail.parallel.shard import gathered, gathered_bytes, generation_model, layout_of, world_of
+from dovetail.parallel.sharing import Sharing
+from dovetail.parallel.world import World
 from dovetail.rlhf.rewards import (
     FirstRankScorer,
     FunctionScorer,
@@ -63,14 +63,8 @@ class Setup:
     critic_lora: LoraConfig | None = None
     reward_tokenizer: PreTrainedTokenizerBase | None = None
     """The reward model's, when it is passed in as a module and has one of its own."""
-    world: World = ALONE
-    """The processes that hold the models together."""
-    zero_stage: ZeroStageConfig = field(default_factory=ZeroStageConfig)
-    """What they divide of each."""
-    offload: OffloadConfig = field(default_factory=OffloadConfig)
-    """What of it lives in host memory."""
-    tensor_parallel: TensorParallelConfig = field(default_factory=TensorParallelConfig)
-    """How many of them compute each layer together."""
+    sharing: Sharing = field(default_factory=Sharing)
+    """The processes that hold the models together, and how."""
 
 
 def make_roles(
@@ -82,17 +76,16 @@ def make_roles(
     setup: Setup,
 ) -> Roles:
     """Actor, reference, critic and scorer; dropout off everywhere, all but actor and critic frozen."""
-    world, stage = setup.world, setup.zero_stage
-    shard_size = stage.shard_size(processes=world.size, per_machine=world.local_size)
-    setup.tensor_parallel.expect_supported(stage, setup.offload)
-    grid = in_rows(world, setup.tensor_parallel.training)
+    sharing, world = setup.sharing, setup.sharing.world
     device = world.device(resolve_device(setup.device))
     at = loading_device(device, world)
     dtype = resolve_dtype(setup.precision, device)
     chat = ChatFormat(tokenizer)
-    budget = TokenBudget(config.micro_batch_tokens, may_shrink=world.size == 1 and not setup.offload.models)
+    budget = TokenBudget(config.micro_batch_tokens, may_shrink=sharing.may_retry)
     actor = (
-        load_causal_lm(actor_model, dtype=dtype, device=at) if isinstance(actor_model, str) else actor_model
+        load_causal_lm(actor_model, dtype=dtype, device=at)
+        if isinstance(actor_model, str)
+        else _moved(actor_model, at)
     )
     expect_rows_for(tokenizer, actor, name_of(actor_model))
     disable_dropout(actor)
@@ -102,24 +95,19 @@ def make_roles(
         critic = copy_of(reward_model)
     else:
         critic = scalar_model_from(actor, seed=setup.seed, pad_token_id=tokenizer.pad_token_id)
-    reference = None if setup.actor_lora else _frozen(copy_of(actor))
-    model_scorer = (
-        None if reward_model is None else RewardModelScorer(reward_model, budget, device, reward_chat)
-    )
+    # One after the other, so that no process has more in host memory than it must while they are spread.
+    model_scorer = None
+    if reward_model is not None:
+        sharing.spread(reward_model, "reward_model", device)
+        model_scorer = RewardModelScorer(reward_model, budget, device, reward_chat)
     score = _scorer(model_scorer, reward, config, world)
-    actor = _trainable(actor, setup.actor_lora, seed=setup.seed)
     critic = _trainable(critic, setup.critic_lora, seed=setup.seed + 1)
-    models = {"actor": actor, "critic": critic, "reference": reference, "reward_model": reward_model}
-    for role, model in models.items():
-        if model is not None:
-            spread(
-                model,
-                stage=getattr(stage, role),
-                world=grid,
-                device=device,
-                shard_size=shard_size,
-                offload=getattr(setup.offload, role),
-            )
+    sharing.spread(critic, "critic", device)
+    reference = None if setup.actor_lora else _frozen(copy_of(actor))
+    if reference is not None:
+        sharing.spread(reference, "reference", device)
+    actor = _trainable(actor, setup.actor_lora, seed=setup.seed)
+    sharing.spread(actor, "actor", device)
     checkpoint_activations([actor, critic], config, device=device, is_averaged=True)
     return Roles(
         actor=actor,
@@ -140,10 +128,10 @@ def _generator(
     states = state_bytes(actor, is_averaged=True) + state_bytes(critic, is_averaged=False)
     split = split_to_generate(
         actor,
-        setup.tensor_parallel.generation,
+        setup.sharing.tensor_parallel.generation,
         config,
         room=int(USABLE * free_bytes(device)) - (0 if config.park_optimizer else states),
-        world=setup.world,
+        world=setup.sharing.world,
         device=device,
     )
     if split is None:
@@ -191,9 +179,10 @@ def checkpoint_activations(
     wanted = settings.activation_checkpointing
     if wanted == "auto" and device.type != "cpu":
         needed = sum(state_bytes(m, is_averaged=is_averaged and m is models[0]) for m in models)
-        needed += max(_activation_bytes(model, settings.micro_batch_tokens) for model in models)
+        needed += max(_pass_bytes(model, settings.micro_batch_tokens) for model in models)
         free = free_bytes(device)
-        wanted = needed > USABLE * free
+        # Neighbours that compute each layer together would wait for one another's second pass.
+        wanted = any(world_of(models[0]).everyone.gather(needed > USABLE * free))
         if wanted:
             say(
                 f"activation checkpointing is on: a step of {settings.micro_batch_tokens} tokens would need about "
@@ -204,11 +193,15 @@ def checkpoint_activations(
             model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
-def _activation_bytes(model: PreTrainedModel, tokens: int) -> int:
+def _pass_bytes(model: PreTrainedModel, tokens: int) -> int:
+    """Activations of a forward and backward pass, and what is gathered for it."""
     inner = plain_model(model)
     whole = architecture_of(inner)  # but for the heads, of which a divided model counts its own
     here = replace(whole, inner_width=whole.inner_width // layout_of(model).division.group.size)
-    return activation_bytes(here, tokens=tokens, element_bytes=inner.dtype.itemsize, is_checkpointed=False)
+    activations = activation_bytes(
+        here, tokens=tokens, element_bytes=inner.dtype.itemsize, is_checkpointed=False
+    )
+    return activations + gathered_bytes(model)
 
 
 def same_tokens(one: ChatFormat, other: ChatFormat) -> bool:
@@ -238,7 +231,7 @@ def _reward_model(
             critic_model, dtype=dtype, device=device, seed=setup.seed, pad_token_id=tokenizer.pad_token_id
         )
     else:
-        tokenizer, model = setup.reward_tokenizer or chat.tokenizer, critic_model
+        tokenizer, model = setup.reward_tokenizer or chat.tokenizer, _moved(critic_model, device)
     expect_rows_for(tokenizer, model, name_of(critic_model))
     disable_dropout(model)
     own_chat = ChatFormat(tokenizer)
@@ -272,6 +265,11 @@ def _scorer(
 def name_of(model: str | PreTrainedModel) -> str:
     """What a model was loaded by, for messages and to find its tokenizer; its class if it was made in memory."""
     return model if isinstance(model, str) else str(model.config._name_or_path) or type(model).__name__
+
+
+def _moved(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """A module that was passed in, itself, where the others are loaded."""
+    return nn.Module.to(model, device)
 
 
 def _frozen(model: PreTrainedModel) -> PreTrainedModel:

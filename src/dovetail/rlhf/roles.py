@@ -1,7 +1,7 @@
 """The four roles of PPO and what each of them answers.
 
 Responsible for: holding actor, reference, critic and scorer, and their no-grad forwards over a packed batch.
-Not responsible for: gradients (rlhf/update.py), sampling (engine/), building models from names (rlhf/api.py).
+Not responsible for: gradients (rlhf/update.py), sampling (engine/), building models from names (rlhf/build.py).
 
 Shapes: T packed tokens, S sequences.
 """

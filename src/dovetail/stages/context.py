@@ -7,15 +7,14 @@ Not responsible for: what a stage does with them.
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from dovetail.config.run import RunConfig
+from dovetail.config.run import RunConfig, StageName
 from dovetail.config.stages import StageConfig
 from dovetail.errors import ConfigError, RunInterrupted
-from dovetail.parallel.grid import in_rows
-from dovetail.parallel.shard import spread
+from dovetail.parallel.sharing import Sharing
 from dovetail.parallel.world import ALONE, World, joined
 from dovetail.stages.stopping import StopRequest, stop_request
 from dovetail.telemetry.log import say
@@ -51,25 +50,19 @@ class Context:
     """What signals have asked for."""
 
     @property
-    def shard_size(self) -> int:
-        """Processes that hold one copy of what is sharded."""
-        return self.config.zero_stage.shard_size(processes=self.world.size, per_machine=self.world.local_size)
-
-    @property
-    def grid(self) -> World:
-        """The processes as models are spread over them: those that compute each layer together are neighbours."""
-        return in_rows(self.world, self.config.tensor_parallel.training)
-
-    def spread(self, model: Any, role: Literal["actor", "critic"]) -> None:
-        """Let the processes hold the model together as the settings say for its role; in place."""
-        spread(
-            model,
-            stage=getattr(self.config.zero_stage, role),
-            world=self.grid,
-            device=self.device,
-            shard_size=self.shard_size,
-            offload=getattr(self.config.offload, role),
+    def sharing(self) -> Sharing:
+        """How they hold the models."""
+        return Sharing(
+            world=self.world,
+            zero_stage=self.config.zero_stage,
+            offload=self.config.offload,
+            tensor_parallel=self.config.tensor_parallel,
         )
+
+    def is_done(self, stage: StageName) -> bool:
+        """Whether the stage has finished, as the first process sees it: what others see of a shared folder may be a
+        minute old. A collective."""
+        return self.world.from_first(self.folder.is_done(stage))
 
     def checkpoints(self, stage: str, settings: StageConfig) -> Checkpoints:
         """The stage's checkpoints, newest kept as its settings say."""
@@ -149,7 +142,7 @@ def open_run(config: RunConfig) -> Iterator[Context]:
                 hint="start it with dovetail train, which makes one, or with torchrun --nproc-per-node 1",
             )
         context = Context(config, folder, device, dtype, world, world.aside(), stop)
-        if (size := context.shard_size) < world.size:
+        if (size := context.sharing.shard_size) < world.size:
             say(f"what is sharded has {world.size // size} copies, each over {size} processes")
         yield context
 

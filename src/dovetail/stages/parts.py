@@ -115,26 +115,23 @@ def ready_to_train(
             seed=context.config.seed,
         )
     loaded.train()
-    context.spread(loaded, role)
+    context.sharing.spread(loaded, role, context.device)
     checkpoint_activations([loaded], settings, device=context.device, is_averaged=False)
     return loaded
 
 
 def actor_chat(context: Context) -> ChatFormat:
     """The chat format of what PPO starts from: stage 1's result, or the pretrained actor."""
-    folder = context.folder
-    return (
-        ChatFormat(load_tokenizer(str(folder.model("sft"))))
-        if folder.is_done("sft")
-        else chat_of(context.config.actor)
-    )
+    if context.is_done("sft"):
+        return ChatFormat(load_tokenizer(str(context.folder.model("sft"))))
+    return chat_of(context.config.actor)
 
 
 def rlhf_engine(context: Context, chat: ChatFormat, *, total_steps: int) -> RLHFEngine:
     """Actor from stage 1 (or as pretrained), critic and reward from stage 2, with what trains them."""
     config, folder = context.config, context.folder
     engine = RLHFEngine(
-        actor_model=str(folder.model("sft")) if folder.is_done("sft") else config.actor.path,
+        actor_model=str(folder.model("sft")) if context.is_done("sft") else config.actor.path,
         critic_model=reward_model_path(context),
         tokenizer=chat.tokenizer,
         total_steps=total_steps,
@@ -145,10 +142,7 @@ def rlhf_engine(context: Context, chat: ChatFormat, *, total_steps: int) -> RLHF
             seed=config.seed,
             actor_lora=config.actor.lora,
             critic_lora=config.reward_model.lora if config.reward_model else None,
-            world=context.world,
-            zero_stage=config.zero_stage,
-            offload=config.offload,
-            tensor_parallel=config.tensor_parallel,
+            sharing=context.sharing,
         ),
     )
     # A reward model that reads the actor's tokens is what the critic is a copy of; another reads text of its own.
@@ -186,7 +180,7 @@ def _config_of(model: ModelConfig) -> Any:
 def reward_model_path(context: Context) -> str | None:
     """Stage 2's result; else the configured model, if it is a finished reward model; None for a function alone."""
     config, folder = context.config, context.folder
-    if folder.is_done("reward"):
+    if context.is_done("reward"):
         return str(folder.model("reward"))
     if config.ppo.reward_function is not None and config.ppo.reward_function_weight is None:
         return None
@@ -256,7 +250,7 @@ def reward_start(context: Context) -> tuple[ModelConfig, ChatFormat]:
     config = context.config
     start = config.reward_start()
     if config.reward.start_from == "sft":
-        if not context.folder.is_done("sft"):
+        if not context.is_done("sft"):
             raise ConfigError(
                 f"reward.start_from = sft, but {context.folder.model('sft')} is not finished",
                 hint="run stage 1 first (dovetail sft), or set reward.start_from=model",

@@ -39,7 +39,7 @@ def run_stages(context: Context, judge: Judge | None = None) -> None:
     for name, run_stage in stages.items():
         if name not in context.config.stages:
             continue
-        if context.folder.is_done(name):
+        if context.is_done(name):
             say(f"{TITLES[name]}: finished before, skipped")
             continue
         context.stop.expect_none(TITLES[name])

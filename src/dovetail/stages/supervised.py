@@ -5,7 +5,6 @@ Not responsible for: the loss, the batches and the evaluation, which the stage p
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -17,7 +16,7 @@ from dovetail.batches import PackedBatch, SummedLoss, cumulative
 from dovetail.config.stages import RewardConfig, SftConfig
 from dovetail.data.loader import BatchOrder
 from dovetail.engine.parity import check_training_parity
-from dovetail.parallel.shard import gathered, give_back, layout_of, world_of
+from dovetail.parallel.shard import give_back, world_of
 from dovetail.rlhf.build import optimizer_for
 from dovetail.stages.context import Context, resume
 from dovetail.telemetry.log import say
@@ -50,31 +49,27 @@ class Task:
 
 def fit(task: Task, context: Context) -> Mapping[str, float]:
     """Train to the end, from the newest checkpoint if there is one; returns the last evaluation."""
-    optimizer, world = optimizer_for(task.model, task.settings.optimizer), context.world
+    optimizer = optimizer_for(task.model, task.settings.optimizer)
     # A pure function of the step, so that a resumed run sees the same rows.
     order = BatchOrder(task.num_rows, task.settings.batch_size, context.config.seed)
-    budget = TokenBudget(
-        task.settings.micro_batch_tokens, may_shrink=world.size == 1 and not layout_of(task.model).offloads
-    )
+    budget = TokenBudget(task.settings.micro_batch_tokens, may_shrink=context.sharing.may_retry)
     checkpoints = context.checkpoints(task.stage, task.settings)
 
     def state() -> dict[str, Any]:
         return {
             "model": trained_weights(task.model),
             "optimizer": optimizer.state_dict(),
-            "budget": budget.tokens,
+            "budget": budget.state_dict(),
         }
 
     def load(state: Mapping[str, Any]) -> None:
         load_trained(task.model, state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        budget.tokens = state["budget"]
+        budget.load_state_dict(state["budget"])
 
     start = resume(checkpoints, load, task.stage, like=state())
     if start < task.total_steps:
-        is_divided = layout_of(task.model).division.group.size > 1
-        with nullcontext(task.model) if is_divided else gathered(task.model) as checked:
-            check_forward(checked, task.batch_of(order.batch(start)))
+        check_forward(task.model, task.batch_of(order.batch(start)))
         give_back(task.model)
     results: Mapping[str, float] = {}
     with (
@@ -120,7 +115,7 @@ def check_forward(model: PreTrainedModel, batch: PackedBatch) -> None:
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Dropout and NEFTune draw from torch's global generator: seeded anew each step, nothing is to be saved."""
+    """Dropout draws from torch's global generator: seeded anew each step, nothing is to be saved."""
     torch.manual_seed(step_seed(seed, step) + (rank << 40))
 
 

@@ -6,8 +6,8 @@ Not responsible for: cutting a batch (batches.py), what is done with a part.
 """
 
 import gc
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
@@ -28,10 +28,21 @@ class TokenBudget:
     tokens: int
     may_shrink: bool = True
     """False where processes run the same passes together: one of them cannot go on in smaller parts alone."""
+    _asked: int = field(init=False)
 
     def __post_init__(self) -> None:
         if self.tokens < 1:
             raise ValueError(f"a micro-batch of {self.tokens} tokens holds nothing")
+        self._asked = self.tokens
+
+    def state_dict(self) -> dict[str, int]:
+        """What was asked for, and what became of it."""
+        return {"asked": self._asked, "tokens": self.tokens}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """What had become of the same wish; another one begins anew."""
+        if state["asked"] == self._asked:
+            self.tokens = state["tokens"]
 
 
 def retry_on_out_of_memory(

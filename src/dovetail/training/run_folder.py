@@ -3,7 +3,7 @@
 Responsible for: refusing a folder that is not a run or belongs to another configuration, the lock against a
 second process, the names of all files, `summary.json` and the marks of finished stages.
 Not responsible for: the contents of checkpoints (checkpoint.py), metrics (telemetry/), models
-(model/load.py).
+(model/save.py).
 
     config.yaml  summary.json  metrics.jsonl  tensorboard/
     sft/model  reward/model  ppo/model  ppo/model_ema  ppo/best  ppo/samples.jsonl
