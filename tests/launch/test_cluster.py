@@ -100,7 +100,7 @@ def test_kubernetes_mounts_what_it_names() -> None:
     assert rules[0]["onExitCodes"]["containerName"] == pod["containers"][0]["name"]
     assert {rule["action"]: rule["onExitCodes"]["values"] for rule in rules} == {
         "FailJob": [1, 2],
-        "Ignore": [RunInterrupted.exit_code],
+        "Ignore": [RunInterrupted.exit_code, 128 + signal.SIGTERM],
     }
     assert pod["restartPolicy"] == "Never"  # the failure policy needs it
 

@@ -5,9 +5,17 @@ import signal
 import socket
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch.distributed as dist
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+from torch.distributed.launcher.api import LaunchConfig
 
+from dovetail.errors import LaunchError
+from dovetail.launch import start as module
+from dovetail.launch.logs import RankLogs
+from dovetail.launch.topology import Topology
 from tests.launch.launched import expect_gone, launched
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
@@ -205,6 +213,53 @@ def test_a_machine_that_does_not_come_is_named_and_nothing_is_started(tmp_path: 
     assert len(err.splitlines()) == 2
     assert out == ""
     assert not list(tmp_path.glob("pid-*"))
+
+
+def test_a_signal_ends_a_machine_that_waits_for_the_others(tmp_path: Path, port: str) -> None:
+    where = ["--num-nodes", "2", "--node-rank", "0", "--master-addr", "127.0.0.1", "--master-port", port]
+    with launched(tmp_path, "finish:0", *where) as command:
+        store = TCPStore("127.0.0.1", int(port), is_master=False, wait_for_workers=False)
+        PrefixStore(f"dovetail/{tmp_path.name}", store).wait(["node-0"])
+        command.process.terminate()
+        code, _, err = command.ended()
+    assert code == 143
+    assert err.startswith("\nstopped by SIGTERM")
+
+
+def a_run(tmp_path: Path) -> tuple[LaunchConfig, list[str], RankLogs]:
+    settings = LaunchConfig(min_nodes=2, max_nodes=2, nproc_per_node=1)
+    return settings, ["true"], RankLogs(tmp_path, before_restart=lambda ranks, number: None)
+
+
+def test_a_machine_too_many_is_told_that_the_run_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "Meeting", lambda settings: SimpleNamespace(shutdown=lambda: True))
+    monkeypatch.setattr(module, "_agent", lambda *_: SimpleNamespace(run=lambda: None))  # what torch's does
+    with pytest.raises(LaunchError, match="the run has ended on the other machines") as caught:
+        module._run(*a_run(tmp_path))
+    assert caught.value.hint == "is the same --node-rank given to two machines?"
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (dist.DistNetworkError("failed to recv"), "node 0 of 2 has left worker-0:29500"),
+        (dist.DistStoreError("wait timeout"), "a node was lost and did not come back to worker-0:29500"),
+    ],
+)
+def test_a_store_that_is_lost_while_machines_meet_is_one_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, message: str
+) -> None:
+    def lose(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(module, "roll_call", lose)
+    monkeypatch.setattr(module, "_stop_on_a_signal", lambda: None)  # these tests have handlers of their own
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    there = Topology(num_gpus=1, num_nodes=2, node_rank=1, master_addr="worker-0")
+    with pytest.raises(LaunchError, match=message):
+        module.start(there, ["true"], tmp_path)
 
 
 def test_a_port_in_use_is_one_message_and_nothing_is_started(tmp_path: Path, port: str) -> None:

@@ -7,7 +7,9 @@ afterwards (meeting.py).
 
 import errno
 import json
+import queue
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -18,39 +20,37 @@ from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-
 from dovetail.errors import LaunchError
 from dovetail.launch.network import address_towards, interface_towards
 from dovetail.launch.topology import Topology
+from dovetail.telemetry.log import say
 
 _PAUSE = 0.2  # seconds between two looks
+_LEAVES_S = 3.0
+"""Seconds for a thread to come back from a call, which at the end of the interpreter would be an abort()."""
 
 
 def roll_call(topology: Topology) -> Store:
     """Wait until every machine has reported at node 0; the store must be kept while the run lives.
 
     Node 0 hosts the store at `topology.endpoint`. A machine that comes back after a failure reports again and
-    finds the others' reports still there. Raises LaunchError: the port is in use, node 0 is out of reach, or
-    after `topology.rdzv_timeout` seconds some machine is missing.
+    finds the others' reports still there. Raises LaunchError: the port is in use, node 0 is out of reach, something
+    else answers there, or after `topology.rdzv_timeout` seconds some machine is missing.
     """
     assert topology.node_rank is not None
-    assert topology.master_addr is not None
     deadline = time.monotonic() + topology.rdzv_timeout
-    is_host = topology.node_rank == 0
-    if is_host:
+    if topology.node_rank == 0:
         expect_port_free(topology.master_port)
     else:
         _reach_node_0(topology, deadline)
-    store = TCPStore(
-        topology.master_addr,
-        topology.master_port,
-        is_master=is_host,
-        timeout=timedelta(seconds=topology.rdzv_timeout),
-        wait_for_workers=False,
-        multi_tenant=True,  # torch's rendezvous opens the same port in this process and is given this server
-    )
+    store = _store(topology, deadline)
     roll = _roll(store, topology)
     report = {
         "host": socket.gethostname(),
         "gpus": topology.num_gpus,
         "address": local_address(topology),
     }
+    if roll.check([f"node-{topology.node_rank}"]):
+        say(
+            f"a machine came as node {topology.node_rank} before; this one takes its place once that has left"
+        )
     roll.set(f"node-{topology.node_rank}", json.dumps(report))
     _expect_all_present(roll, topology, deadline)
     _expect_equal_counts(roll, topology)
@@ -108,6 +108,50 @@ def _reach_node_0(topology: Topology, deadline: float) -> None:
         f"node 0 of {topology.num_nodes} did not answer at {topology.endpoint} within {topology.rdzv_timeout} s: "
         f"{reason}",
         hint="start the command of node 0 too; check the name, the port and the firewall between the machines",
+    )
+
+
+def _store(topology: Topology, deadline: float) -> Store:
+    """The store at node 0, opened in a thread: where no store answers torch may wait for ever, and hears no Ctrl-C."""
+    opened: queue.SimpleQueue[Store | dist.DistError] = queue.SimpleQueue()
+
+    def open_store() -> None:
+        try:
+            opened.put(
+                TCPStore(
+                    str(topology.master_addr),
+                    topology.master_port,
+                    is_master=topology.node_rank == 0,
+                    timeout=timedelta(seconds=topology.rdzv_timeout),
+                    wait_for_workers=False,
+                    multi_tenant=True,  # torch's rendezvous opens the same port here and is given this server
+                )
+            )
+        except dist.DistError as error:
+            opened.put(error)
+
+    thread = threading.Thread(target=open_store, daemon=True)
+    thread.start()
+    try:
+        found = opened.get(timeout=max(0.0, deadline - time.monotonic()))
+    except queue.Empty:
+        raise _no_store(topology) from None
+    finally:
+        thread.join(_LEAVES_S)
+    if isinstance(found, dist.DistError):
+        raise _no_store(topology) from found
+    return found
+
+
+def _no_store(topology: Topology) -> LaunchError:
+    if topology.node_rank == 0:
+        return LaunchError(
+            f"node 0 does not reach itself at {topology.endpoint} within {topology.rdzv_timeout} s",
+            hint="--master-addr is this machine's own name or address, as all others can reach it",
+        )
+    return LaunchError(
+        f"what answers at {topology.endpoint} did not do so as node 0 of a run within {topology.rdzv_timeout} s",
+        hint="is that node 0, and does another program have the port? Give all nodes another --master-port",
     )
 
 

@@ -8,7 +8,10 @@ import os
 import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 
+import torch.distributed as dist
+from torch.distributed import Store  # type: ignore[attr-defined]
 from torch.distributed.elastic.agent.server.api import WorkerSpec
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.rendezvous.api import (
@@ -19,7 +22,7 @@ from torch.distributed.elastic.rendezvous.api import (
 from torch.distributed.launcher.api import LaunchConfig
 
 from dovetail.errors import DovetailError, LaunchError
-from dovetail.launch.agent import SAVED, Agent
+from dovetail.launch.agent import SAVED, STOPS, Agent
 from dovetail.launch.failures import first_failure, interruption, read_report
 from dovetail.launch.logs import RankLogs, send_agent_log_to
 from dovetail.launch.meeting import Meeting
@@ -44,8 +47,9 @@ def start(topology: Topology, command: Sequence[str], output_dir: str | Path) ->
     """Run `command` in every process of this machine; returns when all have ended well.
 
     Each finds RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT in its environment. The first SIGTERM or
-    Ctrl-C is passed on to all, the second kills them. Raises LaunchError (the machines did not meet), ProcessFailed
-    (the first failure, after `topology.max_restarts` restarts), RunInterrupted (a signal came, and all saved), Stopped.
+    Ctrl-C is passed on to all, the second kills them; before they run, the first ends it all. Raises LaunchError
+    (the machines did not meet), ProcessFailed (the first failure, after `topology.max_restarts` restarts),
+    RunInterrupted (a signal came, and all saved), Stopped.
     """
     folder = Path(output_dir) / "logs"
     try:
@@ -54,22 +58,40 @@ def start(topology: Topology, command: Sequence[str], output_dir: str | Path) ->
         raise LaunchError(
             f"{folder} cannot be made: {error.strerror}", hint="give another output_dir"
         ) from error
-    send_agent_log_to(folder / f"launcher-{topology.node_rank}.log")
+    log = folder / f"launcher-{topology.node_rank}.log"
+    send_agent_log_to(log)
+    _stop_on_a_signal()
     os.environ[LAUNCHER] = str(os.getpid())
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # each start has a store of its own: meeting.py
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // topology.num_gpus)))
     logs = RankLogs(folder, before_restart=lambda ranks, number: _say_restart(logs, ranks, number))
-    store = roll_call(topology) if topology.num_nodes > 1 else None
-    if store is not None and (name := interface(topology, store)):
+    try:
+        store = _meet(topology) if topology.num_nodes > 1 else None  # kept while the run lives
+        here = f"{topology.num_gpus} process{'es' if topology.num_gpus > 1 else ''} on this machine"
+        everywhere = f", {topology.size} on {topology.num_nodes}" if store is not None else ""
+        say(f"{here}{everywhere}; the output of each is in {folder}")
+        _run(_settings(topology, logs), command, logs)
+    except (RendezvousError, dist.DistError) as error:
+        raise _not_met(error, topology, log) from error
+
+
+def _stop_on_a_signal() -> None:
+    """Until the processes run (agent.py); as process 1 of a container a launcher would not even get the signal."""
+
+    def stop(number: int, _: FrameType | None) -> None:
+        raise Stopped(number)
+
+    for number in STOPS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, stop)
+
+
+def _meet(topology: Topology) -> Store:
+    store = roll_call(topology)
+    if name := interface(topology, store):
         # Gloo takes the interface of the machine's own name, which many systems resolve to a loopback address.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
-    here = f"{topology.num_gpus} process{'es' if topology.num_gpus > 1 else ''} on this machine"
-    everywhere = f", {topology.size} on {topology.num_nodes}" if store is not None else ""
-    say(f"{here}{everywhere}; the output of each is in {folder}")
-    try:
-        _run(_settings(topology, logs), command, logs)
-    except RendezvousError as error:
-        raise _not_met(error, topology, folder / f"launcher-{topology.node_rank}.log") from error
+    return store
 
 
 def _run(settings: LaunchConfig, command: Sequence[str], logs: RankLogs) -> None:
@@ -80,10 +102,18 @@ def _run(settings: LaunchConfig, command: Sequence[str], logs: RankLogs) -> None
     except SignalException as error:
         meeting.leave()  # and stays open: the other machines may go on
         raise Stopped(agent.asked or error.sigval) from None
+    except Stopped:
+        meeting.leave()
+        raise
     except BaseException:
         meeting.shutdown()
         raise
     meeting.shutdown()
+    if result is None:  # this machine waited for a place to the end
+        raise LaunchError(
+            "the run has ended on the other machines, which were enough",
+            hint="is the same --node-rank given to two machines?",
+        )
     if result.is_failed():
         raise _ending(agent, {rank: failure.exitcode for rank, failure in result.failures.items()}, logs)
 
@@ -97,13 +127,13 @@ def _ending(agent: Agent, exit_codes: Mapping[int, int], logs: RankLogs) -> Dove
     return first_failure(exit_codes, logs)
 
 
-def _not_met(error: RendezvousError, topology: Topology, log: Path) -> LaunchError:
-    if isinstance(error, RendezvousTimeoutError):
+def _not_met(error: RendezvousError | dist.DistError, topology: Topology, log: Path) -> LaunchError:
+    if isinstance(error, RendezvousTimeoutError | dist.DistStoreError):
         return LaunchError(
             f"a node was lost and did not come back to {topology.endpoint} within {topology.rdzv_timeout} s",
             hint=f"start its command again within that time; --rdzv-timeout SECONDS waits longer; see {log}",
         )
-    if isinstance(error, RendezvousConnectionError):
+    if isinstance(error, RendezvousConnectionError | dist.DistError):
         return LaunchError(
             f"node 0 of {topology.num_nodes} has left {topology.endpoint}",
             hint=f"its own output says why; start all nodes again; see {log}",
