@@ -204,6 +204,31 @@ def test_a_lost_machine_that_comes_back_goes_on_with_the_others(tmp_path: Path, 
     expect_gone(pids)
 
 
+@pytest.mark.slow
+def test_two_machines_that_save_at_their_own_pace_both_say_so(tmp_path: Path, port: str) -> None:
+    where = ["--num-nodes", "2", "--master-addr", "127.0.0.1", "--master-port", port, "--max-restarts", "1"]
+    with (
+        launched(tmp_path, "save:0", *where, "--node-rank", "0") as first,
+        launched(tmp_path, "save late:0", *where, "--node-rank", "1") as second,
+    ):
+        first.pids(2)
+        for command in (second, first):
+            command.process.terminate()
+        results = [first.ended(), second.ended()]
+    assert [code for code, _, _ in results] == [75, 75], results
+
+
+def test_a_second_launcher_leaves_the_logs_of_the_first_alone(tmp_path: Path) -> None:
+    with launched(tmp_path, "sleep:0", "--num-gpus", "2") as first:
+        first.pids(2)
+        with launched(tmp_path, "finish:0", "--num-gpus", "2") as second:
+            code, _, err = second.ended()
+        assert first.process.poll() is None
+    assert code == 2
+    assert err.startswith(f"error: {tmp_path / 'logs'} is in use by process {first.process.pid} on ")
+    assert not list((tmp_path / "logs").glob("rank-*.1.log"))
+
+
 def test_a_machine_that_does_not_come_is_named_and_nothing_is_started(tmp_path: Path, port: str) -> None:
     where = ["--num-nodes", "2", "--node-rank", "0", "--master-addr", "127.0.0.1", "--master-port", port]
     with launched(tmp_path, "finish:0", *where, "--rdzv-timeout", "1") as command:

@@ -25,6 +25,8 @@ END_NOW = signal.SIGUSR2
 SAVED = RunInterrupted.exit_code
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 """Ask a run to end. One that is ignored when the launcher starts stays ignored: so does `nohup` with SIGHUP."""
+_OTHERS_SAVE_S = 60
+"""Seconds for which a machine whose processes have saved waits for the others': the meeting place must outlive them."""
 _LASTING = DovetailError.exit_code
 """Of errors that another start would meet again."""
 
@@ -48,8 +50,12 @@ class Agent(LocalElasticAgent):
         if any(process.poll() not in (None, 0, SAVED) for process in self._processes()):
             self._end_now()
         result: RunResult = super()._monitor_workers(worker_group)
-        if self.asked or any(_code(failure) in (SAVED, _LASTING) for failure in result.failures.values()):
+        codes = {_code(failure) for failure in result.failures.values()}
+        if self.asked or codes & {SAVED, _LASTING}:
             self._remaining_restarts = 0
+        if SAVED in codes:  # torch waits for the other machines only where all ended with 0
+            self._exit_barrier_timeout = _OTHERS_SAVE_S
+            self._exit_barrier()  # type: ignore[no-untyped-call]
         return result
 
     def _stop_workers(self, worker_group: WorkerGroup, *more: Any, **named: Any) -> None:

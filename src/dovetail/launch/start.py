@@ -6,7 +6,8 @@ Not responsible for: which processes (topology.py), what they are told on a sign
 
 import os
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -30,6 +31,7 @@ from dovetail.launch.rank import LAUNCHER
 from dovetail.launch.rendezvous import interface, local_address, roll_call
 from dovetail.launch.topology import Topology
 from dovetail.telemetry.log import say
+from dovetail.training.lock import FolderLock
 
 # One stream a process, so that its log has its lines in their order; exec keeps the process id.
 _ONE_STREAM = ("/bin/sh", "-c", 'exec "$@" 2>&1', "sh")
@@ -49,30 +51,52 @@ def start(topology: Topology, command: Sequence[str], output_dir: str | Path) ->
     Each finds RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT in its environment. The first SIGTERM or
     Ctrl-C is passed on to all, the second kills them; before they run, the first ends it all. Raises LaunchError
     (the machines did not meet), ProcessFailed (the first failure, after `topology.max_restarts` restarts),
-    RunInterrupted (a signal came, and all saved), Stopped.
+    RunInterrupted (a signal came, and all saved), CheckpointError (another launcher is at work there), Stopped.
     """
     folder = Path(output_dir) / "logs"
+    with _claimed(folder, topology):
+        log = folder / f"launcher-{topology.node_rank}.log"
+        send_agent_log_to(log)
+        _stop_on_a_signal()
+        os.environ[LAUNCHER] = str(os.getpid())
+        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = (
+            "1"  # each start has a store of its own: meeting.py
+        )
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // topology.num_gpus)))
+        try:
+            _meet_and_run(topology, command, folder)
+        except (RendezvousError, dist.DistError) as error:
+            raise _not_met(error, topology, log) from error
+
+
+@contextmanager
+def _claimed(folder: Path, topology: Topology) -> Iterator[None]:
+    """No second launcher puts the logs of a run aside while the block runs. Raises CheckpointError if one has them.
+
+    Among several machines it is the port of node 0 that keeps others out. A lock of a machine that was lost might
+    outlive it on a shared file system, and keep out the one that takes its place.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        lock = FolderLock(folder / ".lock") if topology.num_nodes == 1 else None
     except OSError as error:
         raise LaunchError(
-            f"{folder} cannot be made: {error.strerror}", hint="give another output_dir"
+            f"{folder} cannot be used: {error.strerror}", hint="give another output_dir"
         ) from error
-    log = folder / f"launcher-{topology.node_rank}.log"
-    send_agent_log_to(log)
-    _stop_on_a_signal()
-    os.environ[LAUNCHER] = str(os.getpid())
-    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # each start has a store of its own: meeting.py
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // topology.num_gpus)))
-    logs = RankLogs(folder, before_restart=lambda ranks, number: _say_restart(logs, ranks, number))
     try:
-        store = _meet(topology) if topology.num_nodes > 1 else None  # kept while the run lives
-        here = f"{topology.num_gpus} process{'es' if topology.num_gpus > 1 else ''} on this machine"
-        everywhere = f", {topology.size} on {topology.num_nodes}" if store is not None else ""
-        say(f"{here}{everywhere}; the output of each is in {folder}")
-        _run(_settings(topology, logs), command, logs)
-    except (RendezvousError, dist.DistError) as error:
-        raise _not_met(error, topology, log) from error
+        yield
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def _meet_and_run(topology: Topology, command: Sequence[str], folder: Path) -> None:
+    logs = RankLogs(folder, before_restart=lambda ranks, number: _say_restart(logs, ranks, number))
+    store = _meet(topology) if topology.num_nodes > 1 else None  # kept while the run lives
+    here = f"{topology.num_gpus} process{'es' if topology.num_gpus > 1 else ''} on this machine"
+    everywhere = f", {topology.size} on {topology.num_nodes}" if store is not None else ""
+    say(f"{here}{everywhere}; the output of each is in {folder}")
+    _run(_settings(topology, logs), command, logs)
 
 
 def _stop_on_a_signal() -> None:
