@@ -101,15 +101,30 @@ def test_a_stage_runs_alone(run: Run, pipeline: list[RunConfig], stage: str) -> 
 @pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
 def test_a_stage_takes_the_flags_of_the_whole_run(run: Run, pipeline: list[RunConfig], stage: str) -> None:
     flags = ["--actor-model", "1.3b", "--reward-model", "350m", "--output-dir", "runs/one", "--seed", "3"]
+    flags += ["--deployment-type", "single_gpu", "--actor-zero-stage", "3", "--reward-zero-stage", "2"]
     run("train", *flags)
     run(stage, *flags)
     whole, alone = pipeline
     assert alone == whole.model_copy(update={"stages": (stage,)})
 
 
-def test_a_reward_model_alone_needs_no_actor(run: Run, pipeline: list[RunConfig]) -> None:
-    assert run("reward", "--reward-model", "facebook/opt-350m")[0] == 0
+@pytest.mark.parametrize("command", [("reward",), ("train", "--step", "2")])
+def test_a_reward_model_alone_needs_no_actor(
+    run: Run, pipeline: list[RunConfig], command: tuple[str, ...]
+) -> None:
+    assert run(*command, "--reward-model", "350m", "seed=1")[0] == 0
     assert pipeline[0].reward_start().path == "facebook/opt-350m"
+    assert pipeline[0].output_dir == "runs/opt-350m"
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+def test_a_reward_model_beside_a_recipe_leaves_actor_and_folder_to_the_recipe(
+    run: Run, pipeline: list[RunConfig], stage: str
+) -> None:
+    assert run(stage, "opt-1.3b", "--reward-model", "facebook/opt-125m")[0] == 0
+    (config,) = pipeline
+    assert (config.actor.path, config.output_dir) == ("facebook/opt-1.3b", "runs/opt-1.3b")
+    assert config.reward_start().path == "facebook/opt-125m"
 
 
 def test_steps_are_given_as_a_list(run: Run, pipeline: list[RunConfig]) -> None:

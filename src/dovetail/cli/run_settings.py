@@ -56,6 +56,8 @@ def resolve(recipe: str | None, overrides: Sequence[str], flags: Flags) -> Resol
     notes = []
     actor = _full_name(flags.actor_model)
     if recipe is None:
+        if actor is None and list(map(_stage, flags.step)) == ["reward"]:
+            actor = _full_name(flags.reward_model)  # it needs no other, and gives the run its name
         if actor is None:
             raise ConfigError(
                 "neither a recipe nor a model was given",

@@ -5,7 +5,8 @@ Not responsible for: settings (run_settings.py), the stages themselves (stages/)
 """
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Annotated
+from inspect import signature
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -182,52 +183,15 @@ def train(
 
 
 def stage_command(stage: StageName, text: str) -> Callable[..., None]:
-    """The command that runs one stage. All take the same flags: those of a run are the same at every stage."""
+    """The command that runs one stage: `train`, with all its arguments but --step."""
 
-    def command(
-        context: typer.Context,
-        recipe: Recipe = None,
-        overrides: Overrides = None,
-        actor_model: ActorModel = None,
-        reward_model: RewardModel = None,
-        data: Data = None,
-        output_dir: OutputDir = None,
-        seed: Seed = None,
-        num_gpus: NumGpus = None,
-        dry_run: DryRun = False,
-        num_nodes: NumNodes = None,
-        node_rank: NodeRank = None,
-        master_addr: MasterAddr = None,
-        master_port: MasterPort = DEFAULT_PORT,
-        rdzv_id: RdzvId = None,
-        rdzv_timeout: RdzvTimeout = 300,
-        hostfile: Hostfile = None,
-        max_restarts: MaxRestarts = 0,
-    ) -> None:
-        # A reward model needs no actor; the run is then named after what it starts from.
-        named_after = actor_model or (reward_model if stage == "reward" else None)
-        flags = Flags(
-            actor_model=named_after,
-            reward_model=reward_model,
-            data=data or (),
-            output_dir=output_dir,
-            seed=seed,
-            step=(stage,),
-            num_gpus=num_gpus,
-        )
-        launch = LaunchFlags(
-            num_gpus=num_gpus,
-            num_nodes=num_nodes,
-            node_rank=node_rank,
-            master_addr=master_addr,
-            master_port=master_port,
-            rdzv_id=rdzv_id,
-            rdzv_timeout=rdzv_timeout,
-            hostfile=hostfile,
-            max_restarts=max_restarts,
-        )
-        carry_out(resolve(recipe, overrides or (), flags), launch, context.obj, dry_run=dry_run)
+    def command(context: typer.Context, **given: Any) -> None:
+        train(context, **given, step=[stage])
 
+    whole = signature(train)
+    kept = [parameter for name, parameter in whole.parameters.items() if name != "step"]
+    command.__signature__ = whole.replace(parameters=kept)  # type: ignore[attr-defined]
+    command.__annotations__ = train.__annotations__
     command.__doc__ = text
     return command
 
