@@ -1,10 +1,14 @@
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+import dovetail.model.load
+import dovetail.text.tokenizer
+import dovetail.training.weights
 from dovetail.cli.main import main
 from dovetail.config.load import dump, load
 from dovetail.model.load import load_scalar_model, save_model
@@ -14,6 +18,7 @@ from dovetail.training.run_folder import RunFolder
 from dovetail.training.weights import trained_weights
 from tests.fakes import byte_tokenizer, tiny_model
 
+TEMPLATE = "{% for message in messages %}<{{ message.role }}> {{ message.content }}\\n{% endfor %}"
 IDS = torch.arange(1, 13)[None]
 
 
@@ -102,6 +107,80 @@ def test_a_checkpoint_of_a_half_finished_stage_can_be_had(
     )
     assert export(*arguments) == 0
     torch.testing.assert_close(logits(tmp_path / "out"), model(IDS).logits)
+
+
+@pytest.mark.parametrize(
+    ("which", "is_after_sft", "revision"),
+    [
+        ("sft", False, "v2"),
+        ("ppo", False, "v2"),
+        ("ppo", True, None),
+        ("reward", False, "v2"),
+        ("reward", True, None),
+    ],
+)
+def test_a_checkpoint_goes_onto_the_model_that_the_settings_name_with_its_template(
+    base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    which: str,
+    is_after_sft: bool,
+    revision: str | None,
+) -> None:
+    run = RunFolder(tmp_path / "run")
+    actor = f"{{path: {base}, revision: v2, trust_remote_code: true, chat_template: '{TEMPLATE}'}}"
+    start = "sft" if is_after_sft else "model"
+    run.path.mkdir()
+    changes = [f"actor={actor}", "reward_model=null", f"reward.start_from={start}", f"output_dir={run.path}"]
+    run.config.write_text(dump(load("opt-125m", changes)))
+    if is_after_sft:
+        tokenizer = byte_tokenizer()
+        tokenizer.chat_template = TEMPLATE
+        save_model(tiny_model("llama"), tokenizer, run.model("sft"))
+        (run.path / "sft" / "done").write_text("")
+    asked = [
+        asked_of(
+            monkeypatch, dovetail.model.load, f"load_{'scalar_model' if which == 'reward' else 'causal_lm'}"
+        ),
+        asked_of(monkeypatch, dovetail.text.tokenizer, "load_tokenizer"),
+    ]
+    monkeypatch.setattr(dovetail.training.weights, "load_trained", lambda model, weights: None)
+    Checkpoints(run.checkpoints(which)).save(10, {"model": {}, "engine": {"actor": {}}})
+    out = tmp_path / "out"
+    assert export(str(run.path), str(out), "--which", which, "--from-checkpoint", "newest") == 0
+    place = str(run.model("sft") if is_after_sft else base)
+    assert asked == [[(place, revision, True)]] * 2
+    assert AutoTokenizer.from_pretrained(out).chat_template == TEMPLATE
+
+
+def asked_of(
+    monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str
+) -> list[tuple[str, str | None, bool]]:
+    """Path, revision and trust in its code, of all that a loader is asked for: a folder has but one revision."""
+    asked = []
+    real = getattr(module, name)
+
+    def loader(path: str, **options: Any) -> Any:
+        asked.append((path, options["revision"], options["trust_remote_code"]))
+        return real(path, **options)
+
+    monkeypatch.setattr(module, name, loader)
+    return asked
+
+
+def test_without_a_word_a_checkpoint_is_that_of_ppo_else_of_sft(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = RunFolder(tmp_path / "run")
+    run.path.mkdir()
+    run.config.write_text(dump(load("opt-125m", [f"actor.path={base}", f"output_dir={run.path}"])))
+    weights = trained_weights(tiny_model("llama"))
+    Checkpoints(run.checkpoints("sft")).save(10, {"model": weights})
+    assert export(str(run.path), str(tmp_path / "one"), "--from-checkpoint", "newest") == 0
+    assert "sft after step 10" in capsys.readouterr().err
+    Checkpoints(run.checkpoints("ppo")).save(2, {"engine": {"actor": weights}})
+    assert export(str(run.path), str(tmp_path / "two"), "--from-checkpoint", "newest") == 0
+    assert "ppo after step 2" in capsys.readouterr().err
 
 
 def test_what_is_not_finished_or_not_there_is_said(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from dovetail.config.load import check, read_recipe
+from dovetail.config.model import ModelConfig
 from dovetail.config.run import RunConfig
 from dovetail.errors import ModelError
 from dovetail.model.run_models import model_folder
@@ -57,7 +58,7 @@ def export(
     from dovetail.text.chat_format import ChatFormat
 
     if from_checkpoint is not None:
-        model, tokenizer = from_run_checkpoint(Path(path), which or "ppo", from_checkpoint)
+        model, tokenizer = from_run_checkpoint(Path(path).expanduser(), which, from_checkpoint)
     else:
         model, tokenizer = finished(Path(path).expanduser(), path, which, precision)
     chat = ChatFormat(tokenizer)
@@ -84,14 +85,8 @@ def finished(folder: Path, name: str, which: Which | None, dtype: "torch.dtype")
 
 def loaded(path: str, dtype: "torch.dtype") -> tuple[Any, Any]:
     """A causal LM or reward model with its tokenizer."""
-    import torch
-
-    from dovetail.model.load import load_causal_lm
-    from dovetail.text.tokenizer import load_tokenizer
-
-    if _is_reward_model(Path(path)):
-        return _scalar(path, dtype, seed=0)
-    return load_causal_lm(path, dtype=dtype, device=torch.device("cpu")), load_tokenizer(path)
+    model = ModelConfig(path=path)
+    return _scalar(model, dtype, seed=0) if _is_reward_model(Path(path)) else _causal_lm(model, dtype)
 
 
 def merged_adapter(folder: Path, dtype: "torch.dtype") -> tuple[Any, Any]:
@@ -108,15 +103,17 @@ def merged_adapter(folder: Path, dtype: "torch.dtype") -> tuple[Any, Any]:
     return PeftModel.from_pretrained(model, str(folder)).merge_and_unload(), tokenizer
 
 
-def from_run_checkpoint(folder: Path, which: Which, checkpoint: Checkpoint) -> tuple[Any, Any]:
+def from_run_checkpoint(folder: Path, which: Which | None, checkpoint: Checkpoint) -> tuple[Any, Any]:
     """The model of a stage as its newest checkpoint has it, or its best."""
     from dovetail.training.checkpoint import Checkpoints
     from dovetail.training.run_folder import RunFolder
     from dovetail.training.weights import load_trained
 
+    run = RunFolder(folder)
+    if which is None:
+        which = "ppo" if any(run.checkpoints("ppo").glob("step-*")) else "sft"
     if which not in ("sft", "reward", "ppo"):
         raise ModelError(f"{which} cannot be taken from a checkpoint", hint="--which sft, reward or ppo")
-    run = RunFolder(folder)
     checkpoints = Checkpoints(run.checkpoints(which))
     found = checkpoints.latest() if checkpoint == "newest" else checkpoints.best()
     if found is None:
@@ -141,11 +138,15 @@ def _beginning(run: Any, config: RunConfig, which: Which) -> tuple[Any, Any]:
 
     settings = config.actor if which != "reward" else config.reward_start()
     after_sft = which == "ppo" or (which == "reward" and config.reward.start_from == "sft")
-    path = str(run.model("sft")) if after_sft and run.is_done("sft") else settings.path
+    start = settings
+    if after_sft and run.is_done("sft"):
+        start = start.model_copy(update={"path": str(run.model("sft")), "revision": None})
+        if which == "ppo":  # with the template that stage 1 learned
+            start = start.model_copy(update={"chat_template": None})
     if which == "reward":
-        model, tokenizer = _scalar(path, torch.float32, seed=config.seed)
+        model, tokenizer = _scalar(start, torch.float32, seed=config.seed)
     else:
-        model, tokenizer = loaded(path, torch.float32)
+        model, tokenizer = _causal_lm(start, torch.float32)
     if settings.lora is not None:
         lora = settings.lora
         model = add_lora(
@@ -154,17 +155,31 @@ def _beginning(run: Any, config: RunConfig, which: Which) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def _scalar(path: str, dtype: "torch.dtype", *, seed: int) -> tuple[Any, Any]:
-    import torch
+def _causal_lm(settings: ModelConfig, dtype: "torch.dtype") -> tuple[Any, Any]:
+    from dovetail.model.load import load_causal_lm
 
+    return load_causal_lm(settings.path, dtype=dtype, **_place(settings)), _tokenizer(settings)
+
+
+def _scalar(settings: ModelConfig, dtype: "torch.dtype", *, seed: int) -> tuple[Any, Any]:
     from dovetail.model.load import load_scalar_model
+
+    tokenizer = _tokenizer(settings)
+    pad = tokenizer.pad_token_id
+    model = load_scalar_model(settings.path, dtype=dtype, seed=seed, pad_token_id=pad, **_place(settings))
+    return model, tokenizer
+
+
+def _tokenizer(settings: ModelConfig) -> Any:
     from dovetail.text.tokenizer import load_tokenizer
 
-    tokenizer = load_tokenizer(path)
-    model = load_scalar_model(
-        path, dtype=dtype, device=torch.device("cpu"), seed=seed, pad_token_id=tokenizer.pad_token_id
-    )
-    return model, tokenizer
+    source = settings.model_dump(include={"revision", "trust_remote_code", "chat_template"})
+    return load_tokenizer(settings.path, **source)
+
+
+def _place(settings: ModelConfig) -> dict[str, Any]:
+    """Which version is loaded, and to where."""
+    return {"device": "cpu", **settings.model_dump(include={"revision", "trust_remote_code"})}
 
 
 def _is_reward_model(folder: Path) -> bool:
