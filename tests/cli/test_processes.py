@@ -77,6 +77,50 @@ def test_one_process_that_offloads_is_started_as_a_group(
     assert started[0][0].size == 1
 
 
+def test_one_process_that_is_to_restart_is_started_by_a_launcher(
+    run: Run, started: list[tuple[Topology, list[str]]]
+) -> None:
+    assert run("train", "opt-125m", "--max-restarts", "3")[0] == 0
+    assert (started[0][0].size, started[0][0].max_restarts) == (1, 3)
+
+
+@pytest.mark.parametrize("folder", [".", "/"])
+def test_a_folder_without_a_name_gives_the_meeting_one(
+    run: Run, started: list[tuple[Topology, list[str]]], folder: str
+) -> None:
+    assert run("train", "opt-125m", "--num-gpus", "2", "--output-dir", folder)[0] == 0
+    assert started[0][0].rdzv_id == (Path.cwd().name if folder == "." else "dovetail")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"MASTER_ADDR": None}, "but MASTER_ADDR is not set"),
+        ({"RANK": "x"}, "RANK='x' is no number"),
+        ({"RANK": "2"}, "RANK=2 is not one of WORLD_SIZE=2 processes"),
+        ({"LOCAL_WORLD_SIZE": "x"}, "LOCAL_WORLD_SIZE='x' is no number"),
+    ],
+)
+def test_half_an_environment_of_a_rank_is_one_message(
+    run: Run, monkeypatch: pytest.MonkeyPatch, changes: dict[str, str | None], message: str
+) -> None:
+    whole = {
+        "RANK": "0",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": "1",
+    }
+    for name, value in {**whole, **changes}.items():
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+    monkeypatch.setattr(
+        "dovetail.launch.preflight.preflight", lambda *given, **named: pytest.fail("it came too late")
+    )
+    code, _, err = run("train", "opt-125m")
+    assert code == 2
+    assert message in err
+
+
 def test_a_recipe_may_say_how_many(run: Run, started: list[tuple[Topology, list[str]]]) -> None:
     run("train", "opt-125m", "num_gpus=2")
     assert started[0][0].size == 2

@@ -8,7 +8,7 @@ from dovetail.launch.topology import (
     Topology,
     expect_enough_gpus,
     expect_enough_work,
-    rank_of,
+    is_rank,
     topology_of,
 )
 
@@ -44,6 +44,12 @@ def test_a_hostfile_gives_machines_slots_and_the_meeting_place(hostfile: str) ->
     assert (of_two.hosts, of_two.num_gpus, of_two.master_addr) == (("a", "b"), 8, "a")
     of_all = topology(LaunchFlags(hostfile=hostfile, num_gpus=4), num_gpus=4)
     assert (of_all.num_nodes, of_all.size) == (3, 12)
+
+
+def test_a_recipe_s_number_counts_beside_a_hostfile(hostfile: str) -> None:
+    assert topology(LaunchFlags(hostfile=hostfile), num_gpus=4).size == 12
+    with pytest.raises(ConfigError, match="num_gpus = 8: c has slots=4"):
+        topology(LaunchFlags(hostfile=hostfile), num_gpus=8)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +92,7 @@ def test_a_hostfile_that_does_not_fit_the_flags_is_refused(hostfile: str) -> Non
     with pytest.raises(ConfigError, match=r"--num-nodes 4: .* has 3 machines"):
         topology(LaunchFlags(hostfile=hostfile, num_nodes=4))
     with pytest.raises(ConfigError, match="--num-gpus 8: c has slots=4"):
-        topology(LaunchFlags(hostfile=hostfile, num_gpus=8))
+        topology(LaunchFlags(hostfile=hostfile, num_gpus=8), num_gpus=8)
 
 
 def test_all_gpus_of_a_machine_without_any_are_not_none() -> None:
@@ -94,10 +100,10 @@ def test_all_gpus_of_a_machine_without_any_are_not_none() -> None:
         topology(LaunchFlags(deployment_type="single_node"), gpus_here=0)
 
 
-def test_only_a_started_process_has_a_rank() -> None:
-    assert rank_of({}) is None
-    assert rank_of({"RANK": "1", "WORLD_SIZE": "2"}) is None  # of a machine, as some schedulers set them
-    assert rank_of({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}) == (5, 8)
+def test_only_a_started_process_is_a_rank() -> None:
+    assert not is_rank({})
+    assert not is_rank({"RANK": "1", "WORLD_SIZE": "2"})  # of a machine, as some schedulers set them
+    assert is_rank({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"})
 
 
 def test_a_batch_smaller_than_the_world_is_refused_and_an_equal_one_is_not() -> None:

@@ -48,7 +48,10 @@ def test_a_missing_size_is_refused(environment: pytest.MonkeyPatch) -> None:
         pass
 
 
-@pytest.mark.parametrize(("name", "value", "told"), [("RANK", "2", "RANK=2"), ("LOCAL_RANK", "x", "'x'")])
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [("RANK", "2", "RANK=2"), ("LOCAL_RANK", "x", "'x'"), ("MASTER_PORT", "x", "MASTER_PORT='x'")],
+)
 def test_impossible_numbers_are_refused(
     environment: pytest.MonkeyPatch, name: str, value: str, told: str
 ) -> None:
@@ -56,6 +59,12 @@ def test_impossible_numbers_are_refused(
         environment.setenv(key, good)
     environment.setenv(name, value)
     with pytest.raises(ConfigError, match=told), joined(CPU):
+        pass
+
+
+def test_a_size_that_is_no_number_is_refused_without_a_rank_too(environment: pytest.MonkeyPatch) -> None:
+    environment.setenv("WORLD_SIZE", "x")
+    with pytest.raises(ConfigError, match="WORLD_SIZE='x' is no number"), joined(CPU):
         pass
 
 

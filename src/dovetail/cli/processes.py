@@ -23,7 +23,7 @@ from dovetail.launch.topology import (
     Topology,
     expect_enough_gpus,
     expect_enough_work,
-    rank_of,
+    is_rank,
     topology_of,
 )
 
@@ -101,14 +101,14 @@ def carry_out_everywhere(
 def _carry_out(
     config: RunConfig, flags: LaunchFlags, arguments: Sequence[str], work: Callable[[], None]
 ) -> bool:
-    if (rank := rank_of()) is not None:
-        _as_rank(config, rank[1], work)
+    if is_rank():
+        _as_rank(config, work)
         return False
     topology = topology_for(config, flags)
     if topology.node_rank is None:
         typer.echo("\n".join(commands(topology, arguments)))
         return False
-    if topology.size == 1 and not config.offload.models:
+    if topology.size == 1 and not config.offload.models and not topology.max_restarts:
         work()
     else:
         _start(config, topology, arguments)
@@ -117,7 +117,7 @@ def _carry_out(
 
 def topology_for(config: RunConfig, flags: LaunchFlags) -> Topology:
     """The checked topology of a run. Raises ConfigError."""
-    name = Path(config.output_dir).name
+    name = Path(config.output_dir).absolute().name or "dovetail"
     topology = topology_of(flags, num_gpus=config.num_gpus, run_name=name, count_gpus=_count_gpus)
     _expect_possible(config, topology.size, topology.num_gpus)
     return topology
@@ -156,18 +156,21 @@ def without_launch_flags(arguments: Sequence[str]) -> list[str]:
     return kept
 
 
-def _as_rank(config: RunConfig, world_size: int, work: Callable[[], None]) -> None:
+def _as_rank(config: RunConfig, work: Callable[[], None]) -> None:
     from dovetail.launch.rank import as_rank
 
     with as_rank():
-        _expect_possible(config, world_size, int(os.environ.get("LOCAL_WORLD_SIZE", "0")))
-        if world_size == 1:
+        # here and not above: it imports torch
+        from dovetail.parallel.world import described_world, shared_store
+
+        world = described_world()
+        _expect_possible(config, world.size, world.local_size)
+        if world.size == 1:
             work()
             return
         from dovetail.launch.inputs import inputs_of
-        from dovetail.launch.preflight import preflight  # here and not above: it imports torch
+        from dovetail.launch.preflight import preflight
         from dovetail.launch.stuck import watched
-        from dovetail.parallel.world import shared_store
 
         preflight(config.output_dir, inputs_of(config), device=config.device)
         with watched(shared_store()):

@@ -60,7 +60,7 @@ class RunConfig(FrozenModel):
     offload: OffloadConfig = OffloadConfig()
     """What lives in host memory of each sharded model."""
     num_gpus: PositiveInt = 1
-    """Processes that `dovetail train` starts on each machine, one per GPU."""
+    """Processes that `dovetail train` starts on each machine, one per GPU. With a hostfile 1 means its slots."""
     tracking: TrackingConfig = TrackingConfig()
     """Where metrics go."""
 

@@ -66,13 +66,14 @@ def topology_of(
 ) -> Topology:
     """The topology that flags and recipe describe.
 
-    num_gpus: the recipe's, with the flag already applied; run_name: by default the rendezvous id; count_gpus:
-    asked only where the number of this machine's GPUs decides. Raises ConfigError.
+    num_gpus: the recipe's, with the flag already applied, 1 if nobody said; run_name: by default the rendezvous id;
+    count_gpus: asked only where the number of this machine's GPUs decides. Raises ConfigError.
     """
     hosts = _hosts(flags)
     num_nodes = flags.num_nodes or (len(hosts) if hosts else 1)
-    if hosts and flags.num_gpus is None:
+    if hosts and flags.num_gpus is None and num_gpus == 1:
         num_gpus = _equal_slots(hosts, str(flags.hostfile))
+    _expect_slots(hosts, num_gpus, flags)
     num_gpus = _by_deployment_type(flags, num_gpus, num_nodes, count_gpus)
     _expect_node_rank(flags.node_rank, num_nodes)
     if flags.node_rank is not None and num_nodes > 1 and not (flags.master_addr or hosts):
@@ -93,11 +94,9 @@ def topology_of(
     )
 
 
-def rank_of(environment: Mapping[str, str] = os.environ) -> tuple[int, int] | None:
-    """(rank, world size) of a process that torchrun or the like has started; None for any other process."""
-    if not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= set(environment):
-        return None
-    return int(environment["RANK"]), int(environment["WORLD_SIZE"])
+def is_rank(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether torchrun or the like has started this process as one of a run."""
+    return {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= set(environment)
 
 
 def expect_enough_work(batch_sizes: Mapping[str, int], world_size: int) -> None:
@@ -129,14 +128,17 @@ def _hosts(flags: LaunchFlags) -> list[Host]:
             f"--num-nodes {flags.num_nodes}: {flags.hostfile} has {len(hosts)} machines",
             hint="add machines to the hostfile, or lower --num-nodes",
         )
-    hosts = hosts[: flags.num_nodes]
+    return hosts[: flags.num_nodes]
+
+
+def _expect_slots(hosts: list[Host], num_gpus: int, flags: LaunchFlags) -> None:
+    asked = "num_gpus =" if flags.num_gpus is None else "--num-gpus"
     for host in hosts:
-        if flags.num_gpus is not None and host.slots < flags.num_gpus:
+        if host.slots < num_gpus:
             raise ConfigError(
-                f"--num-gpus {flags.num_gpus}: {host.name} has slots={host.slots} in {flags.hostfile}",
-                hint="lower --num-gpus, or correct the slots",
+                f"{asked} {num_gpus}: {host.name} has slots={host.slots} in {flags.hostfile}",
+                hint=f"set {asked} {host.slots} or less, or correct the slots",
             )
-    return hosts
 
 
 def _equal_slots(hosts: list[Host], file: str) -> int:

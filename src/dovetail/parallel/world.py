@@ -144,7 +144,7 @@ def joined(device: torch.device) -> Iterator[World]:
     all but the first exit with its code and no word.
     Raises ConfigError if the environment is half a description, or names a GPU that is not there.
     """
-    world = _described()
+    world = described_world()
     if not world.is_group:
         yield ALONE
         return
@@ -218,10 +218,10 @@ def row_and_column(size: int, width: int) -> tuple[Any, Any]:
     return row, column
 
 
-def _described() -> World:
-    """The world of the environment variables."""
+def described_world() -> World:
+    """The world of the environment variables, not joined yet. Raises ConfigError if they are half a description."""
     given = {name: os.environ.get(name) for name in VARIABLES}
-    if given["RANK"] is None and int(given["WORLD_SIZE"] or 1) == 1:
+    if given["RANK"] is None and _number("WORLD_SIZE", given["WORLD_SIZE"] or "1") == 1:
         return ALONE
     missing = [name for name, value in given.items() if value is None]
     if missing:
@@ -230,7 +230,7 @@ def _described() -> World:
             f"{', '.join(missing)} is not set",
             hint="start it with torchrun, which sets all of them; alone, unset RANK and WORLD_SIZE",
         )
-    numbers = {name: _number(name, given[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    numbers = {name: _number(name, given[name]) for name in VARIABLES if name != "MASTER_ADDR"}
     if not 0 <= numbers["RANK"] < numbers["WORLD_SIZE"]:
         raise ConfigError(
             f"RANK={numbers['RANK']} is not one of WORLD_SIZE={numbers['WORLD_SIZE']} processes",
