@@ -23,7 +23,7 @@ LONGEST = 1800.0
 """Seconds that a group may take."""
 
 Case = tuple[RunConfig, tuple[str, int] | None]
-"""A run, and the stage and step after whose checkpoint it is stopped; only the last of several may be."""
+"""A run, and the stage and step after whose checkpoint it is stopped."""
 
 
 def run_all(cases: Sequence[Case], *, size: int) -> list[str]:
