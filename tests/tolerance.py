@@ -27,14 +27,3 @@ def assert_near(actual: Any, expected: Any, *, dtype: torch.dtype | None = None)
     near = NEAR[dtype or (actual.dtype if actual.is_floating_point() else torch.float64)]
     expected = torch.as_tensor(expected, dtype=torch.float64)
     torch.testing.assert_close(actual.detach().cpu().double(), expected.detach().cpu(), rtol=near, atol=near)
-
-
-def assert_near_after_adam(weight: torch.Tensor, same: torch.Tensor, *, learning_rate: float) -> None:
-    """float32 weights that came about by adding up in another order: near, but for one in a thousand, which may be
-    off by a tenth of a step. Adam divides a gradient by its own size, so one that is nearly zero shows its rounding.
-    """
-    assert weight.shape == same.shape
-    error = (weight - same).abs()
-    far = error > NEAR[torch.float32] * (1 + same.abs())
-    assert int(far.sum()) <= max(1, far.numel() // 1000)
-    assert float(error.max()) < learning_rate / 10
