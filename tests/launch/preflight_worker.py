@@ -1,4 +1,4 @@
-"""One rank of the preflight tests: `preflight_worker.py RANK PORT FOLDER FAULT...`.
+"""One rank of the preflight tests: `preflight_worker.py RANK FOLDER FAULT:PORT...`.
 
 Runs a preflight of two ranks for each fault; rank 1 is the odd one. Prints what each raised, as JSON by fault.
 """
@@ -67,11 +67,11 @@ def outcome(fault: str, folder: str, rank: str) -> str:
     return f"ok, {joined}"
 
 
-def main(rank: str, port: str, folder: str, *faults: str) -> None:
+def main(rank: str, folder: str, *cases: str) -> None:
     os.environ |= {"RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1"}
     told = {}
-    for number, fault in enumerate(faults):
-        os.environ["MASTER_PORT"] = str(int(port) + number)
+    for case in cases:
+        fault, os.environ["MASTER_PORT"] = case.split(":")
         preflight.TIMEOUT_S = 2 if fault == "missing" else 60
         told[fault] = outcome(fault, folder, rank)
     sys.stdout.write(json.dumps(told))

@@ -13,25 +13,11 @@ import torch
 import dovetail
 from dovetail.errors import LaunchError
 from dovetail.launch import preflight as module
+from tests.parallel.group import new_store
 
 WORKER = Path(__file__).parent / "preflight_worker.py"
 HOST = socket.gethostname()
 FAULTS = ("none", "version", "setting", "data", "folder", "file", "sum", "joined", "missing")
-
-
-def free_ports(count: int) -> int:
-    """The first of so many ports in a row that nobody uses."""
-    while True:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            first = probe.getsockname()[1]
-        try:
-            for port in range(first, first + count):
-                with socket.socket() as probe:
-                    probe.bind(("127.0.0.1", port))
-        except OSError:
-            continue
-        return int(first)
 
 
 @pytest.fixture(scope="module")
@@ -43,14 +29,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def said(folder: Path) -> list[dict[str, str]]:
     """What each of two ranks made of every fault."""
     folder.with_name("run-file").write_text("not a folder")
-    port = str(free_ports(len(FAULTS)))
+    stores = {fault: new_store() for fault in FAULTS}  # as a launcher does, one for each time that they meet
+    cases = [f"{fault}:{store.port}" for fault, store in stores.items()]
     ranks = [
         subprocess.Popen(
-            [sys.executable, str(WORKER), rank, port, str(folder), *FAULTS],
+            [sys.executable, str(WORKER), rank, str(folder), *cases],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "TORCHELASTIC_USE_AGENT_STORE": "True"},
         )
         for rank in ("0", "1")
     ]

@@ -11,20 +11,18 @@ import pytest
 from dovetail.errors import LaunchError
 from dovetail.launch.rendezvous import expect_port_free, interface, local_address, roll_call
 from dovetail.launch.topology import Topology
+from tests.launch.ports import free_port
 
 
 @pytest.fixture
 def topology() -> Topology:
     """Two machines, both of them this one, that meet at a port nobody uses."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     return Topology(
         num_gpus=2,
         num_nodes=2,
         node_rank=0,
         master_addr="127.0.0.1",
-        master_port=port,
+        master_port=free_port(),
         rdzv_id="run",
         rdzv_timeout=60,
     )

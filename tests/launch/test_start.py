@@ -17,6 +17,7 @@ from dovetail.launch import start as module
 from dovetail.launch.logs import RankLogs
 from dovetail.launch.topology import Topology
 from tests.launch.launched import expect_gone, launched
+from tests.launch.ports import free_port
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 
@@ -122,11 +123,15 @@ def test_a_run_that_ignores_the_end_of_its_terminal_goes_on(tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_every_start_and_restart_has_a_preflight(tmp_path: Path) -> None:
+def test_a_lost_process_is_started_again_with_all_others_and_each_start_has_a_preflight(
+    tmp_path: Path,
+) -> None:
     with launched(tmp_path, "die:1", "--num-gpus", "2", "--max-restarts", "1", PREFLIGHT="1") as command:
-        code, out, _ = command.ended()
+        code, out, err = command.ended()
     assert code == 0
+    assert "restart 1: a process was lost" in err
     assert out.splitlines()[:2] == ["rank 0 of 2"] * 2
+    assert (tmp_path / "logs" / "rank-1.1.log").read_text() == "rank 1 of 2\n"
 
 
 @pytest.mark.slow
@@ -147,21 +152,9 @@ def test_a_process_that_leaves_without_a_word_gives_its_exit_code(tmp_path: Path
     assert "rank 1 ended with exit code 7: half a sentence" in err
 
 
-@pytest.mark.slow
-def test_a_lost_process_is_started_again_with_all_others(tmp_path: Path) -> None:
-    with launched(tmp_path, "die:1", "--num-gpus", "2", "--max-restarts", "1") as command:
-        code, out, err = command.ended()
-    assert code == 0
-    assert "restart 1: a process was lost" in err
-    assert out.splitlines()[:2] == ["rank 0 of 2"] * 2
-    assert (tmp_path / "logs" / "rank-1.1.log").read_text() == "rank 1 of 2\n"
-
-
 @pytest.fixture
 def port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
+    return str(free_port())
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from dovetail.launch.stuck import Position, diagnosis
 from dovetail.parallel.stand import frames_of
 from dovetail.training.checkpoint import Checkpoints
 from dovetail.training.disk import open_file
+from tests.parallel.group import new_store
 
 WORKER = Path(__file__).parent / "stuck_worker.py"
 HOST = socket.gethostname()
@@ -67,16 +68,22 @@ def test_a_rank_that_waits_for_its_checkpoint_stands_where_that_is_written(tmp_p
 
 
 def stuck(how: str, folder: Path, kind: str = "cpu") -> tuple[int, dict[str, str] | None, str]:
-    """Exit code of rank 0, what it recorded, and what it printed; rank 1 is the launcher's to end, and ended here."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    """Exit code of rank 0, what it recorded, and what it printed; rank 1 is the launcher's to end, and ended here.
+
+    Both may find out at the same look. Where rank 1 was faster its connection went, and code and record are its own.
+    """
+    store = new_store()
     ranks = [
         subprocess.Popen(
-            [sys.executable, str(WORKER), rank, port, how, kind],
+            [sys.executable, str(WORKER), rank, str(store.port), how, kind],
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", ERROR_FILE: str(folder / rank)},
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                "TORCHELASTIC_USE_AGENT_STORE": "True",
+                ERROR_FILE: str(folder / rank),
+            },
         )
         for rank in ("0", "1")
     ]
@@ -84,13 +91,14 @@ def stuck(how: str, folder: Path, kind: str = "cpu") -> tuple[int, dict[str, str
         printed = ranks[0].communicate(timeout=90)[1]
         if how in ("busy", "native"):
             ranks[1].communicate(timeout=90)
-        code = ranks[0].returncode
     finally:
         for process in ranks:
             process.send_signal(signal.SIGKILL)
             process.communicate()
-    recorded = json.loads((folder / "0").read_text()) if (folder / "0").exists() else None
-    return code, recorded, printed
+    for rank in (0, 1):
+        if (folder / str(rank)).exists():
+            return ranks[rank].returncode, json.loads((folder / str(rank)).read_text()), printed
+    return ranks[0].returncode, None, printed
 
 
 @pytest.mark.slow

@@ -1,13 +1,13 @@
 """Runs of several processes that cannot work: one message, the code for what can be repaired, nobody left behind."""
 
 import os
-import socket
 import sys
 from pathlib import Path
 
 import pytest
 
 from dovetail.config.run import RunConfig
+from tests.launch.ports import free_port
 from tests.launch.training import expect_end, launched
 from tests.stages.runs import tiny_run
 
@@ -36,19 +36,9 @@ def expect_one_error(said: str, message: str) -> None:
     assert "Traceback" not in said
 
 
-def test_heads_that_do_not_come_out_even_are_one_message_before_anything_starts(tmp_path: Path) -> None:
-    config = tiny_run(tmp_path, tensor_parallel={"generation": 3})
-    with launched(config, "--num-gpus", "3") as process:
-        expect_one_error(expect_end(process, config, 2), "tensor_parallel.generation = 3: ")
-    assert not Path(config.output_dir).exists()
-    expect_nobody(config)
-
-
 def test_machines_with_other_settings_say_so_and_do_not_begin(tmp_path: Path) -> None:
     config = tiny_run(tmp_path)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     where = ("--num-gpus", "1", "--num-nodes", "2", "--master-addr", "127.0.0.1", "--master-port", port)
     with (
         launched(config, *where, "--node-rank", "0") as first,

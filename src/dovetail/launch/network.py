@@ -20,11 +20,8 @@ def address_towards(host: str, port: int) -> str:
 def interface_towards(host: str, port: int) -> str | None:
     """The name of the network interface on the way to `host`; None if none has that address."""
     address = address_towards(host, port)
-    found: str | None = None
-    loopback = ipaddress.ip_address(address.partition("%")[0]).is_loopback
-    for name, entries in psutil.net_if_addrs().items():
-        addresses = {entry.address for entry in entries}
-        # Of the loopback addresses the system lists only the first.
-        if address in addresses or (loopback and "127.0.0.1" in addresses):
-            found = name
-    return found
+    wanted = {address}
+    if ipaddress.ip_address(address.partition("%")[0]).is_loopback:
+        wanted.add("127.0.0.1")  # of the loopback addresses the system lists only the first
+    interfaces = psutil.net_if_addrs().items()
+    return next((name for name, entries in interfaces if wanted & {entry.address for entry in entries}), None)
