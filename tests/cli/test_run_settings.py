@@ -35,6 +35,12 @@ def test_an_override_in_the_place_of_the_recipe_is_an_override() -> None:
     assert (config.sft.epochs, config.seed) == (3, 1)
 
 
+def test_an_override_may_be_longer_than_a_file_name() -> None:
+    files = ", ".join(f"my_{i}.jsonl" for i in range(100))
+    config = resolve(f"data.blend=[{files}]", (), Flags(actor_model="gpt2")).config
+    assert len(config.data.blend) == 100
+
+
 def test_data_are_names_files_weights_and_mappings(tmp_path: Path) -> None:
     sources = tmp_path / "sources.yaml"
     sources.write_text("- rm-static\n- {path: b.csv, chosen: x, rejected: y, weight: 3}\n")
@@ -59,6 +65,7 @@ def test_a_data_file_may_hold_all_data_settings(tmp_path: Path) -> None:
         (Flags(), "neither a recipe nor a model was given"),
         (Flags(actor_model="350m", step=("4",)), "--step 4: no such stage"),
         (Flags(actor_model="350m", data=("none.yaml",)), "--data none.yaml: no such file"),
+        (Flags(actor_model="350m", data=("n" * 300 + ".yaml",)), "n.yaml: no such file"),
         (Flags(actor_model="350m", data=("{path: x",)), "not valid YAML"),
     ],
 )

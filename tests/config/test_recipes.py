@@ -49,6 +49,11 @@ def test_an_unknown_recipe_names_the_nearest() -> None:
     assert caught.value.hint.startswith("did you mean opt-1.3b?")
 
 
+def test_a_text_too_long_for_a_file_name_is_no_recipe() -> None:
+    with pytest.raises(ConfigError, match="no such recipe"):
+        find_recipe("opt" * 100)
+
+
 def test_a_missing_file_elsewhere_is_not_taken_for_a_shipped_recipe(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such recipe"):
         find_recipe(str(tmp_path / "opt-1.3b.yaml"))

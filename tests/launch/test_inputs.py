@@ -74,3 +74,10 @@ def test_what_lies_on_the_hub_has_no_file_here(machine: Path) -> None:
     )
     seen, left = (set(inputs(config).files or ()) for config in (local, on_the_hub))
     assert seen - left == {f"model-llama/{file.name}" for file in Path("model-llama").iterdir()}
+
+
+def test_a_chat_template_is_a_file_only_where_it_names_one(machine: Path) -> None:
+    (machine / "chat.jinja").write_text("{{ messages[0].content }}")
+    assert "chat.jinja" in (inputs(run(actor={"chat_template": "chat.jinja"})).files or ())
+    in_words = inputs(run(actor={"chat_template": "{{ messages[0].content }}" + "问" * 200}))
+    assert in_words.files == inputs(run()).files

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dovetail.config.load import load, parse_value
-from dovetail.config.recipes import recipe_for
+from dovetail.config.recipes import names_file, recipe_for
 from dovetail.config.run import RunConfig, StageName
 from dovetail.errors import ConfigError
 
@@ -51,7 +51,7 @@ class Resolved:
 
 def resolve(recipe: str | None, overrides: Sequence[str], flags: Flags) -> Resolved:
     """Recipe first, then flags, then overrides; without a recipe one is picked for the actor."""
-    if recipe is not None and "=" in recipe and not Path(recipe).is_file():
+    if recipe is not None and "=" in recipe and not names_file(recipe):
         overrides, recipe = [recipe, *overrides], None
     notes = []
     actor = _full_name(flags.actor_model)
@@ -112,10 +112,10 @@ def _data_settings(items: Sequence[str]) -> dict[str, tuple[str, Any]]:
 
 
 def _read_sources(file: str) -> Any:
-    if not Path(file).is_file():
+    if not names_file(file):
         raise ConfigError(f"--data {file}: no such file", hint="give a YAML file that lists the sources")
     try:
-        return parse_value(Path(file).read_text(encoding="utf-8"), file)
+        return parse_value(Path(file).expanduser().read_text(encoding="utf-8"), file)
     except UnicodeDecodeError as error:
         raise ConfigError(f"--data {file}: not UTF-8 text", hint="save it as UTF-8") from error
 

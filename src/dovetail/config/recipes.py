@@ -34,15 +34,22 @@ def recipe_names() -> tuple[str, ...]:
     )
 
 
+def names_file(text: str) -> bool:
+    """Whether `text` is the path of a file; a text too long for any path is none."""
+    try:
+        return Path(text).expanduser().is_file()
+    except OSError:
+        return False
+
+
 def find_recipe(name: str) -> Path:
     """The file of a recipe given as a path, or as the name of one that comes with the package."""
     given = Path(name).expanduser()
-    if given.is_file():
+    if names_file(name):
         return given
     plain = given.name.removesuffix(".yaml")
-    shipped = FOLDER / f"{plain}.yaml"
-    if shipped.is_file() and str(given.parent) in (".", "recipes"):
-        return shipped
+    if plain in recipe_names() and str(given.parent) in (".", "recipes"):
+        return FOLDER / f"{plain}.yaml"
     close = difflib.get_close_matches(plain, recipe_names(), n=1)
     guess = f"did you mean {close[0]}? " if close else ""
     raise ConfigError(

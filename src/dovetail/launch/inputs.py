@@ -60,11 +60,7 @@ def _paths(config: RunConfig) -> Iterator[str]:
     models = (config.actor, config.reward_model)
     for model in filter(None, models):
         yield model.path
-        if (
-            model.chat_template is not None
-            and "\n" not in model.chat_template
-            and len(model.chat_template) < 256
-        ):
+        if model.chat_template and "{" not in model.chat_template:  # the name of a file with one
             yield model.chat_template
     yield from (source.path for source in (*config.data.blend, *config.data.pretraining))
     if config.ppo.reward_function is not None:
