@@ -55,3 +55,17 @@ def test_a_doubled_key_names_both_lines() -> None:
 def test_control_characters_are_refused_with_a_way_out() -> None:
     with pytest.raises(ConfigError, match="UTF-8"):
         read_yaml("a: \x00", "my.yaml")
+
+
+@pytest.mark.parametrize(
+    "text", ["!!int x", "!!float x", "!!bool x", "!!timestamp x", "!!timestamp 2026-13-45"]
+)
+def test_a_value_that_is_not_what_it_is_marked_as_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"my\.yaml: a value is not what it is marked as, or too long"):
+        read_yaml(text, "my.yaml")
+
+
+@pytest.mark.parametrize("text", ["&x [*x]", "[" * 5000])
+def test_a_value_without_end_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"my\.yaml: a value contains itself, or is nested too deeply"):
+        read_yaml(text, "my.yaml")

@@ -65,6 +65,16 @@ def read_yaml(text: str, source: str) -> Located:
         raise ConfigError(
             f"{source}: not valid YAML: {error}", hint="save the file as plain UTF-8 text"
         ) from error
+    except RecursionError:
+        raise ConfigError(
+            f"{source}: a value contains itself, or is nested too deeply",
+            hint="write it out, without & and *",
+        ) from None
+    except (ValueError, LookupError, AttributeError) as error:  # what PyYAML raises where a tag does not fit
+        raise ConfigError(
+            f"{source}: a value is not what it is marked as, or too long: {error}",
+            hint="leave out marks such as !!int; put words in quotes",
+        ) from error
 
 
 def _locate(node: yaml.Node, path: Path, lines: dict[Path, int], source: str) -> None:
