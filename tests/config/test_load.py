@@ -56,6 +56,14 @@ def test_items_of_lists_are_counted_from_0(recipe: str) -> None:
     assert config.data.blend[0].weight == 3
 
 
+def test_an_item_written_as_a_short_string_can_be_reached_into(recipe: str) -> None:
+    (source,) = load(recipe, ["data.blend.0.weight=3"]).data.blend
+    assert (source.path, source.weight) == ("rm-static", 3)
+    first, second = load(recipe, ["data.blend=[a:2, b:2]", "data.blend.1.limit=5"]).data.blend
+    assert (first.path, first.weight, first.limit) == ("a", 2, None)
+    assert (second.path, second.weight, second.limit) == ("b", 2, 5)
+
+
 @pytest.mark.parametrize(
     ("override", "message", "hint"),
     [
@@ -80,7 +88,16 @@ def test_items_of_lists_are_counted_from_0(recipe: str) -> None:
         ("data.blend=rm-static", r"this is a list, such as \[rm-static\]", "Sources of all three stages"),
         ("sft.epochs.x=2", r"sft\.epochs is the value 2, which has no parts", r"set sft\.epochs itself"),
         ("data.blend.7.weight=2", "is a list of 1, so 7 is no place in it", "count from 0"),
-        ("data.blend.0.weight=2", r"data\.blend\.0 is the value 'rm-static'", r"set data\.blend\.0 itself"),
+        (
+            "data.blend.0.path.x=2",
+            r"data\.blend\.0\.path is the value 'rm-static'",
+            r"set data\.blend\.0\.path",
+        ),
+        ("data.blend.².weight=2", "is a list of 1, so ² is no place in it", "count from 0"),
+        ("sft.epochs=.inf", r"sft\.epochs = inf: should be a finite number", "Passes over"),
+        ("ppo.kl_coefficient=.nan", r"ppo\.kl_coefficient = nan: should be a finite number", "Weight of"),
+        ("sft.optimizer.betas=[0.9, 1.0]", r"betas\.1 = 1\.0: should be less than 1", "decay rates"),
+        ("stages=[]", r"stages = \[\]: this is a list of at least 1", "Which stages run"),
         ("epochs", "'epochs' is not an override", "setting=value"),
         ("data.blend=[a", "not valid YAML", "brackets"),
     ],

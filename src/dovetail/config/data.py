@@ -83,11 +83,8 @@ class SourceConfig(FrozenModel):
     @model_validator(mode="before")
     @classmethod
     def _from_short_string(cls, value: Any) -> Any:
-        """`name`, `file.jsonl` or `name:weight`, as written in recipes and on the command line."""
-        if not isinstance(value, str):
-            return value
-        path, _, weight = value.rpartition(":")
-        return {"path": path, "weight": weight} if path and _is_number(weight) else {"path": value}
+        """As written in recipes and on the command line."""
+        return spelt_out(value) if isinstance(value, str) else value
 
     def names_columns(self) -> bool:
         """Whether the source says what its columns hold; else they are guessed from common names."""
@@ -170,6 +167,12 @@ class DataConfig(FrozenModel):
         if sum(self.stage_split) <= 0:
             raise ValueError("stage_split has no positive share; give at least one stage rows, such as 2,4,4")
         return self
+
+
+def spelt_out(source: str) -> dict[str, str]:
+    """The settings that `name`, `file.jsonl` or `name:weight` is short for."""
+    path, _, weight = source.rpartition(":")
+    return {"path": path, "weight": weight} if path and _is_number(weight) else {"path": source}
 
 
 def _is_number(text: str) -> bool:

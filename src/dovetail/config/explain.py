@@ -64,6 +64,8 @@ def _message(detail: ErrorDetails) -> str:
             return f"{name} = {detail['input']!r}: this is a group of settings, not one value"
         case "tuple_type":
             return f"{name} = {detail['input']!r}: this is a list, such as [{detail['input']}]"
+        case "too_short":
+            return f"{name} = {detail['input']!r}: this is a list of at least {detail['ctx']['min_length']}"
         case "value_error":
             message = detail["msg"].removeprefix("Value error, ")
             return f"{name}: {message}" if detail["loc"] else message
@@ -78,6 +80,8 @@ def _hint(detail: ErrorDetails, root: Model) -> str | None:
         return _nearest(path, root)
     if detail["type"] == "value_error":
         return None
+    while path and isinstance(path[-1], int):  # an item of a list is described with the list
+        path = path[:-1]
     field = _field(path, root)
     return f"{dotted(path)}: {' '.join(field.description.split())}" if field and field.description else None
 

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import yaml
 from pydantic import ValidationError
 
+from dovetail.config.data import spelt_out
 from dovetail.config.explain import config_error, dotted
 from dovetail.config.recipes import find_recipe
 from dovetail.config.run import RunConfig
@@ -20,6 +21,8 @@ from dovetail.config.yaml_source import read_yaml
 from dovetail.errors import ConfigError
 
 Origins: TypeAlias = dict[SettingPath, str]
+_SOURCES: tuple[SettingPath, ...] = (("data", "blend"), ("data", "pretraining"))
+"""Lists whose items may be short strings."""
 
 
 def load(
@@ -92,7 +95,7 @@ def _apply_override(values: dict[str, Any], origins: Origins, override: str) -> 
 
 
 def _parts(name: str) -> SettingPath:
-    return tuple(int(part) if part.isdigit() else part for part in name.split("."))
+    return tuple(int(part) if part.isdecimal() else part for part in name.split("."))
 
 
 def _set(values: dict[str, Any], origins: Origins, path: SettingPath, value: Any, *, origin: str) -> None:
@@ -100,7 +103,10 @@ def _set(values: dict[str, Any], origins: Origins, path: SettingPath, value: Any
     for depth, part in enumerate(path[:-1], start=1):
         if isinstance(group, dict) and group.get(str(part)) is None:
             group[str(part)] = {}  # an absent or null group, such as actor.lora, begins empty
-        group = _item(group, part, path[:depth], origin)
+        item = _item(group, part, path[:depth], origin)
+        if isinstance(item, str) and path[: depth - 1] in _SOURCES:
+            item = group[part] = spelt_out(item)
+        group = item
     if isinstance(group, dict):
         group[str(path[-1])] = value
     else:

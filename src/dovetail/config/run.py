@@ -3,9 +3,9 @@
 Responsible for: the root of the configuration. Not responsible for: YAML and overrides (config/load.py).
 """
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from dovetail.config.data import DataConfig
 from dovetail.config.frozen import FrozenModel
@@ -42,7 +42,7 @@ class RunConfig(FrozenModel):
     """Stage 2."""
     ppo: PpoConfig = PpoConfig()
     """Stage 3."""
-    stages: tuple[StageName, ...] = ("sft", "reward", "ppo")
+    stages: Annotated[tuple[StageName, ...], Field(min_length=1)] = ("sft", "reward", "ppo")
     """Which stages run. One that is left out must have finished before in the same output folder, or is
     replaced by the pretrained model itself."""
     output_dir: str

@@ -10,6 +10,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from dovetail.config.frozen import FrozenModel
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimizerConfig(FrozenModel):
@@ -25,7 +26,7 @@ class OptimizerConfig(FrozenModel):
     """Where the decay ends, as a fraction of the peak rate."""
     weight_decay: NonNegativeFloat = 0.0
     """Decoupled decay per step, times the rate. Norms, biases and the scalar head are exempt."""
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     """Adam's moment decay rates (InstructGPT, appendix C: 0.9, 0.95)."""
     eps: PositiveFloat = 1e-8
     """Adam's epsilon; OpenAI's RLHF code uses 1e-5 in PPO."""
