@@ -14,6 +14,8 @@ import pytest
 import torch
 
 from dovetail.errors import CheckpointError
+from dovetail.parallel.world import World
+from dovetail.training import checkpoint
 from dovetail.training.checkpoint import Checkpoints
 from dovetail.training.disk import FullDisk, open_file
 
@@ -158,6 +160,38 @@ def test_a_damaged_newest_checkpoint_is_passed_over(
     assert found[0] == 1
     assert is_state(found[1], 1)
     assert "step-00000002 is damaged" in capsys.readouterr().err
+
+
+def test_of_several_processes_each_reads_some_of_the_files_and_any_may_find_damage(tmp_path: Path) -> None:
+    class Two(World):
+        """This process and another, which is asked through `theirs`."""
+
+        def gather(self, value: Any) -> list[Any]:
+            return [value, theirs.pop(0)]
+
+        def from_first(self, value: Any) -> Any:
+            return value
+
+    folder = saved(tmp_path, 1, 2).folder
+    newest = folder / "step-00000002"
+    damage_flip(newest)
+    shares = [checkpoint._change(newest, rank=rank, size=2) for rank in range(2)]
+    assert [share is None for share in shares] == [True, False]
+    assert "tensors.safetensors have changed" in str(shares[1])
+    theirs = [shares[1], None]
+    found = Checkpoints(folder, world=Two(rank=0, size=2, is_group=True)).latest()
+    assert found is not None
+    assert found[0] == 1
+
+
+def test_a_process_that_does_not_see_a_file_says_so_and_no_checkpoint_counts_as_damaged(
+    tmp_path: Path,
+) -> None:
+    newest = saved(tmp_path, 1).folder / "step-00000001"
+    damage_missing(newest)
+    with pytest.raises(CheckpointError, match=r"state\.json is not there for process 0") as caught:
+        checkpoint._change(newest, rank=0, size=2)
+    assert "all machines share" in str(caught.value.hint)
 
 
 def test_a_damaged_checkpoint_is_replaced_by_the_resumed_run_and_does_not_count_as_kept(

@@ -18,7 +18,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -147,14 +147,10 @@ class Checkpoints:
 
         like: a state of the same structure; of a tensor that is sharded there, only the same rows are read, and come
         back as such a shard. A damaged checkpoint is passed over with a warning. Raises CheckpointError if all are
-        damaged. A collective: the first process looks which one is sound.
+        damaged, or this process does not see a file that the first one does. A collective.
         """
-        found = self._newest_sound() if self._world.is_first else None
-        step_and_name = self._world.from_first(found)
-        if step_and_name is None:
-            return None
-        step, name = step_and_name
-        return step, _load(self.folder / name, like or {})
+        found = self._newest_sound()
+        return None if found is None else (found[0], _load(found[1], like or {}))
 
     def best(self) -> tuple[int, dict[str, Any]] | None:
         """Step and state of the best checkpoint among those of known merit, tensors on the CPU; None if there is none.
@@ -165,24 +161,25 @@ class Checkpoints:
         if found is None:
             return None
         step, folder = found
-        try:
-            _expect_sound(folder)
-        except (OSError, ValueError, KeyError) as error:
+        if problem := _lack(folder) or _change(folder):
             raise CheckpointError(
-                f"checkpoint {folder} is damaged: {error}", hint="take the newest one, or another run's"
-            ) from error
+                f"checkpoint {folder} is damaged: {problem}", hint="take the newest one, or another run's"
+            )
         return step, _load(folder, {})
 
-    def _newest_sound(self) -> tuple[int, str] | None:
-        found = _finished(self.folder)
+    def _newest_sound(self) -> tuple[int, Path] | None:
+        """The first process looks whether all is there; then each reads some of the files, for they may be many."""
+        world = self._world
+        found = world.from_first(_finished(self.folder) if world.is_first else [])
         for step, folder in reversed(found):
-            try:
-                _expect_sound(folder)
-            except (OSError, ValueError, KeyError) as error:
-                self._damaged.add(folder)
-                warn(f"checkpoint {folder} is damaged and passed over: {error}")
-            else:
-                return step, folder.name
+            problem = world.from_first(_lack(folder) if world.is_first else None)
+            if problem is None:
+                problems = world.gather(_change(folder, rank=world.rank, size=world.size))
+                problem = next(filter(None, problems), None)
+            if problem is None:
+                return step, folder
+            self._damaged.add(folder)
+            warn(f"checkpoint {folder} is damaged and passed over: {problem}")
         if found:
             raise CheckpointError(
                 f"all {len(found)} checkpoints in {self.folder} are damaged",
@@ -366,28 +363,43 @@ def _merit(folder: Path) -> float | None:
     return merit
 
 
-def _expect_sound(folder: Path) -> None:
-    """Raise OSError, ValueError or KeyError if anything about a checkpoint is wrong."""
-    manifest = json.loads((folder / MANIFEST).read_text())
-    for name in {VALUES, *manifest["files"]}:
-        expected = manifest["files"][name]
-        size, digest = _fingerprint(folder / name)
-        if size != expected["bytes"]:
-            raise ValueError(f"{name} has {size:,} bytes, {expected['bytes']:,} were written")
-        if digest != expected["sha256"]:
-            raise ValueError(f"the contents of {name} have changed (SHA-256 differs)")
+def _lack(folder: Path) -> str | None:
+    """What is wrong with a checkpoint as far as its manifest and the sizes of its files tell."""
+    try:
+        files = json.loads((folder / MANIFEST).read_text())["files"]
+        for name in {VALUES, *files}:
+            found, written, _ = (folder / name).stat().st_size, files[name]["bytes"], files[name]["sha256"]
+            if found != written:
+                return f"{name} has {found:,} bytes, {written:,} were written"
+    except (OSError, ValueError, KeyError) as error:
+        return str(error)
+    return None
 
 
-def _fingerprint(path: Path) -> tuple[int, str]:
+def _change(folder: Path, *, rank: int = 0, size: int = 1) -> str | None:
+    """Which file of a checkpoint that lacks nothing has other contents than were written, or cannot be read. Of `size`
+    processes that ask, each reads its share of the files.
+
+    Raises CheckpointError if a file is not there, which another process has seen.
+    """
+    try:
+        files = json.loads((folder / MANIFEST).read_text())["files"]
+        for name in sorted(files)[rank::size]:
+            if _digest(folder / name) != files[name]["sha256"]:
+                return f"the contents of {name} have changed (SHA-256 differs)"
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{error.filename} is not there for process {rank}, and the first one sees it",
+            hint="output_dir must be one folder that all machines share",
+        ) from error
+    except OSError as error:
+        return str(error)
+    return None
+
+
+def _digest(path: Path) -> str:
     digest = hashlib.sha256()
-    size = 0
-    for block in _blocks(path):
-        digest.update(block)
-        size += len(block)
-    return size, digest.hexdigest()
-
-
-def _blocks(path: Path) -> Iterator[bytes]:
     with path.open("rb") as file:
         while block := file.read(1 << 24):
-            yield block
+            digest.update(block)
+    return digest.hexdigest()
