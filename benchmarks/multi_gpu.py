@@ -69,7 +69,10 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         "--offload", nargs="+", choices=tuple(OffloadConfig.model_fields), default=[], help="into host memory"
     )
     parser.add_argument("--checkpointing", choices=("auto", "on", "off"), default="auto")
-    return parser.parse_args(words)
+    options = ppo_step.checked(parser, words)
+    if options.offload and "RANK" not in os.environ and 1 in options.processes and not options.sharded:
+        parser.error("--offload keeps shards in host memory, and one process shards nothing: add --sharded")
+    return options
 
 
 def start(number: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -146,7 +149,7 @@ def one_step(
     )  # fmt: skip
     generated = shapes.now(roles.device) - start
     gather, num_bytes = layout_of(roles.actor).take_costs()
-    learnt = ppo_step.learn(options, roles, learners, config, answers, step)
+    learnt = ppo_step.learn(roles, learners, config, answers, step)
     seconds = generated + sum(learnt.values())
     own = {
         "generate": generated - gather,

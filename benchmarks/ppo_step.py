@@ -64,7 +64,15 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--naive-micro", type=int, default=16, help="sequences; halved until they fit")
     parser.add_argument("--trl-micro", type=int, default=16, help="sequences; divides the batch")
-    return parser.parse_args(words)
+    return checked(parser, words)
+
+
+def checked(parser: argparse.ArgumentParser, words: Sequence[str] | None) -> argparse.Namespace:
+    """The flags; the first step is not counted, so one is too few."""
+    options = parser.parse_args(words)
+    if options.steps < 2:
+        parser.error(f"--steps {options.steps}: the first is not counted, so give 2 or more")
+    return options
 
 
 def workload() -> argparse.ArgumentParser:
@@ -96,7 +104,7 @@ def measure_ours(options: argparse.Namespace, device: torch.device, lengths: Seq
         if options.only == "generate":
             rows.append(generate_twice(options, roles, lengths, step))
         elif options.only == "learn":
-            rows.append(learn(options, roles, learners, config, made_up(options, roles, lengths, step), step))
+            rows.append(learn(roles, learners, config, made_up(options, roles, lengths, step), step))
         else:
             rows.append(one_step(options, roles, learners, config, lengths, step))
         shapes.show(benchmark="ppo_step", system="dovetail", step=step, **rows[-1], **shapes.memory(device))
@@ -164,15 +172,14 @@ def one_step(
         )
         for prompt, found in zip(prompts, completions, strict=True)
     ]  # fmt: skip
-    phases = learn(options, roles, learners, config, answers, step)
+    phases = learn(roles, learners, config, answers, step)
     seconds = generated - start + sum(phases.values())
     return {"generate": generated - start, **phases, "seconds": seconds, "micro_tokens": roles.budget.tokens}
 
 
 def learn(
-    options: argparse.Namespace, roles: Roles, learners: Learners, config: PpoConfig, answers: Sequence[Answer],
-    step: int,
-) -> dict[str, float]:  # fmt: skip
+    roles: Roles, learners: Learners, config: PpoConfig, answers: Sequence[Answer], step: int
+) -> dict[str, float]:
     """Seconds of scoring and of both updates."""
     start = shapes.now(roles.device)
     with_old = config.needs_old_logprobs(step)
