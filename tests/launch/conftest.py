@@ -9,7 +9,7 @@ from tests.stages.runs import tiny_run
 
 @pytest.fixture(scope="session")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
-    """A finished run of one process that nothing disturbed."""
-    config = tiny_run(tmp_path_factory.mktemp("training"))
+    """A finished run of one process that nothing disturbed. PPO has steps left when one is seen to be done."""
+    config = tiny_run(tmp_path_factory.mktemp("training"), ppo={"max_steps": 8})
     pipeline.run(config)
     return config
