@@ -13,7 +13,6 @@ of tensors that are cut by columns, lie where. A folder gets its name, by a
 rename, only once all of it is on the disk. No pickle: reading a stranger's checkpoint runs no code.
 """
 
-import hashlib
 import json
 import math
 import re
@@ -22,7 +21,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 from torch import Tensor
 
@@ -31,10 +30,11 @@ from dovetail.model.shards import bounds, is_first_replica, is_shard, local, sha
 from dovetail.model.slices import boxes, is_part, slice_of, whole_shape
 from dovetail.parallel.world import ALONE, World
 from dovetail.telemetry.log import warn
-from dovetail.training.disk import OpenFile, open_file, sync_file, sync_folder, write_failure
+from dovetail.training.checksums import MANIFEST, VALUES, HashedFile, change, lack
+from dovetail.training.disk import OpenFile, open_file, sync_folder, write_failure
 from dovetail.training.tensor_file import Place, TensorFiles, num_bytes, place, write_tensors
 
-TENSORS, VALUES, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
+TENSORS = "tensors.safetensors"
 WRITER = "checkpoint"
 """How the names of threads that write checkpoints begin."""
 _NAME = re.compile(r"step-(\d{8,})(?:\.(\d+))?")
@@ -161,7 +161,7 @@ class Checkpoints:
         if found is None:
             return None
         step, folder = found
-        if problem := _lack(folder) or _change(folder):
+        if problem := lack(folder) or change(folder):
             raise CheckpointError(
                 f"checkpoint {folder} is damaged: {problem}", hint="take the newest one, or another run's"
             )
@@ -172,9 +172,9 @@ class Checkpoints:
         world = self._world
         found = world.from_first(_finished(self.folder) if world.is_first else [])
         for step, folder in reversed(found):
-            problem = world.from_first(_lack(folder) if world.is_first else None)
+            problem = world.from_first(lack(folder) if world.is_first else None)
             if problem is None:
-                problems = world.gather(_change(folder, rank=world.rank, size=world.size))
+                problems = world.gather(change(folder, rank=world.rank, size=world.size))
                 problem = next(filter(None, problems), None)
             if problem is None:
                 return step, folder
@@ -221,8 +221,8 @@ class Checkpoints:
             file.write(json.dumps(manifest).encode())
         sync_folder(folder)
 
-    def _hashed(self, path: Path, files: dict[str, dict[str, Any]]) -> "_HashedFile":
-        return _HashedFile(self._open_file(path), path.name, files)
+    def _hashed(self, path: Path, files: dict[str, dict[str, Any]]) -> "HashedFile":
+        return HashedFile(self._open_file(path), path.name, files)
 
     def _remove_old(self) -> None:
         sound = [folder for _, folder in _finished(self.folder) if folder not in self._damaged]
@@ -247,31 +247,6 @@ def _writes(world: World, tensor: Tensor) -> bool:
     if cut is not None:
         return cut.is_first
     return is_first_replica(tensor) if is_shard(tensor) else world.is_first
-
-
-class _HashedFile:
-    """Counts and hashes what is written, and notes both when the file is safely on the disk."""
-
-    def __init__(self, file: BinaryIO, name: str, notes: dict[str, dict[str, Any]]) -> None:
-        self._file = file
-        self._name = name
-        self._notes = notes
-        self._hash = hashlib.sha256()
-        self._bytes = 0
-
-    def write(self, data: bytes | memoryview) -> int:
-        self._hash.update(data)
-        self._bytes += len(data)
-        return self._file.write(data)
-
-    def __enter__(self) -> Any:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        with self._file:
-            if kind is None:
-                sync_file(self._file)
-                self._notes[self._name] = {"bytes": self._bytes, "sha256": self._hash.hexdigest()}
 
 
 def _split(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
@@ -361,45 +336,3 @@ def _merit(folder: Path) -> float | None:
     except (OSError, ValueError):
         return None
     return merit
-
-
-def _lack(folder: Path) -> str | None:
-    """What is wrong with a checkpoint as far as its manifest and the sizes of its files tell."""
-    try:
-        files = json.loads((folder / MANIFEST).read_text())["files"]
-        for name in {VALUES, *files}:
-            found, written, _ = (folder / name).stat().st_size, files[name]["bytes"], files[name]["sha256"]
-            if found != written:
-                return f"{name} has {found:,} bytes, {written:,} were written"
-    except (OSError, ValueError, KeyError) as error:
-        return str(error)
-    return None
-
-
-def _change(folder: Path, *, rank: int = 0, size: int = 1) -> str | None:
-    """Which file of a checkpoint that lacks nothing has other contents than were written, or cannot be read. Of `size`
-    processes that ask, each reads its share of the files.
-
-    Raises CheckpointError if a file is not there, which another process has seen.
-    """
-    try:
-        files = json.loads((folder / MANIFEST).read_text())["files"]
-        for name in sorted(files)[rank::size]:
-            if _digest(folder / name) != files[name]["sha256"]:
-                return f"the contents of {name} have changed (SHA-256 differs)"
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{error.filename} is not there for process {rank}, and the first one sees it",
-            hint="output_dir must be one folder that all machines share",
-        ) from error
-    except OSError as error:
-        return str(error)
-    return None
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 24):
-            digest.update(block)
-    return digest.hexdigest()

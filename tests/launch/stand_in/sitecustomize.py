@@ -10,7 +10,7 @@ import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from dovetail.cli import processes
@@ -66,6 +66,13 @@ def do(deed: str, folder: Path) -> None:
             os._exit(7)
 
 
+def described_world() -> Any:
+    """What the real one, which imports torch, tells."""
+    return SimpleNamespace(
+        size=int(os.environ["WORLD_SIZE"]), local_size=int(os.environ.get("LOCAL_WORLD_SIZE", "0"))
+    )
+
+
 def expect_possible(config: Any, world_size: int, *_: int) -> None:
     expect_enough_work({"sft.batch_size": config.sft.batch_size}, world_size)
 
@@ -81,6 +88,7 @@ if "DEED" in os.environ:
         sys.modules["dovetail.launch.preflight"] = preflight
         world = ModuleType("dovetail.parallel.world")
         world.shared_store = lambda: None  # type: ignore[attr-defined]
+        world.described_world = described_world  # type: ignore[attr-defined]
         sys.modules["dovetail.parallel.world"] = world
         stuck = ModuleType("dovetail.launch.stuck")
         stuck.watched = nullcontext  # type: ignore[attr-defined]
