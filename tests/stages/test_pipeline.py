@@ -14,7 +14,7 @@ from dovetail.batches import pack
 from dovetail.model.forward import last_scores
 from dovetail.model.load import load_scalar_model
 from dovetail.parallel.world import World
-from dovetail.stages import pipeline
+from dovetail.stages import parts, pipeline
 from dovetail.stages.context import open_run
 from dovetail.text.chat_format import ChatFormat
 from dovetail.text.tokenizer import load_tokenizer
@@ -205,6 +205,35 @@ def test_ppo_runs_alone_from_finished_models(tmp_path: Path) -> None:
     )
     pipeline.run(config)
     assert (tmp_path / "alone/ppo/model/model.safetensors").exists()
+
+
+def test_ppo_loads_the_revision_and_the_code_of_the_settings_and_of_finished_stages_what_they_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[tuple[str, str | None, bool]] = []
+
+    def noted(load: Any) -> Any:
+        def call(path: str, *, revision: str | None, trust_remote_code: bool, **rest: Any) -> Any:
+            loaded.append((Path(path).name, revision, trust_remote_code))
+            return load(path, **rest)  # a folder has no revisions
+
+        return call
+
+    named = {"revision": "v2", "trust_remote_code": True}
+    config = tiny_run(tmp_path, stages=("reward",), actor=named, reward_model=named, **TWO_STEPS)
+    finished = Path(config.output_dir) / "reward/model"
+    for name in ("load_causal_lm", "load_scalar_model"):
+        monkeypatch.setattr(parts, name, noted(getattr(parts, name)))
+    pipeline.run(config)
+    pipeline.run(config.model_copy(update={"stages": ("ppo",)}))
+    alone = {"path": str(finished), **named}
+    other = str(tmp_path / "alone")
+    config = tiny_run(
+        tmp_path, stages=("ppo",), actor=named, reward_model=alone, output_dir=other, **TWO_STEPS
+    )
+    pipeline.run(config)
+    pretrained = ("model-llama", "v2", True)
+    assert loaded == [pretrained, pretrained, ("model", None, True), pretrained, ("model", "v2", True)]
 
 
 def test_without_held_out_rows_a_run_goes_through(tmp_path: Path) -> None:

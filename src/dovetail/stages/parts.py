@@ -6,6 +6,7 @@ Not responsible for: the loops (sft.py, reward.py, ppo.py), reading (data/, mode
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -82,13 +83,7 @@ def trainable_causal_lm(
     model: ModelConfig, chat: ChatFormat, settings: StageConfig, context: Context
 ) -> PreTrainedModel:
     """The pretrained actor, ready for gradients."""
-    loaded = load_causal_lm(
-        model.path,
-        dtype=context.dtype,
-        device=loading_device(context.device, context.world),
-        revision=model.revision,
-        trust_remote_code=model.trust_remote_code,
-    )
+    loaded = _causal_lm(model, context)
     expect_rows_for(chat.tokenizer, loaded, model.path)
     return ready_to_train(loaded, model, settings, context, role="actor")
 
@@ -120,19 +115,49 @@ def ready_to_train(
     return loaded
 
 
-def actor_chat(context: Context) -> ChatFormat:
-    """The chat format of what PPO starts from: stage 1's result, or the pretrained actor."""
+def _causal_lm(model: ModelConfig, context: Context) -> PreTrainedModel:
+    return load_causal_lm(
+        model.path,
+        dtype=context.dtype,
+        device=loading_device(context.device, context.world),
+        revision=model.revision,
+        trust_remote_code=model.trust_remote_code,
+    )
+
+
+def _scalar_model(model: ModelConfig, chat: ChatFormat, context: Context) -> PreTrainedModel:
+    return load_scalar_model(
+        model.path,
+        dtype=context.dtype,
+        device=loading_device(context.device, context.world),
+        seed=context.config.seed,
+        pad_token_id=chat.tokenizer.pad_token_id,
+        revision=model.revision,
+        trust_remote_code=model.trust_remote_code,
+    )
+
+
+def actor_start(context: Context) -> tuple[ModelConfig, ChatFormat]:
+    """What PPO starts from, and its chat format: stage 1's result, or the pretrained actor."""
+    start = context.config.actor
     if context.is_done("sft"):
-        return ChatFormat(load_tokenizer(str(context.folder.model("sft"))))
-    return chat_of(context.config.actor)
+        start = _finished(start, context.folder.model("sft"))
+    return start, chat_of(start)
 
 
-def rlhf_engine(context: Context, chat: ChatFormat, *, total_steps: int) -> RLHFEngine:
-    """Actor from stage 1 (or as pretrained), critic and reward from stage 2, with what trains them."""
-    config, folder = context.config, context.folder
+def _finished(start: ModelConfig, folder: Path) -> ModelConfig:
+    """What a stage made of what it started from; with its tokenizer, it has the chat template, too."""
+    return start.model_copy(update={"path": str(folder), "revision": None, "chat_template": None})
+
+
+def rlhf_engine(start: ModelConfig, chat: ChatFormat, context: Context, *, total_steps: int) -> RLHFEngine:
+    """Actor from what `actor_start` says, critic and reward from stage 2, with what trains them."""
+    config = context.config
+    scored = reward_model(context)
+    scored_chat = scored and chat_of(scored)
     engine = RLHFEngine(
-        actor_model=str(folder.model("sft")) if context.is_done("sft") else config.actor.path,
-        critic_model=reward_model_path(context),
+        actor_model=_causal_lm(start, context),
+        critic_model=_scalar_model(scored, scored_chat, context) if scored and scored_chat else None,
         tokenizer=chat.tokenizer,
         total_steps=total_steps,
         config=config.ppo,
@@ -142,6 +167,7 @@ def rlhf_engine(context: Context, chat: ChatFormat, *, total_steps: int) -> RLHF
             seed=config.seed,
             actor_lora=config.actor.lora,
             critic_lora=config.reward_model.lora if config.reward_model else None,
+            reward_tokenizer=scored_chat.tokenizer if scored_chat else None,
             sharing=context.sharing,
         ),
     )
@@ -177,11 +203,11 @@ def _config_of(model: ModelConfig) -> Any:
     return read_config(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
 
 
-def reward_model_path(context: Context) -> str | None:
+def reward_model(context: Context) -> ModelConfig | None:
     """Stage 2's result; else the configured model, if it is a finished reward model; None for a function alone."""
     config, folder = context.config, context.folder
     if context.is_done("reward"):
-        return str(folder.model("reward"))
+        return _finished(config.reward_start(), folder.model("reward"))
     if config.ppo.reward_function is not None and config.ppo.reward_function_weight is None:
         return None
     if config.reward_model is None:
@@ -189,7 +215,7 @@ def reward_model_path(context: Context) -> str | None:
             f"PPO needs a reward model, and {folder.model('reward')} is not finished",
             hint="run stage 2 first, or set reward_model.path to a finished one, or ppo.reward_function",
         )
-    return config.reward_model.path
+    return config.reward_model
 
 
 def demonstration_rows(context: Context, chat: ChatFormat, part: Part) -> TokenizedRows:
@@ -255,21 +281,13 @@ def reward_start(context: Context) -> tuple[ModelConfig, ChatFormat]:
                 f"reward.start_from = sft, but {context.folder.model('sft')} is not finished",
                 hint="run stage 1 first (dovetail sft), or set reward.start_from=model",
             )
-        start = start.model_copy(update={"path": str(context.folder.model("sft")), "revision": None})
+        start = _finished(start, context.folder.model("sft"))
     return start, chat_of(start)
 
 
 def trainable_scalar_model(start: ModelConfig, chat: ChatFormat, context: Context) -> PreTrainedModel:
     """The reward model before training: backbone and a fresh head (or a finished reward model's)."""
-    model = load_scalar_model(
-        start.path,
-        dtype=context.dtype,
-        device=loading_device(context.device, context.world),
-        seed=context.config.seed,
-        pad_token_id=chat.tokenizer.pad_token_id,
-        revision=start.revision,
-        trust_remote_code=start.trust_remote_code,
-    )
+    model = _scalar_model(start, chat, context)
     expect_rows_for(chat.tokenizer, model, start.path)
     return ready_to_train(model, start, context.config.reward, context, role="critic")
 

@@ -23,7 +23,7 @@ from dovetail.rlhf.rollout import collect
 from dovetail.rlhf.update import next_kl_coefficient, update
 from dovetail.stages.context import Context, StageReport, resume
 from dovetail.stages.guard import Best, check_kl
-from dovetail.stages.parts import actor_chat, plain_text, prompts_of, rlhf_engine
+from dovetail.stages.parts import actor_start, plain_text, prompts_of, rlhf_engine
 from dovetail.stages.samples import SampleLog
 from dovetail.stages.saving import save_model
 from dovetail.telemetry.timing import Stopwatch
@@ -35,12 +35,13 @@ def run(context: Context, judge: Judge | None = None) -> StageReport:
 
     judge: a second opinion on held-out answers, such as a gold score, recorded beside the reward.
     """
-    config, folder, chat = context.config.ppo, context.folder, actor_chat(context)
+    config, folder, (model, chat) = context.config.ppo, context.folder, actor_start(context)
     prompts, held_out = prompts_of(context, chat, "train"), prompts_of(context, chat, "held_out")
     seed = context.config.seed
     order = BatchOrder(len(prompts), config.batch_size, seed)
     iterations = config.max_steps or max(1, len(prompts) // config.batch_size)
-    engine = rlhf_engine(context, chat, total_steps=iterations * config.ppo_epochs * config.minibatches)
+    total_steps = iterations * config.ppo_epochs * config.minibatches
+    engine = rlhf_engine(model, chat, context, total_steps=total_steps)
     roles, learners, beta = engine.roles, engine.learners, config.kl_coefficient
     texts = plain_text(context, chat, roles.actor)
     best = Best(folder.model("best"), kl_limit=config.kl_limit)
