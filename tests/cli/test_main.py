@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from dovetail import __version__
 from dovetail.cli.main import main
 from dovetail.config.load import load
 from dovetail.config.run import RunConfig
-from dovetail.errors import DataError, RunInterrupted
+from dovetail.errors import ConfigError, DataError, RunInterrupted
 from dovetail.parallel.world import ALONE, World
 
 Run = Callable[..., tuple[int, str, str]]
@@ -228,3 +229,12 @@ def test_a_flag_that_does_not_exist_is_refused(run: Run) -> None:
     code, _, err = run("train", "--actor-modle", "x")
     assert code == 2
     assert "--actor-model" in err
+
+
+def test_the_exit_code_does_not_depend_on_anybody_reading_the_error() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "dovetail", "train", "no-such-recipe", "--dry-run"]
+    done = subprocess.run(command, stderr=writer, stdout=subprocess.DEVNULL, timeout=60, check=False)
+    os.close(writer)
+    assert done.returncode == ConfigError.exit_code

@@ -8,6 +8,7 @@ beside this file).
 
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Annotated
 
 import typer
@@ -82,7 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         app(repeat_flags(argv), obj=tuple(argv))
     except DovetailError as error:
-        typer.secho(f"error: {error.message}", fg="red", err=True)
-        if error.hint:
-            typer.echo(f"hint: {error.hint}", err=True)
+        with suppress(OSError):  # the terminal may have gone; the exit code says what to do
+            typer.secho(f"error: {error.message}", fg="red", err=True)
+            if error.hint:
+                typer.echo(f"hint: {error.hint}", err=True)
         sys.exit(error.exit_code)
