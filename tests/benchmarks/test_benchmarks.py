@@ -135,3 +135,16 @@ def test_a_ppo_step_on_one_and_two_processes() -> None:
     rates = {int(number): rate for number, rate in compared["sequences_per_second"].items()}
     assert rates == {1: alone["sequences_per_second"], 2: two["sequences_per_second"]}
     assert compared["scaling_efficiency"]["2"] == pytest.approx(rates[2] / rates[1] / 2, rel=1e-3)
+
+
+def test_the_engine_s_own_share_of_a_token_leaves_out_modules_and_draw(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(FOLDER)
+    cpu: Any = load("cpu")
+    model = shapes.causal_lm("tiny", torch.device("cpu"), torch.float32)
+    clock = iter(range(1000))
+    monkeypatch.setattr(cpu.time, "perf_counter", lambda: next(clock))
+    # Of the ticks, each call that is timed has one for itself, and one comes between two of them: n calls leave n + 1.
+    drawn = 3
+    assert cpu.loop_microseconds(model, [[1, 2, 3]], [drawn]) / 1e6 * drawn >= 2 * drawn + 1

@@ -1,6 +1,7 @@
 """The real command in real processes, with a stand-in for the stages (stand_in/sitecustomize.py)."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -13,9 +14,16 @@ SECONDS = 120  # none takes so long, unless it hangs
 
 
 class Launched:
-    """One `dovetail train` whose processes do a deed; `run` is its output folder."""
+    """One `dovetail train` whose processes do a deed; `run` is its output folder. It hears the signals of a terminal,
+    but for those that it is to ignore, whatever this process ignores."""
 
-    def __init__(self, run: Path, deed: str, arguments: Sequence[str], **environment: str) -> None:
+    def __init__(
+        self, run: Path, deed: str, arguments: Sequence[str], ignores: Sequence[int], **environment: str
+    ) -> None:
+        def set_signals() -> None:
+            for number in (signal.SIGINT, signal.SIGHUP):
+                signal.signal(number, signal.SIG_IGN if number in ignores else signal.SIG_DFL)
+
         self.run = run
         path = os.pathsep.join([str(STAND_IN), os.environ.get("PYTHONPATH", "")])
         self.process = subprocess.Popen(
@@ -24,6 +32,7 @@ class Launched:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            preexec_fn=set_signals,
         )
 
     def ended(self) -> tuple[int, str, str]:
@@ -46,9 +55,11 @@ class Launched:
 
 
 @contextmanager
-def launched(run: Path, deed: str, *arguments: str, **environment: str) -> Iterator[Launched]:
+def launched(
+    run: Path, deed: str, *arguments: str, ignores: Sequence[int] = (), **environment: str
+) -> Iterator[Launched]:
     """A started command that is killed at the end, should it still be there."""
-    command = Launched(run, deed, arguments, **environment)
+    command = Launched(run, deed, arguments, ignores, **environment)
     try:
         yield command
     finally:

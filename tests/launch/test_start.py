@@ -109,15 +109,11 @@ def test_a_terminal_that_closes_says_so_twice_and_every_process_saves(tmp_path: 
 
 @pytest.mark.slow
 def test_a_run_that_ignores_the_end_of_its_terminal_goes_on(tmp_path: Path) -> None:
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does; the command inherits it
-    try:
-        with launched(tmp_path, "save:0", "--num-gpus", "2") as command:
-            for pid in [*command.pids(2), command.process.pid]:
-                os.kill(pid, signal.SIGHUP)
-            command.process.send_signal(signal.SIGTERM)  # handled after a SIGHUP that was not ignored
-            code, _, err = command.ended()
-    finally:
-        signal.signal(signal.SIGHUP, before)
+    with launched(tmp_path, "save:0", "--num-gpus", "2", ignores=[signal.SIGHUP]) as command:  # as nohup does
+        for pid in [*command.pids(2), command.process.pid]:
+            os.kill(pid, signal.SIGHUP)
+        command.process.send_signal(signal.SIGTERM)  # handled after a SIGHUP that was not ignored
+        code, _, err = command.ended()
     assert code == 75
     assert "SIGTERM: the run saves" in err
 

@@ -17,6 +17,7 @@ from dovetail.batches import pack
 from dovetail.config.sharding import ZeroStageConfig
 from dovetail.config.stages import PpoConfig, SamplingConfig
 from dovetail.parallel.shard import spread
+from dovetail.parallel.sharing import Sharing
 from dovetail.parallel.world import World, joined
 from dovetail.rlhf.build import make_learners
 from dovetail.rlhf.update import language_model_loss
@@ -94,7 +95,7 @@ def ppo_bytes(
         old_logprobs=old_logprobs,
         sampling=SamplingConfig(max_new_tokens=ANSWER),
     )
-    roles = ppo_step.make_roles(options, CPU, world, stages)
+    roles = ppo_step.make_roles(options, CPU, Sharing(world=world, zero_stage=stages))
     learners = make_learners(roles, config, total_steps=10)
     step = partial(multi_gpu.one_step, options, roles, learners, config, world)
     step(0)
