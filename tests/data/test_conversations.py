@@ -97,6 +97,8 @@ def test_messages_are_read_in_the_common_spellings(items: Any) -> None:
         ([{"role": "tool", "content": "a"}], r"m\[0\] has the role 'tool'"),
         ([{"content": "a"}], r"m\[0\] has the role None"),
         ([{"role": "user", "content": None}], r"the content of m\[0\] should be text, but is None"),
+        ([{"role": "user", "content": "a \ud83d"}], r"m\[0\] holds half a surrogate pair"),
+        ([{"role": "user", "content": [{"text": "\ud83d"}]}], r"m\[0\] holds half a surrogate pair"),
         ([{"role": "user", "content": [{"type": "image"}]}], r"the content of m\[0\] should be text"),
     ],
 )

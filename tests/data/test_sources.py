@@ -54,6 +54,15 @@ def test_skip_counts_bad_rows_and_quotes_the_first(tmp_path: Path) -> None:
     assert tally.first_bad[0] == f"{file} line 1: there is no column response; the row has prompt"
 
 
+def test_half_a_surrogate_pair_is_a_bad_row(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [*questions(1), {"prompt": "q", "response": "a \ud83d"}])
+    reason = f"{path} line 2: response holds half a surrogate pair, which is no character"
+    assert error_of(source(path)).message == reason
+    tally = Tally()
+    assert len(list(read_source(source(path), strict=False, tally=tally))) == 1
+    assert (tally.bad, tally.first_bad) == (1, [reason])
+
+
 def test_a_source_of_nothing_but_bad_rows_is_an_error_even_when_skipping(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", questions(4))
     assert (

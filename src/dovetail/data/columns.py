@@ -14,6 +14,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+_HALF_A_PAIR = re.compile("[\ud800-\udfff]")
 _STEP = re.compile(r"\.?([^.\[\]]+)|\[(\d*)\]")
 
 
@@ -48,10 +49,19 @@ def text_of(row: Mapping[str, Any], column: str) -> str:
 def as_text(value: Any, column: str) -> str:
     """The value as text, or a BadRowError that says what it is."""
     if isinstance(value, str):
-        return value
+        return expect_characters(value, column)
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(value)
     raise BadRowError(f"{column} should be text, but is {describe(value)}")
+
+
+def expect_characters(text: str, column: str) -> str:
+    """The text; BadRowError if it holds half a surrogate pair, as JSON can, which no tokenizer takes."""
+    if _HALF_A_PAIR.search(text):
+        raise BadRowError(
+            f"{column} holds half a surrogate pair, which is no character", hint="remove it from the text"
+        )
+    return text
 
 
 def number_of(value: Any, column: str) -> float:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, cast
 
-from dovetail.data.columns import BadRowError, describe, parsed
+from dovetail.data.columns import BadRowError, describe, expect_characters, parsed
 from dovetail.data.records import Message, Role
 
 _ROLES: dict[str, Role] = {
@@ -104,9 +104,9 @@ def _message(item: Any, place: str) -> Message:
 def _content(content: Any, place: str) -> str:
     """Text, or a list of parts that are all text."""
     if isinstance(content, str):
-        return content
+        return expect_characters(content, place)
     parts = content if isinstance(content, list) else []
     texts = [part.get("text") for part in parts if isinstance(part, Mapping)]
     if parts and len(texts) == len(parts) and all(isinstance(text, str) for text in texts):
-        return "".join(cast(list[str], texts))
+        return expect_characters("".join(cast(list[str], texts)), place)
     raise BadRowError(f"the content of {place} should be text, but is {describe(content)}")
