@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -51,6 +52,29 @@ def test_a_prompt_may_be_text_a_transcript_or_messages() -> None:
         record = read({"p": value}, prompt="p", transcript=transcript)
         assert isinstance(record, Prompt)
         assert record.messages == turns
+
+
+@pytest.mark.parametrize(
+    "text", ["[3, 1, 2]", '["a"]', "[]", '[{"name": "Ann"}]', '[{"role": "user", "content": "a"}, 3]']
+)
+def test_text_that_is_a_json_list_is_text(text: str) -> None:
+    prompt = read({"p": text}, prompt="p")
+    assert isinstance(prompt, Prompt)
+    assert prompt.messages == (user(text),)
+    answered = read({"p": "q", "r": text}, prompt="p", response="r")
+    assert isinstance(answered, Demonstration)
+    assert answered.messages == (user("q"), assistant(text))
+    judged = comparison({"p": text, "x": text, "y": "b"}, prompt="p", chosen="x", rejected="y")
+    assert (judged.messages, judged.answers) == ((user(text),), (text, "b"))
+
+
+def test_text_that_is_a_json_list_of_messages_is_these() -> None:
+    columns = {"x": json.dumps([user("a"), assistant("g")]), "y": json.dumps([user("a"), assistant("b")])}
+    record = comparison({"p": "a", **columns}, prompt="p", chosen="x", rejected="y")
+    assert (record.messages, record.answers) == ((user("a"),), ("g", "b"))
+    prompt = read({"p": '[{"from": "human", "value": "a"}]'}, prompt="p")
+    assert isinstance(prompt, Prompt)
+    assert prompt.messages == (user("a"),)
 
 
 def test_plain_text_is_text() -> None:
@@ -190,6 +214,17 @@ def test_a_pattern_is_taken_out_of_answers_but_not_of_prompts() -> None:
         ({"q": "a", "r": " "}, {"prompt": "q", "response": "r"}, "r: the answer is empty"),
         ({"q": "", "r": "b"}, {"prompt": "q", "response": "r"}, "q: the last user's turn is empty"),
         ({"q": ["a"], "r": "b"}, {"prompt": "q", "response": "r"}, r"q\[0\] should be a message"),
+        (
+            {"m": [user("a"), assistant(" "), user("b"), assistant("c")]},
+            {"messages": "m"},
+            "m: an answer before the last is empty",
+        ),
+        (
+            {"q": [user("a"), assistant(""), user("b")], "r": "c"},
+            {"prompt": "q", "response": "r"},
+            "q: an answer before the last is empty",
+        ),
+        ({"m": '[{"content": "a"}]'}, {"messages": "m"}, r"m\[0\] has the role None"),
         ({"m": [user("a")]}, {"messages": "m"}, "m has no assistant's turn"),
         ({"m": [assistant("a")]}, {"messages": "m"}, "m does not end with a user's turn before the answer"),
         ({"p": [user("a"), assistant("b")]}, {"prompt": "p"}, "p does not end with a user's turn"),

@@ -76,9 +76,13 @@ def with_guessed_columns(source: SourceConfig, row: Row) -> SourceConfig:
 
 def _demonstration(row: Row, source: SourceConfig) -> tuple[Message, ...]:
     if source.messages is not None:
-        turns = _with_system(
-            _conversation(value_of(row, source.messages), source.messages, source), row, source
+        value = value_of(row, source.messages)
+        read = (
+            _conversation(value, source.messages, source)
+            if source.transcript
+            else messages_from(value, source.messages)
         )
+        turns = _with_system(read, row, source)
         while turns and turns[-1]["role"] != "assistant":
             turns.pop()  # questions that nobody answered
         if not turns:
@@ -89,6 +93,8 @@ def _demonstration(row: Row, source: SourceConfig) -> tuple[Message, ...]:
         turns = [*_prompt(row, source), {"role": "assistant", "content": answer}]
     if not turns[-1]["content"].strip():
         raise BadRowError(f"{source.response or source.messages}: the answer is empty")
+    if any(turn["role"] == "assistant" and not turn["content"].strip() for turn in turns):
+        raise BadRowError(f"{source.messages or source.prompt}: an answer before the last is empty")
     _expect_a_question(turns[:-1], source.prompt or source.messages or "the prompt")
     return tuple(turns)
 
@@ -123,7 +129,7 @@ def _pair(row: Row, source: SourceConfig) -> tuple[list[Message], list[str]]:
     values = [value_of(row, column) for column in columns]
     if values[1] is None:  # an optional column: nothing to compare with
         values, columns = values[:1], columns[:1]
-    if source.prompt is not None and not isinstance(parsed(values[0]), list):
+    if source.prompt is not None and _messages_in(values[0]) is None:
         prompt = list(_prompt(row, source))
         return prompt, [_answer(value, column, source) for value, column in zip(values, columns, strict=True)]
     whole = [_whole(value, column, source) for value, column in zip(values, columns, strict=True)]
@@ -216,13 +222,24 @@ def _cleaned(text: str, source: SourceConfig) -> str:
 
 def _conversation(value: Any, column: str, source: SourceConfig) -> list[Message]:
     """Messages from a list, a transcript, or plain text, which is one user's turn."""
-    inner = parsed(value)
-    if isinstance(inner, list):
-        return messages_from(inner, column)
+    listed = _messages_in(value)
+    if listed is not None:
+        return messages_from(listed, column)
     text = as_text(value, column)
     if source.transcript:
         return transcript_from(text, column, source.transcript_names)
     return [{"role": "user", "content": text}]
+
+
+def _messages_in(value: Any) -> list[Any] | None:
+    """The list of messages that a value is, or holds as JSON; None for text, such as "[2, 3, 5]"."""
+    items = parsed(value)
+    if not isinstance(items, list):
+        return None
+    if not isinstance(value, str):
+        return items
+    are_messages = all(isinstance(item, Mapping) and ("role" in item or "from" in item) for item in items)
+    return items if items and are_messages else None
 
 
 def _is_transcript(value: Any, source: SourceConfig) -> bool:
