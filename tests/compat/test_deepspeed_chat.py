@@ -2,9 +2,13 @@
 
 import random
 from argparse import Namespace
+from dataclasses import replace
+from typing import Any
 
+import pytest
 import torch
 
+from dovetail.compat import deepspeed_chat
 from dovetail.compat.deepspeed_chat import (
     DeepSpeedPPOTrainer,
     DeepSpeedPPOTrainerUnsupervised,
@@ -12,6 +16,8 @@ from dovetail.compat.deepspeed_chat import (
     MiniDataset,
     moving_average,
 )
+from dovetail.rlhf import rollout
+from dovetail.rlhf.rewards import Answer
 from tests.fakes import byte_tokenizer, tiny_model
 from tests.rlhf.tiny import PROMPTS, tiny_reward_model
 
@@ -122,3 +128,30 @@ def test_the_padded_dictionary_holds_the_packed_experience() -> None:
         real = out["attention_mask"][row, width:].bool()
         assert answer[real].numel() >= 1
         assert out["logprobs"].shape == (len(PROMPTS), out["input_ids"].shape[1] - 1)
+
+
+def test_what_is_learned_from_a_row_does_not_depend_on_the_rows_beside_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def complete_but_one(*given: Any, **how: Any) -> list[Answer]:
+        answers = [replace(answer, finished=True) for answer in rollout.complete(*given, **how)]
+        return [replace(answers[0], finished=False), *answers[1:]]
+
+    monkeypatch.setattr(deepspeed_chat, "complete", complete_but_one)
+    args = arguments()
+    engine = tiny(args)
+    trainer = DeepSpeedPPOTrainer(engine, args)
+    out = trainer.generate_experience({name: rows[:4] for name, rows in prompt_batch(engine).items()})
+    whole = trainer._packed(out)
+    dealt = MiniDataset(max_size=1, small_batch_size=1).add(out)
+    assert dealt is not None
+    alone = [trainer._packed(row) for row in dealt]
+    for name in ("rewards_T", "advantages_T", "returns_T"):
+        assert torch.equal(torch.cat([getattr(row, name) for row in alone]), getattr(whole, name)), name
+    # The actor is still its reference: no penalty is mixed into the rewards.
+    worth = [row.rewards_T.sum().item() for row in alone]
+    assert worth[1:] == pytest.approx(out["rewards"][1:].tolist())
+    assert worth[0] == pytest.approx(out["rewards"].min().item() - 1)
+    chosen_A = whole.advantages_T[whole.mask_T]
+    assert chosen_A.mean().item() == pytest.approx(0, abs=1e-6)
+    assert chosen_A.std(correction=0).item() == pytest.approx(1, rel=1e-4)

@@ -11,13 +11,14 @@ Shapes: B sequences, L padded tokens, T packed tokens, S sequences.
 
 from argparse import Namespace
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from dovetail.batches import Experience, Rollout, pack
+from dovetail.batches import Experience, pack
 from dovetail.config.model import LoraConfig
 from dovetail.config.stages import OptimizerConfig, PpoConfig, SamplingConfig
 from dovetail.data.records import Message
@@ -26,7 +27,7 @@ from dovetail.errors import ConfigError
 from dovetail.rlhf.api import RLHFEngine
 from dovetail.rlhf.build import Setup
 from dovetail.rlhf.rewards import Answer
-from dovetail.rlhf.rollout import complete, score_answers, shape_rewards, with_advantages
+from dovetail.rlhf.rollout import complete, score_answers
 from dovetail.rlhf.update import actor_step, critic_step, language_model_loss, rate_at
 from dovetail.training.ema import Ema
 from dovetail.training.step import Term, gradient_step
@@ -40,6 +41,16 @@ _SCHEDULES: dict[str, Literal["cosine", "linear", "constant"]] = {
     "constant": "constant",
     "constant_with_warmup": "constant",
 }
+
+_COLUMNS = {
+    "logprobs": "old_logprobs_T",
+    "ref_logprobs": "reference_logprobs_T",
+    "value": "old_values_T",
+    "token_rewards": "rewards_T",
+    "advantages": "advantages_T",
+    "returns": "returns_T",
+}
+"""Keys of the padded dictionary that have a number a token, and what an `Experience` calls them."""
 
 
 class DeepSpeedRLHFEngine:
@@ -85,6 +96,9 @@ class DeepSpeedPPOTrainer:
 
         prompts: ids, or a batch with `prompt` and `prompt_att_mask`. mask: 1 = a real token; without one, tokens
         equal to the pad token at the left are padding. step: seeds the sampling; by default calls are counted.
+
+        `rewards` are the scores as the reward model gave them. What is learned from are `advantages` and `returns`,
+        taken over all B rows, so that they do not depend on which rows `train_rlhf` is given together.
         """
         if not isinstance(prompts, Tensor):
             batch: Batch = prompts
@@ -147,12 +161,7 @@ class DeepSpeedPPOTrainer:
         width = width_prompt + max(len(a.answer_ids) for a in answers)
         input_ids = torch.full((len(answers), width), pad)
         mask = torch.zeros((len(answers), width), dtype=torch.long)
-        assert experience.old_logprobs_T is not None
-        columns = {
-            "logprobs": experience.old_logprobs_T,
-            "ref_logprobs": experience.reference_logprobs_T,
-            "value": experience.old_values_T,
-        }
+        columns: dict[str, Tensor] = {name: getattr(experience, column) for name, column in _COLUMNS.items()}
         padded = {name: torch.zeros(len(answers), width - 1) for name in columns}
         start = 0
         for i, (answer, length) in enumerate(zip(answers, experience.lengths, strict=True)):
@@ -183,19 +192,16 @@ class DeepSpeedPPOTrainer:
 
         def column_T(name: str) -> Tensor:
             aligned = torch.nn.functional.pad(inputs[name], (1, 0))[real]
-            return aligned.masked_fill(~packed.mask_T, 0.0).to(self.engine.roles.device)
+            return aligned.masked_fill(~packed.mask_T, 0.0)
 
-        rollout = Rollout(
-            **{name: getattr(packed, name) for name in ("token_ids_T", "cu_seqlens_S1", "lengths", "mask_T")},
-            target_counts=packed.target_counts,
+        columns: dict[str, Any] = {field.name: getattr(packed, field.name) for field in fields(packed)}
+        columns |= {column: column_T(name) for name, column in _COLUMNS.items()}
+        return Experience(
+            **columns,
             sampled_logprobs_T=torch.zeros(packed.num_tokens),
+            scores_S=inputs["rewards"],
             finished_S=inputs["finished"],
         ).to(self.engine.roles.device)
-        old_T, reference_T, values_T = (column_T(name) for name in ("logprobs", "ref_logprobs", "value"))
-        scores_S = inputs["rewards"].to(self.engine.roles.device)
-        beta = self.config.kl_coefficient
-        rewards_T = shape_rewards(rollout, old_T, reference_T, scores_S, self.config, beta)
-        return with_advantages(rollout, old_T, reference_T, values_T, rewards_T, scores_S, self.config)
 
 
 class DeepSpeedPPOTrainerUnsupervised(DeepSpeedPPOTrainer):
