@@ -1,6 +1,9 @@
 import sqlite3
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,7 @@ from sqlalchemy.exc import IntegrityError
 from dovetail.errors import LabelError
 from dovetail.preferences.annotators import invite, person_of
 from dovetail.preferences.database import Store, open_store, shown
-from dovetail.preferences.schema import Label, Table, Task
+from dovetail.preferences.schema import Annotator, Label, Project, Table, Task
 from dovetail.preferences.tasks import open_project
 from tests.labelling.work import new_project, task
 
@@ -52,6 +55,45 @@ def test_many_processes_may_start_at_once(url: str) -> None:
         process.stdin.write("go\n")
         process.stdin.flush()
     assert [process.communicate()[0].strip() for process in processes] == ["1"] * 4
+
+
+def wait_until_it_waits(store: Store, second: Future[object]) -> None:
+    """Until a transaction waits for another, or `second` is done with its own; SQLite does not tell."""
+    waiting = text("SELECT count(*) FROM pg_locks WHERE NOT granted")
+    while store.engine.dialect.name == "postgresql" and not second.done():
+        with store.reading() as session:
+            if session.execute(waiting).scalar():
+                return
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("row", "make_the_same"),
+    [
+        (
+            lambda: Project(name="new", overlap=1, guidelines="", created_at=0.0),
+            lambda store: open_project(store, "new"),
+        ),
+        (
+            lambda: Annotator(name="admin", is_admin=True, created_at=0.0),
+            lambda store: invite(store, "admin", is_admin=True),
+        ),
+    ],
+    ids=["project", "annotator"],
+)
+def test_what_another_is_about_to_make_is_found_and_not_made_twice(
+    store: Store, row: Callable[[], Table], make_the_same: Callable[[Store], object]
+) -> None:
+    made = row()
+    with ThreadPoolExecutor(1) as pool:
+        with store.writing() as session:
+            session.add(made)
+            session.flush()
+            second = pool.submit(make_the_same, store)
+            wait_until_it_waits(store, second)
+        second.result()
+    with store.reading() as session:
+        assert session.query(type(made)).count() == 1
 
 
 def test_a_transaction_is_kept_whole_or_not_at_all(store: Store) -> None:

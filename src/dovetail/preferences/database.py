@@ -27,8 +27,12 @@ from dovetail.errors import LabelError
 from dovetail.preferences.schema import Project
 
 _WAIT_SECONDS = 60
+_LOCK = text("SELECT pg_advisory_xact_lock(:key)")
+"""Wait for a lock of PostgreSQL's and hold it until the transaction ends."""
 _MIGRATION_LOCK = 0x646F7665
 """Key of the PostgreSQL advisory lock that one migration at a time holds."""
+_WRITING_LOCK = _MIGRATION_LOCK + 1
+"""Key of the one that a transaction holds which writes to no project in particular."""
 
 
 class NotFoundError(LabelError):
@@ -58,12 +62,15 @@ class Store:
         """A transaction that is committed at the end of the block, or not at all if it raises.
 
         SQLite has one writer at a time. On PostgreSQL those of one project wait for each other, so what they
-        count (free places of a task) still holds when they commit.
+        count (free places of a task) still holds when they commit; so do those of none, so that what was not
+        there (a project, an annotator) is made once.
         """
         engine = self.engine.execution_options(writes=True)
         with Session(engine, expire_on_commit=False) as session, session.begin():
             if project_id is not None:
                 session.execute(select(Project.id).where(Project.id == project_id).with_for_update())
+            elif self.engine.dialect.name == "postgresql":
+                session.execute(_LOCK, {"key": _WRITING_LOCK})
             yield session
 
     def close(self) -> None:
@@ -168,7 +175,7 @@ def _migrate(engine: Engine) -> None:
         _use_write_ahead_log(engine)
     with engine.execution_options(writes=True).begin() as connection:
         if engine.dialect.name == "postgresql":
-            connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _MIGRATION_LOCK})
+            connection.execute(_LOCK, {"key": _MIGRATION_LOCK})
         version = _version(connection)
         if version is not None and version not in {script.revision for script in scripts.walk_revisions()}:
             raise LabelError(
