@@ -44,6 +44,11 @@ def test_null_is_an_error_unless_it_may_be_absent() -> None:
         value_of(ROW, "none")
 
 
+def test_a_table_kept_as_columns_has_as_many_items_in_each() -> None:
+    with pytest.raises(BadRowError, match=r"t\[\]\.a takes items from lists of different lengths"):
+        value_of({"t": {"a": [1, 2], "b": [1]}}, "t[].a")
+
+
 def test_numbers_count_as_text_but_lists_do_not() -> None:
     assert text_of({"a": 42}, "a") == "42"
     with pytest.raises(BadRowError, match=r"a should be text, but is a list: \['x'\]"):

@@ -114,6 +114,11 @@ def test_a_malformed_row_is_told_with_its_place_and_the_rest_is_read(
             gzip.compress(b'{"a": 1}\n' * 99, mtime=0)[:-9],
             "a.jsonl.gz: cannot be read: Compressed file ended",
         ),
+        (
+            "a.jsonl.gz",
+            gzip.compress(b"", mtime=0)[:10] + b"\xff" * 99,
+            "a.jsonl.gz: cannot be read: Error -3 while decompressing data",
+        ),
         ("a.csv", b'a,b\n1,"2\n', "a.csv: cannot be read: unexpected end of data"),
         ("a.parquet", b"PAR1 and no more", "a.parquet: not a valid Parquet file"),
         ("a.arrow", b"ARROW1 and no more", "a.arrow: not a valid Arrow file"),

@@ -36,6 +36,10 @@ def value_of(row: Mapping[str, Any], column: str) -> Any:
         if is_optional:
             return None
         raise _missing(row, path) from None
+    except ValueError:  # of zip, in _descend
+        raise BadRowError(
+            f"{path} takes items from lists of different lengths", hint="repair the row: one length for all"
+        ) from None
     if value is None and not is_optional:
         raise BadRowError(f"{path} is null", hint=f"repair the row, or write {path}? if it may be absent")
     return value

@@ -13,6 +13,7 @@ import gzip
 import io
 import json
 import sys
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -48,7 +49,7 @@ def rows_of(file: Path) -> Iterator[Placed]:
     }
     try:
         yield from readers[_suffix(file)](file)
-    except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error) as error:
         raise DataError(
             f"{file}: cannot be read: {error}", hint="check that the file is whole, in UTF-8, and readable"
         ) from error
