@@ -36,7 +36,8 @@ class SourceConfig(FrozenModel):
     """Split of a hub or saved data set."""
     weight: Annotated[float, Field(gt=0)] | None = None
     """Share in the blend, relative to the other sources, whatever their sizes; 1 where only others have one.
-    Without any weights every row is used once per epoch."""
+    Without any weights every row is used once per epoch. Where a source gives only some of its rows, they
+    are drawn once for the run, with `data.seed`, and not anew for each epoch."""
     messages: str | None = None
     """Column holding a list of chat messages, each with `role` and `content` (or `from` and `value`)."""
     prompt: str | None = None
@@ -142,7 +143,8 @@ class DataConfig(FrozenModel):
     """Plain text for mixture training (PPO-ptx), with a `text` column."""
     split_by: Literal["row", "prompt"] = "row"
     """What the hash of the split is taken of. prompt: all answers to one prompt stay together, so that none of
-    them is held out while another is learnt from; use it where prompts occur many times."""
+    them is held out while another is learnt from; use it where prompts occur many times. Rows of `labels:`
+    are always split by prompt, since one label may be several rows."""
     held_out_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.02
     """Share of the rows, by row hash, kept from training and used for evaluation."""
     max_eval_rows: PositiveInt = 256
@@ -158,7 +160,8 @@ class DataConfig(FrozenModel):
     """Rows that cannot be read: stop at the first with file, line and reason, or leave out, count and
     report."""
     seed: NonNegativeInt = 0
-    """Seed of the blend and the order of rows."""
+    """Seed of the draw where `weight` takes only some rows of a source, or some once more than others. The order
+    of rows follows the run's `seed`."""
     cache_dir: str | None = None
     """Folder of the token cache; by default `dovetail` in the user's cache folder. Keyed by content."""
 

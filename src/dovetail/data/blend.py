@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dovetail.config.data import DataConfig, SourceConfig
+from dovetail.data.label_rows import is_labels
 from dovetail.data.records import (
     Comparison,
     Demonstration,
@@ -142,11 +143,12 @@ def _gather(
 ) -> tuple[list[Any], SourceCounts]:
     """What one stage takes from one source."""
     tally = Tally()
+    by_prompt = config.split_by == "prompt" or is_labels(source.path)  # one label is several rows
     found: list[Any] = []
     rows = 0
     for record in read_source(source, strict=config.bad_rows == "strict", tally=tally):
         _expect_kind(record, kind)
-        key = prompt_key(record) if config.split_by == "prompt" else record.row_id
+        key = prompt_key(record) if by_prompt else record.row_id
         stage = stage_of(key, split, kinds_of(record)) if split is not None else kind
         if stage == kind and kind in kinds_of(record) and _part_of(key, source, config) == part:
             rows += 1
