@@ -8,8 +8,9 @@ import torch
 from dovetail.config.stages import SftConfig
 from dovetail.rlhf import build
 from dovetail.rlhf.api import PPOTrainer
-from dovetail.rlhf.build import checkpoint_activations
-from tests.fakes import tiny_model
+from dovetail.rlhf.build import checkpoint_activations, same_tokens
+from dovetail.text.chat_format import ChatFormat
+from tests.fakes import byte_tokenizer, tiny_model
 from tests.rlhf.tiny import PROMPTS, tiny_config, tiny_engine
 
 PLENTY, SCARCE = 2**30, 2**10
@@ -36,6 +37,30 @@ def test_activations_are_computed_again_if_asked_for_or_if_a_step_would_not_fit(
     checkpoint_activations(models, settings, device=torch.device(device), is_averaged=True)
     assert [model.is_gradient_checkpointing for model in models] == [is_on, is_on]
     assert ("would need about" in "".join(capsys.readouterr())) == (is_on and setting == "auto")
+
+
+PLAIN = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+TURNS_APART = (
+    "{% for m in messages %}{{ '\n' if loop.index > 2 }}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+)
+QUIET = "{% for m in messages if m.role != 'system' %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+
+
+@pytest.mark.parametrize(("other", "same"), [(PLAIN, True), (TURNS_APART, False), (QUIET, False)])
+def test_formats_are_the_same_only_if_they_are_for_system_messages_and_several_turns(
+    other: str, same: bool
+) -> None:
+    assert same_tokens(ChatFormat(byte_tokenizer(PLAIN)), ChatFormat(byte_tokenizer(other))) == same
+
+
+def test_the_kl_coefficient_waits_until_the_actor_learns() -> None:
+    config = tiny_config(critic_warmup_rollouts=2, kl_target=6.0, kl_horizon=10)
+    trainer = PPOTrainer(tiny_engine("llama", config))
+    seen = []
+    for _ in range(3):
+        trainer.train_rlhf(trainer.generate_experience(PROMPTS))
+        seen.append(trainer.kl_coefficient)
+    assert seen[0] == seen[1] == config.kl_coefficient > seen[2]
 
 
 def test_processes_that_compute_layers_together_all_compute_them_again_if_one_must(

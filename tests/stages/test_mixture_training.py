@@ -101,6 +101,9 @@ def test_the_held_out_text_loss_is_the_mean_cross_entropy_of_text_that_nothing_l
 def test_stage_3_says_whether_mixture_training_is_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], data: Any, ppo: Any, says: str
 ) -> None:
-    pipeline.run(tiny_run(tmp_path, stages=("ppo",), data=data, ppo={"max_steps": 1, **ppo}))
+    judge = tmp_path / "judge.py"
+    judge.write_text("def score(answers):\n    return [0.0] * len(answers)\n")
+    judged = {"max_steps": 1, "reward_function": f"{judge}:score", **ppo}
+    pipeline.run(tiny_run(tmp_path, stages=("ppo",), data=data, ppo=judged))
     shown = capsys.readouterr()
     assert says in shown.out + shown.err

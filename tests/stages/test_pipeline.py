@@ -11,14 +11,16 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from dovetail.batches import pack
+from dovetail.errors import ModelError
 from dovetail.model.forward import last_scores
 from dovetail.model.load import load_scalar_model
+from dovetail.model.scalar import scalar_model_from
 from dovetail.parallel.world import World
 from dovetail.stages import parts, pipeline
 from dovetail.stages.context import open_run
 from dovetail.text.chat_format import ChatFormat
 from dovetail.text.tokenizer import load_tokenizer
-from tests.fakes import END, PAD
+from tests.fakes import END, PAD, tiny_model
 from tests.stages.runs import save_tiny_model, tiny_run
 
 NAMES = ("opt-post-norm", "gpt2", "gpt-neox", "llama", "qwen2", "opt")
@@ -241,7 +243,36 @@ def test_without_held_out_rows_a_run_goes_through(tmp_path: Path) -> None:
     blend = tuple(source for source in config.data.blend if not source.held_out)
     config = config.model_copy(update={"data": config.data.model_copy(update={"blend": blend})})
     pipeline.run(config)
-    assert (Path(config.output_dir) / "ppo/model/model.safetensors").exists()
+    run = Path(config.output_dir)
+    assert (run / "ppo/model/model.safetensors").exists()
+    # Nothing was measured: no reward, and no model that would be the best by it.
+    assert "held_out_reward" not in (run / "metrics.jsonl").read_text()
+    assert not (run / "ppo/best").exists()
+
+
+def test_ppo_refuses_a_reward_model_whose_scores_would_be_noise(tmp_path: Path) -> None:
+    config = tiny_run(tmp_path, stages=("ppo",), **TWO_STEPS)
+    with pytest.raises(ModelError, match="model-llama is a language model without a reward head"):
+        pipeline.run(config)
+
+
+def test_scores_are_centred_on_the_best_answers_of_rows_from_all_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parts, "CENTRING_ROWS", 3)
+    packed: list[list[list[int]]] = []
+
+    def noted(sequences: Any, masks: Any) -> Any:
+        packed.append(sequences)
+        return pack(sequences, masks)
+
+    monkeypatch.setattr(parts, "pack", noted)
+    # Of row n the answers are [n, 0], [n, 1] and [n, 2]; as data tells: 0 beats 1, 2 beats both.
+    rows = [([[n, 0], [n, 1], [n, 2]], [(0, 1, 0.0), (2, 0, 0.0), (2, 1, 0.0)]) for n in range(9)]
+    with open_run(tiny_run(tmp_path)) as context:
+        model = scalar_model_from(tiny_model(), seed=0, pad_token_id=None)
+        parts.centre_on_demonstrations(model, rows, context)
+    assert packed[0] == [[0, 2], [4, 2], [8, 2]]
 
 
 def test_whether_a_stage_has_finished_is_what_the_first_process_sees(

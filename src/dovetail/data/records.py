@@ -6,6 +6,7 @@ Not responsible for: where it comes from (sources.py), or tokens (tokenize.py).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -52,11 +53,7 @@ class Comparison:
 
     def best(self) -> int:
         """The answer with the most wins less losses; the first of equals."""
-        balance = [0] * len(self.answers)
-        for better, worse, _ in self.better_than:
-            balance[better] += 1
-            balance[worse] -= 1
-        return max(range(len(balance)), key=balance.__getitem__)
+        return best_of(len(self.answers), [(better, worse) for better, worse, _ in self.better_than])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +66,15 @@ class Text:
 
 
 Record = Prompt | Demonstration | Comparison | Text
+
+
+def best_of(num_answers: int, pairs: Iterable[tuple[int, int]]) -> int:
+    """Of answers compared in pairs (better, worse): the one with the most wins less losses; the first of equals."""
+    balance = [0] * num_answers
+    for better, worse in pairs:
+        balance[better] += 1
+        balance[worse] -= 1
+    return max(range(num_answers), key=balance.__getitem__)
 
 
 def kinds_of(record: Record) -> tuple[Kind, ...]:

@@ -32,9 +32,9 @@ class Judged:
 def evaluate_answers(
     prompts: Sequence[Sequence[Message]], engine: RLHFEngine, judge: Judge | None = None
 ) -> Judged:
-    """Sample one answer to each held-out prompt and score it. Without prompts: nothing but a zero reward."""
+    """Sample one answer to each held-out prompt and score it. Without prompts there is nothing to say."""
     if not prompts:
-        return Judged([], [], {"ppo/held_out_reward": 0.0, "ppo/held_out_kl_nats_per_answer": 0.0})
+        return Judged([], [], {})
     answers = engine.generate(prompts, seed=EVALUATION_SEED)
     batch = engine.pack(answers)
     gap_T = engine.logprobs(batch) - engine.reference_logprobs(batch)

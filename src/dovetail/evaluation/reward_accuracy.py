@@ -3,7 +3,7 @@
 Responsible for: pairwise accuracy and loss on held-out comparisons, and whether length alone explains the scores.
 Not responsible for: training (stages/reward.py).
 
-Shapes: S answers, P preference pairs.
+Shapes: S answers, P preference pairs, G prompts.
 """
 
 import torch
@@ -21,7 +21,8 @@ from dovetail.parallel.share import parts_of
 def reward_accuracy(
     model: PreTrainedModel, batch: RankedBatch | None, max_tokens: int, device: torch.device
 ) -> dict[str, float]:
-    """Accuracy (ties count half), ranking loss, mean and spread of the scores, correlation with length."""
+    """Accuracy (ties count half), ranking loss, mean and spread of the scores, their correlation with the length of
+    answers to the same prompt."""
     if batch is None:
         return {}
     scores_S = scores_of(model, batch, max_tokens, device)
@@ -30,17 +31,25 @@ def reward_accuracy(
     right = (won_pairs(chosen_P, rejected_P) * weight_P).sum() / weight_P.sum()
     loss = ranking_loss(chosen_P, rejected_P, batch.margin_P, weight_P) / weight_P.sum()
     lengths_S = torch.tensor(batch.lengths, dtype=torch.float32)
+    apart_2S = torch.stack([_within_groups(scores_S, batch), _within_groups(lengths_S, batch)])
     longer = (lengths_S[batch.chosen_P] > lengths_S[batch.rejected_P]).float().mean()
     return {
         "accuracy": float(right),
         "held_out_loss": float(loss),
         "score_mean": float(scores_S.mean()),
         "score_std": float(scores_S.std(unbiased=False)),
-        "score_length_correlation": float(
-            torch.corrcoef(torch.stack([scores_S, lengths_S]))[0, 1].nan_to_num()
-        ),
+        "score_length_correlation": float(torch.corrcoef(apart_2S)[0, 1].nan_to_num()),
         "longer_is_chosen": float(longer),
     }
+
+
+def _within_groups(values_S: Tensor, batch: RankedBatch) -> Tensor:
+    """By how much each answer differs from the mean of the answers to its prompt, whose length then counts for
+    nothing."""
+    sizes_G = torch.tensor(batch.group_sizes)
+    group_S = torch.arange(len(sizes_G)).repeat_interleave(sizes_G)
+    sums_G = torch.zeros(len(sizes_G)).index_add_(0, group_S, values_S)
+    return values_S - (sums_G / sizes_G)[group_S]
 
 
 @torch.no_grad()

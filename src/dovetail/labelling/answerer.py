@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from dovetail.engine.answers import Completion
 from dovetail.engine.sampling import Sampling
 from dovetail.inference.loading import load_chat
-from dovetail.model.load import load_scalar_model
+from dovetail.model.load import expect_reward_head, load_scalar_model
 from dovetail.rlhf.rewards import Answer, RewardModelScorer, Scorer
 from dovetail.rlhf.rollout import answer_of
 from dovetail.text.chat_format import ChatFormat
@@ -87,6 +87,7 @@ def load_answerer(path: str, *, device: str) -> ModelAnswerer:
 
 def reward_scorer(path: str, *, device: str) -> Scorer:
     """A finished reward model, which reads answers as text in its own chat format. Raises ModelError."""
+    expect_reward_head(path)
     where = resolve_device(device)
     model = load_scalar_model(
         path, dtype=resolve_dtype("auto", where), device=where, seed=0, pad_token_id=None

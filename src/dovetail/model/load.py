@@ -117,6 +117,18 @@ def read_config(
     return config
 
 
+def expect_reward_head(
+    path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
+) -> None:
+    """Raise ModelError unless it is a finished reward model, whose scores are to be believed."""
+    config = read_config(path, revision=revision, trust_remote_code=trust_remote_code)
+    if config is None or not _is_scalar(config):
+        raise ModelError(
+            f"{path} is a language model without a reward head: its scores would be noise",
+            hint="train stage 2 first (dovetail reward), or give a finished reward model",
+        )
+
+
 def expect_rows_for(tokenizer: PreTrainedTokenizerBase, model: Any, name: str) -> None:
     """Raise ModelError if the tokenizer makes tokens that the model's embedding has no row for.
 

@@ -208,7 +208,9 @@ class PPOTrainer:
             seed=self.engine.setup.seed,
             next_texts=next_texts,
         )
-        self.kl_coefficient = next_kl_coefficient(self.kl_coefficient, collected, self.config)
+        self.kl_coefficient = next_kl_coefficient(
+            self.kl_coefficient, collected, self.config, iteration=self.iteration
+        )
         self.iteration += 1
         return report
 

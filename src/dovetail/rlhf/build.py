@@ -7,6 +7,7 @@ Not responsible for: reading weights (model/load.py), using the roles (rlhf/role
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,11 +18,11 @@ from dovetail.config.stages import OptimizerConfig, PpoConfig, StageConfig
 from dovetail.data.records import Message
 from dovetail.engine.hybrid import HybridEngine
 from dovetail.engine.memory import free_bytes
-from dovetail.errors import ConfigError
+from dovetail.errors import ConfigError, DataError
 from dovetail.model.copies import copy_of
 from dovetail.model.dropout import disable_dropout
 from dovetail.model.forward import plain_model
-from dovetail.model.load import expect_rows_for, load_causal_lm, load_scalar_model
+from dovetail.model.load import expect_reward_head, expect_rows_for, load_causal_lm, load_scalar_model
 from dovetail.model.lora import add_lora
 from dovetail.model.scalar import scalar_model_from
 from dovetail.parallel.shard import gathered, gathered_bytes, generation_model, layout_of, world_of
@@ -205,14 +206,27 @@ def _pass_bytes(model: PreTrainedModel, tokens: int) -> int:
 
 
 def same_tokens(one: ChatFormat, other: ChatFormat) -> bool:
-    """Whether the two turn any conversation into the same token ids."""
-    probe: list[Message] = [
+    """Whether the two turn conversations into the same token ids, with a system message and without, of several turns
+    and of one."""
+    if not one.tokenizer.get_vocab().items() <= other.tokenizer.get_vocab().items():
+        return False
+    turns: list[Message] = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "Héllo, what is 12 x 7?\n"},
         {"role": "assistant", "content": "84."},
+        {"role": "user", "content": "And 12 x 8?"},
+        {"role": "assistant", "content": "96."},
     ]
-    same_vocabulary = one.tokenizer.get_vocab().items() <= other.tokenizer.get_vocab().items()
-    return bool(same_vocabulary and one.conversation(probe[1:]) == other.conversation(probe[1:]))
+    probes = (turns[1:3], turns[1:], turns[:3], turns)
+    return all(_encoded(one, probe) == _encoded(other, probe) for probe in probes)
+
+
+def _encoded(chat: ChatFormat, messages: Sequence[Message]) -> Any:
+    """None for a conversation that the template refuses."""
+    try:
+        return chat.conversation(messages)
+    except DataError:
+        return None
 
 
 def _reward_model(
@@ -226,6 +240,7 @@ def _reward_model(
     if critic_model is None:
         return None, None
     if isinstance(critic_model, str):
+        expect_reward_head(critic_model)
         tokenizer = setup.reward_tokenizer or load_tokenizer(critic_model)
         model = load_scalar_model(
             critic_model, dtype=dtype, device=device, seed=setup.seed, pad_token_id=tokenizer.pad_token_id

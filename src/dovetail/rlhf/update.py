@@ -200,9 +200,14 @@ def rate_at(learners: Learners, optimizer: OptimizerConfig) -> float:
     )
 
 
-def next_kl_coefficient(kl_coefficient: float, collected: Collected, config: PpoConfig) -> float:
-    """The penalty's weight for the next rollout: adapted towards `kl_target` if there is one."""
-    if config.kl_target is None:
+def next_kl_coefficient(
+    kl_coefficient: float, collected: Collected, config: PpoConfig, *, iteration: int
+) -> float:
+    """The penalty's weight for the next rollout: adapted towards `kl_target` if there is one.
+
+    iteration: of the rollout. While the critic warms up the actor is its reference, and a KL of 0 says nothing.
+    """
+    if config.kl_target is None or not config.trains_actor(iteration):
         return kl_coefficient
     return adaptive_kl_coefficient(
         kl_coefficient,

@@ -25,7 +25,9 @@ class Best:
         self.step: int | None = None
 
     def offer(self, judged: Mapping[str, float], engine: RLHFEngine, *, step: int) -> None:
-        """Save the actor if it is the best so far."""
+        """Save the actor if it is the best so far; without held-out prompts nobody knows."""
+        if "ppo/held_out_reward" not in judged:
+            return
         reward, kl = judged["ppo/held_out_reward"], judged["ppo/held_out_kl_nats_per_answer"]
         if not math.isfinite(reward) or not kl <= self.kl_limit:  # NaN is within no limit
             return
@@ -53,8 +55,8 @@ def check_kl(row: Mapping[str, float], config: PpoConfig, *, step: int) -> None:
             f"{config.kl_stop:g} (score {row['ppo/score_mean']:.2f}, entropy "
             f"{row['ppo/entropy_nats_per_token']:.2f} nats per token, answers of {row['ppo/answer_tokens']:.0f} "
             "tokens): the actor is leaving the language it was tuned on, most likely for the reward model's gaps",
-            hint="ppo/best holds the best model so far; raise ppo.kl_coefficient or set ppo.kl_target, or lower "
-            "ppo.actor_optimizer.learning_rate",
+            hint="ppo/best holds the best model so far, if there are held-out prompts; raise ppo.kl_coefficient or set "
+            "ppo.kl_target, or lower ppo.actor_optimizer.learning_rate",
         )
     if kl < -1.0:
         warn(

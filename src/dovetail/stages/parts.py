@@ -19,7 +19,7 @@ from dovetail.config.run import RunConfig
 from dovetail.config.stages import StageConfig
 from dovetail.data.blend import load_stage
 from dovetail.data.loader import BatchOrder
-from dovetail.data.records import Message
+from dovetail.data.records import Message, best_of
 from dovetail.data.tokenize import (
     TokenizedComparisons,
     TokenizedRows,
@@ -32,7 +32,13 @@ from dovetail.engine.modules import context_of
 from dovetail.errors import ConfigError, DataError
 from dovetail.model.forward import last_hidden_states, scalar_head
 from dovetail.model.heads import centre_on
-from dovetail.model.load import expect_rows_for, load_causal_lm, load_scalar_model, read_config
+from dovetail.model.load import (
+    expect_reward_head,
+    expect_rows_for,
+    load_causal_lm,
+    load_scalar_model,
+    read_config,
+)
 from dovetail.model.lora import add_lora
 from dovetail.parallel.shard import given_back_after_use
 from dovetail.parallel.tensor_group import expect_even_groups
@@ -215,7 +221,9 @@ def reward_model(context: Context) -> ModelConfig | None:
             f"PPO needs a reward model, and {folder.model('reward')} is not finished",
             hint="run stage 2 first, or set reward_model.path to a finished one, or ppo.reward_function",
         )
-    return config.reward_model
+    model = config.reward_model
+    expect_reward_head(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
+    return model
 
 
 def demonstration_rows(context: Context, chat: ChatFormat, part: Part) -> TokenizedRows:
@@ -300,8 +308,13 @@ def centre_on_demonstrations(
 
     The best answer of each comparison is what a demonstration would be, and is there in every run.
     """
-    rows = [comparisons[i] for i in range(min(len(comparisons), CENTRING_ROWS))]
-    best = [answers[pairs[0][0]] for answers, pairs in rows]
+    # From all over, because rows of one source stand together.
+    places = np.linspace(0, len(comparisons) - 1, min(len(comparisons), CENTRING_ROWS)).astype(int)
+    rows = [comparisons[int(i)] for i in places]
+    best = [
+        answers[best_of(len(answers), [(better, worse) for better, worse, *_ in pairs])]
+        for answers, pairs in rows
+    ]
     batch = pack(best, [[False] * len(ids) for ids in best])
     model.train(False)
     parts = batch.micro_batches(context.config.reward.micro_batch_tokens)

@@ -79,7 +79,7 @@ def run(context: Context, judge: Judge | None = None) -> StageReport:
                 report = learn(collected.experience, iteration=iteration)
             row = collected.stats | report.stats | watch.seconds("ppo") | gather_costs(roles.actor)
             row["ppo/kl_coefficient"] = beta
-            beta = next_kl_coefficient(beta, collected, config)
+            beta = next_kl_coefficient(beta, collected, config, iteration=iteration)
             if done % config.eval_every == 0 or done == iterations:
                 row |= (results := held_out_stats(done))
             metrics.record(done, row)
