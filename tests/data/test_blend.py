@@ -10,7 +10,7 @@ from dovetail.config.data import SourceConfig
 from dovetail.data.blend import load_stage
 from dovetail.data.records import Comparison, Demonstration, Prompt
 from dovetail.errors import DataError
-from tests.data.files import config, pairs, questions, write_jsonl
+from tests.data.files import assistant, config, pairs, questions, user, write_jsonl
 
 STAGES = ("sft", "reward", "ppo")
 
@@ -31,6 +31,17 @@ def test_each_stage_gets_its_kind_of_row(tmp_path: Path) -> None:
     assert all(isinstance(row, Comparison) for row in load_stage(data, "reward", "train"))
     assert all(isinstance(row, Prompt) for row in load_stage(data, "ppo", "train"))
     assert load_stage(data, "sft", "train")[0].messages[-1]["content"].startswith("good")
+
+
+def test_a_comparison_whose_prompt_has_an_empty_answer_is_not_imitated(tmp_path: Path) -> None:
+    empty = {"prompt": [user("a"), assistant(""), user("b")], "chosen": "c", "rejected": "d"}
+    path = write_jsonl(tmp_path / "a.jsonl", [empty, *pairs(3)])
+    data = config(tmp_path, path, stage_split=(1, 0, 0), held_out_fraction=0)
+    rows = load_stage(data, "sft", "train")
+    assert len(rows) == 3
+    assert rows.report.sources[0].unusable == 1
+    judging = config(tmp_path, path, stage_split=(0, 1, 0), held_out_fraction=0)
+    assert len(load_stage(judging, "reward", "train")) == 4
 
 
 def test_a_row_keeps_its_stage_whatever_the_order_or_the_other_sources(tmp_path: Path) -> None:

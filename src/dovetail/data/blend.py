@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dovetail.config.data import DataConfig, SourceConfig
+from dovetail.data.conversations import has_empty_answer
 from dovetail.data.label_rows import is_labels
 from dovetail.data.records import (
     Comparison,
@@ -171,6 +172,12 @@ def _part_of(key: str, source: SourceConfig, config: DataConfig) -> Part:
     return "held_out" if held_out else "train"
 
 
+def _with_answers(record: Record) -> Demonstration | None:
+    """What there is to imitate: nothing where an answer is empty, be it one in a comparison's prompt."""
+    taken = as_demonstration(record)
+    return None if taken is None or has_empty_answer(taken.messages) else taken
+
+
 def _with_pairs(record: Record) -> Comparison | None:
     return record if isinstance(record, Comparison) and record.better_than else None
 
@@ -180,7 +187,7 @@ def _as_text(record: Record) -> Text | None:
 
 
 _TAKEN_AS: dict[Kind, Callable[[Record], Any]] = {
-    "sft": as_demonstration,
+    "sft": _with_answers,
     "reward": _with_pairs,
     "ppo": as_prompt,
     "text": _as_text,

@@ -82,6 +82,11 @@ def merged(turns: Sequence[Message]) -> list[Message]:
     return out
 
 
+def has_empty_answer(turns: Sequence[Message]) -> bool:
+    """Whether one of the assistant's turns says nothing: to imitate it is to learn to say nothing."""
+    return any(turn["role"] == "assistant" and not turn["content"].strip() for turn in turns)
+
+
 @lru_cache(maxsize=16)
 def _markers(names: tuple[str, str]) -> re.Pattern[str]:
     """Where turns begin. Anthropic's names stand behind a blank line, since "Human:" also occurs inside text;

@@ -24,6 +24,7 @@ from dovetail.data.columns import (
 from dovetail.data.conversations import (
     answer_from_transcript,
     begins_with_a_name,
+    has_empty_answer,
     merged,
     messages_from,
     transcript_from,
@@ -93,7 +94,7 @@ def _demonstration(row: Row, source: SourceConfig) -> tuple[Message, ...]:
         turns = [*_prompt(row, source), {"role": "assistant", "content": answer}]
     if not turns[-1]["content"].strip():
         raise BadRowError(f"{source.response or source.messages}: the answer is empty")
-    if any(turn["role"] == "assistant" and not turn["content"].strip() for turn in turns):
+    if has_empty_answer(turns):
         raise BadRowError(f"{source.messages or source.prompt}: an answer before the last is empty")
     _expect_a_question(turns[:-1], source.prompt or source.messages or "the prompt")
     return tuple(turns)
