@@ -132,3 +132,20 @@ def test_the_youngest_gives_way_and_comes_back_first() -> None:
     assert [answer.index for answer in scheduler.waiting] == [1, 2]
     assert scheduler.waiting[0].token_ids == [0]
     assert scheduler.waiting[0].is_unread
+
+
+def test_a_preempted_answer_decodes_only_after_a_forward_that_drew_its_next_token() -> None:
+    for budget in range(1, 21):
+        answer = answer_of(0, 10, 5)
+        for _ in range(3):
+            answer.accept(0, 0.0, Listener())
+        scheduler = scheduler_of([answer], 1, prefill=budget)
+        parts = []
+        while not (parts and parts[-1].is_last):
+            parts += scheduler.admit()
+            assert scheduler.ready() == []
+            assert all(part.num_tokens > 0 for part in parts)
+        assert [part.start for part in parts] == [0, *(part.end for part in parts[:-1])]
+        assert scheduler.admit() == []
+        answer.accept(0, 0.0, Listener())
+        assert scheduler.ready() == [answer]

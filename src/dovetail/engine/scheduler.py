@@ -161,9 +161,13 @@ class Scheduler:
         return True
 
     def _next_chunk(self, answer: Answer, room: int) -> Chunk:
+        """Up to `room` tokens, or one more: the last token, left alone, would pass for one to decode."""
         start = answer.num_cached
-        answer.num_cached = min(answer.num_tokens, start + room)
-        return Chunk(answer, start, answer.num_cached)
+        end = min(answer.num_tokens, start + room)
+        if answer.num_drawn and end == answer.num_tokens - 1:
+            end += 1
+        answer.num_cached = end
+        return Chunk(answer, start, end)
 
     def _num_missing(self) -> int:
         return sum(max(0, _missing_pages(answer)) for answer in self.running)
