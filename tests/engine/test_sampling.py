@@ -17,7 +17,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from dovetail.engine.sampling import Sampling, SamplingRows, random_keys, sample_next, uniforms
+from dovetail.engine.sampling import Sampling, SamplingRows, keep_likely, random_keys, sample_next, uniforms
 from dovetail.errors import GenerationError
 
 CPU = torch.device("cpu")
@@ -106,6 +106,18 @@ def test_rows_keep_their_own_settings_in_a_mixed_batch() -> None:
         own_id, own_logprob = sample_next(logits[None], alone)
         assert own_id.item() == ids[row].item()
         torch.testing.assert_close(own_logprob[0], logprobs[row])
+
+
+@pytest.mark.parametrize("top_p", [None, 1.0])
+def test_a_row_that_is_not_truncated_keeps_every_token_beside_one_that_is(top_p: float | None) -> None:
+    settings = [Sampling(max_new_tokens=1, top_p=top_p), Sampling(max_new_tokens=1, top_k=5)]
+    rows = SamplingRows(settings, [0, 1], [0, 0], device=CPU)
+    for seed in range(3):
+        drawn_V = torch.randn(128_256, generator=torch.Generator().manual_seed(seed))
+        logits_SV = ((1 + seed) * drawn_V).expand(2, -1)
+        kept_SV = keep_likely(logits_SV, rows)
+        assert torch.equal(kept_SV[0], logits_SV[0])
+        assert kept_SV[1].isfinite().sum() == 5
 
 
 def test_the_repetition_penalty_is_that_of_transformers_and_learns_drawn_tokens() -> None:

@@ -199,7 +199,7 @@ class GraphDecoder:
         line[Column.GREEDY] = sampling.temperature == 0
         floats[Column.TEMPERATURE] = sampling.temperature or 1.0
         line[Column.TOP_K] = min(sampling.top_k or 2**31 - 1, 2**31 - 1)
-        floats[Column.TOP_P] = sampling.top_p or 1.0
+        floats[Column.TOP_P] = sampling.mass_limit
         floats[Column.MIN_P] = sampling.min_p or 0.0
         floats[Column.PENALTY] = sampling.repetition_penalty or 1.0
 

@@ -75,6 +75,13 @@ class Sampling:
         return not (self.top_k is None and self.top_p in (None, 1.0) and self.min_p in (None, 0.0))
 
     @property
+    def mass_limit(self) -> float:
+        """What the mass before a kept token is below. Without top-p out of reach: in float32 the sum of many
+        probabilities comes to 1 before the last of them.
+        """
+        return 2.0 if self.top_p in (None, 1.0) else self.top_p
+
+    @property
     def penalises(self) -> bool:
         return self.repetition_penalty not in (None, 1.0)
 
@@ -106,7 +113,7 @@ class SamplingRows:
         self.truncates = any(s.truncates for s in settings)
         if self.truncates:
             self.top_k_S = torch.tensor([s.top_k or 2**31 for s in settings], device=device)
-            self.top_p_S = torch.tensor([s.top_p or 1.0 for s in settings], device=device)
+            self.top_p_S = torch.tensor([s.mass_limit for s in settings], device=device)
             self.min_p_S = torch.tensor([s.min_p or 0.0 for s in settings], device=device)
         self.num_likeliest = max((s.top_logprobs for s in settings), default=0)
         self.penalises = any(s.penalises for s in settings)
