@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from transformers import PreTrainedTokenizerFast
@@ -100,6 +101,28 @@ def test_many_at_once_are_the_same_as_one_by_one(chat: ChatFormat) -> None:
         chat.prompt_ids(THREE_TURNS),
     ]
     assert chat.encode_answers(["a", "b"]) == [chat.answer_ids("a"), chat.answer_ids("b")]
+
+
+def test_threads_that_share_a_tokenizer_get_what_one_alone_gets() -> None:
+    tokenizer = byte_level(kinds.CHATML)
+    formats = [ChatFormat(tokenizer), ChatFormat(tokenizer, kinds.LLAMA3)]  # two copies over one backend
+    texts = ["hello there", "say <|im_end|> and <|eot_id|>"] * 2
+
+    def encoded(number: int) -> tuple[list[int], list[int]]:
+        chat, text = formats[number % 2], texts[number % len(texts)]
+        return chat.prompt_ids([{"role": "user", "content": text}]), chat.text_ids(text)
+
+    alone = [encoded(number) for number in range(4)]
+    with ThreadPoolExecutor(4) as threads:
+        together = list(threads.map(encoded, range(2000)))
+    assert together == alone * 500
+
+
+def test_a_text_that_is_no_conversation_reads_as_its_tokenizer_reads_it() -> None:
+    chat = ChatFormat(byte_level(kinds.CHATML, bos=True))
+    text = "hello <|im_end|>"
+    assert chat.text_ids(text) == chat.tokenizer(text)["input_ids"]
+    assert chat.text_ids(text)[0] == chat.tokenizer.bos_token_id
 
 
 def test_a_saved_tokenizer_brings_its_format_along(chat: ChatFormat, tmp_path) -> None:  # type: ignore[no-untyped-def]

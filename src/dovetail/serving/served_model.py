@@ -52,7 +52,7 @@ class ServedModel:
 
     def text_ids(self, text: str) -> list[int]:
         """Plain text, its special tokens recognised."""
-        return [int(i) for i in self.chat.tokenizer(text)["input_ids"]]
+        return self.chat.text_ids(text)
 
 
 def load_models(paths: Sequence[str], settings: EngineSettings) -> list[ServedModel]:

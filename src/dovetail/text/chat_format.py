@@ -77,6 +77,10 @@ class ChatFormat:
         """Tokens of an answer, end-of-turn token included."""
         return self.encode_answers([text])[0]
 
+    def text_ids(self, text: str) -> list[int]:
+        """Tokens of a text that is no conversation, its special tokens recognised."""
+        return self._encoder.as_given(text)
+
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
         """The tokens that end an answer: the template's end-of-turn token, and the tokenizer's end of

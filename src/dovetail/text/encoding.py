@@ -2,16 +2,22 @@
 
 Responsible for: encoding a passage behind another without a token across the border and without the extra
 space that some tokenizers put before a text; special tokens that are only quoted; many passages in one
-call.
+call; callers in several threads.
 Not responsible for: which passages there are (chat_format.py).
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
+
+_ENCODING = threading.Lock()
+"""Whether special tokens are split is a switch on the tokenizer's backend, set by each call before it encodes, and
+copies of a tokenizer share a backend. One lock for all: it is never copied along with a tokenizer.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +43,13 @@ class Encoder:
     def one(self, text: str) -> list[int]:
         """Tokens of a text, special tokens recognised."""
         return self._encode([text], is_quoted=False)[0]
+
+    def as_given(self, text: str) -> list[int]:
+        """Tokens of a text as the tokenizer reads it by itself: its first token in front, special tokens
+        recognised.
+        """
+        with _ENCODING:
+            return [int(i) for i in self._tokenizer(text)["input_ids"]]
 
     def many(self, rows: Sequence[Sequence[Passage]]) -> list[list[list[int]]]:
         """For each row, the tokens of each passage. Equal passages are encoded once."""
@@ -65,13 +78,14 @@ class Encoder:
     def _encode(self, texts: list[str], *, is_quoted: bool) -> list[list[int]]:
         if not texts:
             return []
-        encoded = self._tokenizer(
-            texts,
-            add_special_tokens=False,
-            return_attention_mask=False,
-            split_special_tokens=is_quoted,
-            verbose=False,
-        )
+        with _ENCODING:
+            encoded = self._tokenizer(
+                texts,
+                add_special_tokens=False,
+                return_attention_mask=False,
+                split_special_tokens=is_quoted,
+                verbose=False,
+            )
         return [list(ids) for ids in encoded["input_ids"]]
 
 
