@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import gc
 import heapq
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -39,6 +40,10 @@ from dovetail.engine.transfer import Draw, draw_next, to_device
 
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 """Rows a graph is captured for. Between them a step costs what the next larger one does: the weights, mostly."""
+
+_capturing = threading.Lock()
+"""Models of one process that decode in threads of their own capture one after the other: on one stream, into one
+pool, with Python's collector off."""
 
 
 class Column(IntEnum):
@@ -268,6 +273,15 @@ class GraphDecoder:
         before_B = self._ids_B.clone()
         seen_BV = None if self._seen_BV is None else self._seen_BV.clone()
         self._state[:, Column.LENGTH] = -1  # nobody there: nothing is stored
+        with _capturing:
+            graph = self._captured(kind)
+        self._ids_B.copy_(before_B)
+        if seen_BV is not None and self._seen_BV is not None:
+            self._seen_BV.copy_(seen_BV)
+        return graph
+
+    def _captured(self, kind: Kind) -> torch.cuda.CUDAGraph | None:
+        """The recording itself; None if it failed, which is said."""
         stream = _capture_stream(self._device)
         stream.wait_stream(torch.cuda.current_stream(self._device))
         _, pool = _capture_pool(self._device)
@@ -285,9 +299,6 @@ class GraphDecoder:
                 graph = None
                 self._give_up(error)
         torch.cuda.current_stream(self._device).wait_stream(stream)
-        self._ids_B.copy_(before_B)
-        if seen_BV is not None and self._seen_BV is not None:
-            self._seen_BV.copy_(seen_BV)
         return graph
 
     def _give_up(self, error: Exception) -> None:
