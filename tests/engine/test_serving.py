@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -107,6 +108,31 @@ def test_what_does_not_fit_is_refused_before_it_is_handed_over() -> None:
         with pytest.raises(GenerationError, match=r"may take 129 tokens.*room for 128") as caught:
             answer_all.expect_usable(request(0, [5] * 100, Sampling(max_new_tokens=29)), None)
         assert caught.value.hint == "ask for at most 28 new tokens"
+
+
+def test_the_weights_are_there_within_the_block_and_nothing_of_it_stays() -> None:
+    seen: list[str] = []
+
+    @contextmanager
+    def weights() -> Iterator[None]:
+        seen.append("entered")
+        try:
+            yield
+        finally:
+            seen.append("left")
+
+    engine = HybridEngine(tiny_model(), weights=weights)
+    answer = request(0, [5] * 20, Sampling(max_new_tokens=3))
+    with engine.serving() as answer_all:
+        answer_all(Script(at_0=lambda: [answer]))
+        assert (seen, answer.finish_reason) == (["entered"], "length")
+        with pytest.raises(AssertionError, match="already"), engine.generating():
+            pass
+    assert seen == ["entered", "left"]
+    with pytest.raises(AssertionError):
+        answer_all(Script(at_0=lambda: []))  # its cache is freed
+    with engine.generating() as generate:
+        assert len(generate([[5]], Sampling(max_new_tokens=2), seeds=[0])[0].token_ids) == 2
 
 
 def test_models_that_take_the_padded_way_cannot_be_joined() -> None:

@@ -105,33 +105,42 @@ class HybridEngine:
     @contextmanager
     def generating(self) -> Iterator[Generate]:
         """Evaluation mode, our attention, KV arena; all undone at the end of the block."""
-        assert not self._is_generating, "generating() is not re-entrant"
-        self._is_generating = True
-        try:
-            with self.weights():
-                session = _Session(self)
-                try:
-                    with evaluation_mode(self._wrapped), session.attention():
-                        yield session
-                finally:
-                    session.close()
-        finally:
-            self._is_generating = False
+        with self._occupied(), self.weights():
+            session = _Session(self)
+            try:
+                with evaluation_mode(self._wrapped), session.attention():
+                    yield session
+            finally:
+                session.close()
 
     @contextmanager
     def serving(self) -> Iterator[Serve]:
         """The same block for requests that come one after the other. Raises GenerationError for models that
         take the padded way, whose batches nobody can join.
         """
-        paged = self.paged_generation()
-        if paged is None:
-            raise GenerationError(
-                f"{type(self.model).__name__} generates in padded batches, which no request can join",
-                hint="dovetail chat and dovetail generate can use this model; for the server take another",
-            )
-        with evaluation_mode(self._wrapped), self.modules.our_attention():
-            longest = self._limits.max_cache_tokens or _UNLIMITED_CONTEXT
-            yield Serve(self, paged, min(paged.reserve_for(self.context or longest), self.context or longest))
+        with self._occupied(), self.weights():
+            paged = self.paged_generation()
+            if paged is None:
+                raise GenerationError(
+                    f"{type(self.model).__name__} generates in padded batches, which no request can join",
+                    hint="dovetail chat and dovetail generate can use this model; for the server take another",
+                )
+            try:
+                with evaluation_mode(self._wrapped), self.modules.our_attention():
+                    longest = self.context or self._limits.max_cache_tokens or _UNLIMITED_CONTEXT
+                    yield Serve(self, paged, min(paged.reserve_for(longest), longest))
+            finally:
+                paged.close()
+
+    @contextmanager
+    def _occupied(self) -> Iterator[None]:
+        """One block at a time: they share the model's modes."""
+        assert not self._is_generating, "the model is in a block of generating() or serving() already"
+        self._is_generating = True
+        try:
+            yield
+        finally:
+            self._is_generating = False
 
     @property
     def can_be_joined(self) -> bool:
