@@ -204,6 +204,21 @@ def test_text_completions_take_texts_tokens_and_several_of_either(client: openai
     assert both.usage.prompt_tokens == 6
 
 
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_a_text_completion_keeps_the_space_that_it_begins_with(
+    client: openai.OpenAI, is_stream: bool
+) -> None:
+    # So far below 1 the penalty is a reward: the prompt's tokens come again.
+    answer: Any = client.completions.create(
+        model="tiny", prompt="  ", temperature=0, max_tokens=4, logprobs=0, stream=is_stream,
+        extra_body={"repetition_penalty": 0.01},
+    )  # fmt: skip
+    choices = [chunk.choices[0] for chunk in answer] if is_stream else answer.choices
+    tokens = [token for choice in choices for token in choice.logprobs.tokens]
+    assert tokens[0] == " "
+    assert "".join(choice.text for choice in choices) == "".join(tokens)
+
+
 def test_the_stream_is_server_sent_events_to_the_letter(server: Live) -> None:
     text = server.chat(stream=True, seed=3).text
     events = text.split("\n\n")

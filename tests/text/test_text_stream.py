@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from dovetail.text.chat_format import ChatFormat
 from dovetail.text.text_stream import TextStream
 from tests.fakes import byte_tokenizer
+from tests.text.test_chat_format import FORMATS
+from tests.text.tokenizers import CHATML, byte_level
 
 
 def decode(ids: Sequence[int]) -> str:
@@ -52,6 +54,41 @@ def test_an_answer_of_a_chat_format_reads_in_pieces_as_at_once(template: str | N
         ids = chat.answer_ids(answer)
         stream = TextStream(chat.decode)
         assert "".join([*(stream.add([i]) for i in ids), stream.finish()]) == chat.decode(ids) == answer
+
+
+LONG_LEAD = CHATML.replace("assistant\n'", "assistant'").replace("'\n' + message", "'\n\n\n' + message")
+"""Three line breaks, of more than one token, between the generation prompt and the answer."""
+
+
+@pytest.mark.parametrize("name", [*FORMATS, "long lead"])
+def test_an_answer_of_any_template_reads_in_pieces_as_at_once(name: str) -> None:
+    chat = ChatFormat(FORMATS[name]() if name in FORMATS else byte_level(LONG_LEAD))
+    for answer in ("First.\n\nSecond. ", " \n\n\n I  think so\n", "café ☃ 東京", "hello", "", " "):
+        for ids in (chat.answer_ids(answer), chat.text_ids(answer), chat.text_ids(answer) * 2):
+            stream = chat.answer_stream()
+            assert "".join([*(stream.add([i]) for i in ids), stream.finish()]) == chat.decode(ids)
+
+
+def test_a_text_that_goes_on_keeps_its_white_space() -> None:
+    for template in (None, CHATML, LONG_LEAD):
+        chat = ChatFormat(byte_level(template))
+        text = " there is \n\n\n time "
+        stream = chat.text_stream()
+        assert "".join([*(stream.add([i]) for i in chat.text_ids(text)), stream.finish()]) == text
+
+
+@given(st.text(" \na", max_size=8), st.text(" \n", max_size=2), st.text(" \n", max_size=2), st.integers(1, 3))
+def test_lead_and_end_are_taken_off_once(text: str, lead: str, before_end: str, size: int) -> None:
+    stream = TextStream(decode, lead=lead, before_end=before_end)
+    data = text.encode()
+    pieces = [stream.add(data[start : start + size]) for start in range(0, len(data), size)]
+    assert "".join([*pieces, stream.finish()]) == text.removeprefix(lead).removesuffix(before_end)
+
+
+def test_a_stop_string_is_looked_for_behind_the_lead() -> None:
+    stream = TextStream(decode, stops=["\n"], lead="\n")
+    assert "".join(stream.add([i]) for i in b"\none\ntwo") == "one"
+    assert stream.has_stopped
 
 
 def test_reading_a_token_does_not_decode_the_whole_answer_again() -> None:

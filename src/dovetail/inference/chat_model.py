@@ -24,7 +24,6 @@ from dovetail.engine.scheduler import Load
 from dovetail.inference.loading import load_chat
 from dovetail.model.run_models import model_folder
 from dovetail.text.message import Message, message
-from dovetail.text.text_stream import TextStream
 
 Conversation = str | Sequence[Message]
 """A question, or the turns up to where the model is to speak."""
@@ -79,7 +78,7 @@ class ChatModel:
     ) -> Iterator[str]:
         """The same answer piece by piece. Leaving the loop ends the generation."""
         prompt, settings = self._prompts([conversation])[0], self._settings(sampling)
-        text = TextStream(self._format.decode, stops=settings.stop_strings)
+        text = self._format.answer_stream(settings.stop_strings)
         tokens: queue.SimpleQueue[int | BaseException | None] = queue.SimpleQueue()
         has_left = threading.Event()
 
@@ -134,7 +133,7 @@ class ChatModel:
 
         def on_done(answer: Answer) -> None:
             assert answer.finish_reason is not None
-            text = TextStream(self._format.decode, stops=settings.stop_strings)
+            text = self._format.answer_stream(settings.stop_strings)
             texts[answer.index] = text.add(answer.token_ids) + text.finish()
             if on_reply is not None:
                 on_reply(Reply(answer.index, texts[answer.index], answer.finish_reason))

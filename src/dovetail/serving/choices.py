@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -56,9 +56,13 @@ class Answering:
         *,
         seed: int,
         num_choices: int,
+        new_stream: Callable[[Sequence[str]], TextStream],
         meters: Meters,
     ) -> None:
-        """`num_choices` for each prompt, in order. Raises what `EngineThread.submit` raises."""
+        """`num_choices` for each prompt, in order. new_stream: takes the stop strings.
+
+        Raises what `EngineThread.submit` raises.
+        """
         self._model = model
         self._meters = meters
         self._began = time.perf_counter()
@@ -68,7 +72,7 @@ class Answering:
             Ticket(prompt, sampling, seed + _SEED_STRIDE * index, partial(self._hear, index))
             for index, prompt in enumerate(prompt for prompt in prompts for _ in range(num_choices))
         ]
-        self._streams = [TextStream(model.chat.decode, stops=sampling.stop_strings) for _ in self._tickets]
+        self._streams = [new_stream(sampling.stop_strings) for _ in self._tickets]
         self.num_prompt_tokens = sum(map(len, prompts))
         self.num_tokens = 0
         """Drawn so far, in all answers, the tokens that ended them included."""

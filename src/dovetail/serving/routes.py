@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,7 @@ from dovetail.serving.protocol import (
 )
 from dovetail.serving.responses import ChatForm, EventStream, Form, TextForm, whole
 from dovetail.serving.served_model import ServedModel
+from dovetail.text.text_stream import TextStream
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorBody, "description": "what the caller can put right"},
@@ -105,11 +106,11 @@ async def _complete_chat(
     prompt = await asyncio.to_thread(model.chat_ids, [turn.plain() for turn in wanted.messages])
     answering = _begin(
         service,
-        model,
         wanted,
         [prompt],
         max_tokens=wanted.max_completion_tokens or wanted.max_tokens,
         stops=(*wanted.stops, *model.chat.stop_strings),
+        new_stream=model.chat.answer_stream,
         top_logprobs=wanted.top_logprobs or 0,
     )
     form = ChatForm(_new_id("chatcmpl"), wanted.model, model.chat, has_logprobs=bool(wanted.logprobs))
@@ -128,11 +129,11 @@ async def _complete_text(
     ]
     answering = _begin(
         service,
-        model,
         wanted,
         prompts,
         max_tokens=wanted.max_tokens,
         stops=wanted.stops,
+        new_stream=model.chat.text_stream,
         top_logprobs=wanted.logprobs or 0,
     )
     form = TextForm(_new_id("cmpl"), wanted.model, model.chat, has_logprobs=wanted.logprobs is not None)
@@ -150,17 +151,17 @@ async def _respond(
 
 def _begin(
     service: Service,
-    model: ServedModel,
     wanted: SamplingRequest,
     prompts: Sequence[Sequence[int]],
     *,
     max_tokens: int | None,
     stops: tuple[str, ...],
+    new_stream: Callable[[Sequence[str]], TextStream],
     top_logprobs: int,
 ) -> Answering:
     if wanted.stream_options is not None and not wanted.stream:
         raise Problem(400, "stream_options: only with stream = true", param="stream_options")
-    num_choices = wanted.n or 1
+    model, num_choices = service.model(wanted.model), wanted.n or 1
     if num_choices * len(prompts) > service.limits.max_choices:
         raise Problem(
             400,
@@ -179,7 +180,15 @@ def _begin(
         top_logprobs=top_logprobs,
     )
     seed = secrets.randbits(62) if wanted.seed is None else wanted.seed
-    return Answering(model, prompts, sampling, seed=seed, num_choices=num_choices, meters=service.meters)
+    return Answering(
+        model,
+        prompts,
+        sampling,
+        seed=seed,
+        num_choices=num_choices,
+        new_stream=new_stream,
+        meters=service.meters,
+    )
 
 
 def _temperature(wanted: float | None) -> float:

@@ -30,6 +30,7 @@ from transformers import PreTrainedTokenizerBase
 from dovetail.errors import DataError, ModelError
 from dovetail.text.encoding import Encoder, Passage, special_token_texts
 from dovetail.text.message import Message, message
+from dovetail.text.text_stream import TextStream
 from dovetail.text.turn_shape import HOLE, learn_shape
 
 DEFAULT_TEMPLATE = (
@@ -107,12 +108,15 @@ class ChatFormat:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of an answer, without special tokens: decode(answer_ids(text)) == text."""
-        kept = list(ids)
-        while kept and kept[-1] in self.stop_token_ids:
-            kept.pop()
-        text = str(self.tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-        before_end = self._shape.end.removesuffix(self._shape.end_token)
-        return text.removeprefix(self._shape.lead).removesuffix(before_end)
+        return self._text_of(ids).removeprefix(self._shape.lead).removesuffix(self._before_end)
+
+    def answer_stream(self, stops: Sequence[str] = ()) -> TextStream:
+        """`decode` of an answer, piece by piece."""
+        return TextStream(self._text_of, stops=stops, lead=self._shape.lead, before_end=self._before_end)
+
+    def text_stream(self, stops: Sequence[str] = ()) -> TextStream:
+        """What goes on where `text_ids` ends, piece by piece; nothing is taken off it."""
+        return TextStream(self._text_of, stops=stops)
 
     def encode_prompts(self, rows: Sequence[Sequence[Message]]) -> list[list[int]]:
         """`prompt_ids` of many conversations at once, which is much faster."""
@@ -145,6 +149,17 @@ class ChatFormat:
         back = [int(eos)] if isinstance(eos, int) else [self._end_id]
         encoded = self._encoder.many([[Passage(text, is_quoted=True)] for text in texts])
         return [[*front, *ids, *back] for (ids,) in encoded]
+
+    @property
+    def _before_end(self) -> str:
+        return self._shape.end.removesuffix(self._shape.end_token)
+
+    def _text_of(self, ids: Sequence[int]) -> str:
+        """Without special tokens and those that end an answer."""
+        kept = list(ids)
+        while kept and kept[-1] in self.stop_token_ids:
+            kept.pop()
+        return str(self.tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def _one_token(self, end: str) -> int:
         """The id of the token that ends an answer. As several tokens it would end answers at its last piece."""

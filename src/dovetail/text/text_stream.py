@@ -10,10 +10,20 @@ from collections.abc import Callable, Sequence
 
 
 class TextStream:
-    """Token ids in, new text out as soon as its characters are whole and cannot belong to a stop string."""
+    """Token ids in, new text out as soon as its characters are whole and nothing can still take them away."""
 
-    def __init__(self, decode: Callable[[Sequence[int]], str], *, stops: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        decode: Callable[[Sequence[int]], str],
+        *,
+        stops: Sequence[str] = (),
+        lead: str = "",
+        before_end: str = "",
+    ) -> None:
+        """decode: the text of any stretch of ids. lead, before_end: taken off the text's two ends, once."""
         self._decode = decode
+        self._lead = lead
+        self._before_end = before_end
         self._stops = [stop for stop in stops if stop]
         self._ids: list[int] = []
         self._context = 0
@@ -21,7 +31,7 @@ class TextStream:
         self._read = 0
         """The ids before this one are text already."""
         self._held = ""
-        """Text that may be the beginning of a stop string."""
+        """Text that may belong to the lead, a stop string or what stands before the end."""
         self.has_stopped = False
         """A stop string was completed; what comes after it is not read."""
 
@@ -33,10 +43,8 @@ class TextStream:
 
     def finish(self) -> str:
         """What was still held back."""
-        text = self._take(self._new_text())
-        if not self.has_stopped:
-            text, self._held = text + self._held, ""
-        return text
+        text = self._take(self._new_text(), is_last=True)
+        return text if self.has_stopped else text.removesuffix(self._before_end)
 
     def _new_text(self) -> str:
         """Of the ids not yet read. The tokens before them are decoded along: some tokenizers write a token
@@ -45,19 +53,27 @@ class TextStream:
         known = self._decode(self._ids[self._context : self._read])
         return self._decode(self._ids[self._context :])[len(known) :]
 
-    def _take(self, text: str) -> str:
-        if not text or self.has_stopped:
+    def _take(self, text: str, *, is_last: bool = False) -> str:
+        if self.has_stopped:
             return ""
-        self._context, self._read = self._read, len(self._ids)
-        text = self._held + text
+        if text:
+            self._context, self._read = self._read, len(self._ids)
+        text, self._held = self._held + text, ""
+        if text != self._lead and self._lead.startswith(text) and not is_last:
+            self._held = text
+            return ""
+        text, self._lead = text.removeprefix(self._lead), ""
         ends = [place for stop in self._stops if (place := text.find(stop)) >= 0]
         if ends:
-            self.has_stopped, self._held = True, ""
+            self.has_stopped = True
             return text[: min(ends)]
-        held = self._num_held_back(text)
-        self._held = text[len(text) - held :]
-        return text[: len(text) - held]
+        if is_last:
+            return text
+        shown = len(text) - self._num_held_back(text)
+        self._held = text[shown:]
+        return text[:shown]
 
     def _num_held_back(self, text: str) -> int:
-        beginnings = (stop[:length] for stop in self._stops for length in range(len(stop) - 1, 0, -1))
+        beginnings = [stop[:length] for stop in self._stops for length in range(1, len(stop))]
+        beginnings += [self._before_end[: length + 1] for length in range(len(self._before_end))]
         return max((len(begin) for begin in beginnings if text.endswith(begin)), default=0)
