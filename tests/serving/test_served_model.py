@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 
 from dovetail.engine import HybridEngine, Sampling
 from dovetail.errors import ConfigError, ModelError
@@ -110,3 +112,32 @@ def test_an_adapter_that_names_no_base_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="names no base model") as caught:
         load_models([str(folder)], SETTINGS)
     assert "merged model" in str(caught.value.hint)
+
+
+def damage_config(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text("{")
+
+
+def remove_weights(folder: Path) -> None:
+    (folder / "adapter_model.safetensors").unlink()
+
+
+def widen_weights(folder: Path) -> None:
+    file = folder / "adapter_model.safetensors"
+    save_file({name: torch.cat([weight, weight]) for name, weight in load_file(file).items()}, file)
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (damage_config, "cannot be loaded: Expecting property name"),
+        (remove_weights, "no adapter_model.safetensors"),
+        (widen_weights, "cannot be loaded: "),
+    ],
+)
+def test_a_damaged_adapter_is_refused(tmp_path: Path, damage: Callable[[Path], None], says: str) -> None:
+    folder = adapter(saved(tmp_path / "base"), tmp_path / "one", 0)
+    damage(folder)
+    with pytest.raises(ModelError, match=says) as caught:
+        load_models([str(folder)], SETTINGS)
+    assert str(folder) in caught.value.message

@@ -19,7 +19,7 @@ from dovetail.engine.hybrid import HybridEngine
 from dovetail.engine.modules import context_of
 from dovetail.errors import ModelError
 from dovetail.model.forward import plain_model
-from dovetail.model.load import expect_rows_for, load_causal_lm
+from dovetail.model.load import expect_rows_for, explained, load_causal_lm
 from dovetail.text.chat_format import ChatFormat
 from dovetail.text.tokenizer import load_tokenizer
 from dovetail.training.placement import resolve_device, resolve_dtype
@@ -53,14 +53,15 @@ def load_chat(path: str, *, device: str = "auto", bases: dict[str, Any] | None =
     where = resolve_device(device)
     chat = ChatFormat(load_tokenizer(path))
     adapter = Path(path).expanduser() / "adapter_config.json"
-    base = _base_of(adapter) if adapter.is_file() else path
+    with explained(str(adapter.parent)):
+        base = _base_of(adapter) if adapter.is_file() else path
     bases = {} if bases is None else bases
     if base not in bases:
         bases[base] = load_causal_lm(base, dtype=resolve_dtype("auto", where), device=where)
     model: Any = bases[base]
     if adapter.is_file():
-        twin = _twin(model)
-        model = PeftModel.from_pretrained(twin, str(adapter.parent), autocast_adapter_dtype=False).eval()
+        with explained(str(adapter.parent)):
+            model = _adapted(model, adapter.parent)
     expect_rows_for(chat.tokenizer, model, path)
     return LoadedChat(path, model, chat, where)
 
@@ -73,6 +74,15 @@ def _base_of(adapter: Path) -> str:
             hint="set base_model_name_or_path in it, or give the merged model's folder",
         )
     return str(base)
+
+
+def _adapted(base: Any, folder: Path) -> Any:
+    if not any(folder.glob("adapter_model.*")):  # peft would ask the hub for them
+        raise ModelError(
+            f"{folder} has an adapter_config.json and no adapter_model.safetensors",
+            hint="the folder is incomplete; save or download the adapter again",
+        )
+    return PeftModel.from_pretrained(_twin(base), str(folder), autocast_adapter_dtype=False).eval()
 
 
 def _twin(model: Any) -> Any:

@@ -177,7 +177,7 @@ def _unquantized(model: PreTrainedModel) -> PreTrainedModel:
 
 def _complete(auto_class: Any, name: str, dtype: torch.dtype, options: dict[str, Any]) -> PreTrainedModel:
     """from_pretrained that fails where transformers would fill in random weights."""
-    with _explained(name), quiet():
+    with explained(name), quiet():
         model, report = auto_class.from_pretrained(
             name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
@@ -223,7 +223,7 @@ def _shape(sizes: Sequence[int]) -> str:
 
 
 def _read_config(name: str, options: dict[str, Any]) -> Any:
-    with _explained(name), quiet():
+    with explained(name), quiet():
         return AutoConfig.from_pretrained(name, **options)
 
 
@@ -279,11 +279,11 @@ def _gguf_file(name: str) -> Path | None:
 
 
 @contextmanager
-def _explained(name: str) -> Iterator[None]:
-    """What transformers raises, as an error that names the model and the way out."""
+def explained(name: str) -> Iterator[None]:
+    """What transformers and peft raise, as a ModelError that names the model and the way out."""
     try:
         yield
-    except torch.OutOfMemoryError:
+    except (ModelError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a dozen kinds, from OSError to AssertionError; all mean the same to the user
         reason = " ".join(str(error).strip().partition("\n")[0].split()) or type(error).__name__
