@@ -55,6 +55,16 @@ def test_a_key_file_that_cannot_be_meant_is_refused(tmp_path: Path, text: str, s
     assert "api-key" in str(caught.value.hint) or "own name" in str(caught.value.hint)
 
 
+@pytest.mark.parametrize("behind", ["", "  # her laptop"])
+def test_a_key_gets_a_line_of_its_own(tmp_path: Path, behind: str) -> None:
+    file = tmp_path / "keys"
+    alice = add_key(file, "alice")
+    file.write_text(file.read_text().strip() + behind)
+    bob = add_key(file, "bob")
+    keys = read_keys(file)
+    assert (keys.owner(alice), keys.owner(bob)) == ("alice", "bob")
+
+
 def test_the_command_prints_a_new_key_once_and_refuses_a_name_twice(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -87,8 +87,11 @@ def add_key(file: Path, name: str) -> str:
     key = f"dt-{secrets.token_urlsafe(32)}"
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
+        content = file.read_bytes() if file.exists() else b""
+        # An editor may have left the last line open.
+        start = "\n" if content and not content.endswith(b"\n") else ""
         with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "a") as lines:
-            lines.write(f"{line}{hash_of(key)}\n")
+            lines.write(f"{start}{line}{hash_of(key)}\n")
     except OSError as error:
         raise ConfigError(
             f"{file} cannot be written: {error.strerror}", hint="choose another file"
