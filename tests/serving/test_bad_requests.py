@@ -42,7 +42,7 @@ def problem(response: httpx.Response) -> dict[str, Any]:
         ({"n": 17}, "n", "17 answers, and one request may ask for 16"),
         ({"temperature": -0.1}, "temperature", "greater than or equal to 0"),
         ({"temperature": "hot"}, "temperature", "valid number"),
-        ({"top_p": 0}, "top_p", "greater than 0"),
+        ({"top_p": -0.1}, "top_p", "greater than or equal to 0"),
         ({"top_p": 1.5}, "top_p", "less than or equal to 1"),
         ({"seed": 2**64}, "seed", "less than"),
         ({"stop": ""}, "stop", "at least 1 character"),

@@ -258,3 +258,9 @@ def test_a_temperature_near_zero_is_greedy(server: Live) -> None:
     ] * 3
     assert texts[3] == texts[4]
     assert all(entry["logprob"] <= 0 for choice in texts for entry in choice["logprobs"]["content"])
+
+
+def test_a_top_p_of_zero_is_greedy(server: Live) -> None:
+    answer = server.chat(top_p=0, temperature=1, seed=3).json()
+    expected = drawn(HELLO, temperature=0, max_new_tokens=8)[0]
+    assert answer["choices"][0]["message"]["content"] == expected

@@ -70,7 +70,7 @@ class SamplingRequest(_Request):
     n: Annotated[int, Field(ge=1, le=128), _WHOLE] | None = 1
     max_tokens: Annotated[int, Field(ge=1, le=2**31), _WHOLE] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = 1.0
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = 1.0
     top_k: Annotated[int, Field(ge=1, le=2**31), _WHOLE] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None

@@ -170,8 +170,8 @@ def _begin(
         )
     sampling = Sampling(
         max_new_tokens=_room_for_answers(service.limits, model, prompts, max_tokens),
-        temperature=_temperature(wanted.temperature),
-        top_p=wanted.top_p,
+        temperature=_temperature(wanted),
+        top_p=wanted.top_p or None,
         top_k=wanted.top_k,
         min_p=wanted.min_p,
         repetition_penalty=wanted.repetition_penalty,
@@ -191,10 +191,12 @@ def _begin(
     )
 
 
-def _temperature(wanted: float | None) -> float:
-    """Divided by less than this, logits leave float32; the distribution is a single token long before."""
-    temperature = 1.0 if wanted is None else wanted
-    return 0.0 if temperature < _LEAST_TEMPERATURE else temperature
+def _temperature(wanted: SamplingRequest) -> float:
+    """Divided by less than the least, logits leave float32; the distribution is a single token long before, as it is
+    where top_p is 0.
+    """
+    temperature = 1.0 if wanted.temperature is None else wanted.temperature
+    return 0.0 if wanted.top_p == 0 or temperature < _LEAST_TEMPERATURE else temperature
 
 
 def _room_for_answers(
