@@ -103,6 +103,20 @@ def test_a_prompt_without_room_for_an_answer_is_refused(model: ChatModel) -> Non
             ask("x" * 600)
 
 
+def test_a_padded_prompt_without_room_is_refused_before_any_answer(tmp_path: Path) -> None:
+    bloom = tiny_model("bloom")
+    bloom.config.max_position_embeddings = 128
+    save_model(bloom, byte_tokenizer(), tmp_path / "bloom")
+    padded = ChatModel(str(tmp_path / "bloom"), device="cpu")
+    replies: list[Reply] = []
+    with (
+        pytest.warns(UserWarning, match="padded"),
+        pytest.raises(GenerationError, match="request 32: the prompt has 621 tokens"),
+    ):
+        padded.chat_many([*"a" * 32, "x" * 600], sampling=SHORT, on_reply=replies.append)
+    assert not replies
+
+
 def rows(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().split("\n")[:-1]]
 
@@ -173,6 +187,8 @@ def test_lines_are_written_when_those_before_them_are(tmp_path: Path) -> None:
         ('{"messages": [{"role": "robot", "content": "b"}]}', "'user'"),
         ('{"messages": []}', "at least 1"),
         ('{"prompt": "a", "answer": "b"}', "has a column `answer` already"),
+        ('{"prompt": "a", "finish_reason": "stop"}', "has a column `finish_reason` already"),
+        (r'{"prompt": "a", "id": "\ud800"}', "half a surrogate pair"),
     ],
 )
 def test_a_wrong_line_is_named(tmp_path: Path, line: str, says: str) -> None:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 
 from dovetail.engine import FinishReason, Sampling
-from dovetail.engine.answers import Answer
+from dovetail.engine.answers import Answer, Listener, expect_usable
 from dovetail.engine.scheduler import Load
 from dovetail.inference.loading import load_chat
 from dovetail.model.run_models import model_folder
@@ -159,6 +159,11 @@ class ChatModel:
 
     def _pad(self, answers: Sequence[Answer], on_done: Callable[[Answer], None]) -> None:
         """For models whose batches nobody can join: one after the other."""
+        listener = Listener(decode_text=self._format.decode)
+        for answer in answers:
+            expect_usable(
+                answer, vocabulary=self._many.vocabulary, context=self._many.context, listener=listener
+            )
         with self._many.generating() as generate:
             for start in range(0, len(answers), _PADDED_AT_ONCE):
                 batch = answers[start : start + _PADDED_AT_ONCE]

@@ -76,8 +76,15 @@ def _prompt(line: str, where: str) -> Prompt:
     if (row.prompt is None) == (row.messages is None):
         found = "neither `prompt` nor" if row.prompt is None else "both `prompt` and"
         raise DataError(f"{where}: {found} `messages`", hint=hint)
-    if "answer" in columns:
-        raise DataError(f"{where}: it has a column `answer` already", hint="rename that column")
+    for ours in ("answer", "finish_reason"):
+        if ours in columns:
+            raise DataError(f"{where}: it has a column `{ours}` already", hint="rename that column")
+    try:
+        json.dumps(columns, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where}: half a surrogate pair is no character: {error}", hint="remove it from that line"
+        ) from error
     return Prompt(columns, row.conversation())
 
 
