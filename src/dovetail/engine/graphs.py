@@ -285,8 +285,7 @@ class GraphDecoder:
         stream = _capture_stream(self._device)
         stream.wait_stream(torch.cuda.current_stream(self._device))
         _, pool = _capture_pool(self._device)
-        graph: torch.cuda.CUDAGraph | None = torch.cuda.CUDAGraph()
-        assert graph is not None
+        graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(stream), _no_garbage_collection():
             self._compute(kind)  # kernels are compiled, and libraries set up, outside the capture
             try:
@@ -296,10 +295,9 @@ class GraphDecoder:
             except RuntimeError as error:
                 with suppress(RuntimeError):
                     graph.capture_end()  # else the stream would go on recording
-                graph = None
                 self._give_up(error)
         torch.cuda.current_stream(self._device).wait_stream(stream)
-        return graph
+        return None if self._modules.cannot_be_captured else graph
 
     def _give_up(self, error: Exception) -> None:
         self._modules.cannot_be_captured = True

@@ -64,7 +64,7 @@ class ChatFormat:
         self._special = re.compile("|".join(map(re.escape, specials))) if specials else None
         self._takes_system = self._renders([message("system", "s"), message("user", "u")])
         self._shape = learn_shape(tokenizer, self._render)
-        self._end_id = self._one_token(self._shape.end_token)
+        self._end_id = _one_token(self._encoder, tokenizer, self._shape.end_token)
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """Tokens of a conversation up to where the assistant is to speak."""
@@ -161,17 +161,6 @@ class ChatFormat:
             kept.pop()
         return str(self.tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
-    def _one_token(self, end: str) -> int:
-        """The id of the token that ends an answer. As several tokens it would end answers at its last piece."""
-        end_id = self._encoder.one(end)[-1]
-        if self.tokenizer.convert_ids_to_tokens(end_id) != end:
-            raise ModelError(
-                f"answers end with {end!r}, which is no token of the tokenizer",
-                hint="set eos_token in the tokenizer's tokenizer_config.json to a token that it has, or give a "
-                "chat_template whose turns end with one",
-            )
-        return end_id
-
     def _answer(self, content: str) -> list[Passage]:
         shape = self._shape
         text = shape.lead + self._stripped(content)
@@ -259,6 +248,18 @@ class ChatFormat:
         except DataError:
             return False
         return True
+
+
+def _one_token(encoder: Encoder, tokenizer: PreTrainedTokenizerBase, end: str) -> int:
+    """The id of the token that ends an answer. As several tokens it would end answers at its last piece."""
+    end_id = encoder.one(end)[-1]
+    if tokenizer.convert_ids_to_tokens(end_id) != end:
+        raise ModelError(
+            f"answers end with {end!r}, which is no token of the tokenizer",
+            hint="set eos_token in the tokenizer's tokenizer_config.json to a token that it has, or give a "
+            "chat_template whose turns end with one",
+        )
+    return end_id
 
 
 def default_template(tokenizer: PreTrainedTokenizerBase) -> str:
