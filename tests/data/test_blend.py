@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dovetail.config.data import SourceConfig
+from dovetail.config.data import DataConfig, SourceConfig
 from dovetail.data.blend import load_stage
 from dovetail.data.records import Comparison, Demonstration, Prompt
 from dovetail.errors import DataError
@@ -73,16 +73,80 @@ def test_a_source_for_one_stage_gives_it_all_rows(tmp_path: Path) -> None:
     assert not any(row.source == only.path for row in load_stage(data, "ppo", "train"))
 
 
-def test_rows_of_one_prompt_stay_together_if_asked(tmp_path: Path) -> None:
-    rows = [{"prompt": f"q {i % 20}", "response": f"a {i}"} for i in range(400)]
-    data = config(tmp_path, write_jsonl(tmp_path / "a.jsonl", rows), split_by="prompt", held_out_fraction=0.2)
-    parts: dict[str, set[tuple[str, str]]] = {}
-    for stage in ("sft", "ppo"):
+def places(data: DataConfig, *stages: str) -> dict[str, set[tuple[str, str]]]:
+    """Return the stages and parts of each question."""
+    found: dict[str, set[tuple[str, str]]] = {}
+    for stage in stages:
         for part in ("train", "held_out"):
             for row in load_stage(data, stage, part):  # type: ignore[call-overload]
-                parts.setdefault(row.messages[0]["content"], set()).add((stage, part))
-    assert all(len(places) == 1 for places in parts.values())
-    assert len(parts) == 20
+                found.setdefault(row.messages[0]["content"], set()).add((stage, part))
+    return found
+
+
+def test_all_rows_of_a_prompt_are_in_one_stage_and_part(tmp_path: Path) -> None:
+    answers = [{"prompt": f"q {i % 60}", "chosen": f"a {i}", "rejected": f"b {i}"} for i in range(600)]
+    found = places(
+        config(tmp_path, write_jsonl(tmp_path / "a.jsonl", answers), held_out_fraction=0.3), *STAGES
+    )
+    assert len(found) == 60
+    assert all(len(where) == 1 for where in found.values())
+    assert {part for where in found.values() for _, part in where} == {"train", "held_out"}
+
+
+def test_a_prompt_keeps_its_place_in_every_form_and_file(tmp_path: Path) -> None:
+    def written(name: str, *rows: dict[str, Any]) -> DataConfig:
+        path = write_jsonl(tmp_path / name, rows)
+        return config(tmp_path, path, held_out_fraction=0.3, stage_split=(1, 0, 1))
+
+    numbers = range(200)
+    whole = [[user(f"q {i}"), assistant("a")] for i in numbers]
+    compared = written("a.jsonl", *({"chosen": w, "rejected": [w[0], assistant("b")]} for w in whole))
+    shown = written("b.jsonl", *({"prompt": f"q {i}", "response": f"c {i}"} for i in reversed(numbers)))
+    asked = written("c.jsonl", *({"prompt": [user(f"q {i}")]} for i in numbers))
+    there = places(compared, "sft", "ppo")
+    assert len(there) == 200
+    assert places(shown, "sft", "ppo") == there
+    assert {q: {part for _, part in where} for q, where in places(asked, "ppo").items()} == {
+        q: {part for _, part in where} for q, where in there.items()
+    }
+
+
+def test_rows_are_divided_one_by_one_if_asked(tmp_path: Path) -> None:
+    rows = [{"prompt": "q", "response": f"a {i}"} for i in range(400)]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    with pytest.raises(DataError, match="400 of them answer one prompt"):
+        places(config(tmp_path, path), "sft", "ppo")
+    (apart,) = places(config(tmp_path, path, split_by="row", held_out_fraction=0.2), "sft", "ppo").values()
+    assert len(apart) == 4
+
+
+def test_a_prompt_with_most_of_the_rows_is_named(tmp_path: Path) -> None:
+    rows = [{"prompt": f"q {max(i, 30)}", "response": f"a {i}"} for i in range(60)]
+    source = SourceConfig(path=write_jsonl(tmp_path / "a.jsonl", rows), stages=("sft",))
+    (line,) = load_stage(config(tmp_path, source, held_out_fraction=0), "sft", "train").report.lines()
+    assert (
+        "60 rows read, 31 of them answer one prompt (they stay together; data.split_by=row divides them)"
+        in line
+    )
+    (line,) = load_stage(
+        config(tmp_path, source, held_out_fraction=0, split_by="row"), "sft", "train"
+    ).report.lines()
+    assert "one prompt" not in line
+
+
+def test_too_few_held_out_rows_are_told_with_the_remedy(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", pairs(48))
+    few = load_stage(config(tmp_path, SourceConfig(path=path, stages=("sft",))), "sft", "held_out")
+    assert len(few) < 5
+    (note,) = few.report.notes
+    assert f"{len(few)} of 48 rows are held out" in note
+    fraction = float(note.partition("data.held_out_fraction=")[2].partition(",")[0])
+    for settled in (
+        config(tmp_path, SourceConfig(path=path, stages=("sft",)), held_out_fraction=2 * fraction),
+        config(tmp_path, SourceConfig(path=path, stages=("sft",)), held_out_fraction=0),
+        config(tmp_path, SourceConfig(path=path, stages=("sft",), held_out=True)),
+    ):
+        assert load_stage(settled, "sft", "held_out").report.notes == ()
 
 
 def test_held_out_rows_are_none_all_or_a_fraction(tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def test_rows_that_are_too_long_are_told(tmp_path: Path) -> None:
 
 
 def test_a_terminal_gets_colours_and_no_brackets(tmp_path: Path) -> None:
-    things = preview(config(tmp_path, write_jsonl(tmp_path / "a.jsonl", pairs(9))), CHAT, "sft", 1)
+    things = preview(config(tmp_path, write_jsonl(tmp_path / "a.jsonl", pairs(40))), CHAT, "sft", 1)
     text = printed(things, force_terminal=True, color_system="standard")
     assert "\x1b[32m" in text
     assert "[[" not in text

@@ -25,6 +25,17 @@ def test_a_stage_that_the_source_cannot_serve_leaves_its_share_to_the_others() -
     assert abs(counts["sft"] / len(KEYS) - 1 / 3) < 0.02
 
 
+def test_rows_of_one_key_meet_in_the_same_stage_whatever_else_they_can_serve() -> None:
+    for key in KEYS[:2000]:
+        comparison, demonstration = stage_of(key, (2, 4, 4), ALL), stage_of(key, (2, 4, 4), ("sft", "ppo"))
+        assert demonstration == comparison or comparison == "reward"
+
+
+def test_a_larger_share_takes_from_the_others_and_gives_them_nothing() -> None:
+    moved = [(stage_of(key, (2, 4, 4), ALL), stage_of(key, (2, 4, 8), ALL)) for key in KEYS[:2000]]
+    assert {after for before, after in moved if before != after} == {"ppo"}
+
+
 def test_rows_that_no_stage_wants_have_no_stage() -> None:
     assert stage_of(KEYS[0], (1, 1, 0), ("ppo",)) is None
 
@@ -46,7 +57,7 @@ def test_nothing_is_held_out_at_zero() -> None:
 
 
 def test_the_split_stays_the_same_over_versions() -> None:
-    assert [stage_of(key, (2, 4, 4), ALL) for key in KEYS[:6]] == [
-        "ppo", "sft", "ppo", "reward", "sft", "ppo"
+    assert [stage_of(key, (2, 4, 4), ALL) for key in KEYS[3:9]] == [
+        "ppo", "reward", "ppo", "ppo", "ppo", "sft"
     ]  # fmt: skip
     assert all(0 <= unit_interval(key, "p") < 1 for key in KEYS[:1000])

@@ -137,16 +137,16 @@ class DataConfig(FrozenModel):
     stage_split: tuple[
         Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]
     ] = (2, 4, 4)
-    """Shares of the rows that supervised fine-tuning, reward model and PPO see, disjointly, by a hash of the
-    row's content: the same row always lands in the same stage (DeepSpeed-Chat: 2,4,4)."""
+    """Shares of the prompts that supervised fine-tuning, reward model and PPO see, disjointly (DeepSpeed-Chat:
+    2,4,4). A prompt keeps its stage whatever its answers, its file or the other sources."""
     pretraining: tuple[SourceConfig, ...] = ()
     """Plain text for mixture training (PPO-ptx), with a `text` column."""
-    split_by: Literal["row", "prompt"] = "row"
-    """What the hash of the split is taken of. prompt: all answers to one prompt stay together, so that none of
-    them is held out while another is learnt from; use it where prompts occur many times. Rows of `labels:`
-    are always split by prompt, since one label may be several rows."""
+    split_by: Literal["prompt", "row"] = "prompt"
+    """What decides the stage of a row, and whether it is held out. prompt: a hash of the messages before the last
+    answer, so that all answers to one prompt stay together and no prompt is held out and learnt from at once. row:
+    a hash of prompt and answers, for a file whose rows answer only a few prompts."""
     held_out_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.02
-    """Share of the rows, by row hash, kept from training and used for evaluation."""
+    """Share of the prompts whose rows are kept from training and used for evaluation."""
     max_eval_rows: PositiveInt = 256
     """At most this many held-out rows are used at each evaluation."""
     max_tokens: PositiveInt = 512

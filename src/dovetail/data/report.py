@@ -13,6 +13,10 @@ MAX_SHOWN = 3
 """So many of the bad rows of a source are quoted."""
 
 
+LARGE_SHARE = 0.1
+"""A prompt with more of a source's rows than this share is named: all its rows are in one place."""
+
+
 @dataclass(slots=True)
 class Tally:
     """Counts while a source is read."""
@@ -37,6 +41,10 @@ class SourceCounts:
     """Rows in the table, of all stages."""
     bad: int = 0
     """Rows that could not be read as the source says, and were skipped."""
+    most_together: int = 0
+    """Rows of the most frequent prompt, which stay together; 0 where the split is not by prompt."""
+    rows_of_stage: int = 0
+    """Rows for this stage, in training and held out."""
     rows: int = 0
     """Rows for this stage and part."""
     unusable: int = 0
@@ -58,6 +66,9 @@ class SourceCounts:
         parts = [f"{self.read:,} rows read"]
         if self.bad:
             parts.append(f"{self.bad:,} bad (skipped)")
+        if self.most_together > max(2, LARGE_SHARE * self.read):
+            together = f"{self.most_together:,} of them answer one prompt"
+            parts.append(f"{together} (they stay together; data.split_by=row divides them)")
         parts.append(f"{self.rows:,} for this stage")
         if self.unusable:
             parts.append(f"{self.unusable:,} without anything to learn (left out)")
@@ -75,6 +86,8 @@ class DataReport:
     stage: str
     part: str
     sources: tuple[SourceCounts, ...]
+    notes: tuple[str, ...] = ()
+    """Advice about the rows of all sources together."""
 
     @property
     def used(self) -> int:
@@ -82,12 +95,12 @@ class DataReport:
         return sum(counts.used for counts in self.sources)
 
     def lines(self) -> list[str]:
-        """Lines to print: one a source, and the first bad rows below their source."""
+        """Return lines to print: one a source, the first bad rows below their source, then the notes."""
         out = []
         for counts in self.sources:
             out.append(f"{self.stage}/{self.part}  {counts.line()}")
             out += [f"    skipped: {reason}" for reason in counts.first_bad]
-        return out
+        return out + [f"{self.stage}/{self.part}  {note}" for note in self.notes]
 
     def with_lengths(self, too_long: Mapping[int, int], truncated: Mapping[int, int]) -> DataReport:
         """The report with what tokenising added: counts by index of the source."""
