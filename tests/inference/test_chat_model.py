@@ -1,25 +1,20 @@
-"""Answers in Python, and of a file, against the engine and the server."""
+"""Answers in Python against the engine."""
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from dovetail import ChatModel, Sampling
-from dovetail.cli.main import main
-from dovetail.engine import HybridEngine
-from dovetail.errors import DataError, GenerationError
+from dovetail.errors import DovetailError, GenerationError
 from dovetail.inference.chat_model import Reply
-from dovetail.inference.prompt_file import AnswerFile, read_prompts
 from dovetail.model.load import save_model
-from dovetail.text.chat_format import ChatFormat
 from dovetail.text.message import Message
 from tests.fakes import byte_tokenizer, tiny_model
+from tests.inference.drawing import drawn
 
 SHORT = Sampling(max_new_tokens=12)
 
@@ -34,15 +29,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def model(folder: Path) -> ChatModel:
     return ChatModel(str(folder), device="cpu")
-
-
-def drawn(messages: list[Message], seed: int, max_new_tokens: int = 12) -> str:
-    """The answer by the engine itself."""
-    chat = ChatFormat(byte_tokenizer())
-    sampling = Sampling(max_new_tokens=max_new_tokens, stop_token_ids=chat.stop_token_ids)
-    with HybridEngine(tiny_model()).generating() as generate:
-        (answer,) = generate([chat.prompt_ids(messages)], sampling, seeds=[seed])
-    return chat.decode(answer.token_ids)
 
 
 def test_importing_dovetail_imports_nothing_heavy() -> None:
@@ -117,91 +103,30 @@ def test_a_padded_prompt_without_room_is_refused_before_any_answer(tmp_path: Pat
     assert not replies
 
 
-def rows(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text().split("\n")[:-1]]
-
-
-def written(file: Path, *lines: Any) -> Path:
-    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return file
-
-
-def generate(folder: Path, prompts: Path, output: Path) -> int:
-    arguments = ["generate", str(folder), "--prompts", str(prompts), "--output", str(output), "--top-p", "1"]
-    with pytest.raises(SystemExit) as stopped:
-        main([*arguments, "--temperature", "1", "--max-new-tokens", "12", "--seed", "7", "--device", "cpu"])
-    return int(stopped.value.code or 0)
-
-
-def test_a_file_is_answered_in_order_and_resumed_to_the_same_answers(folder: Path, tmp_path: Path) -> None:
-    prompts = written(
-        tmp_path / "in.jsonl",
-        *({"id": f"row {number}", "prompt": f"a\u2028 {number}"} for number in range(6)),
-        {"messages": [{"role": "user", "content": "b"}], "id": "last"},
+def test_refused_conversations_are_told_of_and_the_others_are_answered(model: ChatModel) -> None:
+    refused: dict[int, DovetailError] = {}
+    texts = model.chat_many(
+        ["a", "x" * 600, "b"], sampling=SHORT, seeds=[1, 2, 3], on_refusal=refused.__setitem__
     )
-    output = tmp_path / "new" / "out.jsonl"
-    assert generate(folder, prompts, output) == 0
-    whole = rows(output)
-    assert [row["id"] for row in whole] == [*(f"row {number}" for number in range(6)), "last"]
-    for index, row in enumerate(whole):
-        messages = row.get("messages") or [{"role": "user", "content": row["prompt"]}]
-        assert row["answer"] == drawn(messages, 7 + index)
-        assert row["finish_reason"] in ("stop", "length")
-    content = output.read_bytes()
-    torn = content[: content.index(b"\n", len(content) // 2) + 9]  # some lines, and the beginning of another
-    output.write_bytes(torn)
-    assert generate(folder, prompts, output) == 0
-    assert output.read_bytes() == content
-    assert generate(folder, prompts, output) == 0
-    assert output.read_bytes() == content
+    assert list(refused) == [1]
+    assert "the prompt has 621 tokens" in refused[1].message
+    assert texts == [
+        drawn([{"role": "user", "content": "a"}], 1),
+        "",
+        drawn([{"role": "user", "content": "b"}], 3),
+    ]
 
 
-def test_answers_to_other_prompts_are_not_added_to(folder: Path, tmp_path: Path) -> None:
-    prompts = written(tmp_path / "in.jsonl", {"prompt": "a"}, {"prompt": "b"})
-    output = written(tmp_path / "out.jsonl", {"prompt": "c", "answer": "d", "finish_reason": "stop"})
-    with pytest.raises(DataError, match="line 1: no answer to prompt 1") as caught:
-        AnswerFile(output, read_prompts(prompts))
-    assert "another --output" in str(caught.value.hint)
-    written(output, *({"prompt": "a"} for _ in range(3)))
-    with pytest.raises(DataError, match="has 3 answers, and there are 2 prompts"):
-        AnswerFile(output, read_prompts(prompts))
-
-
-def test_lines_are_written_when_those_before_them_are(tmp_path: Path) -> None:
-    prompts = read_prompts(written(tmp_path / "in.jsonl", *({"prompt": str(number)} for number in range(3))))
-    output = tmp_path / "out.jsonl"
-    with AnswerFile(output, prompts) as answers:
-        answers.add(1, "one", "stop")
-        assert rows(output) == []
-        answers.add(0, "zero", "stop")
-        assert [row["answer"] for row in rows(output)] == ["zero", "one"]
-
-
-@pytest.mark.parametrize(
-    ("line", "says"),
-    [
-        ("{", "no JSON"),
-        ("[]", "dictionary"),
-        ('{"id": 1}', "neither `prompt` nor `messages`"),
-        ('{"prompt": "a", "messages": [{"role": "user", "content": "b"}]}', "both `prompt` and `messages`"),
-        ('{"messages": [{"role": "robot", "content": "b"}]}', "'user'"),
-        ('{"messages": []}', "at least 1"),
-        ('{"prompt": "a", "answer": "b"}', "has a column `answer` already"),
-        ('{"prompt": "a", "finish_reason": "stop"}', "has a column `finish_reason` already"),
-        (r'{"prompt": "a", "id": "\ud800"}', "half a surrogate pair"),
-    ],
-)
-def test_a_wrong_line_is_named(tmp_path: Path, line: str, says: str) -> None:
-    file = tmp_path / "in.jsonl"
-    file.write_text(f'{{"prompt": "a"}}\n{line}\n')
-    with pytest.raises(DataError) as caught:
-        read_prompts(file)
-    assert f"{file}, line 2: " in caught.value.message
-    assert says in caught.value.message
-
-
-def test_a_file_without_prompts_or_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "empty").write_text("\n")
-    for name, says in (("empty", "has no prompts"), ("none", "cannot be read")):
-        with pytest.raises(DataError, match=says):
-            read_prompts(tmp_path / name)
+@pytest.mark.parametrize("changed", ["weights", "template"])
+def test_a_fingerprint_tells_models_apart_and_not_where_they_lie(
+    folder: Path, model: ChatModel, tmp_path: Path, changed: str
+) -> None:
+    other, tokenizer = tiny_model(), byte_tokenizer()
+    save_model(other, tokenizer, tmp_path / "copy")
+    assert ChatModel(str(tmp_path / "copy"), device="cpu").fingerprint() == model.fingerprint()
+    if changed == "weights":
+        other.lm_head.weight.data *= 1.001
+    else:
+        tokenizer = byte_tokenizer("{% for m in messages %}{{ m.content + '<|end|>' }}{% endfor %}")
+    save_model(other, tokenizer, tmp_path / "changed")
+    assert ChatModel(str(tmp_path / "changed"), device="cpu").fingerprint() != model.fingerprint()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from dovetail.cli.user_paths import path as as_path
 from dovetail.config.load import check, read_recipe
 from dovetail.config.model import ModelConfig
 from dovetail.config.run import RunConfig
@@ -26,7 +27,7 @@ def export(
     path: Annotated[
         str, typer.Argument(help="A run folder, a model folder, or a folder with a peft adapter.")
     ],
-    to: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],
+    to: Annotated[Path, typer.Argument(parser=as_path, help="Folder to write; must not exist.")],
     which: Annotated[
         Which | None, typer.Option(help="Model of a run. By default ppo, else sft.", show_default=False)
     ] = None,

@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 
 from dovetail.cli.label_pages import Wanted, loaded_answerers, opened, print_links, supply_of
 from dovetail.cli.network_flags import AllowHost, Host, Port, TlsCertificate, TlsKey
+from dovetail.cli.user_paths import path
 from dovetail.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -74,7 +75,8 @@ Overlap = Annotated[
     int | None, typer.Option(min=1, help="Annotators per pair. By default as the project has it, at first 1.")
 ]
 Guidelines = Annotated[
-    Path | None, typer.Option(help="A text file that annotators see beside their work.", show_default=False)
+    Path | None,
+    typer.Option(parser=path, help="A text file that annotators see beside their work.", show_default=False),
 ]
 UncertainFirst = Annotated[
     str | None,
@@ -175,7 +177,9 @@ def start(
 @app.command()
 def export(
     store: StoreUrl = "sqlite:///labels.db",
-    output: Annotated[Path, typer.Option("--output", "-o", help="File to write.")] = Path("pairs.jsonl"),
+    output: Annotated[Path, typer.Option("--output", "-o", parser=path, help="File to write.")] = Path(
+        "pairs.jsonl"
+    ),
     project: Annotated[
         str | None, typer.Option(help="Only this project. By default all.", show_default=False)
     ] = None,

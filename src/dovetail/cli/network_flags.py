@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from dovetail.cli.user_paths import path
+
 NETWORK = "Network"
 
 Host = Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.", rich_help_panel=NETWORK)]
@@ -24,6 +26,7 @@ AllowHost = Annotated[
 TlsCertificate = Annotated[
     Path | None,
     typer.Option(
+        parser=path,
         help="Speak HTTPS with the certificate in this PEM file, which also holds those that signed it.",
         rich_help_panel=NETWORK,
         show_default=False,
@@ -32,6 +35,9 @@ TlsCertificate = Annotated[
 TlsKey = Annotated[
     Path | None,
     typer.Option(
-        help="Its private key, where that is another file.", rich_help_panel=NETWORK, show_default=False
+        parser=path,
+        help="Its private key, where that is another file.",
+        rich_help_panel=NETWORK,
+        show_default=False,
     ),
 ]

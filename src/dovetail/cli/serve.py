@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dovetail.cli.network_flags import NETWORK, AllowHost, Host, Port, TlsCertificate, TlsKey
+from dovetail.cli.user_paths import path
 from dovetail.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ Paths = Annotated[list[str], typer.Argument(metavar="PATH...", help=_PATHS)]
 KeyFile = Annotated[
     Path | None,
     typer.Option(
+        parser=path,
         help="Ask for a key that this file has the hash of; see dovetail api-key.",
         rich_help_panel=NETWORK,
         show_default=False,
@@ -233,7 +235,7 @@ def _expect_what_labels_need(store: str | None, prompts: str | None, sampled: ob
 
 
 def api_key(
-    file: Annotated[Path, typer.Argument(help="File that the key's hash is added to.")],
+    file: Annotated[Path, typer.Argument(parser=path, help="File that the key's hash is added to.")],
     name: Annotated[str, typer.Argument(help="Whose key it is.")],
 ) -> None:
     """Make an API key. It is printed once; the file holds only its hash.

@@ -15,18 +15,22 @@ import queue
 import secrets
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 
 from dovetail.engine import FinishReason, Sampling
 from dovetail.engine.answers import Answer, Listener, expect_usable
 from dovetail.engine.scheduler import Load
+from dovetail.errors import DataError, DovetailError
 from dovetail.inference.loading import load_chat
 from dovetail.model.run_models import model_folder
 from dovetail.text.message import Message, message
 
 Conversation = str | Sequence[Message]
 """A question, or the turns up to where the model is to speak."""
+OnRefusal = Callable[[int, DovetailError], object]
+"""on_refusal(index, error): a conversation that gets no answer, and why."""
 
 DEFAULT_SAMPLING = Sampling(max_new_tokens=256, temperature=0.7, top_p=0.95)
 _CACHE_TOKENS = 32768
@@ -53,6 +57,7 @@ class ChatModel:
         Raises ModelError if there is no model, ConfigError if there is no such device.
         """
         loaded = load_chat(model_folder(path), device=device)
+        self.fingerprint = loaded.fingerprint
         self._format = loaded.chat
         self._one = loaded.engine()
         self._many = loaded.engine(max_running=_AT_ONCE, max_cache_tokens=_CACHE_TOKENS)
@@ -121,15 +126,18 @@ class ChatModel:
         sampling: Sampling = DEFAULT_SAMPLING,
         seeds: Sequence[int] | None = None,
         on_reply: Callable[[Reply], object] | None = None,
+        on_refusal: OnRefusal | None = None,
     ) -> list[str]:
         """Answers to many conversations, generated together; each is what it would be alone.
 
         seeds: one a conversation. on_reply: called with each answer as soon as it is finished, in any order.
-        Raises GenerationError, before any answer, if a conversation leaves no room for one.
+        on_refusal: called, before any answer, for each conversation that leaves no room for an answer or that the chat
+        template does not take; its answer stays empty, and on_reply does not hear of it. Without it the first such
+        error is raised.
         """
-        settings, prompts = self._settings(sampling), self._prompts(conversations)
-        chosen = [secrets.randbits(62) for _ in prompts] if seeds is None else list(seeds)
-        texts = [""] * len(prompts)
+        settings, refuse = self._settings(sampling), on_refusal or _raised
+        chosen = [secrets.randbits(62) for _ in conversations] if seeds is None else list(seeds)
+        texts = [""] * len(conversations)
 
         def on_done(answer: Answer) -> None:
             assert answer.finish_reason is not None
@@ -139,34 +147,53 @@ class ChatModel:
                 on_reply(Reply(answer.index, texts[answer.index], answer.finish_reason))
 
         answers = [
-            Answer(index, tuple(prompt), settings, seed, settings.max_new_tokens)
-            for index, (prompt, seed) in enumerate(zip(prompts, chosen, strict=True))
+            Answer(index, tuple(prompt), settings, chosen[index], settings.max_new_tokens)
+            for index, prompt in self._encoded(conversations, refuse)
         ]
         if self._many.can_be_joined:
-            self._serve(answers, on_done)
+            self._serve(answers, on_done, refuse)
         else:
-            self._pad(answers, on_done)
+            self._pad(answers, on_done, refuse)
         return texts
 
-    def _serve(self, answers: Sequence[Answer], on_done: Callable[[Answer], None]) -> None:
+    def _encoded(
+        self, conversations: Sequence[Conversation], refuse: OnRefusal
+    ) -> list[tuple[int, list[int]]]:
+        """Place and tokens of each conversation that the chat template takes."""
+        try:
+            return list(enumerate(self._prompts(conversations)))  # all at once is much faster
+        except DataError:
+            encoded = []
+            for index, conversation in enumerate(conversations):
+                with _refusing(index, refuse):
+                    encoded.append((index, self._prompts([conversation])[0]))
+            return encoded
+
+    def _serve(self, answers: Sequence[Answer], on_done: Callable[[Answer], None], refuse: OnRefusal) -> None:
         with self._many.serving() as serve:
+            usable = []
             for answer in answers:
                 answer.max_new_tokens = max(
                     1, min(answer.max_new_tokens, serve.max_tokens - len(answer.prompt))
                 )
-                serve.expect_usable(answer, self._format.decode)
-            serve(_Feed(answers, on_done), decode_text=self._format.decode)
+                with _refusing(answer.index, refuse):
+                    serve.expect_usable(answer, self._format.decode)
+                    usable.append(answer)
+            serve(_Feed(usable, on_done), decode_text=self._format.decode)
 
-    def _pad(self, answers: Sequence[Answer], on_done: Callable[[Answer], None]) -> None:
+    def _pad(self, answers: Sequence[Answer], on_done: Callable[[Answer], None], refuse: OnRefusal) -> None:
         """For models whose batches nobody can join: one after the other."""
         listener = Listener(decode_text=self._format.decode)
+        usable = []
         for answer in answers:
-            expect_usable(
-                answer, vocabulary=self._many.vocabulary, context=self._many.context, listener=listener
-            )
+            with _refusing(answer.index, refuse):
+                expect_usable(
+                    answer, vocabulary=self._many.vocabulary, context=self._many.context, listener=listener
+                )
+                usable.append(answer)
         with self._many.generating() as generate:
-            for start in range(0, len(answers), _PADDED_AT_ONCE):
-                batch = answers[start : start + _PADDED_AT_ONCE]
+            for start in range(0, len(usable), _PADDED_AT_ONCE):
+                batch = usable[start : start + _PADDED_AT_ONCE]
                 completions = generate(
                     [answer.prompt for answer in batch],
                     [answer.sampling for answer in batch],
@@ -216,6 +243,19 @@ class _Feed:
         new = list(islice(self._coming, _AT_ONCE - len(self._open)))
         self._open += new
         return new if self._open else None
+
+
+@contextmanager
+def _refusing(index: int, refuse: OnRefusal) -> Iterator[None]:
+    """Hand an error of one conversation to `refuse`, and go on behind the block."""
+    try:
+        yield
+    except DovetailError as error:
+        refuse(index, error)
+
+
+def _raised(_index: int, error: DovetailError) -> None:
+    raise error
 
 
 def _drawn_unless(seed: int | None) -> int:

@@ -7,6 +7,7 @@ Not responsible for: run folders (model/run_models.py), generation (engine/).
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,9 @@ from dovetail.text.chat_format import ChatFormat
 from dovetail.text.tokenizer import load_tokenizer
 from dovetail.training.placement import resolve_device, resolve_dtype
 
+_COMPARED_VALUES = 64
+"""About so many of each tensor enter a model's fingerprint."""
+
 
 @dataclass(frozen=True, slots=True)
 class LoadedChat:
@@ -38,6 +42,19 @@ class LoadedChat:
     def context(self) -> int | None:
         """The most tokens of conversation and answer together; None: the model names no limit."""
         return context_of(plain_model(self.model))
+
+    def fingerprint(self) -> str:
+        """Compute a hash that changes with the weights, and with what decides the tokens of a conversation.
+
+        It reads some values of every tensor, not all: training changes values everywhere.
+        """
+        digest = hashlib.sha256(self.chat.fingerprint.encode())
+        plain = self.model.state_dict()
+        for name in sorted(plain):
+            values = plain[name].detach().flatten()
+            some = values[:: max(1, len(values) // _COMPARED_VALUES)].float().cpu()
+            digest.update(f"{name} {tuple(plain[name].shape)} {some.tolist()}".encode())
+        return digest.hexdigest()
 
     def engine(self, **limits: Any) -> HybridEngine:
         """Generation with its weights. limits: see `HybridEngine`."""

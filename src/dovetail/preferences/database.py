@@ -122,14 +122,14 @@ def _checked(url: str, *, must_exist: bool) -> URL:
         return parsed.set(drivername="postgresql+psycopg")
     if not parsed.database or parsed.database == ":memory:":
         raise LabelError(f"{url}: labels in memory would be lost", hint="name a file: sqlite:///labels.db")
-    file = Path(parsed.database)
+    file = Path(parsed.database).expanduser()
     if must_exist and not file.is_file():
         raise LabelError(
             f"{url}: there is no file {file}", hint="`dovetail label` makes it; check folder and name"
         )
     if not file.absolute().parent.is_dir():
         raise LabelError(f"{url}: there is no folder {file.parent}", hint="make it first")
-    return parsed
+    return parsed.set(database=str(file))
 
 
 def _engine(url: URL) -> Engine:
