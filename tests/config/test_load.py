@@ -174,3 +174,31 @@ def test_every_setting_is_described(module: ModuleType) -> None:
 def test_settings_are_found_below_groups_options_and_lists() -> None:
     names = set(setting_names(RunConfig))
     assert {("seed",), ("actor", "lora", "rank"), ("data", "blend", "weight"), ("ppo", "sampling")} <= names
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("sft.optimizer.lr=1e-5", "sft.optimizer.learning_rate"),
+        ("ppo.lr=1e-5", "ppo.actor_optimizer.learning_rate or ppo.critic_optimizer.learning_rate"),
+        ("sft.bs=4", "sft.batch_size"),
+        ("reward.optimizer.wd=0.1", "reward.optimizer.weight_decay"),
+    ],
+)
+def test_the_initials_of_a_setting_lead_to_it(given: str, meant: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load("opt-125m", [given])
+    assert caught.value.hint == f"did you mean {meant}?"
+
+
+def test_lr_alone_lists_every_learning_rate() -> None:
+    with pytest.raises(ConfigError, match="lr is not a setting") as caught:
+        load("opt-125m", ["lr="])
+    rates = [f"{stage}.learning_rate" for stage in ("sft.optimizer", "reward.optimizer")]
+    rates += [f"ppo.{role}_optimizer.learning_rate" for role in ("actor", "critic")]
+    assert caught.value.hint == f"did you mean {' or '.join(rates)}?"
+
+
+def test_the_output_folder_may_begin_with_a_tilde(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/rosa")
+    assert load("opt-125m", ["output_dir=~/runs/a"]).output_dir == "/home/rosa/runs/a"

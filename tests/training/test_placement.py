@@ -35,3 +35,14 @@ def test_a_device_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) ->
         resolve_device("cuda")
     with pytest.raises(ConfigError, match="'gpu' is not a device"):
         resolve_device("gpu")
+    for other in ("mps", "xpu:0", "meta"):
+        with pytest.raises(ConfigError, match=f"device = '{other}': Dovetail runs on .* not on {other[:3]}"):
+            resolve_device(other)
+
+
+def test_a_gpu_beyond_the_last_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert resolve_device("cuda:1") == torch.device("cuda", 1)
+    with pytest.raises(ConfigError, match="'cuda:2', but this machine has 2 GPUs"):
+        resolve_device("cuda:2")

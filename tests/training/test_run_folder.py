@@ -1,4 +1,6 @@
 import json
+import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ def test_a_new_folder_gets_the_configuration_and_can_be_opened_again(tmp_path: P
 def test_a_folder_of_another_configuration_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
     with RunFolder.open(tmp_path, CONFIG) as folder:
         folder.update_summary({"gold.base": 0.5})
+        (folder.checkpoints("sft") / "step-00000001").mkdir(parents=True)
     before = contents(tmp_path)
     with pytest.raises(CheckpointError, match="seed: 0 in the folder, 1 now"):
         RunFolder.open(tmp_path, {**CONFIG, "seed": 1})
@@ -32,6 +35,52 @@ def test_a_folder_of_another_configuration_is_refused_and_left_as_it_is(tmp_path
         name: data for name, data in before.items() if name != ".lock"
     }
     RunFolder.open(tmp_path, CONFIG).close()  # the refused attempt holds no lock
+
+
+@pytest.mark.parametrize("saved", ["base/checkpoints/step-00000003", "reward/done"])
+def test_a_checkpoint_or_a_finished_stage_keeps_the_folder_for_its_configuration(
+    tmp_path: Path, saved: str
+) -> None:
+    RunFolder.open(tmp_path, CONFIG).close()
+    (tmp_path / saved).mkdir(parents=True)
+    for refused in (RunFolder(tmp_path).expect_usable, partial(RunFolder.open, tmp_path)):
+        with pytest.raises(CheckpointError, match="seed: 0 in the folder, 1 now"):
+            refused({**CONFIG, "seed": 1})
+
+
+@pytest.mark.parametrize("left", ["metrics.jsonl", "logs/rank-0.log", "sft/checkpoints/.partial-step-1"])
+def test_a_folder_whose_run_saved_nothing_is_free_for_any_configuration(tmp_path: Path, left: str) -> None:
+    RunFolder.open(tmp_path, {**CONFIG, "actor": {"path": "a-typo"}}).close()
+    (tmp_path / left).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / left).touch()
+    (
+        tmp_path / "config.yaml"
+    ).write_text(  # a first failure may have been answered by an edit of the wrong file
+        (tmp_path / "config.yaml").read_text().replace("a-typo", "another-typo")
+    )
+    RunFolder(tmp_path).expect_usable(CONFIG)
+    with RunFolder.open(tmp_path, CONFIG) as folder:
+        assert "gpt2" in folder.config.read_text()
+
+
+def test_a_config_of_another_program_is_never_free(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("model: theirs\n")
+    with pytest.raises(CheckpointError, match="was edited"):
+        RunFolder.open(tmp_path, CONFIG)
+    assert (tmp_path / "config.yaml").read_text() == "model: theirs\n"
+
+
+def test_a_parent_without_permission_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda place, mode: place != tmp_path)  # root may write everywhere
+    with pytest.raises(CheckpointError, match=f"you may not write to {tmp_path}"):
+        RunFolder(tmp_path / "runs" / "a").expect_usable(CONFIG)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_parent_that_is_a_file_is_named_before_anything_is_written(tmp_path: Path) -> None:
+    (tmp_path / "notes").touch()
+    with pytest.raises(CheckpointError, match=f"this is a file: {tmp_path}/notes"):
+        RunFolder(tmp_path / "notes" / "a").expect_usable(CONFIG)
 
 
 def test_a_folder_that_is_not_a_run_is_refused_and_nothing_is_written_to_it(tmp_path: Path) -> None:

@@ -58,6 +58,43 @@ def test_another_configuration_is_refused_with_the_settings_that_differ(tmp_path
     assert "output_dir" in str(caught.value.hint)
 
 
+def finished_run(folder: Path, *stages: str, **changes: Any) -> Path:
+    """The config.yaml of a run in which these stages are done."""
+    for stage in stages:
+        (folder / stage / "model").mkdir(parents=True)
+        (folder / stage / "done").touch()
+    write_identity(folder / "config.yaml", config(**changes))
+    return folder / "config.yaml"
+
+
+def hint_for(path: Path, **changes: Any) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        expect_same_identity(path, config(**changes))
+    return str(caught.value.hint)
+
+
+def test_other_settings_of_ppo_are_told_the_way_to_the_same_models(tmp_path: Path) -> None:
+    path = finished_run(tmp_path, "sft", "reward")
+    models = f"--actor-model {tmp_path}/sft/model --reward-model {tmp_path}/reward/model"
+    assert f"dovetail ppo {path} {models} --output-dir" in hint_for(path, ppo={"gamma": 0.9})
+    command = f"dovetail train {path} --actor-model {tmp_path}/sft/model --step 2 3 --output-dir"
+    assert command in hint_for(path, reward={"epochs": 2.0}, ppo={"gamma": 0.9})
+
+
+@pytest.mark.parametrize(
+    ("done", "changes"),
+    [
+        (("sft",), {"ppo": {"gamma": 0.9}, "seed": 1}),
+        (("sft", "reward"), {"sft": {"epochs": 2.0}}),
+        ((), {"ppo": {"gamma": 0.9}}),
+    ],
+)
+def test_no_way_is_told_that_leads_to_other_models(
+    tmp_path: Path, done: tuple[str, ...], changes: dict[str, Any]
+) -> None:
+    assert "dovetail" not in hint_for(finished_run(tmp_path, *done), **changes)
+
+
 def test_many_differences_are_counted_not_listed(tmp_path: Path) -> None:
     write_identity(tmp_path / "config.yaml", {f"s{i}": i for i in range(20)})
     with pytest.raises(CheckpointError, match="and 12 more"):

@@ -94,9 +94,19 @@ def _nearest(path: Path, root: Model) -> str:
     if close := difflib.get_close_matches(wrong, siblings, n=1):
         return f"did you mean {dotted((*path[:-1], close[0]))}?"
     elsewhere = {dotted(names): str(names[-1]) for names in setting_names(root)}
+    inside = [name for name in elsewhere if name.startswith(f"{dotted(path[:-1])}.")] if path[:-1] else []
+    for names in (inside, list(elsewhere)):  # lr means learning_rate: rather in this group than elsewhere
+        if meant := [name for name in names if wrong.lower() == _initials(elsewhere[name])]:
+            return f"did you mean {' or '.join(meant)}?"
     if close := difflib.get_close_matches(wrong, elsewhere.values(), n=1):
         return f"did you mean {' or '.join(name for name, last in elsewhere.items() if last == close[0])}?"
     return f"settings of {dotted(path[:-1]) or 'a run'}: {', '.join(siblings)}"
+
+
+def _initials(name: str) -> str:
+    """The short form of a name of several words: lr for learning_rate."""
+    words = name.split("_")
+    return "".join(word[:1] for word in words) if len(words) > 1 else ""
 
 
 def _field(path: Path, root: Model) -> Any:

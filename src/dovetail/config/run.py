@@ -3,9 +3,10 @@
 Responsible for: the root of the configuration. Not responsible for: YAML and overrides (config/load.py).
 """
 
+from os.path import expanduser
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt, model_validator
 
 from dovetail.config.data import DataConfig
 from dovetail.config.frozen import FrozenModel
@@ -45,7 +46,7 @@ class RunConfig(FrozenModel):
     stages: Annotated[tuple[StageName, ...], Field(min_length=1)] = ("sft", "reward", "ppo")
     """Which stages run. One that is left out must have finished before in the same output folder, or is
     replaced by the pretrained model itself."""
-    output_dir: str
+    output_dir: Annotated[str, AfterValidator(expanduser)]
     """Folder of the run: resolved config, metrics, checkpoints, final models."""
     seed: NonNegativeInt = 0
     """Seed of everything random: initial heads, order, sampling."""

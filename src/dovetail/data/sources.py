@@ -7,7 +7,6 @@ Not responsible for: formats (tables.py, hub.py, label_rows.py), columns (forms.
 
 from __future__ import annotations
 
-import difflib
 import heapq
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -22,6 +21,7 @@ from dovetail.data.registry import short_names
 from dovetail.data.report import Tally
 from dovetail.data.tables import SUFFIXES, Placed, is_table, rows_of
 from dovetail.errors import DataError
+from dovetail.text.hub_names import expect_available, nearest
 
 
 def read_source(source: SourceConfig, *, strict: bool = True, tally: Tally | None = None) -> Iterator[Record]:
@@ -49,6 +49,19 @@ def label_of(source: SourceConfig) -> str:
     split = f" {source.split}" if source.split != "train" else ""
     path = without_password(source.path) if is_labels(source.path) else source.path
     return f"{path}{f' {source.name}' if source.name else ''}{split}"
+
+
+def expect_there(source: SourceConfig) -> None:
+    """Raise DataError unless the source is a file or folder, or a name that the hub or its cache holds."""
+    given, is_path = source.path, is_table(Path(source.path))
+    if not is_path and "/" not in given and not Path(given).exists():
+        names = short_names()
+        raise DataError(
+            f"{given}: there is no such file, nor a data set registered under this name",
+            hint=nearest(given, names)
+            or f"give a file, a folder, OWNER/NAME of a hub data set, or one of {', '.join(names)}",
+        )
+    expect_available(given, kind="dataset", error=DataError, is_path=is_path, revision=source.revision)
 
 
 def _records(source: SourceConfig, *, strict: bool, counts: Tally) -> Iterator[Record]:
@@ -97,7 +110,7 @@ def _rows(source: SourceConfig) -> Iterator[Placed]:
     elif path.is_dir() and not is_saved(path):
         files = _files_of_split(path, source.split)
     else:
-        _expect_hub_name(path, source.path)
+        expect_there(source)
         rows = saved_rows(path, source.split) if path.is_dir() else hub_rows(source)
         return (Placed(f"{source.path} {place}", row) for place, row in rows)
     return (Placed(f"{file} {place}", row) for file in files for place, row in rows_of(file))
@@ -113,21 +126,4 @@ def _files_of_split(folder: Path, split: str) -> list[Path]:
     raise DataError(
         f"{folder}: there is no table of the split {split} in it; it has {found}",
         hint="name one file as path, or set split to the beginning of a file's name",
-    )
-
-
-def _expect_hub_name(path: Path, given: str) -> None:
-    """Refuse what is no folder and can be no hub name either, before anything asks the hub for it."""
-    if path.is_dir():
-        return
-    looks_local = is_table(path) or path.is_absolute() or given.startswith((".", "~")) or given.count("/") > 1
-    if not looks_local and given.count("/") == 1:
-        return
-    nearby = [str(file) for file in path.parent.glob("*")] if path.parent.is_dir() else []
-    close = difflib.get_close_matches(str(path), [*nearby, *short_names()], n=1)
-    raise DataError(
-        f"{given}: there is no such file{'' if looks_local else ', nor a data set registered under this name'}",
-        hint=f"did you mean {close[0]}?"
-        if close
-        else f"give a file, a folder, OWNER/NAME of a hub data set, or one of {', '.join(short_names())}",
     )

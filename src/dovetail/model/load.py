@@ -30,6 +30,7 @@ from dovetail.model.linear_logprobs import head_of
 from dovetail.model.save import save_model
 from dovetail.model.scalar import scalar_model_from, with_scalar_head
 from dovetail.telemetry.log import warn
+from dovetail.text.hub_names import expect_available, no_network_hint
 from dovetail.text.quiet import quiet
 
 __all__ = [
@@ -62,7 +63,7 @@ def load_causal_lm(
 
     Raises ModelError if it is not there, is of another kind, or lacks any weight.
     """
-    name = _existing(path)
+    name = _existing(path, revision)
     model = _read_causal_lm(name, dtype, revision=revision, trust_remote_code=trust_remote_code)
     disable_dropout(model)
     model.to(torch.device(device))  # type: ignore[arg-type]
@@ -84,7 +85,7 @@ def load_scalar_model(
 
     pad_token_id: for the config; None keeps what a finished one has.
     """
-    name = _existing(path)
+    name = _existing(path, revision)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     if _gguf_file(name) is None and _is_scalar(_read_config(name, options)):
         auto: Any = AutoModelForSequenceClassification
@@ -108,7 +109,7 @@ def read_config(
     path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedConfig | None:
     """The configuration of a model, without its weights; None for a .gguf file, which has it among them."""
-    name = _existing(path)
+    name = _existing(path, revision)
     if _gguf_file(name) is not None:
         return None
     config: PreTrainedConfig = _read_config(
@@ -231,7 +232,7 @@ def _is_scalar(config: Any) -> bool:
     return any(architecture.endswith(_SCALAR) for architecture in config.architectures or ())
 
 
-def _existing(path: str | Path) -> str:
+def _existing(path: str | Path, revision: str | None = None) -> str:
     """The path or hub name; refuses local paths that hold no model before anybody asks the hub for them."""
     given, place = str(path), Path(path).expanduser()
     if place.is_dir():
@@ -241,11 +242,8 @@ def _existing(path: str | Path) -> str:
                 hint=_what_lies_in(place),
             )
         return str(place)
-    looks_local = place.is_absolute() or given.startswith((".", "~")) or given.endswith(".gguf")
-    if not place.exists() and (looks_local or given.count("/") > 1):
-        raise ModelError(
-            f"{given} does not exist", hint="give a hub name, a Hugging Face folder or a .gguf file"
-        )
+    is_path = given.endswith(".gguf")
+    expect_available(given, kind="model", error=ModelError, is_path=is_path, revision=revision)
     if place.is_file() and place.suffix != ".gguf":
         raise ModelError(
             f"{given} is a single file", hint="give the folder that holds config.json and the weights"
@@ -292,11 +290,7 @@ def explained(name: str) -> Iterator[None]:
             if "trust_remote_code" in str(error):
                 hint = "it ships its own code: set trust_remote_code if you trust its source"
         else:
-            hint = (
-                "check the name on https://huggingface.co and the network; without one, download the model "
-                "elsewhere (`hf download NAME --local-dir FOLDER`) and give the folder; "
-                "gated models need `hf auth login`"
-            )
+            hint = f"check the network, or {no_network_hint(name)}; gated models need `hf auth login`"
         raise ModelError(f"{name} cannot be loaded: {reason}", hint=hint) from error
 
 

@@ -185,7 +185,11 @@ def load_reward_function(spec: str) -> FunctionScorer:
             hint="write package.module:function or path/to/file.py:function",
         )
     try:
-        module = _module_from_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+        module = (
+            _module_from_file(Path(place).expanduser())
+            if place.endswith(".py")
+            else importlib.import_module(place)
+        )
     except (Exception, SystemExit) as error:  # whatever the user's file does when it is run
         raise ConfigError(
             f"ppo.reward_function = {spec!r} cannot be loaded: {_what_and_where(error)}",

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.integrations.gguf import read_gguf_metadata
 
 from dovetail.errors import ModelError
+from dovetail.text.hub_names import expect_available, no_network_hint
 from dovetail.text.quiet import quiet
 
 
@@ -29,7 +30,8 @@ def load_tokenizer(
     chat_template: a Jinja template, or a file with one, that takes the place of the tokenizer's own.
     """
     place = Path(path).expanduser()
-    _check_place(place, str(path))
+    is_path = str(path).endswith(".gguf")
+    expect_available(str(path), kind="model", error=ModelError, is_path=is_path, revision=revision)
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     gguf = gguf_file(place)
     try:
@@ -86,13 +88,6 @@ def read_template(template: str) -> str:
         ) from error
 
 
-def _check_place(place: Path, given: str) -> None:
-    """Refuse what can only be a local path and is not there, before anything asks the hub for it."""
-    is_local = place.is_absolute() or given.startswith((".", "~")) or given.endswith(".gguf")
-    if (is_local or given.count("/") > 1) and not place.exists():
-        raise ModelError(f"{given}: there is no such file or folder", hint="check the path of the model")
-
-
 def _cannot_load(given: str, place: Path, error: Exception) -> ModelError:
     reason = str(error).strip().partition("\n")[0] or type(error).__name__
     if place.is_dir():
@@ -104,7 +99,6 @@ def _cannot_load(given: str, place: Path, error: Exception) -> ModelError:
         hint = "give a Hugging Face folder or a .gguf file that is whole; download it again if it was cut off"
     else:
         hint = (
-            "check the name on https://huggingface.co; without network, give a local folder; "
-            "for a gated model, log in with `hf auth login` first"
+            f"check the network, or {no_network_hint(given)}; for a gated model, log in with `hf auth login`"
         )
     return ModelError(f"the tokenizer of {given} cannot be loaded: {reason}", hint=hint)

@@ -20,10 +20,20 @@ def resolve_device(name: str) -> torch.device:
         raise ConfigError(
             f"device = {name!r} is not a device", hint="use auto, cpu, cuda or cuda:N"
         ) from error
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(
+            f"device = {name!r}: Dovetail runs on GPUs that torch calls cuda and on the CPU, not on {device.type}",
+            hint="use device=cpu, or device=cuda on a machine with an NVIDIA or AMD GPU",
+        )
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
             f"device = {name!r}, but torch {torch.__version__} finds no GPU",
             hint="use device=cpu, or install a torch that matches the driver; `dovetail doctor` tells more",
+        )
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device = {name!r}, but this machine has {torch.cuda.device_count()} GPUs, numbered from 0",
+            hint="use device=cuda, or a number that is there; see nvidia-smi and CUDA_VISIBLE_DEVICES",
         )
     return device
 

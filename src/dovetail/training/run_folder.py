@@ -11,6 +11,7 @@ Not responsible for: the contents of checkpoints (checkpoint.py), metrics (telem
 """
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -20,7 +21,7 @@ from dovetail.errors import CheckpointError
 from dovetail.telemetry.log import warn
 from dovetail.training.disk import write_atomically, write_failure
 from dovetail.training.lock import FolderLock
-from dovetail.training.run_identity import expect_same_identity, write_identity
+from dovetail.training.run_identity import expect_same_identity, is_identity, write_identity
 
 _MODELS = {
     "sft": "sft/model",
@@ -45,7 +46,7 @@ class RunFolder:
 
         config: the resolved configuration as plain values (run_identity.py says which may change between
         starts). Raises CheckpointError if the folder is not a run, is another configuration's, or is in
-        use.
+        use. A run that has saved nothing yet gives way to any configuration.
         """
         folder = cls(path)
         folder._expect_run_or_nothing()
@@ -55,13 +56,24 @@ class RunFolder:
         except OSError as error:
             raise write_failure(error, folder.path, needed_bytes=0) from error
         try:
-            if folder.config.exists():
-                expect_same_identity(folder.config, config)
+            folder._expect_same_run(config)
             write_identity(folder.config, config)
         except BaseException:
             folder.close()
             raise
         return folder
+
+    def expect_usable(self, config: Mapping[str, Any]) -> None:
+        """Raise what `open` would raise, but for a lock, and write nothing."""
+        self._expect_run_or_nothing()
+        self._expect_same_run(config)
+        place = next(place for place in (self.path, *self.path.absolute().parents) if place.exists())
+        if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+            reason = "you may not write to" if place.is_dir() else "this is a file:"
+            raise CheckpointError(
+                f"output_dir = {self.path} cannot be written: {reason} {place}",
+                hint="give an output_dir in a folder that you may write to",
+            )
 
     def close(self) -> None:
         """Let another process have the folder."""
@@ -137,8 +149,16 @@ class RunFolder:
             return {}
         return found if isinstance(found, dict) else {}
 
+    def has_progress(self) -> bool:
+        """Whether any stage has saved a checkpoint or has finished."""
+        return any(next(self.path.glob(kept), None) for kept in ("*/checkpoints/step-*", "*/done"))
+
     def _mark(self, stage: str) -> Path:
         return self.path / stage / "done"
+
+    def _expect_same_run(self, config: Mapping[str, Any]) -> None:
+        if self.config.exists() and (self.has_progress() or not is_identity(self.config)):
+            expect_same_identity(self.config, config)
 
     def _expect_run_or_nothing(self) -> None:
         """A folder with other things in it is not ours to write to; hidden files and logs do no harm."""

@@ -9,7 +9,7 @@ them (but for rounding, in the case of `micro_batch_tokens`).
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,14 @@ def write_identity(path: Path, config: Mapping[str, Any]) -> None:
     write_atomically(path, f"{head}{fingerprint(config)}\n{body}")
 
 
+def is_identity(path: Path) -> bool:
+    """Whether `write_identity` wrote this file, be it edited or not."""
+    try:
+        return _FINGERPRINT in path.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return False
+
+
 def expect_same_identity(path: Path, config: Mapping[str, Any]) -> None:
     """Raise CheckpointError, listing the settings, unless `path` was written for the same configuration."""
     try:
@@ -73,8 +81,25 @@ def expect_same_identity(path: Path, config: Mapping[str, Any]) -> None:
         more = f"\n  and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
         raise CheckpointError(
             f"{path.parent} belongs to a run with another configuration:{listed}{more}",
-            hint="give another output_dir, or the settings of that run to go on with it",
+            hint=_way_out(path, saved, found),
         )
+
+
+def _way_out(path: Path, saved: Mapping[str, Any], found: Sequence[str]) -> str:
+    """Name the command that takes over the finished stages of the run, if the changes come after them."""
+    run = path.parent
+    elsewhere = "give another output_dir, or the settings of that run to go on with it"
+    models = {stage: run / stage / "model" for stage in ("sft", "reward") if (run / stage / "done").exists()}
+    changed = {line.partition(".")[0] for line in found}
+    start = f"{path} --actor-model {models.get('sft')}"
+    if changed == {"ppo"} and len(models) == 2:
+        command = f"dovetail ppo {start} --reward-model {models['reward']}"
+        after = "SFT and reward model"
+    elif changed <= {"reward", "ppo"} and "sft" in models and saved["reward"]["start_from"] == "model":
+        command, after = f"dovetail train {start} --step 2 3", "SFT model"
+    else:
+        return elsewhere
+    return f"{elsewhere}; for these settings on the same {after}: {command} --output-dir NEW_FOLDER setting=value ..."
 
 
 def fingerprint(config: Mapping[str, Any]) -> str:
