@@ -1,24 +1,22 @@
 """The requests and responses of OpenAI's API, as far as this server has them.
 
-Responsible for: names, types and bounds; unknown parameters are errors, never ignored.
-Not responsible for: what depends on the model (routes.py).
+Responsible for: names, types and bounds. Not responsible for: what depends on the model (routes.py), parameters that
+this server lacks (unsupported.py): they are errors, never ignored, unless their value asks for nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field
 
+from dovetail.serving import unsupported
+from dovetail.serving.unsupported import Request
 from dovetail.text.message import Message, message
 
 _INT64 = 2**63
 _MOST_STOPS = 4
-
-
-class _Request(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 def _only_zero(value: float | None) -> float | None:
@@ -44,6 +42,11 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def _all_tokens(value: Any) -> Any:
+    """Other servers write 0 or -1 for no limit."""
+    return None if not isinstance(value, bool) and value in (0, -1) else value
+
+
 _WHOLE = BeforeValidator(_whole)
 _Text = Annotated[str, AfterValidator(_encodable)]
 _Zero = Annotated[
@@ -54,14 +57,15 @@ _Stops = _Stop | Annotated[list[_Stop], Field(max_length=_MOST_STOPS)] | None
 _TokenId = Annotated[int, Field(ge=0, lt=2**31), _WHOLE]
 
 
-class StreamOptions(_Request):
+class StreamOptions(Request):
     """What a stream tells beside the answer."""
 
+    neutral: ClassVar = unsupported.STREAM_OPTIONS
     include_usage: bool = False
     """End with a chunk that holds the token counts and no choice."""
 
 
-class SamplingRequest(_Request):
+class SamplingRequest(Request):
     """What chat and text completions have in common."""
 
     model: _Text
@@ -71,7 +75,9 @@ class SamplingRequest(_Request):
     max_tokens: Annotated[int, Field(ge=1, le=2**31), _WHOLE] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = 1.0
     top_p: Annotated[float, Field(ge=0, le=1)] | None = 1.0
-    top_k: Annotated[int, Field(ge=1, le=2**31), _WHOLE] | None = None
+    top_k: Annotated[Annotated[int, Field(ge=-1, le=2**31)] | None, _WHOLE, BeforeValidator(_all_tokens)] = (
+        None
+    )
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     seed: Annotated[int, Field(ge=-_INT64, lt=_INT64), _WHOLE] | None = None
@@ -82,7 +88,9 @@ class SamplingRequest(_Request):
         dict[str, Any] | None, AfterValidator(_only_empty), Field(json_schema_extra={"maxProperties": 0})
     ] = None
     user: str | None = None
-    """Taken for compatibility; changes nothing and is not stored."""
+    """Taken for compatibility; changes nothing and is not stored. So are the next two."""
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -90,24 +98,26 @@ class SamplingRequest(_Request):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
 
-class TextPart(_Request):
+class TextPart(Request):
     """A piece of a message's content."""
 
     type: Literal["text"]
     text: _Text
 
 
-class ResponseFormat(_Request):
+class ResponseFormat(Request):
     """Plain text is the only one."""
 
     type: Literal["text"]
 
 
-class ChatMessage(_Request):
+class ChatMessage(Request):
     """One turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: _Text | Annotated[list[TextPart], Field(min_length=1)]
+    name: str | None = None
+    """Who speaks, among several of one role; chat templates have no place for it."""
 
     def plain(self) -> Message:
         """As a chat template takes it."""
@@ -118,6 +128,7 @@ class ChatMessage(_Request):
 class ChatRequest(SamplingRequest):
     """POST /v1/chat/completions."""
 
+    neutral: ClassVar = unsupported.CHAT
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1, le=2**31), _WHOLE] | None = None
     logprobs: bool | None = False
@@ -128,6 +139,7 @@ class ChatRequest(SamplingRequest):
 class CompletionRequest(SamplingRequest):
     """POST /v1/completions."""
 
+    neutral: ClassVar = unsupported.TEXT
     prompt: _Text | list[_TokenId] | list[_Text] | list[list[_TokenId]]
     logprobs: Annotated[int, Field(ge=0, le=5), _WHOLE] | None = None
     echo: Literal[False] | None = None

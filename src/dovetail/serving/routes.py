@@ -101,8 +101,13 @@ async def _complete_chat(
     model = service.model(wanted.model)
     if wanted.top_logprobs is not None and not wanted.logprobs:
         raise Problem(400, "top_logprobs: it needs logprobs = true", param="top_logprobs")
-    if wanted.max_tokens and wanted.max_completion_tokens:
-        raise Problem(400, "give max_completion_tokens or max_tokens, not both", param="max_tokens")
+    if len({wanted.max_tokens, wanted.max_completion_tokens} - {None}) > 1:
+        raise Problem(
+            400,
+            f"max_completion_tokens = {wanted.max_completion_tokens} and max_tokens = {wanted.max_tokens}: "
+            "give one of them, not both",
+            param="max_tokens",
+        )
     prompt = await asyncio.to_thread(model.chat_ids, [turn.plain() for turn in wanted.messages])
     answering = _begin(
         service,
