@@ -130,3 +130,18 @@ def test_a_fingerprint_tells_models_apart_and_not_where_they_lie(
         tokenizer = byte_tokenizer("{% for m in messages %}{{ m.content + '<|end|>' }}{% endfor %}")
     save_model(other, tokenizer, tmp_path / "changed")
     assert ChatModel(str(tmp_path / "changed"), device="cpu").fingerprint() != model.fingerprint()
+
+
+def test_an_answer_ends_where_the_model_says_that_it_does(tmp_path: Path) -> None:
+    whole = drawn([{"role": "user", "content": "hello"}], 1)
+    letter = next(letter for letter in whole[3:] if letter.isascii())
+    end = byte_tokenizer()(letter)["input_ids"][0]
+    ending = tiny_model()
+    assert ending.generation_config is not None
+    ending.generation_config.eos_token_id = [256, end]
+    ending.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    model = ChatModel(str(tmp_path), device="cpu")
+    expected = whole[: whole.index(letter)]
+    assert model.chat("hello", sampling=SHORT, seed=1) == expected
+    assert model.chat_many(["hello"], sampling=SHORT, seeds=[1]) == [expected]

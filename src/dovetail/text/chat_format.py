@@ -30,6 +30,7 @@ from transformers import PreTrainedTokenizerBase
 from dovetail.errors import DataError, ModelError
 from dovetail.text.encoding import Encoder, Passage, special_token_texts
 from dovetail.text.message import Message, message
+from dovetail.text.model_ends import model_ends
 from dovetail.text.text_stream import TextStream
 from dovetail.text.turn_shape import HOLE, learn_shape
 
@@ -84,10 +85,10 @@ class ChatFormat:
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
-        """The tokens that end an answer: the template's end-of-turn token, and the tokenizer's end of
-        text."""
-        eos = self.tokenizer.eos_token_id
-        return tuple(dict.fromkeys(i for i in (self._end_id, eos) if isinstance(i, int)))
+        """The tokens that end an answer: the template's end-of-turn token, the tokenizer's end of text, and those
+        that the model declares."""
+        ends = (self._end_id, self.tokenizer.eos_token_id, *model_ends(self.tokenizer))
+        return tuple(dict.fromkeys(i for i in ends if isinstance(i, int)))
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

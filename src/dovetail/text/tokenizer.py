@@ -14,6 +14,7 @@ from transformers.integrations.gguf import read_gguf_metadata
 
 from dovetail.errors import ModelError
 from dovetail.text.hub_names import expect_available, no_network_hint
+from dovetail.text.model_ends import note_model_ends
 from dovetail.text.quiet import quiet
 
 
@@ -25,7 +26,7 @@ def load_tokenizer(
     chat_template: str | None = None,
 ) -> PreTrainedTokenizerBase:
     """The tokenizer at `path`: a hub name, a Hugging Face folder, a .gguf file, or a folder with one .gguf
-    file.
+    file. It also knows what the model there says ends an answer; see model_ends.py.
 
     chat_template: a Jinja template, or a file with one, that takes the place of the tokenizer's own.
     """
@@ -42,6 +43,7 @@ def load_tokenizer(
             else:
                 name = str(place) if place.exists() else str(path)
                 tokenizer = AutoTokenizer.from_pretrained(name, **options)
+                note_model_ends(tokenizer, name, revision)
     except Exception as error:  # a dozen kinds, from OSError to ImportError; all mean the same to the user
         raise _cannot_load(str(path), place, error) from error
     if chat_template is not None:
