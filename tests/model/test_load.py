@@ -8,7 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    BartConfig,
+    LlavaConfig,
+    Qwen2AudioConfig,
+    Qwen2VLConfig,
+    T5Config,
+    WhisperConfig,
+)
 
 from dovetail.errors import ModelError
 from dovetail.model import load
@@ -217,3 +226,60 @@ def test_a_gguf_file_becomes_a_model_that_writes_sense_and_can_be_saved(tmp_path
     save_model(model, tokenizer, tmp_path / "saved")  # transformers would call it quantised and refuse
     again = load_causal_lm(tmp_path / "saved", **HERE)
     assert torch.equal(again.get_input_embeddings().weight, model.get_input_embeddings().weight)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("key", ["model.layers.1.mlp.down_proj.weight", "model.embed_tokens.weight"])
+def test_a_weight_that_is_no_number_is_named(actor_folder, number, key):
+    edit_weights(
+        actor_folder, lambda weights: weights[key].__setitem__((77, 3) if "embed" in key else (3, 3), number)
+    )
+    with pytest.raises(ModelError, match=f"{key} of .*actor holds a NaN or an infinity"):
+        load_causal_lm(actor_folder, **HERE)
+    with pytest.raises(ModelError, match=f"{key} of .*actor holds a NaN or an infinity"):
+        load_scalar_model(actor_folder, **SCALAR)
+
+
+def test_a_head_of_a_reward_model_that_is_no_number_is_named(reward_folder):
+    edit_weights(reward_folder, lambda weights: weights["score.weight"].fill_(float("nan")))
+    with pytest.raises(ModelError, match=r"score\.weight of .*reward holds a NaN"):
+        load_scalar_model(reward_folder, **SCALAR)
+
+
+def test_a_weight_that_half_precision_cannot_hold_is_named(actor_folder):
+    edit_weights(actor_folder, lambda weights: weights["lm_head.weight"].__setitem__((1, 1), 1e5))
+    with pytest.raises(ModelError, match=r"lm_head\.weight of .* an infinity in float16") as caught:
+        load_causal_lm(actor_folder, dtype=torch.float16, device="cpu")
+    assert "bf16" in caught.value.hint
+    load_causal_lm(actor_folder, dtype=torch.bfloat16, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        (
+            T5Config(d_model=16, d_ff=16, d_kv=4, num_layers=1, num_heads=2),
+            "a t5: encoder-decoder models are not",
+        ),
+        (
+            BartConfig(d_model=16, encoder_layers=1, decoder_layers=1),
+            "a bart: encoder-decoder models are not",
+        ),
+        (WhisperConfig(d_model=16), "a whisper: encoder-decoder models are not"),
+        (Qwen2VLConfig(), "a qwen2_vl: vision models are not"),
+        (LlavaConfig(), "a llava: vision models are not"),
+        (Qwen2AudioConfig(), "a qwen2_audio: audio models are not"),
+    ],
+    ids=lambda value: getattr(value, "model_type", ""),
+)
+def test_models_of_other_kinds_are_refused_in_plain_words_before_their_weights_are_read(
+    tmp_path, config, told
+):
+    config.save_pretrained(tmp_path)
+    for read in (
+        lambda: load_causal_lm(tmp_path, **HERE),
+        lambda: load_scalar_model(tmp_path, **SCALAR),
+        lambda: load.expect_supported(tmp_path),
+    ):
+        with pytest.raises(ModelError, match=told):
+            read()

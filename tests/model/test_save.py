@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     GenerationConfig,
+    PreTrainedTokenizerFast,
 )
 
 from dovetail.batches import pack
@@ -186,3 +188,126 @@ def test_what_a_killed_process_left_is_swept_away(tmp_path):
     (tmp_path / ".actor.unfinished" / "model.safetensors").touch()
     save_model(tiny_model(), byte_tokenizer(), tmp_path / "actor")
     assert [child.name for child in tmp_path.iterdir()] == ["actor"]
+
+
+def change_config(folder, **changes):
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def change_weights(folder, change):
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def flip(weights):
+    weights["model.layers.1.mlp.up_proj.weight"][3, 5] += 1e-6
+
+
+@pytest.mark.parametrize(
+    ("harm", "told"),
+    [
+        (lambda folder: change_weights(folder, flip), r"layers\.1\.mlp\.up_proj\.weight has other values"),
+        (
+            lambda folder: change_weights(folder, lambda w: w.pop("model.norm.weight")),
+            r"model\.norm\.weight is not there",
+        ),
+        (
+            lambda folder: change_weights(folder, lambda w: w.update(extra=torch.ones(2))),
+            "extra is no weight of the model",
+        ),
+        (lambda folder: change_config(folder, rms_norm_eps=0.5), "its output is .* away"),
+        (
+            lambda folder: change_config(folder, rope_parameters={"rope_type": "default", "rope_theta": 3.0}),
+            "its output is .* away",
+        ),
+    ],
+)
+def test_a_folder_that_gives_another_model_is_not_kept(tmp_path, monkeypatch, harm, told):
+    save_model(tiny_model(seed=0), byte_tokenizer(), tmp_path / "actor")
+    before = (tmp_path / "actor" / "model.safetensors").read_bytes()
+    real = save._write_files
+
+    def harmed(parts, folder, *more):
+        real(parts, folder, *more)
+        harm(folder)
+
+    monkeypatch.setattr(save, "_write_files", harmed)
+    with pytest.raises(CheckpointError, match=told):
+        save_model(tiny_model(seed=1), byte_tokenizer(), tmp_path / "actor")
+    assert (tmp_path / "actor" / "model.safetensors").read_bytes() == before
+    assert [child.name for child in tmp_path.iterdir()] == ["actor"]
+
+
+def test_a_tokenizer_that_reads_otherwise_when_loaded_again_is_told(tmp_path, monkeypatch):
+    class Forgetful(PreTrainedTokenizerFast):
+        def save_pretrained(self, folder, **options):
+            plain = byte_tokenizer()
+            plain.eos_token = "!"
+            return plain.save_pretrained(folder, **options)
+
+    tokenizer = Forgetful(
+        tokenizer_object=byte_tokenizer().backend_tokenizer, eos_token=END, pad_token="<|pad|>"
+    )
+    with pytest.raises(CheckpointError, match="the tokenizer that was written is not the one in memory"):
+        save_model(tiny_model(), tokenizer, tmp_path / "actor")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_not_written(tmp_path, number):
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[2, 2] = number
+    with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.up_proj\.weight is not finite"):
+        save_model(model, byte_tokenizer(), tmp_path / "actor")
+
+
+def test_weights_too_large_for_the_precision_on_disk_are_named(tmp_path):
+    model = tiny_model()
+    with torch.no_grad():
+        model.lm_head.weight[2, 2] = 1e5
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight is not finite in float16") as caught:
+        save_model(model, byte_tokenizer(), tmp_path / "actor", dtype=torch.float16)
+    assert "bf16" in caught.value.hint
+    save_model(model, byte_tokenizer(), tmp_path / "actor", dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o002, 0o664)])
+def test_every_file_has_the_mode_that_the_umask_asks_for(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        save_model(add_lora(tiny_model(), rank=2, alpha=2, seed=0), byte_tokenizer(), tmp_path / "actor")
+    finally:
+        os.umask(before)
+    files = [file for folder in ("actor", "actor_adapter") for file in (tmp_path / folder).iterdir()]
+    assert {file.suffix for file in files} >= {".json", ".safetensors"}
+    assert {file.name: oct(file.stat().st_mode & 0o777) for file in files} == {
+        file.name: oct(mode) for file in files
+    }
+
+
+@pytest.mark.parametrize("kind", ["language model", "reward model", "adapted", "without memory"])
+def test_saving_can_be_tried_without_weights_and_leaves_nothing(tmp_path, kind):
+    model = tiny_model()
+    if kind == "reward model":
+        model = scalar_model_from(model, seed=0, pad_token_id=EOS)
+    elif kind == "adapted":
+        model = add_lora(model, rank=2, alpha=2, seed=0)
+    elif kind == "without memory":
+        model = model.to("meta")
+    save.expect_savable(model, byte_tokenizer(), tmp_path / "stage" / "model")
+    assert list((tmp_path / "stage").iterdir()) == []
+
+
+def test_what_would_fail_at_the_end_fails_when_saving_is_tried(tmp_path, monkeypatch):
+    model = tiny_model()
+    model.generation_config.temperature = 0.5  # without do_sample: transformers writes no such config
+    with pytest.raises(CheckpointError, match="`temperature` is set to"):
+        save.expect_savable(model, byte_tokenizer(), tmp_path / "model")
+    tokenizer = byte_tokenizer()
+    monkeypatch.setattr(tokenizer, "save_pretrained", lambda folder: (folder / "no" / "such").touch())
+    with pytest.raises(CheckpointError, match="No such file"):
+        save.expect_savable(tiny_model(), tokenizer, tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []

@@ -11,12 +11,14 @@ from transformers import (
     AutoModelForSequenceClassification,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    T5Config,
 )
 
 from dovetail.cli.main import main
 from dovetail.config.load import dump
 from dovetail.config.run import RunConfig
-from dovetail.errors import ConfigError, ModelError
+from dovetail.errors import CheckpointError, ConfigError, ModelError
 from dovetail.model.load import expect_rows_for
 from dovetail.model.save import save_model
 from dovetail.rlhf.api import RLHFEngine
@@ -218,3 +220,27 @@ def test_a_padding_token_without_a_row_is_no_obstacle(tmp_path: Path) -> None:
 
 def edit_json(file: Path, **changes: Any) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text(encoding="utf-8")), **changes}), encoding="utf-8")
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+def test_a_model_that_cannot_be_written_is_told_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    config = tiny_run(tmp_path, stages=(stage,), ppo=SCORED)
+
+    def refuses(*_: Any, **__: Any) -> None:
+        raise ValueError("this tokenizer has no file format")
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", refuses)
+    with pytest.raises(CheckpointError, match="this tokenizer has no file format"):
+        pipeline.run(config)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert list((tmp_path / "run" / stage).iterdir()) == []
+
+
+@pytest.mark.parametrize("role", ["actor", "reward_model"])
+def test_a_model_of_another_kind_is_refused_before_anything_is_written(tmp_path: Path, role: str) -> None:
+    T5Config(d_model=16, d_ff=16, d_kv=4, num_layers=1, num_heads=2).save_pretrained(tmp_path / "t5")
+    with pytest.raises(ModelError, match="encoder-decoder models are not supported"):
+        pipeline.run(tiny_run(tmp_path, **{role: {"path": str(tmp_path / "t5")}}))
+    assert not (tmp_path / "run").exists()

@@ -18,15 +18,20 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    GgufConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from dovetail.errors import ModelError
 from dovetail.model.copies import copy_of
 from dovetail.model.dropout import disable_dropout
+from dovetail.model.finite import first_not_finite
+from dovetail.model.generation_defaults import repaired
 from dovetail.model.linear_logprobs import head_of
+from dovetail.model.quantised import as_plain, ask_for_plain_weights, leftover_scales
 from dovetail.model.save import save_model
 from dovetail.model.scalar import scalar_model_from, with_scalar_head
 from dovetail.telemetry.log import warn
@@ -65,8 +70,7 @@ def load_causal_lm(
     """
     name = _existing(path, revision)
     model = _read_causal_lm(name, dtype, revision=revision, trust_remote_code=trust_remote_code)
-    disable_dropout(model)
-    model.to(torch.device(device))  # type: ignore[arg-type]
+    _make_ready(name, model, device)
     _expect_known_head(model)
     return model
 
@@ -89,7 +93,7 @@ def load_scalar_model(
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     if _gguf_file(name) is None and _is_scalar(_read_config(name, options)):
         auto: Any = AutoModelForSequenceClassification
-        model = _complete(auto, name, dtype, options)
+        model = _read_weights(auto, name, dtype, _read_config(name, options), options)
         if model.config.num_labels != 1:
             raise ModelError(
                 f"{name} gives {model.config.num_labels} numbers per text; a reward model gives one",
@@ -100,8 +104,7 @@ def load_scalar_model(
     else:
         causal_lm = _read_causal_lm(name, dtype, **options)
         model = with_scalar_head(causal_lm, seed=seed, pad_token_id=pad_token_id)
-    disable_dropout(model)
-    model.to(torch.device(device))  # type: ignore[arg-type]
+    _make_ready(name, model, device)
     return model
 
 
@@ -116,6 +119,15 @@ def read_config(
         name, {"revision": revision, "trust_remote_code": trust_remote_code}
     )
     return config
+
+
+def expect_supported(
+    path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
+) -> None:
+    """Raise ModelError for a model of a kind that is never supported; no weight is read."""
+    config = read_config(path, revision=revision, trust_remote_code=trust_remote_code)
+    if config is not None and not _is_scalar(config):
+        _expect_causal_lm(str(path), config)
 
 
 def expect_reward_head(
@@ -155,25 +167,60 @@ def _read_causal_lm(
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     gguf = _gguf_file(name)
     if gguf is not None:
-        return _unquantized(
-            _complete(AutoModelForCausalLM, str(gguf.parent), dtype, {"gguf_file": gguf.name})
+        plain = {"gguf_file": gguf.name, "quantization_config": GgufConfig(dequantize=True)}
+        model = as_plain(_complete(AutoModelForCausalLM, str(gguf.parent), dtype, plain), dtype)
+    else:
+        config = _read_config(name, options)
+        _expect_causal_lm(name, config)
+        model = _read_weights(AutoModelForCausalLM, name, dtype, config, options)
+    if model.generation_config is not None:
+        model.generation_config, change = repaired(model.generation_config)
+        if change is not None:
+            warn(f"the generation config of {name} could not be saved again: {change}")
+    return model
+
+
+def _expect_causal_lm(name: str, config: Any) -> None:
+    """Raise ModelError for models of another kind, in the words that people use for them."""
+    text_model = "give a model that writes text, such as HuggingFaceTB/SmolLM2-135M"
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"{name} is a {config.model_type}: encoder-decoder models are not supported", hint=text_model
         )
-    config = _read_config(name, options)
     for architecture in config.architectures or ():
         if architecture.endswith((*_OTHER_HEADS, _SCALAR)):
+            raise ModelError(f"{name} is a {architecture}, not a causal language model", hint=text_model)
+    is_known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or hasattr(config, "auto_map")
+    for kind in ("vision", "audio"):
+        if not is_known and getattr(config, f"{kind}_config", None) is not None:
             raise ModelError(
-                f"{name} is a {architecture}, not a causal language model",
-                hint="give a model that writes text, such as HuggingFaceTB/SmolLM2-135M",
+                f"{name} is a {config.model_type}: {kind} models are not supported", hint=text_model
             )
-    return _complete(AutoModelForCausalLM, name, dtype, options)
 
 
-def _unquantized(model: PreTrainedModel) -> PreTrainedModel:
-    """GGUF weights are plain numbers once loaded; transformers goes on calling them quantised, and would not save."""
-    for owner, name in ((model, "hf_quantizer"), (model.config, "quantization_config")):
-        if hasattr(owner, name):
-            delattr(owner, name)
-    return model
+def _read_weights(
+    auto_class: Any, name: str, dtype: torch.dtype, config: Any, options: dict[str, Any]
+) -> PreTrainedModel:
+    """Return a complete model; of a quantised checkpoint one with plain weights."""
+    with explained(name):
+        is_quantised = ask_for_plain_weights(name, config)
+    if not is_quantised:
+        return _complete(auto_class, name, dtype, options)
+    model = _complete(auto_class, name, dtype, {**options, "config": config})
+    with explained(name):
+        return as_plain(model, dtype)
+
+
+def _make_ready(name: str, model: PreTrainedModel, device: torch.device | str) -> None:
+    """Move the model to its device, without dropout; raise ModelError if a weight is no number."""
+    disable_dropout(model)
+    model.to(torch.device(device))  # type: ignore[arg-type]
+    if (weight := first_not_finite(model.named_parameters())) is not None:
+        raise ModelError(
+            f"{weight} of {name} holds a NaN or an infinity in {str(model.dtype).removeprefix('torch.')}",
+            hint="the checkpoint is damaged or its training diverged: download it again or take an earlier one"
+            + ("; fp16 holds no number beyond 65504, try bf16" if model.dtype == torch.float16 else ""),
+        )
 
 
 def _complete(auto_class: Any, name: str, dtype: torch.dtype, options: dict[str, Any]) -> PreTrainedModel:
@@ -182,6 +229,8 @@ def _complete(auto_class: Any, name: str, dtype: torch.dtype, options: dict[str,
         model, report = auto_class.from_pretrained(
             name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
+    # Saving would run what loading did backwards; without this it writes the format of the model's class.
+    model._weight_conversions = None
     _expect_shapes_agree(name, report["mismatched_keys"])
     if missing := sorted(report["missing_keys"]):
         raise ModelError(
@@ -210,6 +259,11 @@ def _expect_layers_agree(name: str, model: PreTrainedModel, unexpected: Sequence
         raise ModelError(
             f"the config of {name} contradicts its weights: it has no place for {_listed(surplus)}",
             hint=_ONE_PLACE,
+        )
+    if scales := leftover_scales(model, unexpected):
+        raise ModelError(
+            f"{name} holds quantised weights, with {_listed(scales)}, and its config does not say how to read them",
+            hint=f"config.json needs its quantization_config; {_ONE_PLACE}",
         )
     if unexpected:
         warn(f"{type(model).__name__} does not use these weights of {name}: {_listed(unexpected)}")

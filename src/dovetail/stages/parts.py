@@ -35,6 +35,7 @@ from dovetail.model.heads import centre_on
 from dovetail.model.load import (
     expect_reward_head,
     expect_rows_for,
+    expect_supported,
     load_causal_lm,
     load_scalar_model,
     read_config,
@@ -49,6 +50,7 @@ from dovetail.rlhf.build import Setup, checkpoint_activations, loading_device
 from dovetail.rlhf.limits import expect_room
 from dovetail.rlhf.splitting import expect_possible
 from dovetail.stages.context import Context
+from dovetail.stages.saving import expect_savable
 from dovetail.telemetry.log import say
 from dovetail.text.chat_format import ChatFormat
 from dovetail.text.tokenizer import load_tokenizer
@@ -185,7 +187,16 @@ def rlhf_engine(start: ModelConfig, chat: ChatFormat, context: Context, *, total
             max_prompt_tokens=config.data.max_prompt_tokens,
             max_new_tokens=config.ppo.sampling.max_new_tokens,
         )
+    actor, stops = engine.roles.actor, engine.roles.chat.stop_token_ids
+    expect_savable(actor, engine.tokenizer, context.folder.model("ppo"), stop_token_ids=stops)
     return engine
+
+
+def expect_supported_models(config: RunConfig) -> None:
+    """Raise ModelError if a model of the run is of a kind that is never supported; nothing is written before."""
+    for model in (config.actor, config.reward_model):
+        if model is not None:
+            expect_supported(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
 
 
 def expect_tensor_parallel(config: RunConfig, world: World) -> None:

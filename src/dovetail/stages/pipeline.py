@@ -11,7 +11,7 @@ from dovetail.evaluation.answers import Judge
 from dovetail.parallel.world import World
 from dovetail.stages import ppo, reward, sft
 from dovetail.stages.context import Context, StageReport, open_run
-from dovetail.stages.parts import expect_tensor_parallel
+from dovetail.stages.parts import expect_supported_models, expect_tensor_parallel
 from dovetail.telemetry.log import say
 
 TITLES: dict[StageName, str] = {
@@ -23,6 +23,7 @@ TITLES: dict[StageName, str] = {
 
 def run(config: RunConfig) -> World:
     """Run the stages of `config.stages` in `config.output_dir`; returns the processes that did."""
+    expect_supported_models(config)
     with open_run(config) as context:
         run_stages(context)
     return context.world

@@ -23,7 +23,7 @@ from dovetail.stages.parts import (
     reward_start,
     trainable_scalar_model,
 )
-from dovetail.stages.saving import save_model
+from dovetail.stages.saving import expect_savable, save_model
 from dovetail.stages.supervised import Task, fit
 
 
@@ -45,9 +45,11 @@ def run(context: Context) -> StageReport:
         loss_of=partial(pairwise_loss, model),
         evaluate=lambda: reward_accuracy(model, judged, config.reward.micro_batch_tokens, context.device),
     )
+    folder, stops = context.folder.model("reward"), chat.stop_token_ids
+    expect_savable(model, chat.tokenizer, folder, stop_token_ids=stops)
     fit(task, context)
     centring = centre_on_demonstrations(model, train, context)
-    save_model(model, chat.tokenizer, context.folder.model("reward"), stop_token_ids=chat.stop_token_ids)
+    save_model(model, chat.tokenizer, folder, stop_token_ids=stops)
     return StageReport(task.total_steps, {**task.evaluate(), **centring})
 
 

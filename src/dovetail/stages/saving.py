@@ -1,6 +1,7 @@
 """Finished models of a stage, written once however many processes hold them.
 
-Responsible for: gathering a model for its folder. Not responsible for: the folder's contents (model/save.py).
+Responsible for: gathering a model for its folder, and trying to write the folder before the stage begins.
+Not responsible for: the folder's contents (model/save.py).
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dovetail.model import save
-from dovetail.parallel.shard import whole_model, world_of
+from dovetail.parallel.shard import generation_model, whole_model, world_of
 
 
 def save_model(
@@ -30,3 +31,15 @@ def save_model(
     if whole is not None:
         save.save_model(whole, tokenizer, folder, stop_token_ids=stop_token_ids)
     world_of(model).wait()
+
+
+def expect_savable(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    stop_token_ids: Sequence[int] | None = None,
+) -> None:
+    """Try to write all of a stage's folder but the weights before its first step; raise CheckpointError if it fails."""
+    if world_of(model).is_first:
+        save.expect_savable(generation_model(model), tokenizer, folder, stop_token_ids=stop_token_ids)

@@ -10,7 +10,7 @@ from dovetail.evaluation.held_out import language_model_quality
 from dovetail.rlhf.update import language_model_loss
 from dovetail.stages.context import Context, StageReport
 from dovetail.stages.parts import chat_of, demonstration_rows, expect_rows_fit, pack_rows, trainable_causal_lm
-from dovetail.stages.saving import save_model
+from dovetail.stages.saving import expect_savable, save_model
 from dovetail.stages.supervised import Task, fit
 
 
@@ -32,6 +32,8 @@ def run(context: Context) -> StageReport:
         loss_of=partial(language_model_loss, model),
         evaluate=lambda: language_model_quality(model, judged, config.sft.micro_batch_tokens, context.device),
     )
+    folder, stops = context.folder.model("sft"), chat.stop_token_ids
+    expect_savable(model, chat.tokenizer, folder, stop_token_ids=stops)
     results = fit(task, context)
-    save_model(model, chat.tokenizer, context.folder.model("sft"), stop_token_ids=chat.stop_token_ids)
+    save_model(model, chat.tokenizer, folder, stop_token_ids=stops)
     return StageReport(task.total_steps, results)
