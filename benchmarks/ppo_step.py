@@ -182,7 +182,7 @@ def learn(
 ) -> dict[str, float]:
     """Seconds of scoring and of both updates."""
     start = shapes.now(roles.device)
-    with_old = config.needs_old_logprobs(step)
+    with_old = config.needs_old_logprobs()
     collected = score_answers(answers, roles, config, kl_coefficient=0.05, with_old_logprobs=with_old)
     scored = shapes.now(roles.device)
     update(collected.experience, roles, learners, config, iteration=step, seed=0)

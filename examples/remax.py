@@ -38,7 +38,8 @@ def remax_step(engine: RLHFEngine, prompts: Sequence[str], seed: int) -> float:
         **{field.name: getattr(rollout, field.name) for field in fields(rollout)},
         advantages_T=advantages_S.repeat_interleave(lengths_S),
     )
-    engine.step_actor(batch, lambda logprobs_T, micro: -(logprobs_T * micro.advantages_T).sum())
+    loss_of = lambda logprobs_T, micro: -(logprobs_T * micro.advantages_T).sum()  # noqa: E731
+    engine.step_actor(batch, loss_of, group_size=1)
     return float(rewards_S.mean())
 
 

@@ -171,6 +171,51 @@ class PackedBatch:
         return [self.units(index) for index in balanced_parts(self.unit_tokens, max_tokens)]
 
 
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """A packed batch of which so many units in a row are never cut apart, such as the two answers of a pair."""
+
+    batch: PackedBatch
+    size: int
+    """Units of the batch (sequences; prompts of a RankedBatch) in each group."""
+
+    def __post_init__(self) -> None:
+        num_units = len(self.batch.unit_tokens)
+        if self.size < 1 or num_units % self.size:
+            raise ValueError(f"a batch of {num_units} sequences does not divide into groups of {self.size}")
+
+    @property
+    def num_targets(self) -> float:
+        return self.batch.num_targets
+
+    @property
+    def num_tokens(self) -> int:
+        return self.batch.num_tokens
+
+    @property
+    def unit_tokens(self) -> Sequence[int]:
+        return self._sums(self.batch.unit_tokens)
+
+    @property
+    def unit_targets(self) -> Sequence[float]:
+        return self._sums(self.batch.unit_targets)
+
+    def _sums(self, values: Sequence[Any]) -> list[Any]:
+        return [sum(values[i : i + self.size]) for i in range(0, len(values), self.size)]
+
+    def units(self, index: Sequence[int]) -> Groups:
+        """The given groups, in that order."""
+        kept = [self.size * group + i for group in index for i in range(self.size)]
+        return Groups(self.batch.units(kept), self.size)
+
+    def micro_batches(self, max_tokens: int) -> list[Groups]:
+        """Parts of at most `max_tokens` tokens, balanced; a group longer than that is a part of its own."""
+        return [self.units(index) for index in balanced_parts(self.unit_tokens, max_tokens)]
+
+    def to(self, device: torch.device) -> Groups:
+        return Groups(self.batch.to(device), self.size)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout(PackedBatch):
     """Prompts with the answers the actor sampled for them; `mask_T` marks the sampled tokens (the actions)."""

@@ -53,7 +53,7 @@ def test_a_ppo_step_waits_for_the_device_once_and_once_more_for_each_gradient_st
                 engine.roles,
                 config,
                 kl_coefficient=0.1,
-                with_old_logprobs=config.needs_old_logprobs(0),
+                with_old_logprobs=config.needs_old_logprobs(),
             )
         )
 

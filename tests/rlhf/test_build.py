@@ -1,12 +1,13 @@
 """Memory: when activations are computed again, and what waits on the host while answers are drawn."""
 
+import math
 from typing import Any
 
 import pytest
 import torch
 
 from dovetail.config.stages import SftConfig
-from dovetail.rlhf import build
+from dovetail.rlhf import build, critic_warmup
 from dovetail.rlhf.api import PPOTrainer
 from dovetail.rlhf.build import checkpoint_activations, same_tokens
 from dovetail.text.chat_format import ChatFormat
@@ -53,14 +54,15 @@ def test_formats_are_the_same_only_if_they_are_for_system_messages_and_several_t
     assert same_tokens(ChatFormat(byte_tokenizer(PLAIN)), ChatFormat(byte_tokenizer(other))) == same
 
 
-def test_the_kl_coefficient_waits_until_the_actor_learns() -> None:
-    config = tiny_config(critic_warmup_rollouts=2, kl_target=6.0, kl_horizon=10)
-    trainer = PPOTrainer(tiny_engine("llama", config))
+def test_the_kl_coefficient_waits_until_the_actor_learns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(critic_warmup, "ENOUGH", math.inf)
+    config = tiny_config(critic_warmup_rollouts=2, kl_target=6.0)
+    trainer = PPOTrainer(tiny_engine("llama", config, total_steps=20))
     seen = []
     for _ in range(3):
         trainer.train_rlhf(trainer.generate_experience(PROMPTS))
         seen.append(trainer.kl_coefficient)
-    assert seen[0] == seen[1] == config.kl_coefficient > seen[2]
+    assert seen == [0.1, 0.1, pytest.approx(0.1 * 0.98)]
 
 
 def test_processes_that_compute_layers_together_all_compute_them_again_if_one_must(

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dovetail.config.stages import OptimizerConfig
-from dovetail.rlhf import rollout
+from dovetail.rlhf import critic_warmup, rollout
 from dovetail.rlhf.api import PPOTrainer, RLHFEngine
 from dovetail.rlhf.rewards import Answer
 from dovetail.rlhf.rollout import Collected
@@ -57,7 +57,7 @@ class ByDefinition:
         return [table[len(prompt) + k - 1] for k in range(len(answer))]
 
     def losses(self) -> tuple[Tensor, Tensor]:
-        rows = []
+        found, rows = [], []
         for answer, score in zip(self.collected.answers, self.collected.experience.scores_S, strict=True):
             new = self.logprobs(self.actor, answer.prompt_ids, answer.answer_ids)
             with torch.no_grad():
@@ -65,13 +65,21 @@ class ByDefinition:
             value = self.values(answer.prompt_ids, answer.answer_ids)
             old = [float(p.detach()) for p in new]
             drawn = [float(torch.tensor(p)) for p in answer.logprobs]  # a rollout holds them in float32
-            before = [float(v.detach()) for v in value]
             penalised = old if self.source == "training" else drawn
             rewards = [-BETA * (o - float(r)) for o, r in zip(penalised, ref, strict=True)]
             rewards[-1] += float(score) if answer.finished else -1.0
-            advantages = self.advantages(rewards, before)
             weights = [min(math.exp(o - d), CAP) for o, d in zip(old, drawn, strict=True)]
-            rows.append((new, old, value, before, advantages, weights))
+            found.append((new, old, value, rewards, weights))
+        gaps = [
+            sum(rewards[t:]) - float(value[t].detach())
+            for _, _, value, rewards, _ in found
+            for t in range(len(rewards))
+        ]
+        shift = sum(gaps) / len(gaps)  # so that the values' mean is that of the rewards to come
+        for new, old, raw, rewards, weights in found:
+            value = [v + shift for v in raw]
+            before = [float(v.detach()) for v in value]
+            rows.append((new, old, value, before, self.advantages(rewards, before), weights))
         flat = [a for row in rows for a in row[4]]
         mean = sum(flat) / len(flat)
         std = (sum((a - mean) ** 2 for a in flat) / len(flat)) ** 0.5
@@ -211,9 +219,12 @@ MEASURED = (
 )
 
 
-def test_while_only_the_critic_learns_the_actor_is_measured_all_the_same() -> None:
+def test_while_only_the_critic_learns_the_actor_is_measured_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(critic_warmup, "ENOUGH", math.inf)
     trainer = PPOTrainer(tiny_engine("llama", tiny_config(critic_warmup_rollouts=1)))
-    for is_scored in (True, False):
+    for is_scored in (True, True, False):
         collected = trainer.generate_experience(PROMPTS)
         assert (collected.experience.old_logprobs_T is not None) == is_scored
         stats = collected.stats | trainer.update(collected).stats
@@ -222,8 +233,8 @@ def test_while_only_the_critic_learns_the_actor_is_measured_all_the_same() -> No
 
 @pytest.mark.parametrize("changes", [{"ppo_epochs": 2}, {"minibatches": 2}])
 def test_several_steps_need_old_logprobs_of_their_own(changes: dict[str, int]) -> None:
-    assert tiny_config(**changes).needs_old_logprobs(0)
-    assert not tiny_config().needs_old_logprobs(0)
+    assert tiny_config(**changes).needs_old_logprobs()
+    assert not tiny_config().needs_old_logprobs()
     with pytest.raises(ValidationError, match="old_logprobs = generation with ppo_epochs = "):
         tiny_config(old_logprobs="generation", **changes)
 

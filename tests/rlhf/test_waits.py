@@ -92,7 +92,7 @@ def test_a_ppo_step_waits_once_for_its_statistics_and_once_for_each_gradient_ste
             engine.roles,
             config,
             kl_coefficient=0.1,
-            with_old_logprobs=config.needs_old_logprobs(0),
+            with_old_logprobs=config.needs_old_logprobs(),
         )
     # The highest token id is looked up on the host, before the batch moves.
     assert seen == ["expect_readable", "rollout_stats"]

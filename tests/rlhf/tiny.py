@@ -42,13 +42,14 @@ def tiny_engine(
     config: PpoConfig | None = None,
     dtype: torch.dtype = torch.float32,
     setup: Setup | None = None,
+    total_steps: int = 10,
 ) -> RLHFEngine:
     """Actor, reference, critic and reward model, all tiny."""
     return RLHFEngine(
         actor_model=tiny_model(name, dtype=dtype),
         critic_model=tiny_reward_model(name, dtype),
         tokenizer=byte_tokenizer(),
-        total_steps=10,
+        total_steps=total_steps,
         config=config or tiny_config(),
         setup=setup or Setup(device="cpu"),
     )

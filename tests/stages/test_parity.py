@@ -51,7 +51,7 @@ def test_ppo_refuses_generation_that_is_not_the_models_own_and_a_resumed_run_los
 ) -> None:
     config = tiny_run(tmp_path, stages=("ppo",), ppo={**SCORED, "max_steps": 4})
     with monkeypatch.context() as patch:
-        patch.setattr("dovetail.stages.ppo.check_kl", stop_after(2))
+        patch.setattr("dovetail.stages.ppo.Guard.check", stop_after(2))
         with pytest.raises(Stopped):
             pipeline.run(config)
     before = contents(tmp_path / "run")
@@ -95,7 +95,7 @@ class Stopped(Exception):
 
 
 def stop_after(step_to_stop: int) -> Callable[..., None]:
-    def stop(row: Any, config: Any, *, step: int) -> None:
+    def stop(guard: Any, row: Any, *, step: int) -> None:
         if step == step_to_stop:
             raise Stopped
 

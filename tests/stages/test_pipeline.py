@@ -75,7 +75,7 @@ def test_the_summary_tells_the_results_of_every_stage(run_of_each: Path) -> None
 
 @pytest.mark.parametrize(
     ("stage", "metric", "sign"),
-    [("sft", "held_out_loss", -1), ("reward", "held_out_loss", -1), ("ppo", "held_out_reward", 1)],
+    [("sft", "held_out_loss", -1), ("reward", "held_out_loss", -1), ("ppo", "held_out_objective", 1)],
 )
 def test_a_checkpoint_knows_how_good_its_model_was(
     run_of_each: Path, stage: str, metric: str, sign: int

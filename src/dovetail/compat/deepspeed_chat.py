@@ -134,7 +134,6 @@ class DeepSpeedPPOTrainer:
         roles, learners = self.engine.roles, self.engine.learners
         actor = actor_step(experience, None, roles, learners, self.config)
         critic = critic_step(experience, roles, learners, self.config)
-        learners.step += 1
         return torch.tensor(actor.loss), torch.tensor(critic.loss)
 
     def train(self) -> None:
@@ -223,7 +222,7 @@ class DeepSpeedPPOTrainerUnsupervised(DeepSpeedPPOTrainer):
             [Term(texts, lambda micro: language_model_loss(roles.actor, micro), unsup_coef, name="ptx")],
             max_grad_norm=self.config.actor_optimizer.max_grad_norm,
             budget=roles.budget,
-            learning_rate=rate_at(learners, self.config.actor_optimizer),
+            learning_rate=rate_at(learners, self.config.actor_optimizer, learners.actor_step),
             device=roles.device,
         )
         return torch.tensor(report.losses["ptx"])

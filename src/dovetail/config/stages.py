@@ -50,8 +50,8 @@ class StageConfig(FrozenModel):
     save_every: PositiveInt = 100
     """Steps or rollouts between checkpoints; the end of a stage is always saved."""
     keep_checkpoints: PositiveInt = 2
-    """How many of the newest checkpoints stay on disk, beside the best: that of least held-out loss, in PPO of most
-    held-out reward within `kl_limit`, among those saved right after an evaluation."""
+    """How many of the newest checkpoints stay on disk, beside the best: that of least held-out loss, in PPO of the
+    highest held-out objective (as `ppo/best`), among those saved right after an evaluation."""
     max_steps: PositiveInt | None = None
     """Stop after this many optimiser steps (SFT, reward model) or rollouts (PPO). By default `epochs`
     decides; in PPO, one pass over the prompts."""
@@ -83,7 +83,7 @@ class SamplingConfig(FrozenModel):
     temperature: PositiveFloat = 1.0
     """Divides the logits, in sampling and in training alike."""
     max_new_tokens: PositiveInt = 256
-    """An answer that has not ended by then is cut off and penalised by `missing_end_penalty`."""
+    """An answer that has not ended by then is cut off; `cut_off_answers` says how it counts."""
 
 
 class PpoConfig(StageConfig):
@@ -99,20 +99,22 @@ class PpoConfig(StageConfig):
     """How answers are drawn."""
     actor_optimizer: OptimizerConfig = OptimizerConfig(learning_rate=9.65e-6, warmup_steps=10, eps=1e-5)
     """Actor's optimiser; warm-up counts optimiser steps."""
-    critic_optimizer: OptimizerConfig = OptimizerConfig(learning_rate=9e-6, warmup_steps=10, eps=1e-5)
-    """Critic's optimiser."""
-    critic_warmup_rollouts: NonNegativeInt = 2
-    """Rollouts in which only the critic learns, so that the first advantages mean something."""
+    critic_optimizer: OptimizerConfig = OptimizerConfig(learning_rate=3e-5, warmup_steps=10, eps=1e-5)
+    """Critic's optimiser. Its rate is about three times the actor's: the reward model was trained at the last token
+    alone, so the critic must learn values everywhere else, and it must follow the actor as it moves."""
+    critic_warmup_rollouts: NonNegativeInt = 20
+    """At most so many rollouts, and at most a tenth of the run, in which the critic learns alone. The actor starts as
+    soon as the critic explains a tenth of the variance of the rewards to come; 0 = at once."""
+    critic_warmup_learning_rate: PositiveFloat | None = None
+    """Learning rate of the critic while it learns alone; null = the peak rate of `critic_optimizer`."""
     kl_coefficient: NonNegativeFloat = 0.05
     """Weight of the per-token penalty log p_actor - log p_reference in the reward (beta; InstructGPT:
     0.02)."""
     kl_target: PositiveFloat | None = None
-    """Nats per answer: adapt `kl_coefficient` towards it (Ziegler et al. 2019, arXiv:1909.08593, section
-    2.2)."""
-    kl_horizon: PositiveInt = 10_000
-    """Answers over which the adaptive coefficient reacts."""
+    """Nats per answer: after each rollout `kl_coefficient` moves by up to 2 % towards what keeps the KL there (Ziegler
+    et al. 2019, arXiv:1909.08593, section 2.2, with their gain of 0.1)."""
     kl_limit: PositiveFloat = 20.0
-    """Nats per answer: `ppo/best` is the model with the highest held-out reward among those below this."""
+    """Nats per answer: `ppo/best` is the model with the highest held-out objective among those below this."""
     kl_stop: PositiveFloat | None = 50.0
     """Nats per answer above which the run stops with a diagnosis."""
     ratio_clip: Annotated[float, Field(gt=0, lt=1)] = 0.2
@@ -132,10 +134,15 @@ class PpoConfig(StageConfig):
     gae_lambda: Fraction = 0.95
     """GAE lambda (Schulman et al. 2016, arXiv:1506.02438)."""
     score_clip: PositiveFloat | None = 5.0
-    """Scores are clipped to [-score_clip, score_clip] before the KL penalty is added; null = no clipping."""
+    """Scores of a reward model are clipped to [-score_clip, score_clip] before anything is added to them; null = no
+    clipping. A reward function's scores are never clipped."""
+    cut_off_answers: Literal["penalise", "keep_score", "leave_out"] = "penalise"
+    """How an answer that reached `sampling.max_new_tokens` counts. penalise: with `missing_end_penalty` as its score.
+    keep_score: with its own score, as DeepSpeed-Chat does. leave_out: not at all; neither actor nor critic learns from
+    it."""
     missing_end_penalty: float | None = None
-    """Score of an answer that was cut off, in place of the model's own; null = 1 below the lowest score of
-    the batch."""
+    """Score of an answer that was cut off, where `cut_off_answers` is penalise; null = 1 below the lowest score of the
+    rollout."""
     whiten_rewards: bool = False
     """Divide per-token rewards by their standard deviation over the batch, keeping the mean, before GAE."""
     ema_decay: Fraction = 0.992
@@ -156,16 +163,9 @@ class PpoConfig(StageConfig):
     print_samples_every: PositiveInt = 10
     """Rollouts between printed sample answers, which are also kept in `ppo/samples.jsonl`."""
 
-    def needs_old_logprobs(self, rollout: int) -> bool:
-        """Whether the rollout of this number (from 0) is scored by the actor's training forward before the update.
-
-        So it is while only the critic learns: without it nothing would be known of the actor then.
-        """
-        return self.old_logprobs == "training" or self._several_steps() or not self.trains_actor(rollout)
-
-    def trains_actor(self, rollout: int) -> bool:
-        """Whether the actor learns from the rollout of this number (from 0), or the critic alone."""
-        return rollout >= self.critic_warmup_rollouts
+    def needs_old_logprobs(self) -> bool:
+        """Return whether the actor scores each rollout in a training forward of its own before the update."""
+        return self.old_logprobs == "training" or self._several_steps()
 
     def _several_steps(self) -> bool:
         return self.ppo_epochs * self.minibatches > 1

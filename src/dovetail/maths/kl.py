@@ -21,6 +21,8 @@ from dovetail.maths.precision import at_least_float32
 
 MAX_RELATIVE_ERROR = 0.2
 """Ziegler et al. 2019, section 2.2: the controller's error is clipped to this, either way."""
+GAIN = 0.1
+"""Ziegler et al. 2019, section 2.2: K_beta."""
 
 
 def k1(logprobs_T: Tensor, reference_logprobs_T: Tensor) -> Tensor:
@@ -45,21 +47,17 @@ def k3(logprobs_T: Tensor, reference_logprobs_T: Tensor) -> Tensor:
     return (-log_ratio_T).expm1() + log_ratio_T
 
 
-def adaptive_kl_coefficient(
-    coefficient: float, observed_nats_per_answer: float, target: float, num_answers: int, horizon: int
-) -> float:
-    """beta' = beta (1 + e n / h), e = clip((KL - KL_target) / KL_target, -0.2, 0.2).
+def adaptive_kl_coefficient(coefficient: float, observed_nats_per_answer: float, target: float) -> float:
+    """beta' = beta (1 + K e), K = 0.1, e = clip((KL - KL_target) / KL_target, -0.2, 0.2).
 
-    Ziegler et al. 2019 (arXiv:1909.08593), section 2.2, where n / h is the constant K_beta = 0.1.
+    Ziegler et al. 2019 (arXiv:1909.08593), section 2.2: one move of at most 2 % after each rollout, whatever its size.
 
     observed_nats_per_answer: mean over answers of the *sum* of k1 over their tokens (a mean per token would
     be smaller than the target by the length of an answer, and the coefficient would only fall).
-    num_answers (n): answers in this observation. horizon (h): answers over which the coefficient can change
-    by a fifth; a batch larger than the horizon counts as one horizon, lest the factor turn negative.
     An undefined observation (NaN, from a rollout that will be skipped) leaves the coefficient as it is.
     """
     if math.isnan(observed_nats_per_answer):
         return coefficient
     relative_error = (observed_nats_per_answer - target) / target
     clipped_error = min(max(relative_error, -MAX_RELATIVE_ERROR), MAX_RELATIVE_ERROR)
-    return coefficient * (1 + clipped_error * min(num_answers / horizon, 1.0))
+    return coefficient * (1 + GAIN * clipped_error)

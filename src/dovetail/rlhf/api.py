@@ -14,16 +14,17 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dovetail.batches import PackedBatch, Rollout, SummedLoss, moved
+from dovetail.batches import Groups, PackedBatch, Rollout, SummedLoss, moved
 from dovetail.config.stages import PpoConfig
 from dovetail.data.records import Message
 from dovetail.engine.parity import PROMPT_TOKENS, check_parity
+from dovetail.maths.kl import adaptive_kl_coefficient
 from dovetail.model.forward import token_logprobs
 from dovetail.parallel.shard import give_back, layout_of
 from dovetail.rlhf.build import Setup, make_learners, make_roles, name_of
 from dovetail.rlhf.rewards import Answer, RewardFunction
 from dovetail.rlhf.rollout import Collected, collect, pack_rollout, sample_answers
-from dovetail.rlhf.update import UpdateReport, next_kl_coefficient, rate_at, update
+from dovetail.rlhf.update import UpdateReport, rate_at, update
 from dovetail.telemetry.log import say
 from dovetail.text.tokenizer import load_tokenizer
 from dovetail.training.step import StepReport, Term, gradient_step
@@ -113,42 +114,52 @@ class RLHFEngine:
         """float32 [T]: the critic's value of the state in which each token was chosen."""
         return self.roles.values(batch)
 
-    def step_actor(self, batch: PackedBatch, loss_of: Callable[[Tensor, Any], Tensor]) -> StepReport:
-        """One optimiser step of the actor on a loss of your own.
+    def step_actor(
+        self, batch: PackedBatch, loss_of: Callable[[Tensor, Any], Tensor], *, group_size: int
+    ) -> StepReport:
+        """Take one optimiser step of the actor on a loss of your own.
 
         `loss_of(logprobs_T, micro)` gets the differentiable float32 log-probabilities of the marked tokens of one
         micro-batch (a part of `batch`, of the same class, with all its columns) and returns the *sum* of the loss
         over them. The sum over all micro-batches is divided by the number of marked tokens of the whole batch.
+
+        group_size: so many sequences in a row stay in one micro-batch, in their order: 1 where the loss of a sequence
+        needs no other, 2 for pairs, n for n answers to a prompt. (Prompts of a `RankedBatch` stay whole by
+        themselves.) Raises ValueError if the batch does not divide into such groups.
         """
         temperature = self.config.sampling.temperature
 
-        def summed(micro: PackedBatch) -> SummedLoss:
-            logprobs_T = token_logprobs(self.roles.actor, micro, temperature=temperature).logprobs_T
-            return SummedLoss(loss_of(logprobs_T, micro), micro.mask_T.sum())
+        def summed(micro: Groups) -> SummedLoss:
+            logprobs_T = token_logprobs(self.roles.actor, micro.batch, temperature=temperature).logprobs_T
+            return SummedLoss(loss_of(logprobs_T, micro.batch), micro.batch.mask_T.sum())
 
         optimizer = self.config.actor_optimizer
         report = gradient_step(
             self.roles.actor,
             self.learners.actor,
-            [Term(batch, summed)],
+            [Term(Groups(batch, group_size), summed)],
             max_grad_norm=optimizer.max_grad_norm,
             budget=self.roles.budget,
-            learning_rate=rate_at(self.learners, optimizer),
+            learning_rate=rate_at(self.learners, optimizer, self.learners.actor_step),
             device=self.roles.device,
         )
         self.learners.ema.update()
-        self.learners.step += 1
+        self.learners.actor_step += 1
         return report
 
     def state_dict(self) -> dict[str, Any]:
-        """Trained weights, optimisers, EMA and step: with PPOTrainer's, all that the next step depends on."""
+        """Return trained weights, optimisers, EMA and counters: with PPOTrainer's, all the next step depends on."""
         return {
             "actor": trained_weights(self.roles.actor),
             "critic": trained_weights(self.roles.critic),
             "actor_optimizer": self.learners.actor.state_dict(),
             "critic_optimizer": self.learners.critic.state_dict(),
             "ema": self.learners.ema.state_dict(),
-            "step": self.learners.step,
+            "actor_step": self.learners.actor_step,
+            "critic_step": self.learners.critic_step,
+            "left_out": self.learners.left_out,
+            "warmup": self.learners.warmup.state_dict(),
+            "value_offset": self.roles.value_offset,
             "budget": self.roles.budget.state_dict(),
         }
 
@@ -159,12 +170,16 @@ class RLHFEngine:
         self.learners.actor.load_state_dict(state["actor_optimizer"])
         self.learners.critic.load_state_dict(state["critic_optimizer"])
         self.learners.ema.load_state_dict(state["ema"])
-        self.learners.step = state["step"]
+        self.learners.actor_step = state["actor_step"]
+        self.learners.critic_step = state["critic_step"]
+        self.learners.left_out = state["left_out"]
+        self.learners.warmup.load_state_dict(state["warmup"])
+        self.roles.value_offset = state["value_offset"]
         self.roles.budget.load_state_dict(state["budget"])
 
 
 class PPOTrainer:
-    """The two calls of a PPO loop, and what they remember between them: the iteration and the KL coefficient."""
+    """A PPO loop in two calls, with what it remembers between them: the iteration and the KL coefficient."""
 
     def __init__(self, engine: RLHFEngine, *, config: PpoConfig | None = None) -> None:
         self.engine = engine
@@ -179,14 +194,17 @@ class PPOTrainer:
         """
         self.engine.check_parity(prompts)
         with self.engine.learners.parked():
-            return collect(
+            collected = collect(
                 [as_messages(prompt) for prompt in prompts],
                 self.engine.roles,
                 self.config,
                 kl_coefficient=self.kl_coefficient,
                 iteration=self.iteration,
                 seed=self.engine.setup.seed,
+                warms_up=not self.engine.learners.warmup.is_over,
             )
+        self.engine.learners.warmup.judge(collected.stats["ppo/explained_variance"])
+        return collected
 
     def train_rlhf(
         self, collected: Collected, *, next_texts: Callable[[int], PackedBatch] | None = None
@@ -198,7 +216,7 @@ class PPOTrainer:
     def update(
         self, collected: Collected, *, next_texts: Callable[[int], PackedBatch] | None = None
     ) -> UpdateReport:
-        """As `train_rlhf`, with everything there is to report; moves the KL controller and the iteration on."""
+        """Update as `train_rlhf` does and report all there is; moves the KL coefficient and the iteration on."""
         report = update(
             collected.experience,
             self.engine.roles,
@@ -208,14 +226,16 @@ class PPOTrainer:
             seed=self.engine.setup.seed,
             next_texts=next_texts,
         )
-        self.kl_coefficient = next_kl_coefficient(
-            self.kl_coefficient, collected, self.config, iteration=self.iteration
-        )
+        # While the critic learns alone the actor is its reference, and a KL of 0 says nothing.
+        if self.config.kl_target is not None and self.engine.learners.warmup.is_over:
+            self.kl_coefficient = adaptive_kl_coefficient(
+                self.kl_coefficient, collected.kl_nats_per_answer, self.config.kl_target
+            )
         self.iteration += 1
         return report
 
     def state_dict(self) -> dict[str, Any]:
-        """The iteration, the KL coefficient, and the engine's state."""
+        """Return the iteration, the KL coefficient, and the engine's state."""
         own = {"iteration": self.iteration, "kl_coefficient": self.kl_coefficient}
         return own | {"engine": self.engine.state_dict()}
 

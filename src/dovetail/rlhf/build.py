@@ -28,7 +28,9 @@ from dovetail.model.scalar import scalar_model_from
 from dovetail.parallel.shard import gathered, gathered_bytes, generation_model, layout_of, world_of
 from dovetail.parallel.sharing import Sharing
 from dovetail.parallel.world import World
+from dovetail.rlhf.critic_warmup import CriticWarmup
 from dovetail.rlhf.rewards import (
+    ClippedScorer,
     FirstRankScorer,
     FunctionScorer,
     RewardFunction,
@@ -101,7 +103,7 @@ def make_roles(
     if reward_model is not None:
         sharing.spread(reward_model, "reward_model", device)
         model_scorer = RewardModelScorer(reward_model, budget, device, reward_chat)
-    score = _scorer(model_scorer, reward, config, world)
+    score, score_clip = _scorer(model_scorer, reward, config, world)
     critic = _trainable(critic, setup.critic_lora, seed=setup.seed + 1)
     sharing.spread(critic, "critic", device)
     reference = None if setup.actor_lora else _frozen(copy_of(actor))
@@ -119,6 +121,7 @@ def make_roles(
         engine=_generator(actor, critic, config, setup, device),
         device=device,
         budget=budget,
+        score_clip=score_clip,
     )
 
 
@@ -153,6 +156,10 @@ def make_learners(roles: Roles, config: PpoConfig, *, total_steps: int) -> Learn
         critic=optimizer_for(roles.critic, config.critic_optimizer),
         ema=Ema(roles.actor, decay=config.ema_decay, optimizer=actor),
         total_steps=total_steps,
+        warmup=CriticWarmup.of_run(
+            max_rollouts=config.critic_warmup_rollouts,
+            rollouts_of_run=total_steps // (config.ppo_epochs * config.minibatches),
+        ),
         parks=config.park_optimizer and roles.device.type != "cpu",
     )
 
@@ -255,7 +262,8 @@ def _reward_model(
 
 def _scorer(
     model_scorer: RewardModelScorer | None, reward: RewardFunction | None, config: PpoConfig, world: World
-) -> Scorer:
+) -> tuple[Scorer, float | None]:
+    """Return what scores answers, and the limit of its scores: those of a reward model alone have one."""
     function: Scorer | None = None
     if reward is not None:
         function = FunctionScorer(reward, getattr(reward, "__name__", "reward"))
@@ -270,11 +278,12 @@ def _scorer(
         )
     if model_scorer is None or (function is not None and config.reward_function_weight is None):
         assert function is not None
-        return function
+        return function, None
     if function is None:
-        return model_scorer
+        return model_scorer, config.score_clip
     assert config.reward_function_weight is not None
-    return SumScorer(model_scorer, function, config.reward_function_weight)
+    clipped = ClippedScorer(model_scorer, config.score_clip)
+    return SumScorer(clipped, function, config.reward_function_weight), None
 
 
 def name_of(model: str | PreTrainedModel) -> str:

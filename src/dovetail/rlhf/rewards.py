@@ -1,7 +1,7 @@
 """What an answer is worth: from a reward model, a Python function, or both.
 
-Responsible for: turning answers into one score each. Not responsible for: clipping, penalties and the KL term,
-which are part of the reward's definition in PPO (rlhf/rollout.py, maths/rewards.py).
+Responsible for: turning answers into one score each. Not responsible for: penalties and the KL term, which are part of
+the reward's definition in PPO (rlhf/rollout.py, maths/rewards.py), nor for clipping where a reward model scores alone.
 
 Shapes: S answers.
 """
@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from dovetail.batches import moved, pack
 from dovetail.data.records import Message
 from dovetail.errors import ConfigError
+from dovetail.maths.rewards import clip_scores
 from dovetail.model.forward import last_scores
 from dovetail.parallel.shard import give_back, world_of
 from dovetail.parallel.share import parts_of
@@ -158,6 +159,17 @@ class FirstRankScorer:
     def __call__(self, answers: Sequence[Answer]) -> Tensor:
         scores = self.scorer(answers).tolist() if self.world.is_first else []
         return torch.tensor(self.world.from_first(scores), dtype=torch.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class ClippedScorer:
+    """Scores within [-limit, limit], to which others can be added; None = as they are."""
+
+    scorer: Scorer
+    limit: float | None
+
+    def __call__(self, answers: Sequence[Answer]) -> Tensor:
+        return clip_scores(self.scorer(answers), self.limit)
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,6 +45,10 @@ class Roles:
     device: torch.device
     budget: TokenBudget
     """Tokens of one forward pass, shared by scoring and training so that both pack alike."""
+    score_clip: float | None = None
+    """The limit of the scores, either way; None where a function gives them or adds to them."""
+    value_offset: float = 0.0
+    """A constant added to the critic's head, whose transformers class has no bias (rlhf/critic_warmup.py)."""
 
     def actor_logprobs(self, batch: PackedBatch, *, temperature: float) -> LogProbs:
         """float32 [T] log-probabilities and entropies of the marked tokens under the actor as it is now."""
@@ -66,7 +70,11 @@ class Roles:
 
     def values(self, batch: PackedBatch) -> Tensor:
         """float32 [T] critic's value of the state in which each token was chosen."""
-        return self._over_tokens(self.critic, batch, lambda part: (token_values(self.critic, part),))[0]
+        return self._over_tokens(self.critic, batch, lambda part: (self.values_of(part),))[0]
+
+    def values_of(self, micro: PackedBatch) -> Tensor:
+        """Return the same for one micro-batch, differentiable."""
+        return token_values(self.critic, micro) + self.value_offset
 
     def expect_readable(self, batch: PackedBatch) -> None:
         """Raise ModelError if the critic cannot read a batch of the actor's answers that is still on the host."""

@@ -8,7 +8,7 @@ Shapes: T packed tokens, S sequences (one answer each), A actions (tokens the ac
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from dovetail.engine.hybrid import HybridEngine
 from dovetail.engine.sampling import Sampling
 from dovetail.maths.actions import cu_actions
 from dovetail.maths.gae import gae
-from dovetail.maths.masked import masked_mean, normalise, scale_to_unit_std
+from dovetail.maths.masked import masked_mean, masked_sum, normalise, scale_to_unit_std
 from dovetail.maths.mismatch import mismatch
 from dovetail.maths.rewards import clip_scores, per_token_rewards, replace_missing_end
 from dovetail.maths.value_loss import explained_variance
@@ -29,6 +29,7 @@ from dovetail.model.forward import masked_index
 from dovetail.parallel.shard import world_of
 from dovetail.parallel.share import deal
 from dovetail.parallel.world import ALONE, World
+from dovetail.rlhf.critic_warmup import rewards_to_come
 from dovetail.rlhf.rewards import Answer
 from dovetail.rlhf.roles import Roles
 from dovetail.text.chat_format import ChatFormat
@@ -37,7 +38,7 @@ from dovetail.training.seeds import step_seed
 
 @dataclass(frozen=True, slots=True)
 class Collected:
-    """One iteration's answers as text and as experience, with what there is to report about them."""
+    """One iteration's answers, as text and as experience, with their statistics."""
 
     answers: list[Answer]
     experience: Experience
@@ -53,14 +54,22 @@ def collect(
     kl_coefficient: float,
     iteration: int,
     seed: int,
+    warms_up: bool = False,
 ) -> Collected:
     """Sample one answer to each prompt and turn them into experience for the update of this iteration (from 0).
 
-    seed: the run's.
+    seed: the run's. warms_up: whether the critic may be learning alone. Then the actor is scored in any case, because
+    without an update of its own nothing else would measure it.
     """
     answers = sample_answers(prompts, roles, config.sampling, seed=step_seed(seed, iteration))
-    with_old = config.needs_old_logprobs(iteration)
-    return score_answers(answers, roles, config, kl_coefficient=kl_coefficient, with_old_logprobs=with_old)
+    return score_answers(
+        answers,
+        roles,
+        config,
+        kl_coefficient=kl_coefficient,
+        with_old_logprobs=config.needs_old_logprobs() or warms_up,
+        shifts_values=iteration == 0,
+    )
 
 
 def score_answers(
@@ -70,13 +79,16 @@ def score_answers(
     *,
     kl_coefficient: float,
     with_old_logprobs: bool,
+    shifts_values: bool = False,
 ) -> Collected:
-    """What actor, reference, critic and reward say of the answers, as experience to learn from.
+    """Score the answers with actor, reference, critic and reward, and make them experience to learn from.
 
     with_old_logprobs: the actor's log-probabilities before the update come from a training forward here, for the
     KL penalty and the ratio alike. Otherwise the penalty takes the generator's, and the update, which may then be
     one step only, its own. Never is a ratio taken to the generator's numbers: with a learning rate of 0 it is 1,
     whatever the generator's kernels round.
+    shifts_values: the critic's values are shifted, from here on, so that their mean over these actions is that of the
+    rewards to come.
     """
     rollout = pack_rollout(answers)
     roles.expect_readable(rollout)
@@ -88,9 +100,20 @@ def score_answers(
     scores_S = moved(roles.score(answers), roles.device)
     old_T = actor.logprobs_T if actor else None
     penalised_T = rollout.sampled_logprobs_T if old_T is None else old_T
-    rewards_T = shape_rewards(rollout, penalised_T, reference_T, scores_S, config, kl_coefficient)
-    experience = with_advantages(rollout, old_T, reference_T, values_T, rewards_T, scores_S, config)
-    stats = rollout_stats(experience, actor.entropy_T if actor else None)
+    rewards_T = shape_rewards(
+        rollout, penalised_T, reference_T, scores_S, config, kl_coefficient, score_clip=roles.score_clip
+    )
+    learnt = without_cut_off(rollout, answers) if config.cut_off_answers == "leave_out" else rollout
+    if shifts_values:
+        to_come_T = rewards_to_come(learnt, rewards_T, gamma=config.gamma)
+        shift = float(masked_mean(to_come_T - values_T, learnt.mask_T))
+        roles.value_offset += shift
+        values_T = values_T + shift
+    experience = with_advantages(learnt, old_T, reference_T, values_T, rewards_T, scores_S, config)
+    entropy_T = actor.entropy_T if actor else None
+    stats = rollout_stats(rollout, experience, config, score_clip=roles.score_clip, entropy_T=entropy_T)
+    stats["ppo/distinct_fraction"] = len({answer.text for answer in answers}) / len(answers)
+    stats["ppo/kl_coefficient"] = kl_coefficient
     return Collected(answers, experience, stats["ppo/kl_nats_per_answer"], stats)
 
 
@@ -176,6 +199,26 @@ def pack_rollout(answers: Sequence[Answer]) -> Rollout:
     )
 
 
+def without_cut_off(rollout: Rollout, answers: Sequence[Answer]) -> Rollout:
+    """Return the rollout with the tokens of cut-off answers unmarked, so that nothing is learnt from them."""
+    counts = tuple(
+        count if answer.finished else 0 for count, answer in zip(rollout.target_counts, answers, strict=True)
+    )
+    lengths_S = (rollout.cu_seqlens_S1[1:] - rollout.cu_seqlens_S1[:-1]).long()
+    finished_T = rollout.finished_S.repeat_interleave(lengths_S, output_size=rollout.num_tokens)
+    return replace(rollout, mask_T=rollout.mask_T & finished_T, target_counts=counts)
+
+
+def shape_scores(
+    scores_S: Tensor, finished_S: Tensor, config: PpoConfig, *, score_clip: float | None
+) -> Tensor:
+    """Clip the scores [S] and replace those of cut-off answers, if the configuration says so."""
+    clipped_S = clip_scores(scores_S, score_clip)
+    if config.cut_off_answers != "penalise":
+        return clipped_S
+    return replace_missing_end(clipped_S, finished_S, config.missing_end_penalty)
+
+
 def shape_rewards(
     rollout: Rollout,
     logprobs_T: Tensor,
@@ -183,12 +226,13 @@ def shape_rewards(
     scores_S: Tensor,
     config: PpoConfig,
     beta: float,
+    *,
+    score_clip: float | None,
 ) -> Tensor:
-    """Score (clipped; replaced where the answer never ended) at the last action, minus the KL penalty per token."""
-    clipped_S = clip_scores(scores_S, config.score_clip)
-    clipped_S = replace_missing_end(clipped_S, rollout.finished_S, config.missing_end_penalty)
+    """Put the shaped score on the last action and subtract the KL penalty at each; float32 [T]."""
+    shaped_S = shape_scores(scores_S, rollout.finished_S, config, score_clip=score_clip)
     rewards_T = per_token_rewards(
-        logprobs_T, reference_T, clipped_S, rollout.mask_T, rollout.last_index_S(), kl_coefficient=beta
+        logprobs_T, reference_T, shaped_S, rollout.mask_T, rollout.last_index_S(), kl_coefficient=beta
     )
     return scale_to_unit_std(rewards_T, rollout.mask_T) if config.whiten_rewards else rewards_T
 
@@ -202,7 +246,7 @@ def with_advantages(
     scores_S: Tensor,
     config: PpoConfig,
 ) -> Experience:
-    """GAE over the actions alone, the critic's targets, and advantages normalised over the whole rollout."""
+    """Add the advantages (GAE over the actions alone, then normalised over the rollout) and the critic's targets."""
     mask_T, index_A = rollout.mask_T, masked_index(rollout)
     advantages_A = gae(
         rewards_T.index_select(0, index_A),
@@ -231,26 +275,41 @@ def with_advantages(
     )
 
 
-def rollout_stats(experience: Experience, entropy_T: Tensor | None) -> dict[str, float]:
-    """What one looks at first when a run goes wrong; one wait for the device.
+def rollout_stats(
+    rollout: Rollout,
+    experience: Experience,
+    config: PpoConfig,
+    *,
+    score_clip: float | None,
+    entropy_T: Tensor | None,
+) -> dict[str, float]:
+    """Measure what one looks at first when a run goes wrong; the host waits for the device once.
 
-    What a training forward of the actor says of the rollout is among it if there was one; else the update, which
-    runs it, reports the same numbers (rlhf/update.py).
+    rollout: all answers; `experience` marks those that are learnt from. Numbers of a training forward of the actor are
+    among them if there was one; else the update, which runs it, reports the same numbers (rlhf/update.py).
     """
-    mask_T, num_sequences = experience.mask_T, experience.num_sequences
-    old_T, sampled_T = experience.old_logprobs_T, experience.sampled_logprobs_T
+    mask_T, num_sequences = rollout.mask_T, rollout.num_sequences
+    old_T, sampled_T = experience.old_logprobs_T, rollout.sampled_logprobs_T
     penalised_T = sampled_T if old_T is None else old_T
     penalty_T = (penalised_T - experience.reference_logprobs_T).masked_fill(~mask_T, 0.0)
+    to_come_T = rewards_to_come(experience, experience.rewards_T, gamma=config.gamma)
+    scores_S = experience.scores_S
+    kl = penalty_T.sum() / num_sequences
+    answer_tokens = mask_T.sum() / num_sequences
+    num_learnt = max(1, sum(count > 0 for count in experience.target_counts))
     named = {
-        "ppo/score_mean": experience.scores_S.mean(),
-        "ppo/score_std": experience.scores_S.std(unbiased=False),
-        "ppo/reward_per_answer": experience.rewards_T.sum() / num_sequences,
-        "ppo/kl_nats_per_answer": penalty_T.sum() / num_sequences,
-        "ppo/answer_tokens": mask_T.sum() / num_sequences,
-        "ppo/cut_off_fraction": 1.0 - experience.finished_S.float().mean(),
-        "ppo/value_mean": masked_mean(experience.old_values_T, mask_T),
-        "ppo/explained_variance": explained_variance(experience.old_values_T, experience.returns_T, mask_T),
+        "ppo/score_mean": scores_S.mean(),
+        "ppo/score_std": scores_S.std(unbiased=False),
+        "ppo/reward_per_answer": masked_sum(experience.rewards_T, experience.mask_T) / num_learnt,
+        "ppo/kl_nats_per_answer": kl,
+        "ppo/kl_nats_per_token": kl / answer_tokens,
+        "ppo/answer_tokens": answer_tokens,
+        "ppo/cut_off_fraction": 1.0 - rollout.finished_S.float().mean(),
+        "ppo/value_mean": masked_mean(experience.old_values_T, experience.mask_T),
+        "ppo/explained_variance": explained_variance(experience.old_values_T, to_come_T, experience.mask_T),
     }
+    if score_clip is not None:
+        named["ppo/score_clipped_fraction"] = (scores_S.abs() > score_clip).float().mean()
     if old_T is not None:
         gap = mismatch(old_T, sampled_T, mask_T)
         named |= {

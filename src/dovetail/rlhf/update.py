@@ -9,7 +9,7 @@ Shapes: T packed tokens.
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from statistics import fmean
 
@@ -19,13 +19,12 @@ from transformers import PreTrainedModel
 
 from dovetail.batches import Experience, PackedBatch, SummedLoss
 from dovetail.config.stages import OptimizerConfig, PpoConfig
-from dovetail.maths.kl import adaptive_kl_coefficient
 from dovetail.maths.mismatch import importance_weights, mismatch
 from dovetail.maths.policy_loss import clipped_policy_loss
 from dovetail.maths.value_loss import clipped_value_loss
-from dovetail.model.forward import cross_entropy, token_logprobs, token_values
+from dovetail.model.forward import cross_entropy, token_logprobs
+from dovetail.rlhf.critic_warmup import EPOCHS, CriticWarmup, minibatch_count, rewards_to_come
 from dovetail.rlhf.roles import Roles
-from dovetail.rlhf.rollout import Collected
 from dovetail.training.ema import Ema
 from dovetail.training.optim import Optimizer
 from dovetail.training.parking import Parkable
@@ -43,8 +42,14 @@ class Learners:
     ema: Ema
     total_steps: int
     """Optimiser steps of the whole run, for the schedules."""
-    step: int = 0
-    """Optimiser steps taken."""
+    actor_step: int = 0
+    """Optimiser steps that the actor has taken."""
+    critic_step: int = 0
+    """Optimiser steps that the critic has taken beside the actor."""
+    left_out: int = 0
+    """Of `total_steps`, those that both leave to the critic's warm-up."""
+    warmup: CriticWarmup
+    """How far the critic's warm-up has come."""
     parks: bool = False
     """Whether `parked` does anything."""
 
@@ -78,73 +83,108 @@ def update(
     seed: int,
     next_texts: Callable[[int], PackedBatch] | None = None,
 ) -> UpdateReport:
-    """`ppo_epochs` x `minibatches` steps of critic and, after its warm-up, actor on the rollout of an iteration.
+    """Take `ppo_epochs` x `minibatches` steps of actor and critic on the rollout of an iteration.
 
     seed: the run's.
     next_texts: gives the pretraining texts of an optimiser step; their loss joins the actor's in the same step
     (PPO-ptx, InstructGPT equation 2), each normalised by its own number of tokens.
+
+    Until its warm-up is over the critic learns alone (`update_critic_alone`). A minibatch whose answers are all left
+    out of the loss is skipped.
     """
+    own_seed = step_seed(seed, iteration)
+    if not learners.warmup.is_over:
+        return update_critic_alone(experience, roles, learners, config, seed=own_seed)
     actor_steps: list[StepReport] = []
     critic_steps: list[StepReport] = []
-    own_seed = step_seed(seed, iteration)
     for minibatch in minibatches(
         experience, epochs=config.ppo_epochs, count=config.minibatches, seed=own_seed
     ):
-        if config.trains_actor(iteration):
-            texts = next_texts(learners.step) if next_texts else None
-            actor_steps.append(actor_step(minibatch, texts, roles, learners, config))
-            learners.ema.update()
+        texts = next_texts(learners.actor_step) if next_texts else None
+        actor_steps.append(actor_step(minibatch, texts, roles, learners, config))
+        learners.ema.update()
         critic_steps.append(critic_step(minibatch, roles, learners, config))
-        learners.step += 1
     return summarise(actor_steps, critic_steps)
 
 
-def minibatches(experience: Experience, *, epochs: int, count: int, seed: int) -> Iterator[Experience]:
-    """Each epoch deals all answers, in a fresh order, into `count` minibatches of whole sequences.
+def update_critic_alone(
+    experience: Experience, roles: Roles, learners: Learners, config: PpoConfig, *, seed: int
+) -> UpdateReport:
+    """Teach the critic the rewards to come of one rollout, at the warm-up's own rate, which rises over its first steps.
 
-    With one minibatch the order of the rollout is kept: training then packs exactly as scoring did.
+    The value is not clipped: the critic has far to go, and no policy has learnt from its old values yet.
+    """
+    targets = replace(
+        experience, returns_T=rewards_to_come(experience, experience.rewards_T, gamma=config.gamma)
+    )
+    count = minibatch_count(experience.num_sequences, config.minibatches)
+    peak = config.critic_warmup_learning_rate or config.critic_optimizer.learning_rate
+    unclipped = config.model_copy(update={"value_clip": None})
+    steps: list[StepReport] = []
+    for minibatch in minibatches(targets, epochs=EPOCHS, count=count, seed=seed):
+        rising = min(1.0, (learners.warmup.steps + 1) / max(1, config.critic_optimizer.warmup_steps))
+        steps.append(critic_gradient_step(minibatch, roles, learners, unclipped, peak * rising))
+        learners.warmup.steps += 1
+    learners.left_out += config.ppo_epochs * config.minibatches
+    return summarise([], steps)
+
+
+def minibatches(experience: Experience, *, epochs: int, count: int, seed: int) -> Iterator[Experience]:
+    """In each epoch divide all answers, in a fresh order, into `count` minibatches of whole sequences.
+
+    With one minibatch the order of the rollout is kept: training then packs exactly as scoring did. Minibatches
+    without targets are left out.
     """
     num = experience.num_sequences
     for epoch in range(epochs):
-        if count == 1:
-            yield experience
-            continue
         generator = torch.Generator().manual_seed(seed + epoch)
-        order = torch.randperm(num, generator=generator).tolist()
+        order = torch.randperm(num, generator=generator).tolist() if count > 1 else list(range(num))
         for part in range(count):
-            yield experience.sequences(order[part * num // count : (part + 1) * num // count])
+            index = order[part * num // count : (part + 1) * num // count]
+            if any(experience.target_counts[i] for i in index):
+                yield experience.sequences(index) if count > 1 else experience
 
 
 def actor_step(
     minibatch: Experience, texts: PackedBatch | None, roles: Roles, learners: Learners, config: PpoConfig
 ) -> StepReport:
-    """One step of the actor on the clipped surrogate, with the pretraining loss beside it if there are texts."""
+    """Take one step of the actor on the clipped surrogate, with the pretraining loss beside it if there are texts."""
     terms = [Term(minibatch, partial(policy_loss, roles.actor, config=config), name="policy")]
     if texts is not None:
         terms.append(
             Term(texts, partial(language_model_loss, roles.actor), config.ptx_coefficient, name="ptx")
         )
-    rate = rate_at(learners, config.actor_optimizer)
-    return gradient_step(
+    report = gradient_step(
         roles.actor,
         learners.actor,
         terms,
         max_grad_norm=config.actor_optimizer.max_grad_norm,
         budget=roles.budget,
-        learning_rate=rate,
+        learning_rate=rate_at(learners, config.actor_optimizer, learners.actor_step),
         device=roles.device,
     )
+    learners.actor_step += 1
+    return report
 
 
 def critic_step(minibatch: Experience, roles: Roles, learners: Learners, config: PpoConfig) -> StepReport:
-    """One step of the critic on the clipped squared error."""
+    """Take one step of the critic beside the actor's, at the rate of its schedule."""
+    rate = rate_at(learners, config.critic_optimizer, learners.critic_step)
+    learners.critic_step += 1
+    return critic_gradient_step(minibatch, roles, learners, config, rate)
+
+
+def critic_gradient_step(
+    minibatch: Experience, roles: Roles, learners: Learners, config: PpoConfig, learning_rate: float
+) -> StepReport:
+    """Take one step of the critic on the clipped squared error."""
     return gradient_step(
         roles.critic,
         learners.critic,
-        [Term(minibatch, partial(value_loss, roles.critic, config=config), name="value")],
+        [Term(minibatch, partial(value_loss, roles, config=config), name="value")],
         max_grad_norm=config.critic_optimizer.max_grad_norm,
         budget=roles.budget,
-        learning_rate=rate_at(learners, config.critic_optimizer),
+        learning_rate=learning_rate,
         device=roles.device,
     )
 
@@ -174,9 +214,9 @@ def policy_loss(actor: PreTrainedModel, micro: Experience, *, config: PpoConfig)
     return SummedLoss(loss.total, loss.count, stats, {"gap": gap.gap_max})
 
 
-def value_loss(critic: PreTrainedModel, micro: Experience, *, config: PpoConfig) -> SummedLoss:
-    """The clipped squared error over the actions of one micro-batch."""
-    values_T = token_values(critic, micro)
+def value_loss(roles: Roles, micro: Experience, *, config: PpoConfig) -> SummedLoss:
+    """Sum the clipped squared error over the actions of one micro-batch."""
+    values_T = roles.values_of(micro)
     loss = clipped_value_loss(
         values_T, micro.old_values_T, micro.returns_T, micro.mask_T, clip=config.value_clip
     )
@@ -188,38 +228,20 @@ def language_model_loss(model: PreTrainedModel, micro: PackedBatch) -> SummedLos
     return SummedLoss(cross_entropy(model, micro), micro.mask_T.sum())
 
 
-def rate_at(learners: Learners, optimizer: OptimizerConfig) -> float:
-    """Learning rate of the coming step."""
+def rate_at(learners: Learners, optimizer: OptimizerConfig, step: int) -> float:
+    """Return the learning rate of step number `step` of actor or critic, which decays over what the warm-up left."""
     return learning_rate_at(
-        learners.step,
+        step,
         peak=optimizer.learning_rate,
         schedule=optimizer.schedule,
         warmup_steps=optimizer.warmup_steps,
-        total_steps=learners.total_steps,
+        total_steps=learners.total_steps - learners.left_out,
         final_fraction=optimizer.final_fraction,
     )
 
 
-def next_kl_coefficient(
-    kl_coefficient: float, collected: Collected, config: PpoConfig, *, iteration: int
-) -> float:
-    """The penalty's weight for the next rollout: adapted towards `kl_target` if there is one.
-
-    iteration: of the rollout. While the critic warms up the actor is its reference, and a KL of 0 says nothing.
-    """
-    if config.kl_target is None or not config.trains_actor(iteration):
-        return kl_coefficient
-    return adaptive_kl_coefficient(
-        kl_coefficient,
-        collected.kl_nats_per_answer,
-        config.kl_target,
-        collected.experience.num_sequences,
-        config.kl_horizon,
-    )
-
-
 def of_the_rollout(step: StepReport) -> dict[str, float]:
-    """What `rollout_stats` says where scoring runs the actor, from the first forward since the rollout."""
+    """Return what `rollout_stats` reports where scoring runs the actor, measured by the update's first forward."""
     return {
         "ppo/entropy_nats_per_token": step.stats["policy/entropy"],
         "rollout/logprob_gap_mean": step.stats["policy/gap"],
@@ -229,13 +251,15 @@ def of_the_rollout(step: StepReport) -> dict[str, float]:
 
 
 def summarise(actor_steps: list[StepReport], critic_steps: list[StepReport]) -> UpdateReport:
-    """Means over the steps of one rollout; nothing of the actor while only the critic learns."""
-    stats = {
-        "ppo/critic_loss": fmean(r.loss for r in critic_steps),
-        "ppo/critic_grad_norm": fmean(r.grad_norm for r in critic_steps),
-        "ppo/value_clipped_fraction": fmean(r.stats["value/clipped"] for r in critic_steps),
-        "ppo/skipped_steps": float(sum(r.skipped for r in [*actor_steps, *critic_steps])),
-    }
+    """Average over the steps of one rollout; nothing is said of a model that took none."""
+    stats = {"ppo/skipped_steps": float(sum(r.skipped for r in [*actor_steps, *critic_steps]))}
+    if critic_steps:
+        stats |= {
+            "ppo/critic_loss": fmean(r.loss for r in critic_steps),
+            "ppo/critic_grad_norm": fmean(r.grad_norm for r in critic_steps),
+            "ppo/critic_learning_rate": critic_steps[-1].learning_rate,
+            "ppo/value_clipped_fraction": fmean(r.stats["value/clipped"] for r in critic_steps),
+        }
     if actor_steps:
         stats |= {
             "ppo/actor_loss": fmean(r.losses["policy"] for r in actor_steps),
@@ -251,4 +275,4 @@ def summarise(actor_steps: list[StepReport], critic_steps: list[StepReport]) -> 
             stats |= of_the_rollout(actor_steps[0])
         if "ptx" in actor_steps[0].losses:
             stats["ppo/ptx_loss"] = fmean(r.losses["ptx"] for r in actor_steps)
-    return UpdateReport(stats.get("ppo/actor_loss", 0.0), stats["ppo/critic_loss"], stats)
+    return UpdateReport(stats.get("ppo/actor_loss", 0.0), stats.get("ppo/critic_loss", 0.0), stats)

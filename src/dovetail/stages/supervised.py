@@ -54,6 +54,7 @@ def fit(task: Task, context: Context) -> Mapping[str, float]:
     order = BatchOrder(task.num_rows, task.settings.batch_size, context.config.seed)
     budget = TokenBudget(task.settings.micro_batch_tokens, may_shrink=context.sharing.may_retry)
     checkpoints = context.checkpoints(task.stage, task.settings)
+    say_left_over(task)
 
     def state() -> dict[str, Any]:
         return {
@@ -101,6 +102,16 @@ def fit(task: Task, context: Context) -> Mapping[str, float]:
                 checkpoints, state, task.settings, done=done, total=task.total_steps, merit=merit
             )
     return results or task.evaluate()
+
+
+def say_left_over(task: Task) -> None:
+    """Say how many rows the batch size leaves over, or repeats, where `epochs` decides the number of steps."""
+    wanted = round(task.num_rows * task.settings.epochs)
+    read = task.total_steps * task.settings.batch_size
+    if task.settings.max_steps is None and read != wanted:
+        what = f"{wanted - read} are left over" if read < wanted else f"{read - wanted} are read once more"
+        steps = f"{task.total_steps} steps of {task.settings.batch_size} rows"
+        say(f"{task.stage}: {steps}; of {wanted} rows {what}")
 
 
 def check_forward(model: PreTrainedModel, batch: PackedBatch) -> None:
