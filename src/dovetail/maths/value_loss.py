@@ -13,6 +13,9 @@ from torch import Tensor
 
 from dovetail.maths.masked import masked_mean, masked_sum, zero_outside
 
+ROUNDING = 1e-11
+"""Of the mean square of float32 returns: a variance that is no larger says nothing."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ValueLoss:
@@ -54,12 +57,15 @@ def clipped_value_loss(
 def explained_variance(values_T: Tensor, returns_T: Tensor, mask_T: Tensor) -> Tensor:
     """1 - Var(R - V) / Var(R) over the mask: 1 = perfect, 0 = as good as a constant, below 0 = worse.
 
-    A scalar, float64; 0 when the returns do not vary. For whole rollouts: it is not a sum over micro-batches.
+    A scalar, float64; 0 when the returns vary by rounding alone. For whole rollouts: it is no sum over micro-batches.
     """
     returns_T = zero_outside(returns_T, mask_T).double()
     left_over = _variance(returns_T - zero_outside(values_T, mask_T).double(), mask_T)
     variance = _variance(returns_T, mask_T)
-    return torch.where(variance > 0, 1 - left_over / variance.clamp(min=torch.finfo(torch.float64).tiny), 0.0)
+    rounding = ROUNDING * masked_mean(returns_T.square(), mask_T)
+    return torch.where(
+        variance > rounding, 1 - left_over / variance.clamp(min=torch.finfo(torch.float64).tiny), 0.0
+    )
 
 
 def _variance(x_T: Tensor, mask_T: Tensor) -> Tensor:
