@@ -5,6 +5,7 @@
 #   make demo PROCS=2            the same in two processes, which share the actor
 #   make test | test-slow        the tests that take minutes | those that take longer
 #   make test-system             those that need Chromium, Node, namespaces, PostgreSQL or SLURM, which it installs (Debian)
+#   make mutants                 break the package on purpose, line by line: a fast test must fail each time
 #   make bench                   ratios to Hugging Face's generate and TRL's PPO on a CPU, into bench.json
 #   make check                   format, lint, types, imports, then test
 #   make format                  rewrite the files as the formatter wants them
@@ -24,7 +25,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow test-system bench check lint format clean
+.PHONY: help demo test test-slow test-system mutants bench check lint format clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -40,6 +41,9 @@ test-slow: $(VENV)/dev.stamp $(VENV)/smollm2.stamp
 
 test-system: $(VENV)/system.stamp
 	$(PYTEST) -m "system and not gpu" --no-skips
+
+mutants: $(VENV)/dev.stamp
+	$(BIN)/python tests/mutants.py --processes $$(nproc)
 
 bench: $(VENV)/bench.stamp
 	TOKENIZERS_PARALLELISM=false $(BIN)/python benchmarks/cpu.py --output bench.json

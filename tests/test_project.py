@@ -15,6 +15,7 @@ from dovetail.cli.train import train
 from dovetail.config.load import check
 from dovetail.config.recipes import FOLDER, recipe_names
 from dovetail.config.yaml_source import read_yaml
+from tests.mutants import Mutant, read_table
 
 ROOT = Path(__file__).parent.parent
 SOURCES = [*sorted((ROOT / "src").rglob("*.py")), ROOT / "train.py"]
@@ -150,3 +151,17 @@ def test_the_makefile_does_what_its_head_says() -> None:
         ["make", "-n", "demo", "PROCS=2"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert "dovetail demo --model tiny --seed 0 --num-gpus 2" in done.stdout
+
+
+def test_mutations_have_names_of_their_own() -> None:
+    names = [mutant.name for mutant in read_table()]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("mutant", read_table(), ids=lambda mutant: mutant.name)
+def test_every_mutation_still_applies_and_names_tests_that_exist(mutant: Mutant) -> None:
+    ast.parse(mutant.text())
+    assert mutant.tests
+    for test in mutant.tests:
+        file, _, function = test.partition("::")
+        assert f"def {function}" in (ROOT / file).read_text(encoding="utf-8")

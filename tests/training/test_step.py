@@ -12,30 +12,11 @@ from dovetail.batches import PackedBatch, RankedBatch, SummedLoss, pack_ranked
 from dovetail.errors import TrainingStopped
 from dovetail.training.memory import TokenBudget
 from dovetail.training.optim import Optimizer, build_optimizer
-from dovetail.training.step import StepReport, Term, gradient_step
+from dovetail.training.step import StepReport, Term
 from tests.fakes import tiny_model
-from tests.training.toy import Toy, loss_of, same_bits, toy_batch, weights_of
+from tests.training.toy import Toy, loss_of, same_bits, step, toy_batch, weights_of
 
 CPU = torch.device("cpu")
-
-
-def step(
-    model: nn.Module,
-    terms: list[Term],
-    *,
-    budget: int | TokenBudget = 1000,
-    optimizer: Optimizer | None = None,
-    max_grad_norm: float = math.inf,
-) -> StepReport:
-    return gradient_step(
-        model,
-        optimizer or build_optimizer(model, learning_rate=0.1),
-        terms,
-        max_grad_norm=max_grad_norm,
-        budget=TokenBudget(budget) if isinstance(budget, int) else budget,
-        device=CPU,
-        learning_rate=0.01,
-    )
 
 
 def gradients_seen(model: nn.Module, run: Callable[[Optimizer], object]) -> dict[str, Tensor]:
@@ -250,77 +231,6 @@ def test_a_sequence_that_does_not_fit_alone_stops_the_run_and_changes_nothing() 
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def poisoned(model: nn.Module, value: float, micro: PackedBatch) -> SummedLoss:
-    loss = loss_of(model, micro)
-    return replace(loss, total=loss.total * value)
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_step_that_is_not_finite_is_skipped_and_the_next_one_taken(
-    value: float, capsys: pytest.CaptureFixture[str]
-) -> None:
-    model, plain = Toy(), Toy()
-    optimizer = build_optimizer(model, learning_rate=0.1)
-    report = step(model, [Term(toy_batch(), partial(poisoned, model, value))], optimizer=optimizer, budget=9)
-    assert report.skipped
-    assert optimizer.skipped_in_a_row == 1
-    assert same_bits(weights_of(model), weights_of(plain))
-    assert "step skipped" in capsys.readouterr().err
-    assert not step(model, [Term(toy_batch(), partial(loss_of, model))], optimizer=optimizer).skipped
-    step(plain, [Term(toy_batch(), partial(loss_of, plain))])
-    assert optimizer.skipped_in_a_row == 0
-    assert same_bits(weights_of(model), weights_of(plain))  # moments and step counts are untouched too
-
-
-def skip_until_stopped(model: nn.Module, loss: Callable[[PackedBatch], SummedLoss]) -> TrainingStopped:
-    optimizer = build_optimizer(model, learning_rate=0.1)
-    term = Term(toy_batch(), loss)
-    for _ in range(4):
-        assert step(model, [term], optimizer=optimizer).skipped
-    with pytest.raises(TrainingStopped) as caught:
-        step(model, [term], optimizer=optimizer)
-    return caught.value
-
-
-def test_five_skipped_steps_in_a_row_stop_the_run_with_a_diagnosis() -> None:
-    model = Toy()
-    before = weights_of(model)
-    error = skip_until_stopped(model, partial(poisoned, model, math.nan))
-    assert "5 steps in a row" in error.message
-    assert "all weights are finite" in error.message
-    assert "learning rate" in str(error.hint)
-    assert same_bits(weights_of(model), before)
-
-
-def test_the_diagnosis_names_weights_that_are_no_numbers() -> None:
-    model = Toy()
-    model.layer.bias.data[0] = math.nan
-    assert "the first is layer.bias" in skip_until_stopped(model, partial(loss_of, model)).message
-
-
-class _InfiniteGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: object, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: object, gradient: Tensor) -> Tensor:
-        return gradient * math.inf
-
-
-def infinite_gradient(model: nn.Module, micro: PackedBatch) -> SummedLoss:
-    loss = loss_of(model, micro)
-    return replace(loss, total=_InfiniteGradient.apply(loss.total))
-
-
-def test_the_diagnosis_names_gradients_when_the_loss_looks_well() -> None:
-    model = Toy()
-    assert (
-        "gradients are not, the first is"
-        in skip_until_stopped(model, partial(infinite_gradient, model)).message
-    )
-
-
 def test_fp16_finds_its_loss_scale_without_alarm() -> None:
     model = Toy(dtype=torch.float16)
     optimizer = build_optimizer(model, learning_rate=0.1)
@@ -347,15 +257,6 @@ def test_the_loss_scale_leaves_loss_norm_and_update_as_they_are() -> None:
     torch.testing.assert_close(
         torch.tensor(reports[0].grad_norm), torch.tensor(reports[1].grad_norm), rtol=1e-3, atol=0
     )
-
-
-def test_an_fp16_loss_that_is_no_number_counts_as_an_alarm() -> None:
-    model = Toy(dtype=torch.float16)
-    optimizer = build_optimizer(model, learning_rate=0.1)
-    step(model, [Term(toy_batch(), partial(poisoned, model, math.nan))], optimizer=optimizer)
-    assert optimizer.skipped_in_a_row == 1
-    assert optimizer.scaler is not None
-    assert optimizer.scaler.scale == 2.0**16
 
 
 def test_micro_batches_without_targets_are_passed_over() -> None:

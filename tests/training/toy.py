@@ -1,9 +1,14 @@
 """A model small enough to check by hand, its loss, and batches for it."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from dovetail.batches import PackedBatch, SummedLoss, pack
+from dovetail.training.memory import TokenBudget
+from dovetail.training.optim import Optimizer, build_optimizer
+from dovetail.training.step import StepReport, Term, gradient_step
 
 VOCABULARY = 11
 LENGTHS = (7, 3, 9, 2, 5, 4)
@@ -51,3 +56,23 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
 
 def same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def step(
+    model: nn.Module,
+    terms: list[Term],
+    *,
+    budget: int | TokenBudget = 1000,
+    optimizer: Optimizer | None = None,
+    max_grad_norm: float = math.inf,
+) -> StepReport:
+    """One gradient step on the CPU, at a rate of 0.01."""
+    return gradient_step(
+        model,
+        optimizer or build_optimizer(model, learning_rate=0.1),
+        terms,
+        max_grad_norm=max_grad_norm,
+        budget=TokenBudget(budget) if isinstance(budget, int) else budget,
+        device=torch.device("cpu"),
+        learning_rate=0.01,
+    )
