@@ -127,7 +127,7 @@ def check_forward(model: PreTrainedModel, batch: PackedBatch) -> None:
 
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Dropout draws from torch's global generator: seeded anew each step, nothing is to be saved."""
-    torch.manual_seed(step_seed(seed, step) + (rank << 40))
+    torch.manual_seed(step_seed(step_seed(seed, step), rank))  # the CPU reads 32 bits alone
 
 
 def rate_of(task: Task, step: int) -> float:
