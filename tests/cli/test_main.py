@@ -9,10 +9,11 @@ import pytest
 
 from dovetail import __version__
 from dovetail.cli.main import main
-from dovetail.config.load import load
+from dovetail.config.load import dump, load
 from dovetail.config.run import RunConfig
 from dovetail.errors import ConfigError, DataError, RunInterrupted
 from dovetail.parallel.world import ALONE, World
+from tests.stages.runs import tiny_run
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -35,7 +36,7 @@ def pipeline(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
     """Stands in for the stages: the configurations they were run with."""
     ran: list[RunConfig] = []
 
-    def run(config: RunConfig) -> World:
+    def run(config: RunConfig, *, is_checked: bool) -> World:
         ran.append(config)
         return ALONE
 
@@ -143,8 +144,9 @@ def test_the_one_line_script_is_the_same_command(pipeline: list[RunConfig], run:
         cwd=root,
         capture_output=True,
         text=True,
-        check=True,
+        check=False,
     )
+    assert done.returncode == ConfigError.exit_code  # without network none of the models can be had
     run("train", *command)
     text = done.stdout.partition("# stage 1")[0]
     from dovetail.config.load import check, parse_value
@@ -156,13 +158,63 @@ def test_the_one_line_script_is_the_same_command(pipeline: list[RunConfig], run:
 def test_a_dry_run_prints_what_would_run_and_touches_nothing(
     run: Run, pipeline: list[RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(dump(tiny_run(tmp_path)))
+    before = sorted(tmp_path.rglob("*"))
     monkeypatch.chdir(tmp_path)
-    code, out, _ = run("train", "opt-125m", "--dry-run")
+    code, out, _ = run("train", str(recipe), "--dry-run", "sft.optimizer.learning_rate=2e-5")
     assert code == 0
     assert "learning_rate: 2.0e-05" in out
     assert out.count("  runs\n") == 3
+    assert out.splitlines()[-1].startswith("# checked: data, models")
     assert not pipeline
-    assert list(tmp_path.iterdir()) == []
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_dry_run_prints_all_settings_and_then_every_problem_of_the_run(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(dump(tiny_run(tmp_path)))
+    wrong = [
+        "sft.max_steps=7",
+        f"ppo.reward_function={tmp_path}/none.py:score",
+        "ppo.sampling.max_new_tokens=99999",
+    ]
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    code, out, err = run("train", str(recipe), *wrong, "device=cuda", "--num-gpus", "2", "--dry-run")
+    assert code == ConfigError.exit_code
+    assert "max_steps: 7" in out
+    assert "# checked" not in out
+    assert err.startswith("error: 3 problems")
+    for found in (
+        "none.py:score",
+        "context of the actor is 512",
+        "has 1 GPU",
+    ):
+        assert found in err
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("data.blend=[nowhere.jsonl]",),
+        ("actor.path=./nowhere",),
+        ("device=cuda:7",),
+        ("reward_model.path=x/y",),
+    ],
+)
+def test_a_run_and_its_dry_run_refuse_with_the_same_words_and_leave_no_folder(
+    run: Run, tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(dump(tiny_run(tmp_path)))
+    code, _, err = run("train", str(recipe), *command, "--dry-run")
+    assert code == ConfigError.exit_code
+    for processes in ("1", "2"):
+        assert run("train", str(recipe), *command, "--num-gpus", processes)[::2] == (code, err)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_dry_run_tells_finished_and_begun_stages(run: Run, tmp_path: Path) -> None:
@@ -189,7 +241,7 @@ def test_an_error_is_message_and_hint_without_a_traceback(run: Run) -> None:
 def test_an_error_of_a_stage_is_shown_the_same_way(
     run: Run, pipeline: list[RunConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(config: RunConfig) -> None:
+    def fail(config: RunConfig, *, is_checked: bool) -> None:
         raise DataError("pairs.jsonl line 7: not JSON", hint="repair the line")
 
     monkeypatch.setattr(sys.modules["dovetail.stages.pipeline"], "run", fail)
@@ -201,7 +253,7 @@ def test_an_error_of_a_stage_is_shown_the_same_way(
 def test_a_run_that_a_signal_ended_says_where_it_goes_on_and_has_a_code_of_its_own(
     run: Run, pipeline: list[RunConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def end(config: RunConfig) -> None:
+    def end(config: RunConfig, *, is_checked: bool) -> None:
         raise RunInterrupted("sft: ended by SIGTERM after step 2 of 3, which is saved")
 
     monkeypatch.setattr(sys.modules["dovetail.stages.pipeline"], "run", end)
@@ -215,7 +267,7 @@ def test_a_run_that_a_signal_ended_says_where_it_goes_on_and_has_a_code_of_its_o
 def test_ctrl_c_leaves_without_a_traceback(
     run: Run, pipeline: list[RunConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupt(config: RunConfig) -> None:
+    def interrupt(config: RunConfig, *, is_checked: bool) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(sys.modules["dovetail.stages.pipeline"], "run", interrupt)

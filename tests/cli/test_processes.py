@@ -15,6 +15,9 @@ from dovetail.cli.main import main
 from dovetail.cli.processes import without_launch_flags
 from dovetail.errors import ProcessFailed
 from dovetail.launch.topology import Topology, expect_enough_work
+from dovetail.parallel.world import World
+from dovetail.stages import checks
+from dovetail.stages.checks import refuse
 from tests.stages.runs import tiny_run
 
 Run = Callable[..., tuple[int, str, str]]
@@ -28,6 +31,15 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
         expect_enough_work({"ppo.batch_size": config.ppo.batch_size}, world_size)
 
     monkeypatch.setattr(processes, "_expect_possible", allow)
+
+    def check(config: Any, world: World, *more: Callable[[], None]) -> None:
+        """Look at the number of GPUs alone where the model is not on this machine."""
+        if Path(config.actor.path).is_dir():
+            refuse(config, world, *more)
+        for one in more:
+            one()
+
+    monkeypatch.setattr(checks, "refuse", check)
 
     def run_command(*arguments: str) -> tuple[int, str, str]:
         with pytest.raises(SystemExit) as stopped:

@@ -99,15 +99,19 @@ def test_offload_in_a_process_that_shards_nothing_is_refused_before_anything_is_
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
-def test_a_critic_with_a_shorter_context_is_told_before_anything_is_drawn(tmp_path: Path, name: str) -> None:
+def test_a_reward_model_with_a_shorter_context_is_told_before_anything_is_trained(
+    tmp_path: Path, name: str
+) -> None:
     limit = "n_positions" if name == "gpt2" else "max_position_embeddings"
     short = saved_with(tmp_path / "short", name, **{limit: 64})
     config = tiny_run(
         tmp_path, reward_model={"path": short}, data={"max_tokens": 64, "max_prompt_tokens": 60}, **TWO_STEPS
     )
-    with pytest.raises(ConfigError, match=r"= 60 and .* = 8 make 68 tokens; the context of the critic is 64"):
+    with pytest.raises(
+        ConfigError, match=r"= 60 and .* = 8 make 68 tokens; the context of the reward model is 64"
+    ):
         pipeline.run(config)
-    assert not (tmp_path / "run/ppo").exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_reward_model_of_another_tokenizer_with_a_shorter_context_is_told(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ when you run the same command again, a half-finished one goes on where it was.
 """
 EPILOG = """Begin here:
   dovetail demo                                  the whole system in minutes, no GPU, no downloads
-  dovetail train opt-1.3b --dry-run              what a recipe would do, every setting spelt out
+  dovetail train opt-1.3b --dry-run              every setting, and what stands in the way of a run
   dovetail train opt-1.3b data.blend='\\[my_pairs.jsonl]'
   dovetail chat runs/opt-1.3b                    talk to the result
   dovetail label runs/opt-1.3b --prompts my_prompts.jsonl

@@ -16,7 +16,6 @@ from typing import Annotated
 import typer
 
 from dovetail.config.run import RunConfig
-from dovetail.config.sharding import TensorParallelConfig
 from dovetail.errors import RunInterrupted
 from dovetail.launch.topology import (
     LaunchFlags,
@@ -81,15 +80,20 @@ _VALUED = {f"--{field.name.replace('_', '-')}" for field in fields(LaunchFlags)}
 
 
 def carry_out_everywhere(
-    config: RunConfig, flags: LaunchFlags, arguments: Sequence[str], work: Callable[[], None]
+    config: RunConfig,
+    flags: LaunchFlags,
+    arguments: Sequence[str],
+    work: Callable[[], None],
+    check: Callable[[Topology], None] = lambda _: None,
 ) -> bool:
     """Do `work` in as many processes as flags and configuration ask for.
 
-    arguments: those of this command, which every process is given too. Returns whether the work is done and
+    arguments: those of this command, which every process is given too. check: raises what can be said before
+    processes are started; a process that does the work alone says it itself. Returns whether the work is done and
     this is the process to say what comes next. Raises DovetailError, and typer.Exit after a signal.
     """
     try:
-        return _carry_out(config, flags, arguments, work)
+        return _carry_out(config, flags, arguments, work, check)
     except RunInterrupted as end:
         typer.echo(f"\n{end.message}; {end.hint}", err=True)
         raise typer.Exit(end.exit_code) from None
@@ -99,7 +103,11 @@ def carry_out_everywhere(
 
 
 def _carry_out(
-    config: RunConfig, flags: LaunchFlags, arguments: Sequence[str], work: Callable[[], None]
+    config: RunConfig,
+    flags: LaunchFlags,
+    arguments: Sequence[str],
+    work: Callable[[], None],
+    check: Callable[[Topology], None],
 ) -> bool:
     if is_rank():
         _as_rank(config, work)
@@ -111,6 +119,7 @@ def _carry_out(
     if topology.size == 1 and not config.offload.models and not topology.max_restarts:
         work()
     else:
+        check(topology)
         _start(config, topology, arguments)
     return topology.node_rank == 0
 
@@ -156,6 +165,12 @@ def without_launch_flags(arguments: Sequence[str]) -> list[str]:
     return kept
 
 
+def expect_gpus(config: RunConfig, topology: Topology) -> None:
+    """Raise ConfigError if this machine has GPUs, but fewer than the processes it is to take."""
+    if config.device != "cpu":
+        expect_enough_gpus(topology.num_gpus, _count_gpus())
+
+
 def _as_rank(config: RunConfig, work: Callable[[], None]) -> None:
     from dovetail.launch.rank import as_rank
 
@@ -181,9 +196,6 @@ def _start(config: RunConfig, topology: Topology, arguments: Sequence[str]) -> N
     with _quiet_stores():
         from dovetail.launch.start import Stopped, start  # here and not above: it imports torch
 
-    if config.device != "cpu":
-        expect_enough_gpus(topology.num_gpus, _count_gpus())
-    _expect_divisible(config, topology.size)
     command = [sys.executable, "-u", "-X", "faulthandler", "-m", "dovetail"]
     command += [*without_launch_flags(arguments), "--num-gpus", str(topology.num_gpus)]
     try:
@@ -212,16 +224,6 @@ def _expect_possible(config: RunConfig, world_size: int, per_machine: int) -> No
         max(1, world_size // config.tensor_parallel.training),
     )
     config.zero_stage.shard_size(processes=world_size, per_machine=per_machine)
-
-
-def _expect_divisible(config: RunConfig, world_size: int) -> None:
-    """What the run would say before its first stage, but once and before anything is started."""
-    if config.tensor_parallel == TensorParallelConfig():
-        return
-    from dovetail.parallel.world import World  # here and not above: it imports torch
-    from dovetail.stages.parts import expect_tensor_parallel
-
-    expect_tensor_parallel(config, World(size=world_size))
 
 
 def _count_gpus() -> int:

@@ -4,7 +4,9 @@ Responsible for: flags and their help, the dry run, and the line that says what 
 Not responsible for: settings (run_settings.py), the stages themselves (stages/).
 """
 
+import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from inspect import signature
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,11 +23,13 @@ from dovetail.cli.processes import (
     RdzvTimeout,
     carry_out_everywhere,
     commands,
+    expect_gpus,
     topology_for,
 )
 from dovetail.cli.run_settings import STAGES, Flags, Resolved, resolve
 from dovetail.config.load import dump
 from dovetail.config.run import RunConfig, StageName
+from dovetail.launch.rank import LAUNCHER
 from dovetail.launch.topology import DEFAULT_PORT, LaunchFlags, Topology
 
 if TYPE_CHECKING:
@@ -93,7 +97,9 @@ NumGpus = Annotated[
 DryRun = Annotated[
     bool,
     typer.Option(
-        "--dry-run", help="Print every setting and what would run; touch nothing.", rich_help_panel=RUN
+        "--dry-run",
+        help="Print every setting and what would run, and check all that a run checks; write nothing.",
+        rich_help_panel=RUN,
     ),
 ]
 Step = Annotated[
@@ -225,20 +231,31 @@ def carry_out(resolved: Resolved, launch: LaunchFlags, arguments: Sequence[str],
     config = resolved.config
     for note in resolved.notes:
         typer.echo(note, err=True)
+    check = partial(_check, config)
     if dry_run:
         topology = topology_for(config, launch)
         typer.echo(dump(config))
         typer.echo("\n".join(f"# {line}" for line in [*plan(config), *_machines(topology, arguments)]))
+        check(topology)
+        typer.echo("# checked: data, models, devices, packages and the folder; nothing stands in the way")
         return
-    done = carry_out_everywhere(config, launch, arguments, lambda: _run_stages(config))
+    done = carry_out_everywhere(config, launch, arguments, lambda: _run_stages(config), check)
     if done and {"ppo", "sft"} & set(config.stages):
         typer.echo(f"talk to it: dovetail chat {config.output_dir}")
+
+
+def _check(config: RunConfig, topology: Topology) -> None:
+    # here and not above: they import torch
+    from dovetail.parallel.world import World
+    from dovetail.stages.checks import refuse
+
+    refuse(config, World(size=topology.size), partial(expect_gpus, config, topology))
 
 
 def _run_stages(config: RunConfig) -> None:
     from dovetail.stages import pipeline  # here and not above: it imports torch
 
-    pipeline.run(config)
+    pipeline.run(config, is_checked=LAUNCHER in os.environ)
 
 
 def _machines(topology: Topology, arguments: Sequence[str]) -> list[str]:
@@ -250,11 +267,8 @@ def _machines(topology: Topology, arguments: Sequence[str]) -> list[str]:
 def plan(config: RunConfig) -> list[str]:
     """What each stage would do if it ran now, from what lies in the output folder."""
     from dovetail.training.run_folder import RunFolder
-    from dovetail.training.run_identity import expect_same_identity
 
     folder = RunFolder(config.output_dir)
-    if folder.config.exists():
-        expect_same_identity(folder.config, config.model_dump(mode="json"))
     reward_start = "the SFT model" if config.reward.start_from == "sft" else config.reward_start().path
     titles: dict[StageName, str] = {
         "sft": f"supervised fine-tuning of {config.actor.path}",

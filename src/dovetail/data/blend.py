@@ -88,7 +88,7 @@ def load_stage(config: DataConfig, kind: Kind, part: Part) -> StageRows[Any]:
     records: list[Any] = []
     source_of: list[int] = []
     counts: list[SourceCounts] = []
-    shares = _sources(config, kind)
+    shares = sources_of(config, kind)
     for index, (source, split) in enumerate(shares):
         found, counted = _gather(source, split, kind, part, config)
         records += found
@@ -128,7 +128,7 @@ def blend_order(
     return np.concatenate(parts).astype(np.int64)
 
 
-def _sources(config: DataConfig, kind: Kind) -> list[tuple[SourceConfig, Sequence[float] | None]]:
+def sources_of(config: DataConfig, kind: Kind) -> list[tuple[SourceConfig, Sequence[float] | None]]:
     """The sources that a stage reads, registered names resolved, and how their rows are split over stages."""
     listed = config.pretraining if kind == "text" else config.blend
     found: list[tuple[SourceConfig, Sequence[float] | None]] = [

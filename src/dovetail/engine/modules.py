@@ -36,7 +36,12 @@ def vocabulary_of(model: PreTrainedModel) -> int:
 
 def context_of(model: PreTrainedModel) -> int | None:
     """The longest sequence the model can read, None where its config names no limit."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return context_in(model.config)
+
+
+def context_in(config: Any) -> int | None:
+    """`context_of` a model with this config."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     return int(limit) if limit else None
 
 

@@ -127,7 +127,7 @@ def expect_supported(
     """Raise ModelError for a model of a kind that is never supported; no weight is read."""
     config = read_config(path, revision=revision, trust_remote_code=trust_remote_code)
     if config is not None and not _is_scalar(config):
-        _expect_causal_lm(str(path), config)
+        expect_causal_lm(str(path), config)
 
 
 def expect_reward_head(
@@ -148,10 +148,15 @@ def expect_rows_for(tokenizer: PreTrainedTokenizerBase, model: Any, name: str) -
     More rows than tokens are common: embeddings are rounded up. An added token without a row, such as one for
     padding or for images, does no harm until a text holds it; the end token is in every text.
     """
-    rows = int(model.get_input_embeddings().num_embeddings)
+    expect_rows(tokenizer, int(model.get_input_embeddings().num_embeddings), name)
+
+
+def expect_rows(tokenizer: PreTrainedTokenizerBase, rows: int, name: str, used: Sequence[int] = ()) -> None:
+    """As `expect_rows_for` for an embedding of so many rows; used: ids that need a row besides."""
     optional = tokenizer.get_added_vocab().keys() - {tokenizer.bos_token, tokenizer.eos_token}
     ids = tokenizer.get_vocab()
-    beyond = sorted((i, token) for token, i in ids.items() if i >= rows and token not in optional)
+    needed = {i: token for token, i in ids.items() if token not in optional or i in used}
+    beyond = sorted((i, token) for i, token in needed.items() if i >= rows)
     if beyond:
         raise ModelError(
             f"the model's embedding of {name} has {rows} rows, and its tokenizer has ids beyond them: "
@@ -171,7 +176,7 @@ def _read_causal_lm(
         model = as_plain(_complete(AutoModelForCausalLM, str(gguf.parent), dtype, plain), dtype)
     else:
         config = _read_config(name, options)
-        _expect_causal_lm(name, config)
+        expect_causal_lm(name, config)
         model = _read_weights(AutoModelForCausalLM, name, dtype, config, options)
     if model.generation_config is not None:
         model.generation_config, change = repaired(model.generation_config)
@@ -180,7 +185,7 @@ def _read_causal_lm(
     return model
 
 
-def _expect_causal_lm(name: str, config: Any) -> None:
+def expect_causal_lm(name: str, config: Any) -> None:
     """Raise ModelError for models of another kind, in the words that people use for them."""
     text_model = "give a model that writes text, such as HuggingFaceTB/SmolLM2-135M"
     if getattr(config, "is_encoder_decoder", False):

@@ -12,9 +12,8 @@ from dovetail.errors import ConfigError, ModelError
 from dovetail.model.forward import plain_model
 
 
-def expect_room(role: str, model: Any, *, max_prompt_tokens: int, max_new_tokens: int) -> None:
-    """Raise ConfigError if the longest prompt with the longest answer is longer than the model's context."""
-    limit = context_of(plain_model(model))
+def expect_room(role: str, limit: int | None, *, max_prompt_tokens: int, max_new_tokens: int) -> None:
+    """Raise ConfigError if the longest prompt with the longest answer is longer than the role's context."""
     if limit is not None and max_prompt_tokens + max_new_tokens > limit:
         raise ConfigError(
             f"data.max_prompt_tokens = {max_prompt_tokens} and ppo.sampling.max_new_tokens = {max_new_tokens} "

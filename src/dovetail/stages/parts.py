@@ -6,8 +6,7 @@ Not responsible for: the loops (sft.py, reward.py, ppo.py), reading (data/, mode
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -15,7 +14,6 @@ from transformers import PreTrainedModel
 
 from dovetail.batches import PackedBatch, RankedBatch, pack, pack_ranked
 from dovetail.config.model import ModelConfig
-from dovetail.config.run import RunConfig
 from dovetail.config.stages import StageConfig
 from dovetail.data.blend import load_stage
 from dovetail.data.loader import BatchOrder
@@ -28,29 +26,23 @@ from dovetail.data.tokenize import (
     tokenize_demonstrations,
     tokenize_texts,
 )
-from dovetail.engine.modules import context_of
-from dovetail.errors import ConfigError, DataError
-from dovetail.model.forward import last_hidden_states, scalar_head
+from dovetail.engine.modules import context_of, vocabulary_of
+from dovetail.errors import DataError, ModelError
+from dovetail.model.forward import last_hidden_states, plain_model, scalar_head
 from dovetail.model.heads import centre_on
 from dovetail.model.load import (
-    expect_reward_head,
     expect_rows_for,
-    expect_supported,
     load_causal_lm,
     load_scalar_model,
-    read_config,
 )
 from dovetail.model.lora import add_lora
 from dovetail.parallel.shard import given_back_after_use
-from dovetail.parallel.tensor_group import expect_even_groups
-from dovetail.parallel.tensor_plan import TRAINING, expect_divisible
-from dovetail.parallel.world import World
 from dovetail.rlhf.api import RLHFEngine
 from dovetail.rlhf.build import Setup, checkpoint_activations, loading_device
 from dovetail.rlhf.limits import expect_room
-from dovetail.rlhf.splitting import expect_possible
 from dovetail.stages.context import Context
 from dovetail.stages.saving import expect_savable
+from dovetail.stages.starts import actor_of, reward_model_of, reward_start_of
 from dovetail.telemetry.log import say
 from dovetail.text.chat_format import ChatFormat
 from dovetail.text.tokenizer import load_tokenizer
@@ -147,21 +139,14 @@ def _scalar_model(model: ModelConfig, chat: ChatFormat, context: Context) -> Pre
 
 def actor_start(context: Context) -> tuple[ModelConfig, ChatFormat]:
     """What PPO starts from, and its chat format: stage 1's result, or the pretrained actor."""
-    start = context.config.actor
-    if context.is_done("sft"):
-        start = _finished(start, context.folder.model("sft"))
+    start = actor_of(context)
     return start, chat_of(start)
-
-
-def _finished(start: ModelConfig, folder: Path) -> ModelConfig:
-    """What a stage made of what it started from; with its tokenizer, it has the chat template, too."""
-    return start.model_copy(update={"path": str(folder), "revision": None, "chat_template": None})
 
 
 def rlhf_engine(start: ModelConfig, chat: ChatFormat, context: Context, *, total_steps: int) -> RLHFEngine:
     """Actor from what `actor_start` says, critic and reward from stage 2, with what trains them."""
     config = context.config
-    scored = reward_model(context)
+    scored = reward_model_of(context)
     scored_chat = scored and chat_of(scored)
     engine = RLHFEngine(
         actor_model=_causal_lm(start, context),
@@ -183,58 +168,13 @@ def rlhf_engine(start: ModelConfig, chat: ChatFormat, context: Context, *, total
     for role, model in (("actor", engine.roles.actor), ("critic", engine.roles.critic)):
         expect_room(
             role,
-            model,
+            context_of(plain_model(model)),
             max_prompt_tokens=config.data.max_prompt_tokens,
             max_new_tokens=config.ppo.sampling.max_new_tokens,
         )
     actor, stops = engine.roles.actor, engine.roles.chat.stop_token_ids
     expect_savable(actor, engine.tokenizer, context.folder.model("ppo"), stop_token_ids=stops)
     return engine
-
-
-def expect_supported_models(config: RunConfig) -> None:
-    """Raise ModelError if a model of the run is of a kind that is never supported; nothing is written before."""
-    for model in (config.actor, config.reward_model):
-        if model is not None:
-            expect_supported(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
-
-
-def expect_tensor_parallel(config: RunConfig, world: World) -> None:
-    """Raise ConfigError unless the models can be divided over as many processes as asked for; no weight is read.
-
-    What only a .gguf file says is found out when it has been read.
-    """
-    wanted = config.tensor_parallel
-    wanted.expect_supported(config.zero_stage, config.offload)
-    actor = _config_of(config.actor)
-    if wanted.generation != "auto" and "ppo" in config.stages and actor is not None:
-        expect_possible(actor, wanted.generation, world)
-    expect_even_groups(world, wanted.training, setting=TRAINING)
-    scored = None if config.stages == ("sft",) or config.reward_model is None else config.reward_model
-    for role, model in (("actor", actor), ("reward model", scored and _config_of(scored))):
-        if model is not None:
-            expect_divisible(model, wanted.training, setting=TRAINING, model=f"the {role}")
-
-
-def _config_of(model: ModelConfig) -> Any:
-    return read_config(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
-
-
-def reward_model(context: Context) -> ModelConfig | None:
-    """Stage 2's result; else the configured model, if it is a finished reward model; None for a function alone."""
-    config, folder = context.config, context.folder
-    if context.is_done("reward"):
-        return _finished(config.reward_start(), folder.model("reward"))
-    if config.ppo.reward_function is not None and config.ppo.reward_function_weight is None:
-        return None
-    if config.reward_model is None:
-        raise ConfigError(
-            f"PPO needs a reward model, and {folder.model('reward')} is not finished",
-            hint="run stage 2 first, or set reward_model.path to a finished one, or ppo.reward_function",
-        )
-    model = config.reward_model
-    expect_reward_head(model.path, revision=model.revision, trust_remote_code=model.trust_remote_code)
-    return model
 
 
 def demonstration_rows(context: Context, chat: ChatFormat, part: Part) -> TokenizedRows:
@@ -292,15 +232,7 @@ def plain_text(context: Context, chat: ChatFormat, actor: PreTrainedModel) -> Pl
 
 def reward_start(context: Context) -> tuple[ModelConfig, ChatFormat]:
     """What stage 2 starts from, and the chat format of its tokenizer."""
-    config = context.config
-    start = config.reward_start()
-    if config.reward.start_from == "sft":
-        if not context.is_done("sft"):
-            raise ConfigError(
-                f"reward.start_from = sft, but {context.folder.model('sft')} is not finished",
-                hint="run stage 1 first (dovetail sft), or set reward.start_from=model",
-            )
-        start = _finished(start, context.folder.model("sft"))
+    start = reward_start_of(context)
     return start, chat_of(start)
 
 
@@ -336,12 +268,20 @@ def centre_on_demonstrations(
 
 
 def expect_rows_fit(model: PreTrainedModel, *parts: RowsT) -> None:
-    """Raise DataError if a row is longer than the model can read.
+    """Raise DataError or ModelError if a row is longer than the model can read, or holds a token without a row.
 
-    Learned positions would be read out of bounds, which on a GPU is an assertion that names nothing.
+    Positions or embeddings would be read out of bounds, which on a GPU is an assertion that names nothing.
     """
-    limit = context_of(model)
+    limit, embedded = context_of(model), vocabulary_of(model)
     for rows in parts:
+        highest = int(rows.columns["tokens"].max(initial=-1))
+        if highest >= embedded:
+            raise ModelError(
+                f"a row of the stage {rows.report.stage} holds the token id {highest}, and the model's embedding has "
+                f"{embedded} rows",
+                hint="make room in the model: model.resize_token_embeddings(len(tokenizer)), then save_pretrained; or "
+                "take the token out of the rows",
+            )
         longest = int(np.diff(rows.columns["starts"]).max(initial=0))
         if limit is not None and longest > limit:
             raise DataError(

@@ -8,10 +8,10 @@ from collections.abc import Callable
 
 from dovetail.config.run import RunConfig, StageName
 from dovetail.evaluation.answers import Judge
-from dovetail.parallel.world import World
+from dovetail.parallel.world import World, described_world
 from dovetail.stages import ppo, reward, sft
+from dovetail.stages.checks import refuse
 from dovetail.stages.context import Context, StageReport, open_run
-from dovetail.stages.parts import expect_supported_models, expect_tensor_parallel
 from dovetail.telemetry.log import say
 
 TITLES: dict[StageName, str] = {
@@ -21,9 +21,14 @@ TITLES: dict[StageName, str] = {
 }
 
 
-def run(config: RunConfig) -> World:
-    """Run the stages of `config.stages` in `config.output_dir`; returns the processes that did."""
-    expect_supported_models(config)
+def run(config: RunConfig, *, is_checked: bool = False) -> World:
+    """Run the stages of `config.stages` in `config.output_dir`; returns the processes that did.
+
+    Raises what `refuse` finds before anything is written. is_checked: the launcher of this process has looked.
+    """
+    world = described_world()
+    if world.rank == 0 and not is_checked:
+        refuse(config, world)
     with open_run(config) as context:
         run_stages(context)
     return context.world
@@ -31,7 +36,6 @@ def run(config: RunConfig) -> World:
 
 def run_stages(context: Context, judge: Judge | None = None) -> None:
     """Run the stages of an open run; `judge` gives PPO's held-out answers a second opinion."""
-    expect_tensor_parallel(context.config, context.world)
     stages: dict[StageName, Callable[[Context], StageReport]] = {
         "sft": sft.run,
         "reward": reward.run,
