@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from dovetail.compat import deepspeed_chat
+from dovetail.compat import trainer as compat_trainer
 from dovetail.compat.deepspeed_chat import (
     DeepSpeedPPOTrainer,
     DeepSpeedPPOTrainerUnsupervised,
@@ -87,7 +87,7 @@ def test_the_loop_of_main_py_runs() -> None:
     exp_mini_dataset = MiniDataset(args.generation_batches, args.per_device_training_batch_size)
     unsup_mini_dataset = MiniDataset(args.generation_batches, args.per_device_training_batch_size)
     text = torch.randint(0, 250, (6, 20), generator=torch.Generator().manual_seed(0))
-    average_before = {k: v.clone() for k, v in rlhf_engine.actor_ema.state_dict()["averages"].items()}
+    average_before = {k: v.clone() for k, v in rlhf_engine.actor_ema.state_dict().items()}
     for step in range(2):
         batch_prompt = prompt_batch(rlhf_engine)
         out = trainer.generate_experience(batch_prompt["prompt"], batch_prompt["prompt_att_mask"], step)
@@ -106,7 +106,7 @@ def test_the_loop_of_main_py_runs() -> None:
                 assert all(torch.isfinite(x) for x in (actor_loss, critic_loss, unsup_loss))
             random.Random(step).shuffle(exp_dataset)
         assert inner_iter == 4
-    average = rlhf_engine.actor_ema.state_dict()["averages"]
+    average = rlhf_engine.actor_ema.state_dict()
     assert all(tensor.dtype == torch.float32 for tensor in average.values())
     assert any(not torch.equal(average[name], average_before[name]) for name in average)
 
@@ -137,7 +137,7 @@ def test_what_is_learned_from_a_row_does_not_depend_on_the_rows_beside_it(
         answers = [replace(answer, finished=True) for answer in rollout.complete(*given, **how)]
         return [replace(answers[0], finished=False), *answers[1:]]
 
-    monkeypatch.setattr(deepspeed_chat, "complete", complete_but_one)
+    monkeypatch.setattr(compat_trainer, "complete", complete_but_one)
     args = arguments()
     engine = tiny(args)
     trainer = DeepSpeedPPOTrainer(engine, args)
