@@ -115,7 +115,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--lr_scheduler_type", type=SchedulerType, default="cosine")
     for name, default in VALUES.items():
         kind = int if name in WHOLE_NUMBERS else float if name in FRACTIONS else type(default)
-        parser.add_argument(f"--{name}", default=default, type=str if default is None and kind is type(None) else kind)
+        parser.add_argument(
+            f"--{name}", default=default, type=str if default is None and kind is type(None) else kind
+        )
     for name in SWITCHES:
         parser.add_argument(f"--{name}", action="store_true")
     parser = deepspeed.add_config_arguments(parser)
@@ -151,7 +153,9 @@ def loaders(args: argparse.Namespace, tokenizer: Any) -> tuple[Any, Any, int]:
     return of_prompts, of_texts, int(args.num_train_epochs * steps_per_epoch)
 
 
-def learn(args: argparse.Namespace, engine: Any, trainer: Any, experience: list[Any], texts: list[Any]) -> Any:
+def learn(
+    args: argparse.Namespace, engine: Any, trainer: Any, experience: list[Any], texts: list[Any]
+) -> Any:
     """All steps on what was generated: sums of the losses and of the mean rewards, and their number."""
     sums, reward, num = [0.0, 0.0, 0.0], torch.tensor(0.0), 0
     if args.actor_gradient_checkpointing:
@@ -172,7 +176,14 @@ def learn(args: argparse.Namespace, engine: Any, trainer: Any, experience: list[
     return sums, reward, num
 
 
-def train(args: argparse.Namespace, engine: Any, trainer: Any, of_prompts: Any, of_texts: Any, device: Any) -> None:
+def text_of(args: argparse.Namespace, text: Any, device: Any) -> Any:
+    """What is collected beside the prompts: a batch of text, or one Nothing for each prompt."""
+    return [[None] * args.per_device_generation_batch_size] if text is None else to_device(text, device)
+
+
+def train(
+    args: argparse.Namespace, engine: Any, trainer: Any, of_prompts: Any, of_texts: Any, device: Any
+) -> None:
     experiences = MiniDataset(args.generation_batches, args.per_device_training_batch_size)
     collected_texts = MiniDataset(args.generation_batches, args.per_device_training_batch_size)
     steps_without_overflow, average, smoothed = 0, 0.0, ExponentialMovingAverage()
@@ -181,15 +192,14 @@ def train(args: argparse.Namespace, engine: Any, trainer: Any, of_prompts: Any, 
             prompts = to_device(prompts, device)
             out = trainer.generate_experience(prompts["prompt"], prompts["prompt_att_mask"], step)
             began = time.time()
-            if text is not None:
-                texts = collected_texts.add(to_device(text, device))
-            else:
-                texts = collected_texts.add([[None] * args.per_device_generation_batch_size])
+            texts = collected_texts.add(text_of(args, text, device))
             experience = experiences.add(out)
             if experience is not None:
                 sums, reward, num = learn(args, engine, trainer, experience, texts)
                 seconds = time.time() - began
-                print_rank_0(f"epoch {epoch} step {step} losses {[loss / num for loss in sums]}", args.global_rank)
+                print_rank_0(
+                    f"epoch {epoch} step {step} losses {[loss / num for loss in sums]}", args.global_rank
+                )
                 print_throughput_step3(
                     engine.actor.module,
                     engine.critic,
@@ -246,7 +256,9 @@ def main(argv: Sequence[str]) -> tuple[Any, Any]:
     torch.distributed.barrier()
     args.end_of_conversation_token = "<|endoftext|>"
     added = args.end_of_conversation_token if args.add_eot_token else None
-    tokenizer = load_hf_tokenizer(args.actor_model_name_or_path, fast_tokenizer=True, add_special_tokens=added)
+    tokenizer = load_hf_tokenizer(
+        args.actor_model_name_or_path, fast_tokenizer=True, add_special_tokens=added
+    )
     of_prompts, of_texts, num_steps = loaders(args, tokenizer)
     engine = DeepSpeedRLHFEngine(
         actor_model_name_or_path=args.actor_model_name_or_path,

@@ -1,7 +1,6 @@
 """The predecessor's two loops, with only the import changed."""
 
 import random
-from argparse import Namespace
 from dataclasses import replace
 from typing import Any
 
@@ -12,58 +11,13 @@ from dovetail.compat import trainer as compat_trainer
 from dovetail.compat.deepspeed_chat import (
     DeepSpeedPPOTrainer,
     DeepSpeedPPOTrainerUnsupervised,
-    DeepSpeedRLHFEngine,
     MiniDataset,
     moving_average,
 )
 from dovetail.rlhf import rollout
 from dovetail.rlhf.rewards import Answer
-from tests.fakes import byte_tokenizer, tiny_model
-from tests.rlhf.tiny import PROMPTS, tiny_reward_model
-
-
-def arguments(**changes: object) -> Namespace:
-    given = {
-        "max_answer_seq_len": 8,
-        "max_prompt_seq_len": 64,
-        "actor_learning_rate": 1e-3,
-        "critic_learning_rate": 1e-3,
-        "actor_weight_decay": 0.0,
-        "critic_weight_decay": 0.0,
-        "lr_scheduler_type": "cosine",
-        "num_warmup_steps": 0,
-        "ppo_epochs": 2,
-        "enable_ema": True,
-        "seed": 5,
-        "dtype": "fp32",
-        "actor_lora_dim": 0,
-        "critic_lora_dim": 0,
-        "generation_batches": 1,
-        "per_device_training_batch_size": 3,
-        "actor_zero_stage": 2,
-        "unsup_coef": 0.5,
-    }
-    return Namespace(**{**given, **changes})
-
-
-def tiny(args: Namespace) -> DeepSpeedRLHFEngine:
-    return DeepSpeedRLHFEngine(
-        actor_model_name_or_path=tiny_model(),
-        critic_model_name_or_path=tiny_reward_model("llama"),
-        tokenizer=byte_tokenizer(),
-        num_total_iters=10,
-        args=args,
-    )
-
-
-def prompt_batch(engine: DeepSpeedRLHFEngine) -> dict[str, torch.Tensor]:
-    chat, pad = engine.engine.roles.chat, engine.tokenizer.pad_token_id
-    rows = [chat.prompt_ids([{"role": "user", "content": text}]) for text in PROMPTS]
-    width = max(map(len, rows))
-    return {
-        "prompt": torch.tensor([[pad] * (width - len(row)) + row for row in rows]),
-        "prompt_att_mask": torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows]),
-    }
+from tests.compat.tiny import arguments, prompt_batch, tiny
+from tests.rlhf.tiny import PROMPTS
 
 
 def test_the_loop_of_the_announcement_runs() -> None:

@@ -6,7 +6,6 @@ Not responsible for: making the models (rlhf/build.py), what a model folder hold
 """
 
 from argparse import Namespace
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,7 +16,7 @@ from dovetail.compat.flags import Role, config_from, setup_from
 from dovetail.compat.processes import joined_world
 from dovetail.errors import ConfigError
 from dovetail.model.forward import plain_model
-from dovetail.model.lora import adapter_disabled, merged_copy
+from dovetail.model.lora import merged_copy
 from dovetail.model.save import save_model
 from dovetail.parallel.shard import layout_of, whole_model
 from dovetail.rlhf.api import RLHFEngine
@@ -43,8 +42,8 @@ class RoleModel:
         self.model: Any = model
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
-        """Run the model as a Hugging Face module."""
-        return self.model(*inputs, **named)
+        """Refuse: the models run over packed tokens, which a padded call does not describe."""
+        self._refuse("forward")
 
     def __getattr__(self, name: str) -> Any:
         if name == "model" or not hasattr(
@@ -91,23 +90,19 @@ class RoleModel:
 
     def _refuse(self, name: str) -> NoReturn:
         raise AbsentError(
-            f"{vars(self).get('name')}.{name}: there is no such attribute here; losses, gradients and steps are "
-            "train_rlhf's",
+            f"{vars(self).get('name')}.{name}: there is no such attribute here; forward passes, gradients and "
+            "steps are the trainer's own",
             hint="to change the objective, override compute_rewards, get_advantages_and_returns, actor_loss_fn or "
             "critic_loss_fn of the trainer",
         )
 
 
 class ReferenceModel(RoleModel):
-    """The frozen reference. With LoRA it is the actor without its adapters, and can be called, not taken apart."""
+    """The frozen reference. With LoRA there is no such model: it is the actor without its adapters."""
 
     def __init__(self, reference: nn.Module | None, actor: nn.Module) -> None:
         super().__init__("ref", reference if reference is not None else actor)
         self.is_actor = reference is None
-
-    def __call__(self, *inputs: Any, **named: Any) -> Any:
-        with adapter_disabled(self.model) if self.is_actor else nullcontext():
-            return self.model(*inputs, **named)
 
     def __getattr__(self, name: str) -> Any:
         if self.is_actor:
@@ -126,9 +121,6 @@ class AveragedModel(RoleModel):
     def __init__(self, actor: nn.Module, average: Ema) -> None:
         super().__init__("actor_ema", actor)
         self.average = average
-
-    def __call__(self, *inputs: Any, **named: Any) -> Any:
-        self._refuse("forward")
 
     def __getattr__(self, name: str) -> Any:
         self._refuse(name)
