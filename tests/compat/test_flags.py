@@ -39,6 +39,8 @@ UNTOUCHED = {
     "ppo.gamma": 1.0,
     "ppo.gae_lambda": 0.95,
     "ppo.ema_decay": 0.992,
+    "ppo.cut_off_answers": "penalise",
+    "ppo.missing_end_penalty": None,
     "ppo.importance_cap": None,
     "ppo.critic_warmup_rollouts": 0,
     "ppo.old_logprobs": "training",

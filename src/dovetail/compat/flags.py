@@ -63,6 +63,8 @@ def config_from(args: Namespace) -> PpoConfig:
         gamma=1.0,
         gae_lambda=0.95,
         ema_decay=0.992,
+        cut_off_answers="penalise",
+        missing_end_penalty=None,
         old_logprobs="training",
         importance_cap=None,  # the exchange format has one log-probability per token
         critic_warmup_rollouts=0,

@@ -37,7 +37,7 @@ from dovetail.maths.masked import normalise
 from dovetail.maths.policy_loss import clipped_policy_loss
 from dovetail.maths.rewards import clip_scores, per_token_rewards, replace_missing_end
 from dovetail.maths.value_loss import clipped_value_loss
-from dovetail.model.forward import token_logprobs, token_values
+from dovetail.model.forward import token_logprobs
 from dovetail.rlhf.rewards import Answer
 from dovetail.rlhf.rollout import complete, pack_rollout
 from dovetail.rlhf.update import language_model_loss
@@ -288,7 +288,7 @@ class DeepSpeedPPOTrainer:
         return _summed(self.actor_loss_fn, micro, *columns)
 
     def _critic_loss(self, micro: Experience) -> SummedLoss:
-        values_T = token_values(self.engine.roles.critic, micro)
+        values_T = self.engine.roles.values_of(micro)
         return _summed(self.critic_loss_fn, micro, values_T, micro.old_values_T, micro.returns_T)
 
     def _print(self, own: dict[str, Tensor], step: int | None) -> None:
