@@ -72,3 +72,22 @@ def test_lists_come_from_columns_one_column_or_json_text() -> None:
 def test_text_that_only_looks_like_json_stays_text() -> None:
     assert parsed("[INST] hi") == "[INST] hi"
     assert parsed("hi") == "hi"
+
+
+def test_an_empty_cell_of_pandas_is_absent() -> None:
+    assert value_of({"a": float("nan")}, "a?") is None
+    with pytest.raises(BadRowError, match="a is null"):
+        value_of({"a": float("nan")}, "a")
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(42.0, "42"), (-3.0, "-3"), (0.5, "0.5"), (1e300, "1e+300"), (7, "7")]
+)
+def test_whole_numbers_have_no_point(value: Any, text: str) -> None:
+    assert text_of({"a": value}, "a") == text
+
+
+def test_a_list_as_python_prints_it_is_a_list() -> None:
+    assert parsed("[{'role': 'user', 'content': \"it's\"}]") == [{"role": "user", "content": "it's"}]
+    assert list_of({"a": "['x', None]"}, "a") == ["x", None]
+    assert parsed("['x', \\d]") == "['x', \\d]"

@@ -105,3 +105,50 @@ def test_messages_are_read_in_the_common_spellings(items: Any) -> None:
 def test_what_is_no_message_is_named_with_its_place(items: Any, reason: str) -> None:
     with pytest.raises(BadRowError, match=reason):
         messages_from(items, "m")
+
+
+@pytest.mark.parametrize(
+    "mark",
+    [{"weight": 0}, {"train": False}, {"loss": False}, {"training": 0.0}, {"masked": True}, {"loss_mask": 0}],
+)
+def test_a_turn_may_be_marked_as_not_to_be_learnt(mark: dict[str, Any]) -> None:
+    turns = messages_from([user("a"), {**assistant("b"), **mark}, user("c"), assistant("d")], "m")
+    assert [turn.get("learnt") for turn in turns] == [None, False, None, None]
+
+
+@pytest.mark.parametrize(
+    "mark",
+    [
+        {"weight": 1},
+        {"train": True},
+        {"loss": None},
+        {"masked": False},
+        {"tool_calls": []},
+        {"refusal": None},
+    ],
+)
+def test_marks_that_change_nothing_leave_the_turn_as_it_is(mark: dict[str, Any]) -> None:
+    assert messages_from([user("a"), {**assistant("b"), **mark}], "m") == [user("a"), assistant("b")]
+    off = {key: value for key, value in mark.items() if value in (0, None)}
+    assert messages_from([{**user("a"), **off}], "m") == [user("a")]
+
+
+@pytest.mark.parametrize(
+    ("item", "reason"),
+    [
+        ({**assistant("b"), "weight": 0.5}, r"m\[0\].weight is float 0.5"),
+        ({**assistant("b"), "loss": "no"}, r"m\[0\].loss is the text 'no'"),
+        ({**user("b"), "train": True}, r"m\[0\].train is True, but only turns of the assistant are learnt"),
+        ({**assistant("b"), "tool_calls": [{"id": 1}]}, r"m\[0\] has tool_calls beside its content"),
+        ({**assistant("b"), "reasoning_content": "hm"}, r"m\[0\] has reasoning_content beside its content"),
+        ({**user("b"), "images": ["a.png"]}, r"m\[0\] has images beside its content"),
+    ],
+)
+def test_what_a_message_says_beside_its_content_is_refused(item: dict[str, Any], reason: str) -> None:
+    with pytest.raises(BadRowError, match=reason):
+        messages_from([item], "m")
+
+
+def test_a_learnt_turn_is_not_joined_with_one_that_is_not() -> None:
+    with pytest.raises(BadRowError, match="one is learnt, and one is not"):
+        messages_from([user("a"), assistant("b"), {**assistant("c"), "weight": 0}], "m")

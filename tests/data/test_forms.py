@@ -7,7 +7,7 @@ import pytest
 
 from dovetail.config.data import SourceConfig
 from dovetail.data.columns import BadRowError
-from dovetail.data.forms import record_of, with_guessed_columns
+from dovetail.data.forms import record_of
 from dovetail.data.records import Comparison, Demonstration, Prompt, Record, Text
 from tests.data.files import assistant, system, user
 
@@ -268,23 +268,126 @@ def test_rows_that_cannot_be_used_say_why(row: dict[str, Any], columns: dict[str
 
 
 @pytest.mark.parametrize(
-    ("row", "expected"),
+    ("row", "columns"),
     [
-        ({"prompt": "a", "chosen": "b", "rejected": "c"}, Comparison),
-        ({"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}, Comparison),
-        ({"messages": [user("a"), assistant("b")], "id": 7}, Demonstration),
-        ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}, Demonstration),
-        ({"prompt": "a", "completion": "b"}, Demonstration),
-        ({"prompt": "a"}, Prompt),
-        ({"text": "a"}, Text),
+        ({"p": [user("a")], "x": [assistant("g")], "y": [assistant("b")]}, {"prompt": "p"}),
+        ({"p": "a", "x": assistant("g"), "y": assistant("b")}, {"prompt": "p"}),
+        ({"p": "a", "x": json.dumps(assistant("g")), "y": str([assistant("b")])}, {"prompt": "p"}),
+        ({"x": [user("a"), assistant("g")], "y": "b"}, {}),
+        ({"x": "\n\nHuman: a\n\nAssistant: g", "y": [assistant("b")]}, {}),
+        ({"p": "Human: a\n\nAssistant:", "x": " g", "y": " b"}, {"prompt": "p"}),
+        ({"p": "q", "x": "Human: a\n\nAssistant: g", "y": "Human: a\n\nAssistant: b"}, {"prompt": "p"}),
+        ({"x": {"role": ["user", "assistant"], "content": ["a", "g"]}, "y": "b"}, {}),
     ],
 )
-def test_common_column_names_need_not_be_said(row: dict[str, Any], expected: type) -> None:
-    assert isinstance(record_of(row, with_guessed_columns(SourceConfig(path="t"), row), "t"), expected)
+def test_answers_alone_follow_their_prompt_in_every_form(
+    row: dict[str, Any], columns: dict[str, Any]
+) -> None:
+    record = comparison(row, chosen="x", rejected="y", **columns)
+    assert (record.messages, record.answers) == ((user("a"),), ("g", "b"))
 
 
-def test_uncommon_column_names_must_be_said() -> None:
-    with pytest.raises(
-        BadRowError, match=r"the source names no columns, and those of the row .*: frage, antwort"
-    ):
-        with_guessed_columns(SourceConfig(path="t"), {"frage": "a", "antwort": "b"})
+def test_turns_before_the_answer_go_on_after_the_prompt() -> None:
+    more = [assistant("b"), user("c")]
+    row = {"p": "a", "x": [*more, assistant("g")], "y": [*more, assistant("h")], "s": "Be kind."}
+    record = comparison(row, prompt="p", chosen="x", rejected="y", system="s")
+    assert record.messages == (system("Be kind."), user("a"), *more)
+    shown = read({"p": "a", "r": [*more, assistant("g")]}, prompt="p", response="r")
+    assert isinstance(shown, Demonstration)
+    assert shown.messages == (user("a"), *more, assistant("g"))
+
+
+@pytest.mark.parametrize("value", [None, float("nan")])
+def test_an_optional_column_that_is_absent_says_nothing(value: Any) -> None:
+    pair = {"p": "q", "x": "a", "y": "b", "m": value}
+    for row in (pair, {k: v for k, v in pair.items() if k != "m"}):
+        record = comparison(row, prompt="p", chosen="x", rejected="y", margin="m?")
+        assert record.better_than == ((0, 1, 0.0),)
+    verdict = {"p": "q", "a": "x", "b": "y", "w": value}
+    assert comparison(verdict, prompt="p", answers=("a", "b"), preference="w?").better_than == ()
+    two = {"p": "q", "a": "x", "b": "y", "c": value, "s": 1, "t": 2, "u": value}
+    ranked = comparison(two, prompt="p", answers=("a", "b", "c?"), scores=("s", "t", "u?"))
+    assert (ranked.answers, ranked.better_than) == (("x", "y"), ((1, 0, 0.0),))
+
+
+def test_a_prompt_may_be_of_several_columns() -> None:
+    columns: dict[str, Any] = {"prompt": ("i", "more?"), "response": "r"}
+    for more in ({"more": "7"}, {"more": 7.0}):
+        record = read({"i": "Double it.", **more, "r": "14"}, **columns)
+        assert isinstance(record, Demonstration)
+        assert record.messages[0] == user("Double it.\n\n7")
+    for none in ({}, {"more": ""}, {"more": None}, {"more": float("nan")}):
+        record = read({"i": "Double it.", **none, "r": "14"}, **columns)
+        assert isinstance(record, Demonstration)
+        assert record.messages[0] == user("Double it.")
+
+
+def test_a_row_that_begins_with_a_name_is_a_transcript_unless_the_source_says_otherwise() -> None:
+    row = {"p": "Human: hi", "r": "Assistant: hello"}
+    found = [read(row, prompt="p", response="r", transcript=transcript) for transcript in (None, False)]
+    texts = [[turn["content"] for turn in one.messages] for one in found if isinstance(one, Demonstration)]
+    assert texts == [["hi", "hello"], ["Human: hi", "Assistant: hello"]]
+
+
+def test_names_of_a_transcript_are_enough_to_make_it_one() -> None:
+    row = {"t": "A chat. USER: hi ASSISTANT: hello</s>USER: how? ASSISTANT: so"}
+    record = read(row, messages="t", transcript_names=("USER", "ASSISTANT"))
+    assert isinstance(record, Demonstration)
+    turns = (system("A chat."), user("hi"), assistant("hello"), user("how?"), assistant("so"))
+    assert record.messages == turns
+
+
+def test_a_skipped_task_is_a_prompt() -> None:
+    skipped = {"q": "a", "r1": "x", "r2": "y", "annotations": [{"was_cancelled": True, "result": []}]}
+    judged = {"prompt": "q", "answers": ("r1", "r2"), "preference": "annotations[0].result[0].value.selected"}
+    record = read(skipped, preference_values=("left", "right"), **judged)
+    assert isinstance(record, Prompt)
+    done = {
+        **skipped,
+        "annotations": [{"was_cancelled": False, "result": [{"value": {"selected": "right"}}]}],
+    }
+    assert comparison(done, preference_values=("left", "right"), **judged).better_than == ((1, 0, 0.0),)
+    assert isinstance(read(skipped, prompt="q", response="annotations[0].result[0].value.text[0]"), Prompt)
+
+
+@pytest.mark.parametrize(
+    ("row", "columns", "reason"),
+    [
+        ({"q": "a", "r": float("nan")}, {"prompt": "q", "response": "r"}, "r is null"),
+        ({"q": "a", "r": float("inf")}, {"prompt": "q", "response": "r"}, "r should be text"),
+        ({"q": "a", "r": "b", "label": False}, {"prompt": "q", "response": "r"}, "label is false"),
+        ({"q": "a", "r": "b", "kto_tag": "False"}, {"prompt": "q", "response": "r"}, "kto_tag is false"),
+        ({"m": [user("a"), assistant("b")], "label": False}, {"messages": "m"}, "label is false"),
+        (
+            {"m": [user("a"), assistant("b")], "tools": [{"name": "f"}]},
+            {"messages": "m"},
+            "the row has tools",
+        ),
+        (
+            {"p": "[{'role': 'user' 'content': 1}\n {'role'", "r": "b"},
+            {"prompt": "p", "response": "r"},
+            "p begins as a list of messages, but is none",
+        ),
+        (
+            {"p": "q", "x": [{**assistant("a"), "weight": 0}], "y": "b"},
+            {"prompt": "p", "chosen": "x", "rejected": "y"},
+            "x ends with a turn that is not to be learnt",
+        ),
+        (
+            {"p": "q", "a": [[user("z"), assistant("x")], "y"], "s": [1, 2]},
+            {"prompt": "p", "answers": "a", "scores": "s"},
+            r"a\[0\] is a conversation that does not begin as p",
+        ),
+    ],
+)
+def test_rows_whose_meaning_would_be_lost_say_why(
+    row: dict[str, Any], columns: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(BadRowError, match=reason):
+        read(row, **columns)
+
+
+@pytest.mark.parametrize("nothing", [{"label": True}, {"tools": []}, {"tools": None}, {"label": None}])
+def test_columns_that_ask_for_nothing_are_no_fault(nothing: dict[str, Any]) -> None:
+    record = read({"q": "a", "r": "b", **nothing}, prompt="q", response="r")
+    assert isinstance(record, Demonstration)

@@ -63,6 +63,13 @@ def test_a_row_as_published_becomes_a_question_with_its_answers(name: str) -> No
         assert [turn["content"] for turn in found.messages] == ["Q", "A"]
 
 
+def test_rows_of_jsonfile_may_be_transcripts() -> None:
+    row = {"prompt": "Human: Q\n\nAssistant:", "chosen": "A", "rejected": "B"}
+    found = record_of(row, resolve(SourceConfig(path="local/jsonfile"))[0], "local/jsonfile")
+    assert isinstance(found, Comparison)
+    assert (found.messages, found.answers) == ((user("Q"),), ("A", "B"))
+
+
 def test_a_set_with_rows_of_its_own_for_evaluation_gives_two_sources() -> None:
     train, held_out = resolve(SourceConfig(path="rm-static", weight=2))
     assert (train.path, train.split, train.held_out, train.weight) == ("Dahoas/rm-static", "train", False, 2)

@@ -37,6 +37,38 @@ def test_strict_stops_at_the_first_bad_row_with_file_line_and_reason(tmp_path: P
     assert "data.bad_rows=skip" in str(error.hint)
 
 
+def test_to_skip_is_proposed_only_where_a_good_row_is_left(tmp_path: Path) -> None:
+    bad = [{"prompt": "q"}] * 3
+    error = error_of(source(write_jsonl(tmp_path / "a.jsonl", bad)))
+    assert error.message.startswith(f"{tmp_path}/a.jsonl line 1: there is no column response")
+    assert "none of the 3 rows can be used" in error.message
+    assert "bad_rows" not in str(error.hint)
+    error = error_of(source(write_jsonl(tmp_path / "b.jsonl", [*bad, *questions(1)])))
+    assert error.message == f"{tmp_path}/b.jsonl line 1: there is no column response; the row has prompt"
+    assert "data.bad_rows=skip" in str(error.hint)
+
+
+@pytest.mark.parametrize("values", [(1, 0), ("0", "1"), (False, True), (0.0, 1.0, 1)])
+def test_a_preference_of_0_and_1_is_not_read_as_one_of_1_and_2(
+    values: tuple[Any, ...], tmp_path: Path
+) -> None:
+    rows = [{"prompt": "q", "a": f"x {i}", "b": "y", "w": value} for i, value in enumerate(values)]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    columns: dict[str, Any] = {"prompt": "prompt", "answers": ("a", "b"), "preference": "w"}
+    error = error_of(SourceConfig(path=path, **columns), strict=False)
+    assert error.message.startswith(f"{path}: w holds 0 and 1 alone")
+    assert "preference_values: [0, 1]" in str(error.hint)
+    for settled in ((0, 1), (1, 2)):
+        assert len(list(read_source(SourceConfig(path=path, preference_values=settled, **columns)))) == len(
+            rows
+        )
+
+
+def test_records_know_where_they_stand(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", questions(2))
+    assert [record.place for record in read_source(source(path))] == [f"{path} line 1", f"{path} line 2"]
+
+
 def test_a_wrong_column_says_which_was_meant(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", questions(2))
     error = error_of(source(path, response="reponse"))

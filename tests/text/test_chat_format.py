@@ -317,3 +317,58 @@ def test_an_end_that_is_no_token_is_refused_and_not_read_as_its_last_byte() -> N
         ModelError, match=r"answers end with '<\|stop\|>', which is no token(.|\n)*hint: set eos_token"
     ):
         ChatFormat(tokenizer)
+
+
+R1 = (  # DeepSeek R1 and its kin: the generation prompt opens the reasoning
+    "{% for message in messages %}{% if message['role'] == 'user' %}{{ '<|im_start|>' + message['content'] }}"
+    "{% else %}{{ '<|im_end|>' + message['content'].split('</think>')[-1] + '</s>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_end|><think>\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "opening"),
+    [
+        (R1, "<think>\n"),
+        (R1.replace("<think>\n", "<reason>"), "<reason>"),
+        (None, "Assistant: "),
+        (kinds.INST, "[/INST]"),
+    ],
+)
+def test_an_answer_that_repeats_the_end_of_its_prompt_has_it_once(template: str | None, opening: str) -> None:
+    chat = ChatFormat(byte_level(template, bos=True))
+    plain, doubled = "two and two\n</think>\n\n4", f"{opening}two and two\n</think>\n\n4"
+    assert chat.repeats_opening(doubled)
+    assert not chat.repeats_opening(plain)
+    assert chat.answer_ids(doubled) == chat.answer_ids(plain)
+    assert chat.conversation([*ONE_TURN, said(doubled)]) == chat.conversation([*ONE_TURN, said(plain)])
+
+
+def test_an_answer_without_reasoning_leaves_the_open_block_open() -> None:
+    thinking, plain = ChatFormat(byte_level(R1)), ChatFormat(byte_level())
+    assert thinking.stays_open("4") == "</think>"
+    assert thinking.stays_open("two and two</think>4") is None
+    assert plain.stays_open("4") is None
+
+
+def test_a_bare_word_at_the_end_of_a_prompt_may_begin_an_answer() -> None:
+    chat = ChatFormat(byte_level(kinds.CHATML))
+    assert chat.decode(chat.answer_ids("assistant here")) == "assistant here"
+    assert not chat.repeats_opening("assistant here")
+
+
+@pytest.mark.parametrize("template", [kinds.CHATML, kinds.LLAMA3, kinds.INST, None])
+def test_a_turn_that_is_not_to_be_learnt_is_context(template: str | None) -> None:
+    chat = ChatFormat(byte_level(template, bos=True))
+    turns = [*THREE_TURNS, said("four")]
+    ids, mask = chat.conversation(turns)
+    unmarked, learnt = chat.conversation([turns[0], {**turns[1], "learnt": False}, *turns[2:]])
+    assert unmarked == ids
+    assert [i for i, marked in zip(ids, learnt, strict=True) if marked] == chat.answer_ids("four")
+    assert sum(mask) > sum(learnt)
+
+
+def test_plain_text_that_brings_its_own_ends_has_them_once() -> None:
+    chat = ChatFormat(byte_level(bos=True))
+    bare, whole = chat.encode_texts(["hello", "<s>hello<|endoftext|>"])
+    assert whole == bare

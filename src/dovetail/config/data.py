@@ -40,8 +40,9 @@ class SourceConfig(FrozenModel):
     are drawn once for the run, with `data.seed`, and not anew for each epoch."""
     messages: str | None = None
     """Column holding a list of chat messages, each with `role` and `content` (or `from` and `value`)."""
-    prompt: str | None = None
-    """Column holding the prompt: text, an Anthropic transcript, or a list of messages."""
+    prompt: tuple[str, ...] | str | None = None
+    """Column holding the prompt: text, an Anthropic transcript, or a list of messages. Several columns of text, such
+    as [instruction, "input?"], are joined by a blank line; empty ones are left out."""
     response: str | None = None
     """Column holding the demonstrated answer."""
     chosen: str | None = None
@@ -67,8 +68,9 @@ class SourceConfig(FrozenModel):
     """Column with plain text, for pretraining and mixture training."""
     system: str | None = None
     """Column with a system message, put before the prompt."""
-    transcript: bool = False
-    """The text columns hold Anthropic transcripts: "\\n\\nHuman: ...\\n\\nAssistant: ..."."""
+    transcript: bool | None = None
+    """The text columns hold Anthropic transcripts: "\\n\\nHuman: ...\\n\\nAssistant: ...". By default a row does whose
+    prompt or chosen answer begins with one of the two names, and every row where `transcript_names` gives others."""
     transcript_names: tuple[str, str] = ("Human", "Assistant")
     """Names of user and assistant in transcripts. These two stand behind a blank line; others, such as
     USER and ASSISTANT, behind any white space."""

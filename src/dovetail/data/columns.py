@@ -7,14 +7,19 @@ Not responsible for: what values mean (conversations.py, forms.py).
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import difflib
 import json
 import math
 import re
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 _HALF_A_PAIR = re.compile("[\ud800-\udfff]")
+_LARGEST_EXACT = 2**53
+"""From here on a float stands for several whole numbers."""
 _STEP = re.compile(r"\.?([^.\[\]]+)|\[(\d*)\]")
 
 
@@ -40,22 +45,30 @@ def value_of(row: Mapping[str, Any], column: str) -> Any:
         raise BadRowError(
             f"{path} takes items from lists of different lengths", hint="repair the row: one length for all"
         ) from None
-    if value is None and not is_optional:
+    if is_absent(value) and not is_optional:
         raise BadRowError(f"{path} is null", hint=f"repair the row, or write {path}? if it may be absent")
-    return value
+    return None if is_absent(value) else value
+
+
+def is_absent(value: Any) -> bool:
+    """Return whether a value stands for an empty cell: null, or NaN, as tables of pandas have it."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def text_of(row: Mapping[str, Any], column: str) -> str:
-    """A value that must be text; a number, as CSV or JSON may give it, counts as its digits."""
+    """Return a value that must be text; a number, as CSV or JSON may give it, counts as its digits."""
     return as_text(value_of(row, column), column)
 
 
 def as_text(value: Any, column: str) -> str:
-    """The value as text, or a BadRowError that says what it is."""
+    """Return the value as text, or raise a BadRowError that says what it is.
+
+    A whole number is written without a point: tables of pandas make 42 a float where another cell is empty.
+    """
     if isinstance(value, str):
         return expect_characters(value, column)
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return str(value)
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+        return str(int(value) if value == int(value) and abs(value) < _LARGEST_EXACT else value)
     raise BadRowError(f"{column} should be text, but is {describe(value)}")
 
 
@@ -93,15 +106,24 @@ def list_of(row: Mapping[str, Any], columns: tuple[str, ...] | str) -> list[Any]
 
 
 def parsed(value: Any) -> Any:
-    """A list or object that a text holds as JSON; anything else as it is. Tuples and arrays become lists."""
+    """Return the list or object that a text holds as JSON or as Python prints it, and anything else as it is.
+
+    Tuples and arrays become lists.
+    """
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
-        try:
-            return json.loads(value)
-        except ValueError:
-            return value
+        return _literal(value)
     if not isinstance(value, (str, list, Mapping)) and hasattr(value, "__iter__"):
         return list(value)
     return value
+
+
+def _literal(text: str) -> Any:
+    with contextlib.suppress(ValueError):
+        return json.loads(text)
+    with warnings.catch_warnings(), contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+        warnings.simplefilter("ignore")  # Python warns of escapes that it does not know
+        return ast.literal_eval(text.strip())
+    return text
 
 
 def describe(value: Any) -> str:

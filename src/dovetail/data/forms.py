@@ -1,13 +1,13 @@
 """Rows of a table to records, by the columns that a source names.
 
 Responsible for: the six forms of rows, which answers make a pair and which are ties.
-Not responsible for: reading tables (tables.py), finding values (columns.py).
+Not responsible for: reading tables (tables.py), finding values (columns.py), columns that are not named (guesses.py).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dovetail.config.data import SourceConfig
@@ -15,125 +15,177 @@ from dovetail.data.columns import (
     BadRowError,
     as_text,
     describe,
+    is_absent,
     list_of,
     number_of,
-    parsed,
     text_of,
     value_of,
 )
 from dovetail.data.conversations import (
+    DEFAULT_NAMES,
     answer_from_transcript,
     begins_with_a_name,
     has_empty_answer,
     merged,
     messages_from,
+    messages_in,
     transcript_from,
 )
-from dovetail.data.records import Comparison, Demonstration, Message, Prompt, Record, Text, content_hash
+from dovetail.data.records import (
+    Comparison,
+    Demonstration,
+    Message,
+    Prompt,
+    Record,
+    Text,
+    content_hash,
+    is_learnt,
+    message,
+)
 
 Row = Mapping[str, Any]
 
+_VERDICTS = ("label", "kto_tag")
+"""Columns in which rows of prompt and answer say that people did not want the answer (KTO)."""
+_TOOLS = ("tools", "functions")
+"""Columns beside a conversation that the assistant would see."""
+
 
 def record_of(row: Row, source: SourceConfig, label: str) -> Record:
-    """The record that a row holds; BadRowError if it holds none."""
+    """Return the record that a row holds; BadRowError if it holds none."""
     if source.text is not None:
         text = text_of(row, source.text)
         if not text.strip():
             raise BadRowError(f"{source.text} is empty")
         return Text(text=text, row_id=content_hash("text", text), source=label)
-    if source.chosen is not None or source.answers is not None:
+    _expect_no_tools(row)
+    source = _with_transcript_decided(row, source)
+    is_prompt = source.response is None and source.messages is None
+    if _was_skipped(row) and source.prompt is not None:
+        is_prompt = True
+    elif source.chosen is not None or source.answers is not None:
         return _comparison(row, source, label)
-    if source.messages is not None or source.response is not None:
-        messages = _demonstration(row, source)
-        return Demonstration(messages=messages, row_id=content_hash("demonstration", messages), source=label)
-    messages = _prompt(row, source)
-    return Prompt(messages=messages, row_id=content_hash("prompt", messages), source=label)
+    if is_prompt:
+        messages = _prompt(row, source)
+        return Prompt(messages=messages, row_id=content_hash("prompt", messages), source=label)
+    _expect_wanted(row)
+    messages = _demonstration(row, source)
+    return Demonstration(messages=messages, row_id=content_hash("demonstration", messages), source=label)
 
 
-def with_guessed_columns(source: SourceConfig, row: Row) -> SourceConfig:
-    """A source that names no columns, with those that its first row seems to have."""
-    if source.names_columns():
+def _with_transcript_decided(row: Row, source: SourceConfig) -> SourceConfig:
+    """Return the source with `transcript` set: as it says, or by what the row's texts begin with."""
+    if source.transcript is not None:
         return source
-    guesses: list[dict[str, str]] = [
-        {"chosen": "chosen", "rejected": "rejected", "prompt": "prompt"},
-        {"chosen": "chosen", "rejected": "rejected"},
-        {"messages": "messages"},
-        {"messages": "conversations"},
-        *({"prompt": "prompt", "response": name} for name in ("response", "completion", "answer")),
-        {"prompt": "prompt"},
-        {"text": "text"},
-    ]
-    for guess in guesses:
-        if all(column in row for column in guess.values()):
-            transcript = any(
-                isinstance(row[c], str) and begins_with_a_name(row[c]) for c in guess.values() if c != "text"
+    is_transcript = source.transcript_names != DEFAULT_NAMES
+    for column in (source.prompt, source.messages, source.chosen):
+        if isinstance(column, str) and not is_transcript:
+            value = value_of(row, f"{column.removesuffix('?')}?")
+            is_transcript = isinstance(value, str) and begins_with_a_name(value)
+    return source.model_copy(update={"transcript": is_transcript})
+
+
+def _expect_no_tools(row: Row) -> None:
+    for column in _TOOLS:
+        if not is_absent(row.get(column)) and row[column] not in ([], {}, "", "[]"):
+            raise BadRowError(
+                f"the row has {column}, which the model would not see",
+                hint=f"remove {column} from rows whose answers do not need it; calls of tools cannot be learnt",
             )
-            return source.model_copy(update={**guess, "transcript": source.transcript or transcript})
-    raise BadRowError(
-        f"the source names no columns, and those of the row are not common ones: {', '.join(row)}",
-        hint="say what they hold, such as prompt: question, response: answer, or chosen: good, rejected: bad",
+
+
+def _expect_wanted(row: Row) -> None:
+    for column in _VERDICTS:
+        if row.get(column) is False or row.get(column) in ("False", "false"):
+            raise BadRowError(
+                f"{column} is false: people did not want this answer, and a demonstration is imitated",
+                hint="remove such rows, or pair them with wanted answers as chosen and rejected",
+            )
+
+
+def _was_skipped(row: Row) -> bool:
+    """Return whether all people who saw a task of Label Studio passed it over: it is a prompt without a verdict."""
+    work = row.get("annotations")
+    marks = (
+        [isinstance(one, Mapping) and one.get("was_cancelled") for one in work]
+        if isinstance(work, list)
+        else []
     )
+    return bool(marks) and all(marks)
 
 
 def _demonstration(row: Row, source: SourceConfig) -> tuple[Message, ...]:
-    if source.messages is not None:
-        value = value_of(row, source.messages)
-        read = (
-            _conversation(value, source.messages, source)
-            if source.transcript
-            else messages_from(value, source.messages)
-        )
-        turns = _with_system(read, row, source)
-        while turns and turns[-1]["role"] != "assistant":
-            turns.pop()  # questions that nobody answered
-        if not turns:
-            raise BadRowError(f"{source.messages} has no assistant's turn")
-    else:
-        assert source.response is not None
-        answer = _answer(value_of(row, source.response), source.response, source)
-        turns = [*_prompt(row, source), {"role": "assistant", "content": answer}]
+    turns = _shown(row, source)
+    column = str(source.response or source.messages)
+    while turns and (turns[-1]["role"] != "assistant" or not is_learnt(turns[-1])):
+        turns.pop()  # questions without an answer, and answers that are not to be learnt
+    if not turns:
+        raise BadRowError(f"{column} has no assistant's turn that is to be learnt")
     if not turns[-1]["content"].strip():
-        raise BadRowError(f"{source.response or source.messages}: the answer is empty")
+        raise BadRowError(f"{column}: the answer is empty")
     if has_empty_answer(turns):
-        raise BadRowError(f"{source.messages or source.prompt}: an answer before the last is empty")
-    _expect_a_question(turns[:-1], source.prompt or source.messages or "the prompt")
+        raise BadRowError(f"{source.messages or _named(source.prompt)}: an answer before the last is empty")
+    _expect_a_question(turns[:-1], _named(source.prompt or source.messages))
     return tuple(turns)
+
+
+def _shown(row: Row, source: SourceConfig) -> list[Message]:
+    """Return the whole conversation of a demonstration."""
+    if source.messages is None:
+        side = _side(value_of(row, str(source.response)), str(source.response), source)
+        side[-1]["content"] = _cleaned(side[-1]["content"], source)
+        return merged([*_prompt(row, source), *side]) if _is_answer(side) else side
+    value = value_of(row, source.messages)
+    turns = (
+        _conversation(value, source.messages, source)
+        if source.transcript
+        else messages_from(value, source.messages)
+    )
+    return _with_system(turns, row, source)
 
 
 def _prompt(row: Row, source: SourceConfig) -> tuple[Message, ...]:
-    assert source.prompt is not None
-    value = value_of(row, source.prompt)
-    turns = _with_system(_conversation(value, source.prompt, source), row, source)
-    _expect_a_question(turns, source.prompt)
+    turns = _with_system(_asked(row, source), row, source)
+    _expect_a_question(turns, _named(source.prompt))
     return tuple(turns)
 
 
+def _asked(row: Row, source: SourceConfig) -> list[Message]:
+    """Return the turns of the prompt's column; those of several columns are one text, a blank line between."""
+    assert source.prompt is not None
+    if isinstance(source.prompt, str):
+        return _conversation(value_of(row, source.prompt), source.prompt, source)
+    values = {column: value_of(row, column) for column in source.prompt}
+    texts = [as_text(value, column) for column, value in values.items() if value is not None]
+    return _conversation("\n\n".join(text for text in texts if text.strip()), _named(source.prompt), source)
+
+
 def _comparison(row: Row, source: SourceConfig, label: str) -> Comparison:
-    messages, answers = _pair(row, source) if source.chosen is not None else _ranked_answers(row, source)
-    margin = number_of(value_of(row, source.margin), source.margin) if source.margin is not None else 0.0
-    if source.chosen is not None:
-        pairs = [(0, 1, margin)] if len(answers) == 2 else []
-    else:
-        pairs = [(better, worse, margin) for better, worse in _preferences(row, source, len(answers))]
-    better_than = tuple(pair for pair in pairs if answers[pair[0]] != answers[pair[1]])  # equal texts: a tie
+    messages, answers, pairs = (_pair if source.chosen is not None else _ranked_answers)(row, source)
+    margin = value_of(row, source.margin) if source.margin is not None else None
+    size = 0.0 if margin is None else number_of(margin, str(source.margin))
+    better_than = tuple(
+        (better, worse, size) for better, worse in pairs if answers[better] != answers[worse]
+    )  # equal texts: a tie
     row_id = content_hash("comparison", messages, answers, better_than)
     return Comparison(
         messages=tuple(messages), answers=tuple(answers), better_than=better_than, row_id=row_id, source=label
     )
 
 
-def _pair(row: Row, source: SourceConfig) -> tuple[list[Message], list[str]]:
-    """Prompt and answers of a row with `chosen` and `rejected`, either answers or whole conversations."""
-    assert source.chosen is not None
-    assert source.rejected is not None
-    columns: tuple[str, ...] = (source.chosen, source.rejected)
+Judged = tuple[Sequence[Message], list[str], list[tuple[int, int]]]
+"""A prompt, its answers, and (better, worse) for pairs of them."""
+
+
+def _pair(row: Row, source: SourceConfig) -> Judged:
+    """Return prompt and answers of a row with `chosen` and `rejected`, either answers or whole conversations."""
+    columns = [str(source.chosen), str(source.rejected)]
     values = [value_of(row, column) for column in columns]
     if values[1] is None:  # an optional column: nothing to compare with
         values, columns = values[:1], columns[:1]
-    if source.prompt is not None and _messages_in(values[0]) is None:
-        prompt = list(_prompt(row, source))
-        return prompt, [_answer(value, column, source) for value, column in zip(values, columns, strict=True)]
-    whole = [_whole(value, column, source) for value, column in zip(values, columns, strict=True)]
+    sides = [_side(value, column, source) for value, column in zip(values, columns, strict=True)]
+    before = _before_the_answers(row, sides, source)
+    whole = [_closed(merged([*before, *side]) if _is_answer(side) else side) for side in sides]
     if whole[0][:-1] != whole[-1][:-1]:
         shared = zip(*whole, strict=False)
         turn = next((i for i, (a, b) in enumerate(shared) if a != b), min(map(len, whole)))
@@ -142,48 +194,94 @@ def _pair(row: Row, source: SourceConfig) -> tuple[list[Message], list[str]]:
             hint="both must have the same turns before the last answer",
         )
     prompt = _with_system(whole[0][:-1], row, source)
-    _expect_a_question(prompt, columns[0])
-    return prompt, [_cleaned(turns[-1]["content"], source) for turns in whole]
-
-
-def _whole(value: Any, column: str, source: SourceConfig) -> list[Message]:
-    """A conversation that ends with the answer to be judged, which may be empty."""
-    turns = _conversation(value, column, source)
-    if len(turns) < 2 and turns[-1]["role"] != "assistant" and not _is_transcript(value, source):
+    if not prompt:
         raise BadRowError(
-            f"{column} is one text without turns, and the source names no prompt",
+            f"{columns[0]} is one text without turns, and the source names no prompt",
             hint="name the prompt's column, or set transcript: true if the text has named turns",
         )
-    return turns if turns[-1]["role"] == "assistant" else [*turns, {"role": "assistant", "content": ""}]
+    _expect_a_question(prompt, columns[0])
+    if not is_learnt(whole[0][-1]):
+        raise BadRowError(f"{columns[0]} ends with a turn that is not to be learnt")
+    answers = [_cleaned(turns[-1]["content"], source) for turns in whole]
+    return prompt, answers, [(0, 1)] if len(answers) == 2 else []
 
 
-def _ranked_answers(row: Row, source: SourceConfig) -> tuple[list[Message], list[str]]:
+def _before_the_answers(row: Row, sides: Sequence[list[Message]], source: SourceConfig) -> Sequence[Message]:
+    """Return what stands before an answer that is given alone: the prompt's column, or what the other side has."""
+    if not any(map(_is_answer, sides)):
+        return ()
+    if source.prompt is not None:
+        return _asked(row, source)
+    return next((side[:-1] for side in sides if not _is_answer(side)), ())
+
+
+def _side(value: Any, column: str, source: SourceConfig) -> list[Message]:
+    """Return the turns of one of several answers: a whole conversation, or what goes on after the prompt."""
+    turns = messages_in(value, column)
+    if turns is not None:
+        return turns
+    text = as_text(value, column)
+    is_whole = source.prompt is None or begins_with_a_name(text, source.transcript_names[:1])
+    if source.transcript and is_whole:
+        return transcript_from(text, column, source.transcript_names)
+    if source.transcript:
+        text = answer_from_transcript(text, source.transcript_names)
+    return [message("assistant", text)]
+
+
+def _is_answer(side: Sequence[Message]) -> bool:
+    return side[0]["role"] == "assistant"
+
+
+def _closed(turns: list[Message]) -> list[Message]:
+    """Return a conversation that ends with an answer, which may be empty."""
+    return turns if turns[-1]["role"] == "assistant" else [*turns, message("assistant", "")]
+
+
+def _ranked_answers(row: Row, source: SourceConfig) -> Judged:
     assert source.answers is not None
     columns = source.answers
-    names = [f"{columns}[{i}]" for i in range(10**4)] if isinstance(columns, str) else list(columns)
     values = list_of(row, columns)
-    answers = [_answer(value, name, source) for value, name in zip(values, names, strict=False)]
+    names = [f"{columns}[{i}]" for i in range(len(values))] if isinstance(columns, str) else list(columns)
+    present = [i for i, value in enumerate(values) if not is_absent(value)]  # optional columns may be absent
+    prompt = _prompt(row, source)
+    answers = [_answer(values[i], names[i], prompt, source) for i in present]
     if len(answers) < 2:
         raise BadRowError(f"{columns} holds {len(answers)} answers; a comparison needs two or more")
-    return list(_prompt(row, source)), answers
-
-
-def _preferences(row: Row, source: SourceConfig, num_answers: int) -> list[tuple[int, int]]:
-    """(better, worse) for all pairs that are no ties."""
     if source.preference is not None:
-        return _preferred(value_of(row, source.preference), source)
+        if len(present) != 2:
+            raise BadRowError(f"{columns} holds {len(answers)} answers; {source.preference} compares two")
+        return prompt, answers, _preferred(value_of(row, source.preference), source)
+    return prompt, answers, _by_worth(row, source, present, len(values))
+
+
+def _answer(value: Any, column: str, prompt: Sequence[Message], source: SourceConfig) -> str:
+    side = _side(value, column, source)
+    if side[-1]["role"] != "assistant":
+        raise BadRowError(f"{column} should end with the assistant's turn")
+    if len(side) > 1 and tuple(side[:-1]) != tuple(turn for turn in prompt if turn["role"] != "system"):
+        raise BadRowError(f"{column} is a conversation that does not begin as {_named(source.prompt)}")
+    return _cleaned(side[-1]["content"], source)
+
+
+def _by_worth(
+    row: Row, source: SourceConfig, present: Sequence[int], num_answers: int
+) -> list[tuple[int, int]]:
+    """Return (better, worse) for all pairs of answers whose scores or ranks differ."""
     columns = source.scores if source.scores is not None else source.ranks
     assert columns is not None
     values = list_of(row, columns)
     if len(values) != num_answers:
         raise BadRowError(f"{columns} holds {len(values)} numbers for {num_answers} answers")
     sign = 1 if source.scores is not None else -1
-    worth = [sign * number_of(value, str(columns)) for value in values]
-    indices = range(num_answers)
+    worth = [sign * number_of(values[i], str(columns)) for i in present]
+    indices = range(len(worth))
     return [(i, j) for i in indices for j in indices if worth[i] > worth[j]]
 
 
 def _preferred(value: Any, source: SourceConfig) -> list[tuple[int, int]]:
+    if value is None:  # an optional column: no verdict
+        return []
     first, second = source.preference_values
     outcomes: list[tuple[Any, list[tuple[int, int]]]] = [(first, [(0, 1)]), (second, [(1, 0)])]
     for meant, pairs in [*outcomes, *((tie, []) for tie in source.tie_values)]:
@@ -205,56 +303,32 @@ def _preferred(value: Any, source: SourceConfig) -> list[tuple[int, int]]:
     return [(0, 1)] if to_first < to_second else [(1, 0)]
 
 
-def _answer(value: Any, column: str, source: SourceConfig) -> str:
-    if isinstance(value, list):  # messages: the last one is the answer
-        turns = messages_from(value, column)
-        if turns[-1]["role"] != "assistant":
-            raise BadRowError(f"{column} should end with the assistant's turn")
-        return _cleaned(turns[-1]["content"], source)
-    text = as_text(value, column)
-    if source.transcript:
-        text = answer_from_transcript(text, source.transcript_names)
-    return _cleaned(text, source)
-
-
 def _cleaned(text: str, source: SourceConfig) -> str:
     return re.sub(source.remove, "", text) if source.remove is not None else text
 
 
 def _conversation(value: Any, column: str, source: SourceConfig) -> list[Message]:
-    """Messages from a list, a transcript, or plain text, which is one user's turn."""
-    listed = _messages_in(value)
-    if listed is not None:
-        return messages_from(listed, column)
-    text = as_text(value, column)
+    """Return the turns of a list of messages, a transcript, or plain text, which is one user's turn."""
+    turns = messages_in(value, column)
+    if turns is not None:
+        return turns
     if source.transcript:
-        return transcript_from(text, column, source.transcript_names)
-    return [{"role": "user", "content": text}]
-
-
-def _messages_in(value: Any) -> list[Any] | None:
-    """The list of messages that a value is, or holds as JSON; None for text, such as "[2, 3, 5]"."""
-    items = parsed(value)
-    if not isinstance(items, list):
-        return None
-    if not isinstance(value, str):
-        return items
-    are_messages = all(isinstance(item, Mapping) and ("role" in item or "from" in item) for item in items)
-    return items if items and are_messages else None
-
-
-def _is_transcript(value: Any, source: SourceConfig) -> bool:
-    return source.transcript and isinstance(value, str)
+        return transcript_from(as_text(value, column), column, source.transcript_names)
+    return [message("user", as_text(value, column))]
 
 
 def _with_system(turns: list[Message], row: Row, source: SourceConfig) -> list[Message]:
     system = value_of(row, f"{source.system.removesuffix('?')}?") if source.system is not None else None
     if system is None or not str(system).strip():
         return turns
-    return merged([{"role": "system", "content": as_text(system, str(source.system))}, *turns])
+    return merged([message("system", as_text(system, str(source.system))), *turns])
 
 
-def _expect_a_question(turns: list[Message] | tuple[Message, ...], column: str) -> None:
+def _named(columns: str | tuple[str, ...] | None) -> str:
+    return columns if isinstance(columns, str) else " and ".join(columns or ())
+
+
+def _expect_a_question(turns: Sequence[Message], column: str) -> None:
     if not turns or turns[-1]["role"] != "user":
         raise BadRowError(f"{column} does not end with a user's turn before the answer")
     if not turns[-1]["content"].strip():

@@ -7,13 +7,14 @@ Not responsible for: where it comes from (sources.py), or tokens (tokenize.py).
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from dovetail.text.content_hash import content_hash as content_hash
 from dovetail.text.message import Message as Message
 from dovetail.text.message import Role as Role
-from dovetail.text.message import message
+from dovetail.text.message import is_learnt as is_learnt
+from dovetail.text.message import message as message
 
 Kind = Literal["sft", "reward", "ppo", "text"]
 """What a stage learns from: demonstrations, comparisons, prompts, plain text."""
@@ -27,15 +28,18 @@ class Prompt:
     row_id: str
     """Hash of the row's content: the same wherever the row stands."""
     source: str
+    place: str = field(default="", compare=False)
+    """Where the row stands, for messages: "rows.jsonl line 3"."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Demonstration:
-    """A conversation that ends with the assistant's turn; every assistant turn is to be imitated."""
+    """A conversation that ends with the assistant's turn; assistant turns are to be imitated unless marked."""
 
     messages: tuple[Message, ...]
     row_id: str
     source: str
+    place: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +54,7 @@ class Comparison:
     where it does not say. Ties are absent."""
     row_id: str
     source: str
+    place: str = field(default="", compare=False)
 
     def best(self) -> int:
         """The answer with the most wins less losses; the first of equals."""
@@ -63,6 +68,7 @@ class Text:
     text: str
     row_id: str
     source: str
+    place: str = field(default="", compare=False)
 
 
 Record = Prompt | Demonstration | Comparison | Text
@@ -95,22 +101,24 @@ def as_demonstration(record: Record) -> Demonstration | None:
     if isinstance(record, Comparison) and record.answers[record.best()].strip():
         answer = message("assistant", record.answers[record.best()])
         messages = (*record.messages, answer)
-        return Demonstration(messages=messages, row_id=record.row_id, source=record.source)
+        return Demonstration(
+            messages=messages, row_id=record.row_id, source=record.source, place=record.place
+        )
     return None
 
 
 def as_prompt(record: Record) -> Prompt | None:
-    """What PPO takes from a row: the conversation before the last answer."""
+    """Return what PPO takes from a row: the conversation before the last answer."""
     if isinstance(record, Prompt):
         return record
-    if isinstance(record, Comparison):
-        return Prompt(messages=record.messages, row_id=record.row_id, source=record.source)
-    if isinstance(record, Demonstration):
-        return Prompt(messages=record.messages[:-1], row_id=record.row_id, source=record.source)
-    return None
+    if isinstance(record, Text):
+        return None
+    turns = record.messages[:-1] if isinstance(record, Demonstration) else record.messages
+    messages = tuple(message(turn["role"], turn["content"]) for turn in turns)
+    return Prompt(messages=messages, row_id=record.row_id, source=record.source, place=record.place)
 
 
 def prompt_key(record: Record) -> str:
-    """Hash of the prompt alone: equal for all rows that answer the same one."""
+    """Return a hash of the prompt alone: equal for all rows that answer the same one."""
     prompt = as_prompt(record)
     return record.row_id if prompt is None else content_hash(prompt.messages)

@@ -8,12 +8,15 @@ Not responsible for: formats (tables.py, hub.py, label_rows.py), columns (forms.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Set
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from dovetail.config.data import SourceConfig
-from dovetail.data.columns import BadRowError
-from dovetail.data.forms import record_of, with_guessed_columns
+from dovetail.data.columns import BadRowError, value_of
+from dovetail.data.forms import record_of
+from dovetail.data.guesses import with_guessed_columns
 from dovetail.data.hub import hub_rows, is_saved, saved_rows
 from dovetail.data.label_rows import is_labels, label_rows, without_password
 from dovetail.data.records import Record
@@ -25,7 +28,7 @@ from dovetail.text.hub_names import expect_available, nearest
 
 
 def read_source(source: SourceConfig, *, strict: bool = True, tally: Tally | None = None) -> Iterator[Record]:
-    """The records of one source (resolved: see registry.py), one at a time, in the order of the table.
+    """Yield the records of one source (resolved: see registry.py), in the order of the table.
 
     strict: the first row that cannot be used is a DataError with its place. Else such rows are counted in
     `tally`, and only a source without any good row is an error.
@@ -36,11 +39,6 @@ def read_source(source: SourceConfig, *, strict: bool = True, tally: Tally | Non
     if counts.read == 0:
         raise DataError(
             f"{label_of(source)}: there are no rows in it", hint="check path, split and limit of the source"
-        )
-    if counts.read == counts.bad:
-        raise DataError(
-            f"{label_of(source)}: none of its {counts.read:,} rows can be used; the first: {counts.first_bad[0]}",
-            hint="check the columns that the source names",
         )
 
 
@@ -66,26 +64,67 @@ def expect_there(source: SourceConfig) -> None:
 
 def _records(source: SourceConfig, *, strict: bool, counts: Tally) -> Iterator[Record]:
     label = label_of(source)
-    mapping: SourceConfig | None = None
+    verdicts: set[Any] = set()
+    first_bad: tuple[str, BadRowError] | None = None
     for where, row in _rows(source):
         counts.read += 1
         try:
-            if isinstance(row, BadRowError):
-                raise row
-            if mapping is None:
-                mapping = with_guessed_columns(source, row)
-            record = record_of(row, mapping, label)
+            source = with_guessed_columns(source, _whole(row))  # the first good row decides
+            record = replace(record_of(_whole(row), source, label), place=where)
         except BadRowError as error:
-            if strict:
-                raise _bad_row(where, error) from error
+            first_bad = first_bad or (where, error)
             counts.count_bad(f"{where}: {error.reason}")
         else:
+            if len(verdicts) <= 2:
+                verdicts.add(_verdict(_whole(row), source))
             yield record
+        if strict and first_bad is not None and counts.bad < counts.read:
+            raise _bad_row(*first_bad)
+    if first_bad is not None and counts.bad == counts.read:
+        raise _all_bad(*first_bad, label, counts.read, strict=strict)
+    _expect_both_answers_to_win(verdicts, source, label)
+
+
+def _whole(row: Mapping[str, Any] | BadRowError) -> Mapping[str, Any]:
+    if isinstance(row, BadRowError):
+        raise row
+    return row
 
 
 def _bad_row(where: str, error: BadRowError) -> DataError:
     skip = "set data.bad_rows=skip to leave such rows out"
     return DataError(f"{where}: {error.reason}", hint=f"{error.hint}; or {skip}" if error.hint else skip)
+
+
+def _all_bad(where: str, error: BadRowError, label: str, num_rows: int, *, strict: bool) -> DataError:
+    """Return the error of a source without any good row: to skip bad ones would leave nothing."""
+    reason = f"{where}: {error.reason}"
+    if not strict:
+        reason = f"{label}: none of its {num_rows:,} rows can be used; the first: {reason}"
+    elif num_rows > 1:
+        reason += f"; none of the {num_rows:,} rows can be used"
+    return DataError(reason, hint=error.hint or "check the columns that the source names")
+
+
+def _verdict(row: Mapping[str, Any], source: SourceConfig) -> Any:
+    """Return the value of a preference that is read by the default values, as a number where it is one."""
+    if source.preference is None or "preference_values" in source.model_fields_set:
+        return None
+    value = value_of(row, source.preference)
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return str(value)
+
+
+def _expect_both_answers_to_win(verdicts: Set[Any], source: SourceConfig, label: str) -> None:
+    """Refuse a column of 0 and 1, which under the default values means ties and first answers alone."""
+    if verdicts == {0.0, 1.0}:
+        raise DataError(
+            f"{label}: {source.preference} holds 0 and 1 alone, and 1 and 2 are read as first and second answer",
+            hint="set preference_values: [0, 1] if 1 means the second answer, [1, 0] if it means the first, "
+            "or [1, 2] if 0 is a tie",
+        )
 
 
 def _smallest(records: Iterable[Record], limit: int) -> Iterator[Record]:

@@ -25,7 +25,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from dovetail.errors import DataError
 
-FORMAT = 1
+FORMAT = 2
 """Part of every key; raised when tokens come out differently for the same input, or the files change."""
 
 _FACTS = "facts.json"

@@ -208,7 +208,7 @@ def _progress(store: Store, project_id: int, person: Person) -> protocol.Progres
 def _shown(found: queue.Assigned, store: Store) -> protocol.ShownTask:
     return protocol.ShownTask(
         assignment_id=found.id,
-        messages=tuple(protocol.Turn(**turn) for turn in found.messages),
+        messages=tuple(protocol.Turn(role=turn["role"], content=turn["content"]) for turn in found.messages),
         answers=found.answers,
         seconds_left=found.leased_until - store.clock(),
     )

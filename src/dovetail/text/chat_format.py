@@ -12,6 +12,8 @@ What holds for every template:
 - A conversation ends with the assistant's end-of-turn token; what templates print after it (a line break in
   ChatML) opens the next turn.
 - Text of a message is text, even if it reads `<|im_end|>`: only the template makes special tokens.
+- An answer that repeats how its generation prompt ends, such as `<think>`, has that once: in the prompt.
+- A turn that is marked as not learnt is context.
 - A template that rewrites earlier turns (one that removes their reasoning) gives them as generation would see
   them. They are context then, and the mask marks the last turn alone.
 """
@@ -24,13 +26,13 @@ import re
 from collections.abc import Sequence
 from functools import cached_property
 
-import jinja2
 from transformers import PreTrainedTokenizerBase
 
-from dovetail.errors import DataError, ModelError
+from dovetail.errors import ModelError
 from dovetail.text.encoding import Encoder, Passage, special_token_texts
-from dovetail.text.message import Message, message
+from dovetail.text.message import Message, is_learnt, message
 from dovetail.text.model_ends import model_ends
+from dovetail.text.template import Template
 from dovetail.text.text_stream import TextStream
 from dovetail.text.turn_shape import HOLE, learn_shape
 
@@ -63,8 +65,8 @@ class ChatFormat:
         self._encoder = Encoder(tokenizer)
         specials = special_token_texts(tokenizer)
         self._special = re.compile("|".join(map(re.escape, specials))) if specials else None
-        self._takes_system = self._renders([message("system", "s"), message("user", "u")])
-        self._shape = learn_shape(tokenizer, self._render)
+        self._template = Template(tokenizer)
+        self._shape = learn_shape(tokenizer, self._template.render)
         self._end_id = _one_token(self._encoder, tokenizer, self._shape.end_token)
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
@@ -130,26 +132,44 @@ class ChatFormat:
         for messages in rows:
             if not messages or messages[-1]["role"] != "assistant":
                 raise ValueError("a conversation ends with an assistant's turn; for others use prompt_ids")
-            layouts.append([*self._prompt(messages[:-1]), *self._answer(messages[-1]["content"])])
+            answer = self._shape.without_opening(messages[-1]["content"])
+            layouts.append([*self._prompt(messages[:-1]), *self._answer(answer)])
         out = []
         for layout, pieces in zip(layouts, self._encoder.many(layouts), strict=True):
             ids = [i for piece in pieces for i in piece]
             owners = zip(layout, pieces, strict=True)
-            out.append((ids, [passage.is_answer for passage, piece in owners for _ in piece]))
+            out.append((ids, [passage.is_learnt for passage, piece in owners for _ in piece]))
         return out
 
     def encode_answers(self, texts: Sequence[str]) -> list[list[int]]:
         """`answer_ids` of many answers at once."""
-        encoded = self._encoder.many([self._answer(text) for text in texts])
+        encoded = self._encoder.many([self._answer(self._shape.without_opening(text)) for text in texts])
         return [[i for piece in pieces for i in piece] for pieces in encoded]
 
     def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
-        """Plain texts, each between the tokenizer's first token, if it puts one, and the end-of-text token."""
-        eos = self.tokenizer.eos_token_id
-        front = [int(self.tokenizer.bos_token_id)] if starts_with_bos(self.tokenizer) else []
+        """Encode plain texts, each between the tokenizer's first token, if it puts one, and the end-of-text token.
+
+        Where a text brings these itself, they stand once.
+        """
+        tokenizer = self.tokenizer
+        eos = tokenizer.eos_token_id
+        front = [int(tokenizer.bos_token_id)] if starts_with_bos(tokenizer) else []
         back = [int(eos)] if isinstance(eos, int) else [self._end_id]
-        encoded = self._encoder.many([[Passage(text, is_quoted=True)] for text in texts])
+        bare = [
+            text.removeprefix(str(tokenizer.bos_token or "")).removesuffix(str(tokenizer.eos_token or ""))
+            for text in texts
+        ]
+        encoded = self._encoder.many([[Passage(text, is_quoted=True)] for text in bare])
         return [[*front, *ids, *back] for (ids,) in encoded]
+
+    def repeats_opening(self, answer: str) -> bool:
+        """Return whether an answer begins with what the generation prompt ends with, such as `<think>`."""
+        return self._shape.without_opening(answer) != answer
+
+    def stays_open(self, answer: str) -> str | None:
+        """Return the tag, such as `</think>`, that an answer lacks although the generation prompt opens it."""
+        tag = self._shape.closing_tag
+        return tag if tag is not None and tag not in answer else None
 
     @property
     def _before_end(self) -> str:
@@ -162,25 +182,25 @@ class ChatFormat:
             kept.pop()
         return str(self.tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
-    def _answer(self, content: str) -> list[Passage]:
+    def _answer(self, content: str, *, is_learnt: bool = True) -> list[Passage]:
         shape = self._shape
         text = shape.lead + self._stripped(content)
         if self._has_special(content):
-            quoted = Passage(text, behind=shape.tail, is_answer=True, is_quoted=True)
-            return [quoted, Passage(shape.end, is_answer=True)]
-        return [Passage(text + shape.end, behind=shape.tail, is_answer=True)]
+            quoted = Passage(text, behind=shape.tail, is_learnt=is_learnt, is_quoted=True)
+            return [quoted, Passage(shape.end, is_learnt=is_learnt)]
+        return [Passage(text + shape.end, behind=shape.tail, is_learnt=is_learnt)]
 
     def _prompt(self, messages: Sequence[Message]) -> list[Passage]:
         """The passages of a prompt: stretches of template and users' text, with the answers between them."""
-        turns = self._fold_system(messages)
+        turns = self._template.fold_system(messages)
         has_special = [self._has_special(turn["content"]) for turn in turns]
         holes = [i for i, turn in enumerate(turns) if turn["role"] == "assistant" or has_special[i]]
         holed = [message(t["role"], HOLE.format(i)) if i in holes else t for i, t in enumerate(turns)]
-        rendered = self._render(holed)
+        rendered = self._template.render(holed)
         passages = self._fill(_HOLES.split(rendered), turns, holes)
         if passages is not None and not holes:
             return passages
-        native = self._render(turns)
+        native = self._template.render(turns)
         filled = _HOLES.sub(lambda hole: self._stripped(turns[int(hole[1])]["content"]), rendered)
         # Special tokens in somebody's text are worse than reasoning that stays in an earlier turn.
         if passages is not None and (filled == native or any(has_special)):
@@ -205,7 +225,13 @@ class ChatFormat:
                 stretches[following] = stretches[following][len(shape.printed_end) :]
             passages.append(Passage(stretch, behind=behind))
             content = self._stripped(turns[index]["content"])
-            passages += self._answer(content) if is_answer else [Passage(content, is_quoted=True)]
+            if is_answer and shape.opens(stretch):
+                content = shape.without_opening(content)
+            passages += (
+                self._answer(content, is_learnt=is_learnt(turns[index]))
+                if is_answer
+                else [Passage(content, is_quoted=True)]
+            )
             behind = shape.end_token if is_answer else ""
         return [*passages, Passage(stretches[-1], behind=behind)]
 
@@ -214,41 +240,6 @@ class ChatFormat:
 
     def _has_special(self, text: str) -> bool:
         return self._special is not None and self._special.search(text) is not None
-
-    def _fold_system(self, messages: Sequence[Message]) -> list[Message]:
-        """For templates that refuse a system message: put it in front of the first user's message."""
-        turns = list(messages)
-        if self._takes_system or len(turns) < 2 or turns[0]["role"] != "system" or turns[1]["role"] != "user":
-            return turns
-        return [message("user", f"{turns[0]['content']}\n\n{turns[1]['content']}"), *turns[2:]]
-
-    def _render(self, turns: Sequence[Message], generation: bool = True) -> str:
-        try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    [{"role": turn["role"], "content": turn["content"]} for turn in turns],
-                    tokenize=False,
-                    add_generation_prompt=generation,
-                )
-            )
-        except jinja2.TemplateSyntaxError as error:
-            raise ModelError(
-                f"the chat template is not valid Jinja: line {error.lineno}: {error.message}",
-                hint="correct the template, or leave chat_template away to use the tokenizer's own",
-            ) from error
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
-            roles = ", ".join(turn["role"] for turn in turns)
-            raise DataError(
-                f"the chat template refuses a conversation of the turns {roles}: {error}",
-                hint="change these rows, or set chat_template to one that takes them",
-            ) from error
-
-    def _renders(self, turns: Sequence[Message]) -> bool:
-        try:
-            self._render(turns)
-        except DataError:
-            return False
-        return True
 
 
 def _one_token(encoder: Encoder, tokenizer: PreTrainedTokenizerBase, end: str) -> int:

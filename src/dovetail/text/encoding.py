@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from transformers import PreTrainedTokenizerBase
 
@@ -27,8 +28,8 @@ class Passage:
     text: str
     behind: str = ""
     """Text that stands before it: encoded too, so that spaces come out right, then taken off."""
-    is_answer: bool = False
-    """The assistant wrote it."""
+    is_learnt: bool = False
+    """The assistant wrote it, and training learns it."""
     is_quoted: bool = False
     """Special tokens in it are plain text."""
 
@@ -45,11 +46,22 @@ class Encoder:
         return self._encode([text], is_quoted=False)[0]
 
     def as_given(self, text: str) -> list[int]:
-        """Tokens of a text as the tokenizer reads it by itself: its first token in front, special tokens
-        recognised.
+        """Return the tokens of a text that is to be continued, special tokens recognised.
+
+        What the tokenizer puts before a text stands in front, once. What it puts behind one is left out: an
+        end-of-text token there would end the text.
         """
+        bare = self.one(text)
+        return bare if bare[: len(self._front)] == self._front else self._front + bare
+
+    @cached_property
+    def _front(self) -> list[int]:
+        """The tokens that the tokenizer puts before a text by itself."""
+        bare = self.one("a")
         with _ENCODING:
-            return [int(i) for i in self._tokenizer(text)["input_ids"]]
+            whole = [int(i) for i in self._tokenizer("a")["input_ids"]]
+        places = [i for i in range(len(whole)) if whole[i : i + len(bare)] == bare]
+        return whole[: places[0]] if places else []
 
     def many(self, rows: Sequence[Sequence[Passage]]) -> list[list[list[int]]]:
         """For each row, the tokens of each passage. Equal passages are encoded once."""

@@ -5,6 +5,7 @@ Responsible for: where an answer begins and ends in a template. Not responsible 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from dovetail.text.message import Message, message
 
 HOLE = "\ue000{}\ue001"
 """Stands for a content while a template is rendered: private-use characters, which no template touches."""
+_OPENING = re.compile(r"(<[^<>\s]+>|[^\s<>]+[^\w\s<>])(\s*)\Z")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,29 @@ class TurnShape:
     """The end of every generation prompt: what an answer is encoded behind."""
     strips: bool
     """The template strips white space around contents."""
+
+    def opens(self, text: str) -> bool:
+        """Return whether a text ends with the mark that ends a generation prompt."""
+        return self._opening is not None and text.rstrip().endswith(self._opening[1])
+
+    def without_opening(self, answer: str) -> str:
+        """Return an answer without the mark that the generation prompt ends with, if it begins with it again."""
+        if self._opening is None or not answer.lstrip().startswith(self._opening[1]):
+            return answer
+        rest = answer.lstrip().removeprefix(self._opening[1])
+        return rest.removeprefix(self._opening[2]).removeprefix(self.lead)
+
+    @property
+    def closing_tag(self) -> str | None:
+        """The tag that an answer is to close, such as `</think>`, where the generation prompt ends with `<think>`."""
+        tag = re.fullmatch(r"<(\w+)>", self._opening[1]) if self._opening is not None else None
+        return f"</{tag[1]}>" if tag else None
+
+    @property
+    def _opening(self) -> re.Match[str] | None:
+        """The tag or named mark that ends a generation prompt, such as `<think>` or `Assistant:`, and the white space
+        behind it. A bare word is none: an answer may well begin with it."""
+        return _OPENING.search(self.tail)
 
 
 def learn_shape(
