@@ -43,7 +43,7 @@ def test_the_warm_up_is_bounded_by_the_setting_and_by_a_tenth_of_the_run(
 def test_the_actor_starts_with_the_first_rollout_that_the_critic_explains(capsys: Any) -> None:
     warmup = CriticWarmup(max_rollouts=5)
     seen = []
-    for explained in (-3.0, 0.05, 0.2, -9.0):
+    for explained in (-3.0, 0.15, 0.2, -9.0):
         warmup.judge(explained)
         seen.append(warmup.is_over)
     assert seen == [False, False, True, True]
@@ -180,7 +180,7 @@ def test_the_critics_rate_rises_over_the_first_steps_of_its_warm_up(monkeypatch:
         report = trainer.update(trainer.generate_experience(PROMPTS))
         rates.append(report.stats["ppo/critic_learning_rate"])
     # Four passes over one step of six answers each.
-    assert rates == pytest.approx([2e-3 * 4 / 16, 2e-3 * 8 / 16])
+    assert rates == pytest.approx([6e-3 * 4 / 16, 6e-3 * 8 / 16])
 
 
 @pytest.mark.parametrize("stop_after", [1, 2, 3])

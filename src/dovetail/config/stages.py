@@ -104,9 +104,9 @@ class PpoConfig(StageConfig):
     alone, so the critic must learn values everywhere else, and it must follow the actor as it moves."""
     critic_warmup_rollouts: NonNegativeInt = 20
     """At most so many rollouts, and at most a tenth of the run, in which the critic learns alone. The actor starts as
-    soon as the critic explains a tenth of the variance of the rewards to come; 0 = at once."""
+    soon as the critic explains a fifth of the variance of the rewards to come; 0 = at once."""
     critic_warmup_learning_rate: PositiveFloat | None = None
-    """Learning rate of the critic while it learns alone; null = the peak rate of `critic_optimizer`."""
+    """Learning rate of the critic while it learns alone; null = three times the peak rate of `critic_optimizer`."""
     kl_coefficient: NonNegativeFloat = 0.05
     """Weight of the per-token penalty log p_actor - log p_reference in the reward (beta; InstructGPT:
     0.02)."""

@@ -25,10 +25,12 @@ from dovetail.maths.gae import gae
 from dovetail.model.forward import masked_index
 from dovetail.telemetry.log import say, warn
 
-ENOUGH = 0.1
+ENOUGH = 0.2
 """Explained variance at which the actor starts."""
 SHARE_OF_RUN = 10
 """The critic learns alone for at most one in so many rollouts of a run."""
+RATE_ALONE = 3
+"""Times its ordinary learning rate the critic learns with while it is alone, unless the configuration names a rate."""
 EPOCHS = 4
 """Passes of the critic over each rollout while it learns alone."""
 ANSWERS_PER_STEP = 16

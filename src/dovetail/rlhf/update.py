@@ -23,7 +23,7 @@ from dovetail.maths.mismatch import importance_weights, mismatch
 from dovetail.maths.policy_loss import clipped_policy_loss
 from dovetail.maths.value_loss import clipped_value_loss
 from dovetail.model.forward import cross_entropy, token_logprobs
-from dovetail.rlhf.critic_warmup import EPOCHS, CriticWarmup, minibatch_count, rewards_to_come
+from dovetail.rlhf.critic_warmup import EPOCHS, RATE_ALONE, CriticWarmup, minibatch_count, rewards_to_come
 from dovetail.rlhf.roles import Roles
 from dovetail.training.ema import Ema
 from dovetail.training.optim import Optimizer
@@ -118,7 +118,7 @@ def update_critic_alone(
         experience, returns_T=rewards_to_come(experience, experience.rewards_T, gamma=config.gamma)
     )
     count = minibatch_count(experience.num_sequences, config.minibatches)
-    peak = config.critic_warmup_learning_rate or config.critic_optimizer.learning_rate
+    peak = config.critic_warmup_learning_rate or RATE_ALONE * config.critic_optimizer.learning_rate
     unclipped = config.model_copy(update={"value_clip": None})
     steps: list[StepReport] = []
     for minibatch in minibatches(targets, epochs=EPOCHS, count=count, seed=seed):
