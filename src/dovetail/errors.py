@@ -22,6 +22,8 @@ class DovetailError(Exception):
     """A problem the user can solve; `hint` says how. `exit_code` is what a command leaves with."""
 
     exit_code = 2
+    is_everywhere = False
+    """All processes of the run raise it at the same place."""
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(message)

@@ -10,7 +10,8 @@ import importlib
 import importlib.util
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -22,7 +23,7 @@ from transformers import PreTrainedModel
 
 from dovetail.batches import moved, pack
 from dovetail.data.records import Message
-from dovetail.errors import ConfigError
+from dovetail.errors import ConfigError, DovetailError
 from dovetail.maths.rewards import clip_scores
 from dovetail.model.forward import last_scores
 from dovetail.parallel.shard import give_back, world_of
@@ -115,21 +116,14 @@ class RewardModelScorer:
 class FunctionScorer:
     """A Python function of the answers: `function(answers) -> one finite number per answer`.
 
-    Anything else it returns is a ConfigError at once; what it raises itself passes through.
+    Anything else it returns, or what it raises itself, is a ConfigError at once.
     """
 
     function: RewardFunction
     name: str
 
     def __call__(self, answers: Sequence[Answer]) -> Tensor:
-        returned = self.function(answers)
-        try:
-            values = list(returned)
-        except TypeError as error:
-            raise ConfigError(
-                f"reward function {self.name} returned {_excerpt(repr(returned))}, which is no list of numbers",
-                hint=_ONE_EACH,
-            ) from error
+        values = self._values(answers)
         if len(values) != len(answers):
             raise ConfigError(
                 f"reward function {self.name} returned {len(values)} scores for {len(answers)} answers",
@@ -137,6 +131,30 @@ class FunctionScorer:
             )
         scores = [self._score(index, *pair) for index, pair in enumerate(zip(values, answers, strict=True))]
         return torch.tensor(scores, dtype=torch.float32)
+
+    def _values(self, answers: Sequence[Answer]) -> list[Any]:
+        """Call the function; what it raises, if only when its values are read, is a ConfigError."""
+        with self._explained():
+            returned = self.function(answers)
+        try:
+            values = iter(returned)
+        except TypeError as error:
+            raise ConfigError(
+                f"reward function {self.name} returned {_excerpt(repr(returned))}, which is no list of numbers",
+                hint=_ONE_EACH,
+            ) from error
+        with self._explained():
+            return list(values)
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except (Exception, SystemExit) as error:  # whatever the user's function does
+            raise ConfigError(
+                f"reward function {self.name} raised {_what_and_where(error)}",
+                hint="repair it, or what it asks, and give the same command again",
+            ) from error
 
     def _score(self, index: int, value: Any, answer: Answer) -> float:
         number = _number(value)
@@ -157,8 +175,18 @@ class FirstRankScorer:
     world: World
 
     def __call__(self, answers: Sequence[Answer]) -> Tensor:
-        scores = self.scorer(answers).tolist() if self.world.is_first else []
-        return torch.tensor(self.world.from_first(scores), dtype=torch.float32)
+        scores: list[float] = []
+        failure: DovetailError | None = None
+        if self.world.is_first:
+            try:
+                scores = self.scorer(answers).tolist()
+            except DovetailError as error:
+                failure = error
+        scores, failure = self.world.from_first((scores, failure))
+        if failure is not None:
+            failure.is_everywhere = True
+            raise failure
+        return torch.tensor(scores, dtype=torch.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,7 +261,10 @@ def _what_and_where(error: BaseException) -> str:
         return f"{what} ({error.filename} line {error.lineno})"
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if frame.filename != __file__ and "importlib" not in frame.filename]
-    return f"{what} ({own[0].filename} line {own[0].lineno})" if own else what
+    if not own:
+        return what
+    line = [frame.lineno for frame in own if frame.filename == own[0].filename][-1]
+    return f"{what} ({own[0].filename} line {line})"
 
 
 def _number(value: Any) -> float | None:

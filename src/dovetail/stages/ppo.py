@@ -23,6 +23,7 @@ from dovetail.rlhf.api import PPOTrainer, RLHFEngine
 from dovetail.stages.context import Context, StageReport, resume
 from dovetail.stages.guard import Best, Guard
 from dovetail.stages.parts import actor_start, plain_text, prompts_of, rlhf_engine
+from dovetail.stages.rescue import saved_on_error
 from dovetail.stages.samples import SampleLog
 from dovetail.stages.saving import save_model
 from dovetail.telemetry.log import say
@@ -66,6 +67,7 @@ def run(context: Context, judge: Judge | None = None) -> StageReport:
         context.metrics("ppo", start=start) as metrics,
         context.progress("ppo", total=iterations, start=start) as progress,
         checkpoints,
+        saved_on_error(checkpoints, state, start=start, world=context.world) as place,
     ):
         if start == 0:
             metrics.record(0, judged(0))
@@ -73,8 +75,10 @@ def run(context: Context, judge: Judge | None = None) -> StageReport:
             watch, done = Stopwatch(), iteration + 1
             with watch.phase("collect"):
                 collected = trainer.generate_experience([prompts[i] for i in order.batch(iteration)])
+            place.done = None
             with watch.phase("update"):
                 report = trainer.update(collected, next_texts=texts.next)
+            place.done = done
             row = collected.stats | report.stats | watch.seconds("ppo") | gather_costs(engine.roles.actor)
             if done % config.eval_every == 0 or done == iterations:
                 row |= (results := judged(done))

@@ -19,6 +19,7 @@ from dovetail.engine.parity import check_training_parity
 from dovetail.parallel.shard import give_back, world_of
 from dovetail.rlhf.build import optimizer_for
 from dovetail.stages.context import Context, resume
+from dovetail.stages.rescue import saved_on_error
 from dovetail.telemetry.log import say
 from dovetail.training.memory import TokenBudget
 from dovetail.training.schedule import learning_rate_at
@@ -77,6 +78,7 @@ def fit(task: Task, context: Context) -> Mapping[str, float]:
         context.metrics(task.stage, start=start) as metrics,
         context.progress(task.stage, total=task.total_steps, start=start) as progress,
         checkpoints,
+        saved_on_error(checkpoints, state, start=start, world=context.world) as place,
     ):
         for step in range(start, task.total_steps):
             seed_step(context.config.seed, step, world_of(task.model).rank)
@@ -90,7 +92,7 @@ def fit(task: Task, context: Context) -> Mapping[str, float]:
                 device=context.device,
             )
             row = step_row(task.stage, report)
-            done, loss = step + 1, None
+            place.done, done, loss = step + 1, step + 1, None
             if done == task.total_steps or done % task.settings.eval_every == 0:
                 results = task.evaluate()
                 row |= {f"{task.stage}/{name}": value for name, value in results.items()}

@@ -63,6 +63,8 @@ class Checkpoints:
         self._damaged: set[Path] = set()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=WRITER)
         self._saving: Future[Path] | None = None
+        self.last_step: int | None = None
+        """The step of the state that was saved last through this object."""
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -103,6 +105,7 @@ class Checkpoints:
         copies = {name: local(tensor).to("cpu", copy=True) for name, tensor in own.items()}
         facts = {"step": step} | ({"merit": merit} if merit is not None and math.isfinite(merit) else {})
         self._saving = self._thread.submit(self._save, facts, values, copies, places)
+        self.last_step = step
 
     def finish(self) -> Path | None:
         """Wait for the save that was begun, if one was, and raise what went wrong in it."""
