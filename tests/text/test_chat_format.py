@@ -344,11 +344,10 @@ def test_an_answer_that_repeats_the_end_of_its_prompt_has_it_once(template: str 
     assert chat.conversation([*ONE_TURN, said(doubled)]) == chat.conversation([*ONE_TURN, said(plain)])
 
 
-def test_an_answer_without_reasoning_leaves_the_open_block_open() -> None:
-    thinking, plain = ChatFormat(byte_level(R1)), ChatFormat(byte_level())
-    assert thinking.stays_open("4") == "</think>"
-    assert thinking.stays_open("two and two</think>4") is None
-    assert plain.stays_open("4") is None
+def test_the_mark_and_its_closing_tag_are_known() -> None:
+    formats = [ChatFormat(byte_level(template)) for template in (R1, None, kinds.CHATML, kinds.LLAMA3)]
+    marks = [(chat.opening, chat.closing_tag) for chat in formats]
+    assert marks == [("<think>", "</think>"), ("Assistant:", None), (None, None), ("<|end_header_id|>", None)]
 
 
 def test_a_bare_word_at_the_end_of_a_prompt_may_begin_an_answer() -> None:

@@ -6,6 +6,7 @@ Not responsible for: the command (cli/), reading rows (blend.py), or cutting lon
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -15,8 +16,11 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text as Styled
 
 from dovetail.config.data import DataConfig
-from dovetail.data.blend import load_stage
+from dovetail.data.blend import RecordT, StageRows, load_stage
+from dovetail.data.openings import faults_at_opening, opening_notes
 from dovetail.data.records import Comparison, Demonstration, Kind, Prompt, Record, Text
+from dovetail.data.refusals import Refusals, with_refused
+from dovetail.data.report import DataReport
 from dovetail.data.split import unit_interval
 from dovetail.text.chat_format import ChatFormat
 
@@ -64,9 +68,12 @@ def preview(config: DataConfig, chat: ChatFormat, stage: Kind, count: int = 3) -
     compared, whose last token carries the score; in ppo nothing, since the answers are yet to be sampled.
     """
     rows: Any = load_stage(config, stage, "train")
-    chosen = sorted(rows.records, key=lambda record: unit_interval(record.row_id, "preview"))[:count]
+    chosen, report = _chosen(rows, chat, count, config)
+    report = report.with_notes(
+        opening_notes(Counter(fault for row in rows.records for fault in faults_at_opening(row, chat)), chat)
+    )
     limit = config.max_prompt_tokens if stage == "ppo" else config.max_tokens
-    shown: list[Shown | Lines] = [Lines(tuple(rows.report.lines()))]
+    shown: list[Shown | Lines] = [Lines(tuple(report.lines()))]
     for number, record in enumerate(chosen, start=1):
         head = f"{stage} row {number} of {len(chosen)}, {record.source}"
         for name, ids, mask in sequences_of(record, chat):
@@ -74,6 +81,23 @@ def preview(config: DataConfig, chat: ChatFormat, stage: Kind, count: int = 3) -
             fate = f", longer than {limit}: {config.too_long}" if len(ids) > limit and stage != "text" else ""
             shown.append(Shown(f"{head}{name}: {counts}{fate}", tuple(_stretches(ids, mask, chat))))
     return shown
+
+
+def _chosen(
+    rows: StageRows[RecordT], chat: ChatFormat, count: int, config: DataConfig
+) -> tuple[list[RecordT], DataReport]:
+    """Return rows that the template takes, always the same, and the report with those that it refused."""
+    refusals = Refusals(chat, strict=config.bad_rows == "strict")
+    chosen: list[RecordT] = []
+    numbers = sorted(
+        range(len(rows.records)), key=lambda number: unit_interval(rows.records[number].row_id, "preview")
+    )
+    while numbers and len(chosen) < count:
+        tried, numbers = numbers[: count - len(chosen)], numbers[count - len(chosen) :]
+        records = [rows.records[number] for number in tried]
+        chosen += [records[place] for place in refusals.accepted(records, tried)]
+    refusals.finish()
+    return chosen, with_refused(rows, refusals.found)
 
 
 def sequences_of(record: Record, chat: ChatFormat) -> Iterator[tuple[str, list[int], list[bool]]]:

@@ -6,7 +6,7 @@ Not responsible for: printing (telemetry/log.py does).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 MAX_SHOWN = 3
@@ -103,9 +103,26 @@ class DataReport:
         return out + [f"{self.stage}/{self.part}  {note}" for note in self.notes]
 
     def with_lengths(self, too_long: Mapping[int, int], truncated: Mapping[int, int]) -> DataReport:
-        """The report with what tokenising added: counts by index of the source."""
+        """Return the report with counts of what tokenising found, by index of the source."""
         counted = [
             replace(counts, too_long=too_long.get(i, 0), truncated=truncated.get(i, 0))
             for i, counts in enumerate(self.sources)
         ]
         return replace(self, sources=tuple(counted))
+
+    def with_refused(self, refused: Mapping[int, Sequence[str]]) -> DataReport:
+        """Return the report with rows that turned out to be bad, by index of the source: place and reason of each."""
+        counted = [
+            replace(
+                counts,
+                bad=counts.bad + len(refused.get(i, ())),
+                rows=counts.rows - len(refused.get(i, ())),
+                first_bad=(*counts.first_bad, *refused.get(i, ()))[:MAX_SHOWN],
+            )
+            for i, counts in enumerate(self.sources)
+        ]
+        return replace(self, sources=tuple(counted))
+
+    def with_notes(self, notes: Sequence[str]) -> DataReport:
+        """Return the report with more advice."""
+        return replace(self, notes=(*self.notes, *notes))

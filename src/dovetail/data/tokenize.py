@@ -22,12 +22,15 @@ from numpy.typing import NDArray
 
 from dovetail.config.data import DataConfig
 from dovetail.data.blend import StageRows, blend_order
+from dovetail.data.openings import faults_at_opening, opening_notes
 from dovetail.data.records import Comparison, Demonstration, Message, Prompt, Record, Text
+from dovetail.data.refusals import Refusals, with_refused
 from dovetail.data.report import DataReport
 from dovetail.data.shorten import shortened
 from dovetail.data.token_store import Columns, ColumnWriter, Facts, key_of, stored
 from dovetail.errors import DataError
 from dovetail.text.chat_format import ChatFormat
+from dovetail.text.template import RefusedByTemplateError
 
 CHUNK_ROWS = 512
 """Rows that are tokenised together."""
@@ -45,6 +48,7 @@ _DTYPES = {
 }
 
 RecordT = TypeVar("RecordT", bound=Record)
+EncodedT = TypeVar("EncodedT")
 Pair = tuple[int, int, float]
 
 
@@ -118,16 +122,18 @@ def fitting_prompts(rows: StageRows[Prompt], chat: ChatFormat, config: DataConfi
     kept: list[Prompt] = []
     source_of: list[int] = []
     limit = _Limit(config.max_prompt_tokens, "max_prompt_tokens", config)
-    for chunk, sources in _chunks(rows):
-        for record, ids, source in zip(
-            chunk, chat.encode_prompts([r.messages for r in chunk]), sources, strict=True
-        ):
-            messages = limit.fit(record.messages, len(ids), 0, source, chat)
-            if messages is not None:
-                kept.append(replace(record, messages=messages))
-                source_of.append(source)
+    refusals = Refusals(chat, strict=config.bad_rows == "strict")
+
+    def encode(chunk: Sequence[Prompt], sources: Sequence[int]) -> list[list[int]]:
+        return chat.encode_prompts([record.messages for record in chunk])
+
+    for record, source, ids in _encoded(rows, refusals, encode):
+        messages = limit.fit(record.messages, len(ids), 0, source, chat)
+        if messages is not None:
+            kept.append(replace(record, messages=messages))
+            source_of.append(source)
     owners = np.array(source_of, dtype=np.int32)
-    report = rows.report.with_lengths(limit.too_long, limit.truncated)
+    report = with_refused(rows, refusals.found).with_lengths(limit.too_long, limit.truncated)
     _expect_some(len(kept), report, f"max_prompt_tokens = {limit.tokens}")
     order = blend_order(owners, rows.weights, rows.seed)
     return replace(rows, records=kept, source_of=owners, order=order, report=report)
@@ -225,20 +231,51 @@ def _tokenized(
 
     def write(writer: ColumnWriter) -> Facts:
         limit = _Limit(config.max_tokens, "max_tokens", config)
+        refusals = Refusals(chat, strict=config.bad_rows == "strict")
         ends = {"starts": 0, "rows": 0, "pairs": 0}
         for name, end in ends.items():
             writer.append(name, [end])
-        for chunk, sources in _chunks(rows):
-            for source, found in zip(sources, encode(chunk, sources, chat, limit), strict=True):
-                for row in found:
-                    _write_row(writer, row, source, ends)
-        return {"too_long": dict(limit.too_long), "truncated": dict(limit.truncated)}
+        opening = Counter[str]()
+        for record, source, found in _encoded(
+            rows, refusals, lambda chunk, sources: list(encode(chunk, sources, chat, limit))
+        ):
+            opening.update(faults_at_opening(record, chat))
+            for row in found:
+                _write_row(writer, row, source, ends)
+        return {
+            "too_long": dict(limit.too_long),
+            "truncated": dict(limit.truncated),
+            "refused": refusals.found,
+            "opening": dict(opening),
+        }
 
     columns, facts = stored(config.cache_dir, _key(kind, rows, chat, config), _DTYPES, write)
     counts = [{int(source): n for source, n in facts[name].items()} for name in ("too_long", "truncated")]
-    report = rows.report.with_lengths(*counts)
+    report = with_refused(rows, facts["refused"]).with_lengths(*counts)
+    report = report.with_notes(opening_notes(facts["opening"], chat))
     _expect_some(len(columns["sources"]), report, f"max_tokens = {config.max_tokens}")
     return columns, blend_order(columns["sources"], rows.weights, rows.seed), report
+
+
+def _encoded(
+    rows: StageRows[RecordT],
+    refusals: Refusals,
+    encode: Callable[[Sequence[RecordT], Sequence[int]], Sequence[EncodedT]],
+) -> Iterator[tuple[RecordT, int, EncodedT]]:
+    """Yield each record with its source and what it is encoded as, without those that the template refuses."""
+    for start in range(0, len(rows.records), CHUNK_ROWS):
+        stop = start + CHUNK_ROWS
+        chunk, sources = rows.records[start:stop], rows.source_of[start:stop].tolist()
+        try:
+            encoded = encode(chunk, sources)
+        except RefusedByTemplateError:
+            kept = refusals.accepted(chunk, range(start, stop))
+            chunk, sources = [chunk[i] for i in kept], [sources[i] for i in kept]
+            encoded = encode(chunk, sources)
+        else:
+            refusals.num_accepted += len(chunk)
+        yield from zip(chunk, sources, encoded, strict=True)
+    refusals.finish()
 
 
 def _write_row(writer: ColumnWriter, row: _Row, source: int, ends: dict[str, int]) -> None:
@@ -262,18 +299,14 @@ def _sequences(columns: Columns, row: int) -> list[list[int]]:
     return [columns["tokens"][a:b].tolist() for a, b in pairwise(bounds)]
 
 
-def _chunks(rows: StageRows[RecordT]) -> Iterator[tuple[list[RecordT], list[int]]]:
-    for start in range(0, len(rows.records), CHUNK_ROWS):
-        stop = start + CHUNK_ROWS
-        yield rows.records[start:stop], rows.source_of[start:stop].tolist()
-
-
 def _key(kind: str, rows: StageRows[RecordT], chat: ChatFormat, config: DataConfig) -> str:
     content = hashlib.sha256()
     for record in rows.records:
         content.update(record.row_id.encode())
     content.update(rows.source_of.tobytes())
-    return key_of(kind, content.hexdigest(), chat.fingerprint, config.max_tokens, config.too_long)
+    return key_of(
+        kind, content.hexdigest(), chat.fingerprint, config.max_tokens, config.too_long, config.bad_rows
+    )
 
 
 def _expect_some(kept: int, report: DataReport, limit: str) -> None:

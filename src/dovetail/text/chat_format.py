@@ -166,10 +166,15 @@ class ChatFormat:
         """Return whether an answer begins with what the generation prompt ends with, such as `<think>`."""
         return self._shape.without_opening(answer) != answer
 
-    def stays_open(self, answer: str) -> str | None:
-        """Return the tag, such as `</think>`, that an answer lacks although the generation prompt opens it."""
-        tag = self._shape.closing_tag
-        return tag if tag is not None and tag not in answer else None
+    @property
+    def opening(self) -> str | None:
+        """The mark that ends a generation prompt, such as `<think>` or `Assistant:`; None for a bare word."""
+        return self._shape.opening
+
+    @property
+    def closing_tag(self) -> str | None:
+        """The tag that an answer is to close, such as `</think>`, where the generation prompt ends with `<think>`."""
+        return self._shape.closing_tag
 
     @property
     def _before_end(self) -> str:

@@ -17,7 +17,7 @@ from dovetail.text.message import Message, message
 
 HOLE = "\ue000{}\ue001"
 """Stands for a content while a template is rendered: private-use characters, which no template touches."""
-_OPENING = re.compile(r"(<[^<>\s]+>|[^\s<>]+[^\w\s<>])(\s*)\Z")
+_OPENING = re.compile(r"(<[^<>\s]+>|[^\s<>]+[^\w\s<>])\s*\Z")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,28 +39,32 @@ class TurnShape:
     strips: bool
     """The template strips white space around contents."""
 
-    def opens(self, text: str) -> bool:
-        """Return whether a text ends with the mark that ends a generation prompt."""
-        return self._opening is not None and text.rstrip().endswith(self._opening[1])
+    @property
+    def opening(self) -> str | None:
+        """The tag or named mark that ends a generation prompt, such as `<think>` or `Assistant:`.
 
-    def without_opening(self, answer: str) -> str:
-        """Return an answer without the mark that the generation prompt ends with, if it begins with it again."""
-        if self._opening is None or not answer.lstrip().startswith(self._opening[1]):
-            return answer
-        rest = answer.lstrip().removeprefix(self._opening[1])
-        return rest.removeprefix(self._opening[2]).removeprefix(self.lead)
+        A bare word is none: an answer may well begin with it.
+        """
+        found = _OPENING.search(self.tail)
+        return found[1] if found else None
 
     @property
     def closing_tag(self) -> str | None:
         """The tag that an answer is to close, such as `</think>`, where the generation prompt ends with `<think>`."""
-        tag = re.fullmatch(r"<(\w+)>", self._opening[1]) if self._opening is not None else None
+        tag = re.fullmatch(r"<(\w+)>", self.opening or "")
         return f"</{tag[1]}>" if tag else None
 
-    @property
-    def _opening(self) -> re.Match[str] | None:
-        """The tag or named mark that ends a generation prompt, such as `<think>` or `Assistant:`, and the white space
-        behind it. A bare word is none: an answer may well begin with it."""
-        return _OPENING.search(self.tail)
+    def opens(self, text: str) -> bool:
+        """Return whether a text ends with the mark that ends a generation prompt."""
+        return self.opening is not None and text.rstrip().endswith(self.opening)
+
+    def without_opening(self, answer: str) -> str:
+        """Return an answer without the mark that the generation prompt ends with, if it begins with it again."""
+        mark = self.opening
+        if mark is None or not answer.lstrip().startswith(mark):
+            return answer
+        behind = self.tail[self.tail.rindex(mark) + len(mark) :]
+        return answer.lstrip().removeprefix(mark).removeprefix(behind).removeprefix(self.lead)
 
 
 def learn_shape(
