@@ -1,4 +1,6 @@
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +14,98 @@ def test_a_model_alone_gets_a_recipe_and_a_folder_of_its_own() -> None:
     assert resolved.config.output_dir == "runs/opt-iml-1.3b"
     assert resolved.config.reward_model is not None
     assert resolved.config.reward_model.path == "facebook/opt-350m"
-    assert resolved.notes == ["recipe opt-1.3b for facebook/opt-iml-1.3b: same family, nearest in size"]
+    assert resolved.notes == [
+        "recipe opt-1.3b for facebook/opt-iml-1.3b: same family, nearest in size to 1.3 B parameters; it trains all "
+        "weights of the actor (learning rates: SFT 9.65e-06, reward model 5e-05, PPO 9.65e-06); the reward model "
+        "starts from facebook/opt-350m"
+    ]
+
+
+def folder_of_shape(folder: Path, **shape: Any) -> str:
+    """A model folder that has no more than a config."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(shape))
+    return str(folder)
+
+
+def test_a_tiny_model_of_a_large_family_trains_all_its_weights(tmp_path: Path) -> None:
+    shape = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 2000}
+    model = folder_of_shape(tmp_path / "tiny-llama", **shape)
+    resolved = resolve(None, (), Flags(actor_model=model))
+    assert resolved.config.actor.lora is None
+    (note,) = resolved.notes
+    assert "no recipe of its family is about as large, nearest in size to 0.0886 M parameters" in note
+    assert "trains all weights" in note
+    assert note.endswith(f"the reward model starts from {model}")
+
+
+def test_adapters_that_a_recipe_brings_are_said() -> None:
+    (note,) = resolve(None, (), Flags(actor_model="Qwen/Qwen3-14B")).notes
+    assert "it trains adapters of rank 64 of the actor (learning rates: SFT 0.0002" in note
+
+
+@pytest.mark.parametrize(
+    "actor",
+    [
+        "bigscience/bloom-1b7",
+        "google/gemma-2-2b",
+        "mistralai/Mistral-7B-v0.1",
+        "Qwen/Qwen2-0.5B",
+        "meta-llama/Llama-2-7b",
+    ],
+)
+@pytest.mark.parametrize("recipe", [None, "qwen3-8b", "opt-1.3b", "llama-3.1-8b"])
+def test_a_reward_model_of_another_family_gives_way_to_the_actor_s_own_start(
+    actor: str, recipe: str | None
+) -> None:
+    config = resolve(recipe, (), Flags(actor_model=actor)).config
+    assert config.reward_model is None
+    assert config.reward_start() == config.actor
+    assert resolve(recipe, (f"actor.path={actor}",), Flags(actor_model="gpt2")).config.reward_model is None
+
+
+def test_a_local_qwen2_is_not_judged_by_a_qwen3_of_the_hub(tmp_path: Path) -> None:
+    shape = {"model_type": "qwen2", "hidden_size": 896, "num_hidden_layers": 24, "vocab_size": 151936}
+    model = folder_of_shape(tmp_path / "mine", **shape)
+    resolved = resolve(None, (), Flags(actor_model=model))
+    assert "recipe qwen3-0.6b" in resolved.notes[0]
+    assert resolved.config.reward_start().path == model
+
+
+@pytest.mark.parametrize(
+    ("actor", "reward_model"),
+    [
+        ("facebook/opt-iml-30b", "facebook/opt-350m"),
+        ("meta-llama/Meta-Llama-3-8B-Instruct", "meta-llama/Llama-3.2-1B"),
+        ("Qwen/Qwen3-4B", "Qwen/Qwen3-1.7B-Base"),
+    ],
+)
+def test_a_reward_model_of_the_same_family_and_generation_stays(actor: str, reward_model: str) -> None:
+    assert resolve(None, (), Flags(actor_model=actor)).config.reward_start().path == reward_model
+
+
+def test_a_reward_model_that_was_given_stays_whatever_its_family(tmp_path: Path) -> None:
+    flags = Flags(actor_model="google/gemma-2-2b", reward_model="350m")
+    assert resolve(None, (), flags).config.reward_start().path == "facebook/opt-350m"
+    override = "reward_model.path=facebook/opt-125m"
+    assert (
+        resolve("opt-1.3b", (override,), Flags(actor_model="gpt2"))
+        .config.reward_start()
+        .path.endswith("125m")
+    )
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("actor: {path: gpt2}\nreward_model: {path: facebook/opt-350m}\noutput_dir: a\n")
+    config = resolve(str(mine), (), Flags(actor_model="google/gemma-2-2b")).config
+    assert config.reward_start().path == "facebook/opt-350m"
+
+
+def test_what_else_was_said_of_the_reward_model_is_kept() -> None:
+    config = resolve("opt-1.3b", ("reward_model.lora.rank=8",), Flags(actor_model="google/gemma-2-2b")).config
+    assert config.reward_model is not None
+    assert (config.reward_model.path, config.reward_model.lora and config.reward_model.lora.rank) == (
+        "google/gemma-2-2b",
+        8,
+    )
 
 
 def test_the_short_names_of_deepspeed_chat_mean_opt_models() -> None:

@@ -70,9 +70,13 @@ def test_a_missing_file_elsewhere_is_not_taken_for_a_shipped_recipe(tmp_path: Pa
         ("Qwen/Qwen2.5-7B", "qwen3-8b"),
         ("EleutherAI/pythia-12b", "opt-13b"),
         ("gpt2", "opt-125m"),
+        ("meta-llama/Llama-3.2-1B", "opt-1.3b"),
+        ("meta-llama/Meta-Llama-3-8B", "llama-3.1-8b"),
+        ("Qwen/Qwen2-1.5B", "qwen3-0.6b"),
+        ("mistralai/Mixtral-8x7B-v0.1", "opt-66b"),
     ],
 )
-def test_a_model_gets_the_nearest_recipe_of_its_family(model: str, recipe: str) -> None:
+def test_a_model_gets_the_recipe_of_its_size_and_among_those_of_its_family(model: str, recipe: str) -> None:
     assert recipe_for(model).recipe == recipe
 
 
@@ -82,6 +86,38 @@ def test_a_folder_is_judged_by_its_shape(tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(shape))
     assert recipe_for(str(folder)).recipe == "opt-1.3b"
+
+
+@pytest.mark.parametrize(
+    ("shape", "recipe"),
+    [
+        ({"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2}, "opt-125m"),
+        (
+            {"model_type": "llama", "hidden_size": 576, "num_hidden_layers": 30, "vocab_size": 49152},
+            "smollm2-135m",
+        ),
+        (
+            {"model_type": "qwen2", "hidden_size": 3584, "num_hidden_layers": 28, "vocab_size": 152064},
+            "qwen3-8b",
+        ),
+        ({"model_type": "opt", "hidden_size": 12288, "num_hidden_layers": 96}, "opt-175b"),
+    ],
+)
+def test_the_shape_of_a_folder_counts_for_more_than_its_name(
+    tmp_path: Path, shape: dict[str, object], recipe: str
+) -> None:
+    folder = tmp_path / "llama-70b"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(shape))
+    assert recipe_for(str(folder)).recipe == recipe
+
+
+def test_a_folder_of_experts_is_judged_by_its_name(tmp_path: Path) -> None:
+    folder = tmp_path / "moe-30b"
+    folder.mkdir()
+    shape = {"model_type": "mixtral", "hidden_size": 64, "num_hidden_layers": 2, "num_local_experts": 8}
+    (folder / "config.json").write_text(json.dumps(shape))
+    assert recipe_for(str(folder)).recipe == "opt-30b"
 
 
 def test_a_broken_model_folder_is_named(tmp_path: Path) -> None:

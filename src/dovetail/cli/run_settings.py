@@ -53,7 +53,7 @@ def resolve(recipe: str | None, overrides: Sequence[str], flags: Flags) -> Resol
     """Recipe first, then flags, then overrides; without a recipe one is picked for the actor."""
     if recipe is not None and "=" in recipe and not names_file(recipe):
         overrides, recipe = [recipe, *overrides], None
-    notes = []
+    reason = None
     actor = _full_name(flags.actor_model)
     if recipe is None:
         if actor is None and list(map(_stage, flags.step)) == ["reward"]:
@@ -64,8 +64,23 @@ def resolve(recipe: str | None, overrides: Sequence[str], flags: Flags) -> Resol
                 hint="dovetail train opt-1.3b, or my_recipe.yaml, or --actor-model facebook/opt-1.3b",
             )
         recipe, reason = recipe_for(actor)
-        notes.append(f"recipe {recipe} for {actor}: {reason}")
-    return Resolved(load(recipe, overrides, _settings(flags, actor)), notes)
+    config = load(recipe, overrides, _settings(flags, actor))
+    return Resolved(config, [f"recipe {recipe} for {actor}: {reason}; {_choices(config)}"] if reason else [])
+
+
+def _choices(config: RunConfig) -> str:
+    """What a recipe decides that a user would want to know of."""
+    weights = f"adapters of rank {config.actor.lora.rank}" if config.actor.lora else "all weights"
+    rates = {
+        "SFT": config.sft.optimizer,
+        "reward model": config.reward.optimizer,
+        "PPO": config.ppo.actor_optimizer,
+    }
+    listed = ", ".join(f"{stage} {optimizer.learning_rate:g}" for stage, optimizer in rates.items())
+    start = config.reward_start().path
+    return (
+        f"it trains {weights} of the actor (learning rates: {listed}); the reward model starts from {start}"
+    )
 
 
 def _settings(flags: Flags, actor: str | None) -> dict[str, tuple[str, Any]]:

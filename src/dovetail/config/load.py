@@ -14,13 +14,14 @@ from pydantic import ValidationError
 
 from dovetail.config.data import spelt_out
 from dovetail.config.explain import config_error, dotted
-from dovetail.config.recipes import find_recipe
+from dovetail.config.recipes import find_recipe, is_kin, is_shipped
 from dovetail.config.run import RunConfig
 from dovetail.config.yaml_source import Path as SettingPath
 from dovetail.config.yaml_source import read_yaml
 from dovetail.errors import ConfigError
 
 Origins: TypeAlias = dict[SettingPath, str]
+_PATHS: tuple[SettingPath, SettingPath] = (("actor", "path"), ("reward_model", "path"))
 _SOURCES: tuple[SettingPath, ...] = (("data", "blend"), ("data", "pretraining"))
 """Lists whose items may be short strings."""
 
@@ -35,13 +36,28 @@ def load(
     """
     values: dict[str, Any] = {}
     origins: Origins = {}
-    if recipe is not None:
-        values, origins = read_recipe(find_recipe(recipe))
+    file = None if recipe is None else find_recipe(recipe)
+    if file is not None:
+        values, origins = read_recipe(file)
     for name, (flag, value) in (flags or {}).items():
         _set(values, origins, tuple(name.split(".")), value, origin=flag)
     for override in overrides:
         _apply_override(values, origins, override)
+    if file is not None and is_shipped(file):
+        _leave_out_foreign_reward_model(values, origins, str(file))
     return check(values, origins)
+
+
+def _leave_out_foreign_reward_model(values: dict[str, Any], origins: Origins, recipe: str) -> None:
+    """Let the reward model start from the actor where the recipe's is of another family than the actor given."""
+    actor, reward_model = values.get("actor"), values.get("reward_model")
+    if not isinstance(actor, dict) or not isinstance(reward_model, dict):
+        return
+    is_given = {path: not origins.get(path, "").startswith(recipe) for path in _PATHS}
+    paths = [str(group.get("path")) for group in (actor, reward_model)]
+    if is_given[_PATHS[0]] and not is_given[_PATHS[1]] and not is_kin(*paths):
+        changed = {key: value for key, value in reward_model.items() if key != "path"}
+        values["reward_model"] = {**actor, **changed} if changed else None
 
 
 def read_recipe(file: Path) -> tuple[dict[str, Any], Origins]:

@@ -15,7 +15,9 @@ from typing import Any, NamedTuple
 from dovetail.errors import ConfigError
 
 FOLDER = Path(__file__).parent.parent / "recipes"
-_SIZE = re.compile(r"(?<![0-9.a-z])(\d+(?:\.\d+)?)\s?([mb])(?![a-z0-9])", re.IGNORECASE)
+ABOUT_AS_NEAR = 3
+"""The recipe of another size by this factor still suits better if it is of the model's own family."""
+_SIZE = re.compile(r"(?<![0-9.a-z])(?:(\d+)x)?(\d+(?:\.\d+)?)\s?([mb])(?![a-z0-9])", re.IGNORECASE)
 
 
 class Choice(NamedTuple):
@@ -59,19 +61,53 @@ def find_recipe(name: str) -> Path:
 
 
 def recipe_for(model: str) -> Choice:
-    """The recipe of the model's own family nearest in size, else the nearest in size of all."""
+    """The recipe nearest in size; among those about as near, one of the model's own family."""
     shape = _read_shape(model)
-    size = _size(Path(model).name) or _count_parameters(shape)
-    family = _family(str(shape.get("model_type") or Path(model).name))
-    same = [name for name in recipe_names() if _family(name) == family]
-    candidates = same or list(recipe_names())
-    kin = "same family" if same else "no recipe of its family"
+    size = _count_parameters(shape) or _size(Path(model).name)
+    same = [name for name in recipe_names() if _family(name) == _family_of(model, shape)]
     if size is None:
-        return Choice(
-            min(candidates, key=lambda name: _size(name) or 1), f"{kin}, size unknown: the smallest"
-        )
-    nearest = min(candidates, key=lambda name: abs(math.log((_size(name) or 1) / size)))
-    return Choice(nearest, f"{kin}, nearest in size")
+        kin = "same family" if same else "no recipe of its family"
+        smallest = min(same or recipe_names(), key=lambda name: _size(name) or 1)
+        return Choice(smallest, f"{kin}, size unknown: the smallest")
+    distance = {name: abs(math.log((_size(name) or 1) / size)) for name in recipe_names()}
+    about = min(distance.values()) + math.log(ABOUT_AS_NEAR)
+    near = [name for name in same if distance[name] <= about]
+    kin = "same family" if near else "no recipe of its family is about as large"
+    return Choice(
+        min(near or distance, key=distance.__getitem__), f"{kin}, nearest in size to {_shown(size)}"
+    )
+
+
+def is_shipped(recipe: Path) -> bool:
+    """Whether this file comes with the package."""
+    return recipe.parent.resolve() == FOLDER.resolve()
+
+
+def is_kin(model: str, other: str) -> bool:
+    """Whether two models are of one family and generation, so that one can judge what the other writes."""
+    return _generation(model, _read_shape(model)) == _generation(other, _read_shape(other))
+
+
+def _family_of(model: str, shape: Mapping[str, Any]) -> str:
+    """The family that the config names, else the first known one in the name."""
+    if "model_type" in shape:
+        return _family(str(shape["model_type"]))
+    known = {_family(name) for name in recipe_names()}
+    words = [_family(word) for word in re.split(r"[^a-zA-Z]+", Path(model).name) if word]
+    return next((word for word in words if word in known), _family(Path(model).name))
+
+
+def _generation(model: str, shape: Mapping[str, Any]) -> str:
+    """The family and the number behind it, which is no size: qwen3, llama3, opt."""
+    family = _family_of(model, shape)
+    name = str(shape.get("model_type") or Path(model).name).lower().replace("smollm", "smol")
+    number = re.search(rf"{family}[-_ ]?(\d+)(?![\d.]*[mb])", name)
+    return f"{family}{number[1]}" if number else family
+
+
+def _shown(size: float) -> str:
+    """The number of parameters, as people write it: 1.3 B, 0.1 M."""
+    return f"{size / 1e9:.3g} B parameters" if size >= 1e9 else f"{size / 1e6:.3g} M parameters"
 
 
 def _family(name: str) -> str:
@@ -79,9 +115,9 @@ def _family(name: str) -> str:
 
 
 def _size(name: str) -> float | None:
-    """Parameters as the name states them: opt-1.3b -> 1.3e9."""
+    """Parameters as the name states them: opt-1.3b -> 1.3e9, mixtral-8x7b -> 56e9."""
     found = _SIZE.search(name)
-    return float(found[1]) * {"m": 1e6, "b": 1e9}[found[2].lower()] if found else None
+    return int(found[1] or 1) * float(found[2]) * {"m": 1e6, "b": 1e9}[found[3].lower()] if found else None
 
 
 def _read_shape(model: str) -> Mapping[str, Any]:
@@ -96,9 +132,12 @@ def _read_shape(model: str) -> Mapping[str, Any]:
 
 
 def _count_parameters(shape: Mapping[str, Any]) -> float | None:
-    """Roughly: 12 D^2 a layer and the embedding. Enough to choose among recipes a factor of two apart."""
+    """Roughly: 12 D^2 a layer and the embedding, enough to choose among recipes a factor of two apart.
+
+    None for a mixture of experts, whose name says more.
+    """
     width = shape.get("hidden_size") or shape.get("n_embd")
     layers = shape.get("num_hidden_layers") or shape.get("n_layer")
-    if not width or not layers:
+    if not width or not layers or any("experts" in key for key in shape):
         return None
     return float(12 * layers * width**2 + shape.get("vocab_size", 0) * width)

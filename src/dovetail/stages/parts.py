@@ -148,6 +148,7 @@ def rlhf_engine(start: ModelConfig, chat: ChatFormat, context: Context, *, total
     config = context.config
     scored = reward_model_of(context)
     scored_chat = scored and chat_of(scored)
+    critic = scored or config.reward_model
     engine = RLHFEngine(
         actor_model=_causal_lm(start, context),
         critic_model=_scalar_model(scored, scored_chat, context) if scored and scored_chat else None,
@@ -159,7 +160,7 @@ def rlhf_engine(start: ModelConfig, chat: ChatFormat, context: Context, *, total
             precision=config.precision,
             seed=config.seed,
             actor_lora=config.actor.lora,
-            critic_lora=config.reward_model.lora if config.reward_model else None,
+            critic_lora=critic.lora if critic else None,
             reward_tokenizer=scored_chat.tokenizer if scored_chat else None,
             sharing=context.sharing,
         ),
