@@ -1,6 +1,7 @@
 """What is saved is what was trained; what an engine of DeepSpeed's can do and ours cannot is refused by name."""
 
 from argparse import Namespace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from dovetail.compat.deepspeed_chat import (
     save_hf_format,
     save_zero_three_model,
 )
+from dovetail.compat.models import expect_same_everywhere
 from dovetail.errors import ConfigError
 from dovetail.model.copies import copy_of
+from dovetail.parallel.world import World
 from tests.compat.tiny import arguments, prompt_batch, tiny
 from tests.fakes import tiny_model
 from tests.rlhf.tiny import tiny_reward_model
@@ -152,6 +155,40 @@ def test_a_subclass_with_models_of_its_own_is_refused() -> None:
     kind = type("Mine", (DeepSpeedRLHFEngine,), {"_init_reward": lambda self: None})
     with pytest.raises(ConfigError, match=r"Mine\._init_reward is never called"):
         kind(tiny_model(), tiny_reward_model("llama"), None, arguments(), 1)
+
+
+@dataclass(frozen=True)
+class Two(World):
+    """Two processes, the other of which was given `others`."""
+
+    size: int = 2
+    others: Any = None
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value, self.others(dict(value))]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("seed", 6),
+        ("actor_learning_rate", 0.5),
+        ("num_total_iters", 11),
+        ("critic", tiny_reward_model("gpt2")),
+    ],
+)
+def test_processes_that_would_train_different_models_are_told_what_differs(name: str, value: Any) -> None:
+    given = {**vars(arguments(local_rank=0)), "num_total_iters": 10, "critic": tiny_reward_model("llama")}
+    theirs = {**given, "local_rank": 1}
+    expect_same_everywhere(Two(others=lambda mine: as_words(theirs)), given)
+    with pytest.raises(ConfigError, match=f"different values of {name}: "):
+        expect_same_everywhere(Two(others=lambda mine: as_words({**theirs, name: value})), given)
+
+
+def as_words(given: dict[str, Any]) -> Any:
+    seen: list[Any] = []
+    expect_same_everywhere(Two(others=lambda mine: seen.append(mine) or mine), given)
+    return seen[0]
 
 
 def test_nothing_saved_is_said(tmp_path: Path) -> None:

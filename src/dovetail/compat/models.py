@@ -6,6 +6,7 @@ Not responsible for: making the models (rlhf/build.py), what a model folder hold
 """
 
 from argparse import Namespace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,10 +20,14 @@ from dovetail.model.forward import plain_model
 from dovetail.model.lora import merged_copy
 from dovetail.model.save import save_model
 from dovetail.parallel.shard import layout_of, whole_model
+from dovetail.parallel.world import World
 from dovetail.rlhf.api import RLHFEngine
 from dovetail.rlhf.rewards import RewardModelScorer
 from dovetail.text.chat_format import ChatFormat
 from dovetail.training.ema import Ema
+
+_OF_THE_PROCESS = ("local_rank", "global_rank", "output_dir")
+"""What may differ from process to process."""
 
 _OWN_INIT = ("_init_actor", "_init_ref", "_init_ema", "_init_critic", "_init_reward")
 
@@ -145,15 +150,17 @@ class DeepSpeedRLHFEngine:
         self.tokenizer = tokenizer
         self.args = args
         self.num_total_iters = num_total_iters
-        config = config_from(args)
+        config, world = config_from(args), joined_world()
         models: dict[Role, Any] = {"actor": actor_model_name_or_path, "critic": critic_model_name_or_path}
+        flags = vars(args) | {f"the {role}": model for role, model in models.items()}
+        expect_same_everywhere(world, flags | {"num_total_iters": num_total_iters})
         self.engine = RLHFEngine(
             actor_model=actor_model_name_or_path,
             critic_model=critic_model_name_or_path,
             tokenizer=tokenizer,
             total_steps=num_total_iters,
             config=config,
-            setup=setup_from(args, joined_world(), models),
+            setup=setup_from(args, world, models),
         )
         roles = self.engine.roles
         self.actor: Any = RoleModel("actor", roles.actor)
@@ -163,6 +170,27 @@ class DeepSpeedRLHFEngine:
         self.reward: Any = RoleModel("reward", roles.score.model)
         averages = getattr(args, "enable_ema", False)
         self.actor_ema: Any = AveragedModel(roles.actor, self.engine.learners.ema) if averages else None
+
+
+def expect_same_everywhere(world: World, given: Mapping[str, Any]) -> None:
+    """Raise ConfigError, by name, for what the processes were given differently: each would train another model."""
+    mine = {name: _in_words(value) for name, value in given.items() if name not in _OF_THE_PROCESS}
+    everybodys = world.gather(mine)
+    for name in mine:
+        found = [theirs.get(name) for theirs in everybodys]
+        if len(set(found)) > 1:
+            raise ConfigError(
+                f"the processes were given different values of {name}: {', '.join(map(str, found))}",
+                hint="give all of them the same flags and models; only the rows of a batch may differ",
+            )
+
+
+def _in_words(value: Any) -> str:
+    """Return what can be compared and shown; of a model its class and the sum of its weights."""
+    if not isinstance(value, nn.Module):
+        return str(value)
+    total = sum(parameter.detach().double().sum().item() for parameter in value.parameters())
+    return f"{type(value).__name__} with weights that sum to {total!r}"
 
 
 def expect_no_overrides(instance: object, names: tuple[str, ...], hint: str) -> None:
