@@ -164,6 +164,15 @@ def test_prompts_are_padded_on_the_left(made: Path) -> None:
 
 
 @pytest.mark.usefixtures("alone")
+def test_longer_prompts_are_left_out(made: Path) -> None:
+    longest = len("\n\nHuman: Question 7?\n\nAssistant:")
+    parts = create_prompt_dataset(
+        0, [str(made / "prompts.jsonl")], "0,0,1", "unused", 3, 1, byte_tokenizer(), longest
+    )
+    assert sorted(len(row[0]) for part in parts for row in part) == [longest] * 10
+
+
+@pytest.mark.usefixtures("alone")
 def test_text_fills_rows_of_one_width(made: Path) -> None:
     args = arguments(
         unsupervised_dataset_name=str(made / "texts.jsonl"), unsupervised_dataset_config_name=None,

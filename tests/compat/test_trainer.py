@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -14,8 +15,10 @@ from dovetail.compat.deepspeed_chat import (
     DeepSpeedPPOTrainerUnsupervised,
     MiniDataset,
 )
+from dovetail.compat.padding import own_part, unpadded
 from dovetail.errors import ConfigError
-from dovetail.training.step import gradient_step
+from dovetail.parallel.world import World
+from dovetail.training.step import StepReport, gradient_step
 from tests.compat.tiny import arguments, prompt_batch, tiny
 from tests.fakes import tiny_model
 from tests.tolerance import assert_near
@@ -262,17 +265,17 @@ def test_a_step_without_a_finite_gradient_is_an_overflow(capsys: pytest.CaptureF
     assert "not finite" in capsys.readouterr().err
 
 
-def rates_of(monkeypatch: pytest.MonkeyPatch, trainer: DeepSpeedPPOTrainer) -> dict[str, list[float]]:
-    """The learning rates of the steps that are taken from now on, by role."""
-    rates: dict[str, list[float]] = {"actor": [], "critic": []}
+def reports_of(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, StepReport]]:
+    """The models that take steps from now on, with what is reported of each step."""
+    reports: list[tuple[Any, StepReport]] = []
 
-    def recorded(model: Any, *given: Any, **named: Any) -> Any:
-        role = "actor" if model is trainer.engine.roles.actor else "critic"
-        rates[role].append(named["learning_rate"])
-        return gradient_step(model, *given, **named)
+    def recorded(model: Any, *given: Any, **named: Any) -> StepReport:
+        report = gradient_step(model, *given, **named)
+        reports.append((model, report))
+        return report
 
     monkeypatch.setattr(accumulation, "gradient_step", recorded)
-    return rates
+    return reports
 
 
 @pytest.mark.parametrize("with_text", [False, True])
@@ -283,18 +286,19 @@ def test_the_schedule_ends_with_the_run_under_accumulation(
     kind = DeepSpeedPPOTrainerUnsupervised if with_text else DeepSpeedPPOTrainer
     trainer = kind(tiny(args, steps=4), args)
     out = trainer.generate_experience(prompt_batch(trainer.rlhf_engine))
-    rates = rates_of(monkeypatch, trainer)
+    reports = reports_of(monkeypatch)
     text = {"input_ids": torch.randint(0, 250, (2, 9)), "attention_mask": torch.ones(2, 9)}
     for _ in range(8):
         trainer.train_rlhf(out)
         if isinstance(trainer, DeepSpeedPPOTrainerUnsupervised):
             trainer.train_unsupervised(text, 0.5)
     cosine = [0.5 * (1 + math.cos(math.pi * step / 4)) for step in range(4)]
-    assert rates["actor"] == pytest.approx([1e-4 * height for height in cosine])
-    assert rates["critic"] == pytest.approx([2e-4 * height for height in cosine])
+    for model, peak in ((trainer.engine.roles.actor, 1e-4), (trainer.engine.roles.critic, 2e-4)):
+        rates = [report.learning_rate for of, report in reports if of is model]
+        assert rates == pytest.approx([peak * height for height in cosine])
 
 
-def test_accumulated_losses_are_averaged_into_one_step() -> None:
+def test_accumulated_losses_are_averaged_into_one_step(monkeypatch: pytest.MonkeyPatch) -> None:
     alone, twice = trainer_of(), trainer_of(gradient_accumulation_steps=2)
     out = alone.generate_experience(prompt_batch(alone.rlhf_engine))
     twice.generate_experience(prompt_batch(twice.rlhf_engine))
@@ -302,8 +306,12 @@ def test_accumulated_losses_are_averaged_into_one_step() -> None:
     first = twice.train_rlhf(out)
     assert same(before[0], weights(twice.engine.roles.actor))
     assert same(before[1], weights(twice.engine.roles.critic))
+    reports = reports_of(monkeypatch)
     losses = alone.train_rlhf(out)
     second = twice.train_rlhf(out)
+    for (_, one), (_, other) in zip(reports[:2], reports[2:], strict=True):
+        assert_near(torch.tensor(other.loss), one.loss, dtype=torch.float32)
+        assert_near(torch.tensor(other.grad_norm), one.grad_norm, dtype=torch.float32)
     for one, other, found in zip(first, second, losses, strict=True):
         assert_near(one, found.item(), dtype=torch.float32)
         assert_near(other, found.item(), dtype=torch.float32)
@@ -332,6 +340,61 @@ def test_text_joins_the_step_of_the_actor() -> None:
     )
     assert_near(loss, expected, dtype=torch.float32)
     assert not same(before[0], weights(actor))
+
+
+def test_text_weighs_what_the_loop_says() -> None:
+    args = arguments()
+    for coefficient, moves in ((0.0, False), (0.5, True)):
+        trainer = DeepSpeedPPOTrainerUnsupervised(tiny(args), args)
+        trainer.actor_loss_fn = lambda logprobs, *_: 0.0 * logprobs.sum()  # type: ignore[method-assign]
+        before = weights(trainer.engine.roles.actor)
+        trainer.train_rlhf(trainer.generate_experience(prompt_batch(trainer.rlhf_engine)))
+        text = {"input_ids": torch.tensor([[1, 2, 3, 4]]), "attention_mask": torch.ones(1, 4)}
+        trainer.train_unsupervised(text, coefficient)
+        assert same(before, weights(trainer.engine.roles.actor)) != moves
+
+
+def test_answers_are_drawn_from_the_seed_and_the_step() -> None:
+    def drawn(seed: int, step: int) -> list[list[int]]:
+        trainer = trainer_of(seed=seed)
+        batch = prompt_batch(trainer.rlhf_engine)
+        out = trainer.generate_experience(batch["prompt"], batch["prompt_att_mask"], step)
+        found: list[list[int]] = out["input_ids"].tolist()
+        return found
+
+    assert drawn(5, 0) == drawn(5, 0)
+    assert drawn(5, 0) != drawn(6, 0)
+    assert drawn(5, 0) != drawn(5, 1)
+
+
+@dataclass(frozen=True)
+class First(World):
+    """The first of two processes: `others` says what the second one has, where it is asked."""
+
+    others: Any = None
+
+    def gather(self, value: Any) -> list[Any]:
+        theirs = self.others(value)
+        return [value] if theirs is None else [value, theirs]
+
+
+def test_the_rows_of_all_processes_are_one_batch() -> None:
+    whole, part = trainer_of(), trainer_of()
+    batch = prompt_batch(whole.rlhf_engine)
+    out = whole.generate_experience(batch)
+    first, second = (
+        {name: rows[half] for name, rows in batch.items()} for half in (slice(3), slice(3, None))
+    )
+    prompts = unpadded(second["prompt"], second["prompt_att_mask"], None)
+    part.world = First(others=lambda given: prompts if isinstance(given[0], list) else None)
+    mine = part.generate_experience(first)
+    for name, rows in mine.items():
+        assert torch.equal(rows, out[name][:3]), name
+    theirs = own_part({name: rows[3:] for name, rows in out.items()})
+    part.world = First(others=lambda given: theirs)
+    for found, expected in zip(part.train_rlhf(mine), whole.train_rlhf(out), strict=True):
+        assert found.item() == expected.item()
+    assert same(weights(part.engine.roles.actor), weights(whole.engine.roles.actor))
 
 
 def test_without_text_as_many_small_batches_come_as_with_it() -> None:
