@@ -1,10 +1,11 @@
 """Tiny engines, flags and prompts for the tests of compat."""
 
 from argparse import Namespace
+from typing import Any
 
 import torch
 
-from dovetail.compat.deepspeed_chat import DeepSpeedRLHFEngine
+from dovetail.compat.deepspeed_chat import DeepSpeedPPOTrainer, DeepSpeedRLHFEngine
 from tests.fakes import byte_tokenizer, tiny_model
 from tests.rlhf.tiny import PROMPTS, tiny_reward_model
 
@@ -54,3 +55,19 @@ def prompt_batch(engine: DeepSpeedRLHFEngine, texts: list[str] = PROMPTS) -> dic
         "prompt": torch.tensor([[pad] * (width - len(row)) + row for row in rows]),
         "prompt_att_mask": torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows]),
     }
+
+
+def trainer_of(**changes: Any) -> DeepSpeedPPOTrainer:
+    """A trainer of a tiny engine, with these flags."""
+    args = arguments(**changes)
+    return DeepSpeedPPOTrainer(tiny(args), args)
+
+
+def weights(model: Any) -> list[torch.Tensor]:
+    """A copy of all weights."""
+    return [parameter.detach().clone() for parameter in model.parameters()]
+
+
+def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+    """Whether no weight differs by a bit."""
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
