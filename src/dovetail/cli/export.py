@@ -15,9 +15,12 @@ from dovetail.config.model import ModelConfig
 from dovetail.config.run import RunConfig
 from dovetail.errors import ModelError
 from dovetail.model.run_models import model_folder
+from dovetail.text.model_folder import adapter_in
 
 if TYPE_CHECKING:
     import torch
+
+    from dovetail.text.model_folder import AdapterFolder
 
 Which = Literal["sft", "reward", "ppo", "ema", "best"]
 Checkpoint = Literal["newest", "best"]
@@ -69,8 +72,8 @@ def export(
 
 def finished(folder: Path, name: str, which: Which | None, dtype: "torch.dtype") -> tuple[Any, Any]:
     """Model and tokenizer of a finished stage, a model folder or an adapter folder."""
-    if (folder / "adapter_config.json").is_file():
-        return merged_adapter(folder, dtype)
+    if (adapter := adapter_in(folder)) is not None:
+        return merged_adapter(adapter, dtype)
     if which is None:
         return loaded(model_folder(name), dtype)
     from dovetail.training.run_folder import RunFolder
@@ -90,18 +93,19 @@ def loaded(path: str, dtype: "torch.dtype") -> tuple[Any, Any]:
     return _scalar(model, dtype, seed=0) if _is_reward_model(Path(path)) else _causal_lm(model, dtype)
 
 
-def merged_adapter(folder: Path, dtype: "torch.dtype") -> tuple[Any, Any]:
-    """The adapter's base model with the adapter merged in."""
-    from peft import PeftConfig, PeftModel
+def merged_adapter(adapter: "AdapterFolder", dtype: "torch.dtype") -> tuple[Any, Any]:
+    """The adapter's base model with the adapter merged in, and the adapter's tokenizer, or the base's."""
+    from dovetail.model.adapter import with_adapter
+    from dovetail.model.load import expect_rows_for
+    from dovetail.model.lora import merge
+    from dovetail.text.tokenizer import load_tokenizer
 
-    base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
-    if not base:
-        raise ModelError(
-            f"{folder}/adapter_config.json does not name its base model",
-            hint="set base_model_name_or_path there to the model the adapter was trained on",
-        )
-    model, tokenizer = loaded(str(base), dtype)
-    return PeftModel.from_pretrained(model, str(folder)).merge_and_unload(), tokenizer
+    base = ModelConfig(path=adapter.base, revision=adapter.revision)
+    model, _ = _scalar(base, dtype, seed=0) if adapter.is_scalar else _causal_lm(base, dtype)
+    tokenizer = load_tokenizer(adapter.folder)
+    merged = merge(with_adapter(model, adapter.folder))
+    expect_rows_for(tokenizer, merged, str(adapter.folder))
+    return merged, tokenizer
 
 
 def from_run_checkpoint(folder: Path, which: Which | None, checkpoint: Checkpoint) -> tuple[Any, Any]:

@@ -6,22 +6,21 @@ Not responsible for: run folders (model/run_models.py), generation (engine/).
 
 from __future__ import annotations
 
-import copy
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 
 from dovetail.engine.hybrid import HybridEngine
 from dovetail.engine.modules import context_of
 from dovetail.errors import ModelError
+from dovetail.model.adapter import with_adapter
 from dovetail.model.forward import plain_model
-from dovetail.model.load import expect_rows_for, explained, load_causal_lm
+from dovetail.model.load import expect_rows_for, load_causal_lm
 from dovetail.text.chat_format import ChatFormat
+from dovetail.text.model_folder import adapter_in
 from dovetail.text.tokenizer import load_tokenizer
 from dovetail.training.placement import resolve_device, resolve_dtype
 
@@ -64,45 +63,23 @@ class LoadedChat:
 def load_chat(path: str, *, device: str = "auto", bases: dict[str, Any] | None = None) -> LoadedChat:
     """A model folder, a LoRA adapter, a .gguf file or a hub name.
 
-    bases: base models loaded so far, by path; adapters of one of them share its weights.
+    bases: base models loaded so far, by path and revision; adapters of one of them share its weights.
     Raises ModelError if it cannot be loaded, ConfigError if there is no such device.
     """
     where = resolve_device(device)
+    place = Path(path).expanduser()
+    adapter = adapter_in(place)
+    if adapter is not None and adapter.is_scalar:
+        raise ModelError(
+            f"{path} is an adapter of a reward model, which scores answers and writes none",
+            hint="give a chat model, or the adapter of one",
+        )
     chat = ChatFormat(load_tokenizer(path))
-    adapter = Path(path).expanduser() / "adapter_config.json"
-    with explained(str(adapter.parent)):
-        base = _base_of(adapter) if adapter.is_file() else path
+    base, revision = (path, None) if adapter is None else (adapter.base, adapter.revision)
     bases = {} if bases is None else bases
-    if base not in bases:
-        bases[base] = load_causal_lm(base, dtype=resolve_dtype("auto", where), device=where)
-    model: Any = bases[base]
-    if adapter.is_file():
-        with explained(str(adapter.parent)):
-            model = _adapted(model, adapter.parent)
+    key = base if revision is None else f"{base}@{revision}"
+    if key not in bases:
+        bases[key] = load_causal_lm(base, dtype=resolve_dtype("auto", where), device=where, revision=revision)
+    model = bases[key] if adapter is None else with_adapter(bases[key], place)
     expect_rows_for(chat.tokenizer, model, path)
     return LoadedChat(path, model, chat, where)
-
-
-def _base_of(adapter: Path) -> str:
-    base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if not base:
-        raise ModelError(
-            f"{adapter} names no base model",
-            hint="set base_model_name_or_path in it, or give the merged model's folder",
-        )
-    return str(base)
-
-
-def _adapted(base: Any, folder: Path) -> Any:
-    if not any(folder.glob("adapter_model.*")):  # peft would ask the hub for them
-        raise ModelError(
-            f"{folder} has an adapter_config.json and no adapter_model.safetensors",
-            hint="the folder is incomplete; save or download the adapter again",
-        )
-    return PeftModel.from_pretrained(_twin(base), str(folder), autocast_adapter_dtype=False).eval()
-
-
-def _twin(model: Any) -> Any:
-    """A second tree of modules over the very same parameters and buffers."""
-    shared = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})

@@ -12,6 +12,8 @@ from typing import Any
 
 from transformers import GenerationConfig
 
+from dovetail.model.padding import num_rows
+
 _MODES = ("do_sample", "num_beams")
 """The values that say how tokens are chosen; most others are meant for one of these modes."""
 
@@ -22,7 +24,7 @@ def declared_stop_ids(model: Any) -> tuple[int, ...]:
     A token without a row in the embedding is left out: the model cannot draw it.
     """
     source = getattr(model, "generation_config", None) or model.config.get_text_config()
-    rows = int(model.get_input_embeddings().num_embeddings)
+    rows = num_rows(model)
     return tuple(i for i in _as_list(source.eos_token_id) if 0 <= i < rows)
 
 

@@ -29,13 +29,16 @@ from dovetail.errors import ModelError
 from dovetail.model.copies import copy_of
 from dovetail.model.dropout import disable_dropout
 from dovetail.model.finite import first_not_finite
+from dovetail.model.forward import plain_model
 from dovetail.model.generation_defaults import repaired
 from dovetail.model.linear_logprobs import head_of
+from dovetail.model.padding import num_rows
 from dovetail.model.quantised import as_plain, ask_for_plain_weights, leftover_scales
 from dovetail.model.save import save_model
 from dovetail.model.scalar import scalar_model_from, with_scalar_head
 from dovetail.telemetry.log import warn
 from dovetail.text.hub_names import expect_available, no_network_hint
+from dovetail.text.model_folder import adapter_in, expect_downloaded
 from dovetail.text.quiet import quiet
 
 __all__ = [
@@ -148,7 +151,7 @@ def expect_rows_for(tokenizer: PreTrainedTokenizerBase, model: Any, name: str) -
     More rows than tokens are common: embeddings are rounded up. An added token without a row, such as one for
     padding or for images, does no harm until a text holds it; the end token is in every text.
     """
-    expect_rows(tokenizer, int(model.get_input_embeddings().num_embeddings), name)
+    expect_rows(tokenizer, num_rows(plain_model(model)), name)
 
 
 def expect_rows(tokenizer: PreTrainedTokenizerBase, rows: int, name: str, used: Sequence[int] = ()) -> None:
@@ -295,14 +298,19 @@ def _existing(path: str | Path, revision: str | None = None) -> str:
     """The path or hub name; refuses local paths that hold no model before anybody asks the hub for them."""
     given, place = str(path), Path(path).expanduser()
     if place.is_dir():
-        if not (place / "config.json").exists() and _gguf_file(str(place)) is None:
+        expect_downloaded(place)
+        has_model = (place / "config.json").exists() or _gguf_file(str(place)) is not None
+        if adapter_in(place) is not None or not has_model:
             raise ModelError(
-                f"{given} holds no model: it has neither config.json nor a .gguf file",
+                f"{given} holds no model: it has "
+                + ("an adapter alone" if has_model else "neither config.json nor a .gguf file"),
                 hint=_what_lies_in(place),
             )
         return str(place)
     is_path = given.endswith(".gguf")
     expect_available(given, kind="model", error=ModelError, is_path=is_path, revision=revision)
+    if place.is_file():
+        expect_downloaded(place)
     if place.is_file() and place.suffix != ".gguf":
         raise ModelError(
             f"{given} is a single file", hint="give the folder that holds config.json and the weights"
@@ -312,7 +320,10 @@ def _existing(path: str | Path, revision: str | None = None) -> str:
 
 def _what_lies_in(folder: Path) -> str:
     if (folder / "adapter_config.json").exists():
-        return "it is a LoRA adapter: give the merged model's folder, beside it and without `_adapter`"
+        return (
+            "it is a LoRA adapter: give the merged model's folder, beside it and without `_adapter`, or merge it with "
+            "`dovetail export`"
+        )
     inside = sorted(child.name for child in folder.iterdir() if (child / "config.json").exists())
     if inside:
         return f"there are models inside it: {', '.join(str(folder / name) for name in inside[:3])}"
@@ -343,7 +354,9 @@ def explained(name: str) -> Iterator[None]:
     except (ModelError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a dozen kinds, from OSError to AssertionError; all mean the same to the user
-        reason = " ".join(str(error).strip().partition("\n")[0].split()) or type(error).__name__
+        first, _, rest = str(error).strip().partition("\n")
+        told = f"{first} {rest.partition(chr(10))[0]}" if first.endswith(":") else first
+        reason = " ".join(told.split()) or type(error).__name__
         if Path(name).exists():
             hint = "it is damaged, incomplete, or of a kind that this version of transformers cannot read"
             if "trust_remote_code" in str(error):

@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from dovetail.errors import ModelError
 from dovetail.model.copies import copy_of
 from dovetail.model.lora_linear import AdaptedLinear
+from dovetail.model.sample_output import LARGEST_GAP, relative_gap, sample_output
 
 ALL_LINEAR = "all-linear"
 
@@ -99,7 +100,27 @@ def merged_copy(
 
     Always from a copy: adding and subtracting again would not give back the weights bit for bit.
     """
-    merged: PreTrainedModel = copy_of(model, device=torch.device(device)).to(dtype).merge_and_unload()
+    copied = copy_of(model, device=torch.device(device))
+    if dtype is not None:  # not copied.to(dtype): that would round the rotary frequencies, too
+        for parameter in copied.parameters():
+            parameter.data = parameter.data.to(dtype if parameter.is_floating_point() else None)
+    return merge(copied)
+
+
+def merge(model: Any) -> PreTrainedModel:
+    """Add the adapters to the weights, in place, and return the plain model.
+
+    Raises ModelError if it does not compute what the model did with its adapters.
+    """
+    before = sample_output(model)
+    merged: PreTrainedModel = model.merge_and_unload()
+    gap = relative_gap(before, sample_output(merged))
+    if not gap <= LARGEST_GAP:
+        raise ModelError(
+            f"merging the adapters into {type(merged).__name__} changes its output by {100 * gap:.1f} %: "
+            "they cannot be merged",
+            hint="use the adapter beside its base model, or train without adapters on these layers",
+        )
     return merged
 
 

@@ -49,6 +49,12 @@ def padding_for_scores(
     return ScorePadding(tokenizer, token_id, max(num_rows, token_id + 1))
 
 
+def num_rows(model: Any) -> int:
+    """Return the number of rows of the model's embedding, also where an adapter trains a few of them."""
+    embedding = model.get_input_embeddings()
+    return int(getattr(embedding, "original_module", embedding).num_embeddings)
+
+
 def with_rows(model: PreTrainedModel, num_rows: int) -> PreTrainedModel:
     """A copy on the CPU with that many embedding rows; new ones are zero, and nothing attends to them."""
     grown: Any = copy_of(model, device=torch.device("cpu"))

@@ -1,15 +1,13 @@
 """Written model folders, read again and compared with the model in memory.
 
 Responsible for: names, shapes and values of the weights, the output for a few tokens, and the tokenizer, of a
-folder that was just written; the output of a merged model beside the adapted one.
+folder that was just written.
 Not responsible for: writing folders (save.py), loading models to use them (load.py).
-
-Shapes: T tokens, N numbers of each token's output, D width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +15,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dovetail.batches import pack
-from dovetail.errors import CheckpointError, ModelError
+from dovetail.errors import CheckpointError
 from dovetail.model.attention import ATTENTION_NAME, use_packed_attention
-from dovetail.model.forward import hidden_states, plain_model, scalar_head
-from dovetail.model.linear_logprobs import head_of
+from dovetail.model.sample_output import LARGEST_GAP, relative_gap, sample_output
 
-_NUM_TOKENS = 16
-_LARGEST_GAP = 0.05
-"""Relative, of a token in the middle of the order: rounding in half precision, on another device, stays below."""
 _PROBE_TEXT = "Héllo, what is 12 x 7?\n  84 你好"
 
 
@@ -51,8 +44,8 @@ def expect_same_weights(folder: Path, model: PreTrainedModel, state: Mapping[str
         use_packed_attention(loaded)
     else:
         loaded.set_attn_implementation(attention)
-    gap = output_gap(model, loaded)
-    if not gap <= _LARGEST_GAP:
+    gap = relative_gap(sample_output(model), sample_output(loaded))
+    if not gap <= LARGEST_GAP:
         raise _differs(folder, f"its output is {100 * gap:.1f} % away from that of the model in memory")
 
 
@@ -70,51 +63,6 @@ def expect_same_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> N
                 f"{folder}: the tokenizer that was written is not the one in memory: {what} differs",
                 hint="save the tokenizer with tokenizer.save_pretrained and see whether it loads again as it was",
             )
-
-
-def expect_same_output(adapted: Any, merged: PreTrainedModel) -> None:
-    """Raise ModelError unless the merged model computes what the model does with its adapters."""
-    gap = output_gap(adapted, merged)
-    if not gap <= _LARGEST_GAP:
-        raise ModelError(
-            f"merging the adapters into {type(merged).__name__} changes its output by {100 * gap:.1f} %: "
-            "they cannot be merged",
-            hint="use the adapter beside its base model, or train without adapters on these layers",
-        )
-
-
-@torch.no_grad()
-def output_gap(one: Any, other: Any) -> float:
-    """Return how far the outputs of two models for a few tokens are apart, relative to the first; NaN counts as far.
-
-    The median over the tokens: a mixture of experts may send one token elsewhere on another device.
-    """
-    inner: Any = plain_model(one)
-    rows = int(inner.get_input_embeddings().num_embeddings)
-    ids = [(7 * i + 3) % rows for i in range(_NUM_TOKENS)]
-    outputs_TN, others_TN = (_outputs(model, ids).double().cpu() for model in (one, other))
-    gaps_T = (outputs_TN - others_TN).norm(dim=-1) / outputs_TN.norm(dim=-1).clamp(min=1e-12)
-    return float(gaps_T.nan_to_num(nan=float("inf")).median())
-
-
-def _outputs(model: Any, ids: Sequence[int]) -> Tensor:
-    """[T, N]: logits, or [T, D + 1]: hidden states and score, computed without dropout; the mode stays as it was."""
-    inner: Any = plain_model(model)
-    was_training = inner.training
-    inner.eval()
-    try:
-        if inner.config._attn_implementation == ATTENTION_NAME:
-            batch = pack([list(ids)], [[False] * len(ids)]).to(inner.device)
-            hidden_TD = hidden_states(model, batch)
-        else:
-            ids_1T = torch.tensor([list(ids)], device=inner.device)
-            hidden_TD = inner.base_model(input_ids=ids_1T, use_cache=False).last_hidden_state[0]
-        if hasattr(inner, "score"):
-            return torch.cat([hidden_TD.float(), scalar_head(model, hidden_TD)[:, None]], dim=-1)
-        logits_TN: Tensor = head_of(model).logits(hidden_TD)
-        return logits_TN
-    finally:
-        inner.train(was_training)
 
 
 def _differs(folder: Path, what: str) -> CheckpointError:

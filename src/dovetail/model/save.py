@@ -30,8 +30,8 @@ from dovetail.model.finite import first_not_finite
 from dovetail.model.forward import plain_model
 from dovetail.model.generation_defaults import declared_stop_ids
 from dovetail.model.lora import merged_copy
-from dovetail.model.padding import ScorePadding, padding_for_scores, with_rows
-from dovetail.model.read_back import expect_same_output, expect_same_tokenizer, expect_same_weights
+from dovetail.model.padding import ScorePadding, num_rows, padding_for_scores, with_rows
+from dovetail.model.read_back import expect_same_tokenizer, expect_same_weights
 from dovetail.text.quiet import quiet
 
 
@@ -56,7 +56,6 @@ def save_model(
     plain: PreTrainedModel = model
     if hasattr(model, "peft_config"):
         plain = merged_copy(model, dtype=dtype)
-        expect_same_output(model, plain)
         _written_aside(
             folder.with_name(f"{folder.name}_adapter"), lambda aside: _write_adapter(model, tokenizer, aside)
         )
@@ -98,12 +97,12 @@ class _Parts:
         stops = tuple(dict.fromkeys((*given, *declared_stop_ids(model))))
         if not hasattr(model, "score"):
             return cls(model, tokenizer, stops, None)
-        padding = padding_for_scores(tokenizer, _num_rows(model), stops)
+        padding = padding_for_scores(tokenizer, num_rows(model), stops)
         return cls(model, padding.tokenizer, stops, padding)
 
 
 def _write_model(parts: _Parts, folder: Path, dtype: torch.dtype | None) -> None:
-    if parts.padding is not None and parts.padding.num_rows > _num_rows(parts.model):
+    if parts.padding is not None and parts.padding.num_rows > num_rows(parts.model):
         parts = replace(parts, model=with_rows(parts.model, parts.padding.num_rows))
     state = parts.model.state_dict() if dtype is None else _cast_state(parts.model, dtype)
     if (name := first_not_finite(state.items())) is not None:
@@ -167,11 +166,6 @@ def _cast_state(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]
             casts[key] = tensor.to("cpu", dtype if tensor.is_floating_point() else tensor.dtype)
         state[name] = casts[key]
     return state
-
-
-def _num_rows(model: PreTrainedModel) -> int:
-    embeddings: Any = model.get_input_embeddings()
-    return int(embeddings.num_embeddings)
 
 
 def _written_aside(folder: Path, write: Callable[[Path], None]) -> None:

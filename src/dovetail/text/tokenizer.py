@@ -6,6 +6,7 @@ Not responsible for: what a conversation looks like in tokens (chat_format.py).
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import cast
 
@@ -15,6 +16,7 @@ from transformers.integrations.gguf import read_gguf_metadata
 from dovetail.errors import ModelError
 from dovetail.text.hub_names import expect_available, no_network_hint
 from dovetail.text.model_ends import note_model_ends
+from dovetail.text.model_folder import adapter_in, expect_downloaded, has_vocabulary
 from dovetail.text.quiet import quiet
 
 
@@ -26,13 +28,25 @@ def load_tokenizer(
     chat_template: str | None = None,
 ) -> PreTrainedTokenizerBase:
     """The tokenizer at `path`: a hub name, a Hugging Face folder, a .gguf file, or a folder with one .gguf
-    file. It also knows what the model there says ends an answer; see model_ends.py.
+    file. It also knows what the model there says ends an answer; see model_ends.py. An adapter without a
+    vocabulary has its base's, with the adapter's chat template if it brings one.
 
     chat_template: a Jinja template, or a file with one, that takes the place of the tokenizer's own.
     """
     place = Path(path).expanduser()
     is_path = str(path).endswith(".gguf")
     expect_available(str(path), kind="model", error=ModelError, is_path=is_path, revision=revision)
+    if place.exists():
+        expect_downloaded(place)
+    adapter = adapter_in(place)
+    if adapter is not None and not has_vocabulary(place):
+        own = place / "chat_template.jinja"
+        return load_tokenizer(
+            adapter.base,
+            revision=adapter.revision,
+            trust_remote_code=trust_remote_code,
+            chat_template=chat_template or (str(own) if own.is_file() else None),
+        )
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     gguf = gguf_file(place)
     try:
@@ -43,7 +57,11 @@ def load_tokenizer(
             else:
                 name = str(place) if place.exists() else str(path)
                 tokenizer = AutoTokenizer.from_pretrained(name, **options)
-                note_model_ends(tokenizer, name, revision)
+                if adapter is None:
+                    note_model_ends(tokenizer, name, revision)
+                else:
+                    note_model_ends(tokenizer, adapter.base, adapter.revision)
+        _expect_vocabulary(tokenizer)
     except Exception as error:  # a dozen kinds, from OSError to ImportError; all mean the same to the user
         raise _cannot_load(str(path), place, error) from error
     if chat_template is not None:
@@ -92,6 +110,13 @@ def read_template(template: str) -> str:
 
 def _cannot_load(given: str, place: Path, error: Exception) -> ModelError:
     reason = str(error).strip().partition("\n")[0] or type(error).__name__
+    sentencepiece = next(place.glob("*.model"), None) if place.is_dir() else None
+    if sentencepiece is not None and find_spec("sentencepiece") is None and _is_protobuf(sentencepiece):
+        return ModelError(
+            f"the tokenizer of {given} cannot be loaded: {sentencepiece.name} needs the package sentencepiece, which "
+            "is not installed",
+            hint="pip install sentencepiece",
+        )
     if place.is_dir():
         hint = (
             "the folder needs tokenizer.json (or the model's own tokenizer files) and tokenizer_config.json; "
@@ -104,3 +129,15 @@ def _cannot_load(given: str, place: Path, error: Exception) -> ModelError:
             f"check the network, or {no_network_hint(given)}; for a gated model, log in with `hf auth login`"
         )
     return ModelError(f"the tokenizer of {given} cannot be loaded: {reason}", hint=hint)
+
+
+def _expect_vocabulary(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ValueError for the empty tokenizer that transformers makes where it finds no vocabulary."""
+    if not set(tokenizer("hello")["input_ids"]) - set(tokenizer.all_special_ids):
+        raise ValueError("it has no vocabulary: a plain word gives no token")
+
+
+def _is_protobuf(file: Path) -> bool:
+    """Whether a vocabulary is sentencepiece's, whose first field has this tag; the other kind of .model is text."""
+    with file.open("rb") as content:
+        return content.read(1) == b"\n"
