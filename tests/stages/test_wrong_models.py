@@ -248,3 +248,22 @@ def test_a_model_of_another_kind_is_refused_before_anything_is_written(tmp_path:
     with pytest.raises(ModelError, match="encoder-decoder models are not supported"):
         pipeline.run(tiny_run(tmp_path, **{role: {"path": str(tmp_path / "t5")}}))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("command", ["chat", "export"])
+@pytest.mark.parametrize("role", ["user", "assistant", "system"])
+def test_added_tokens_that_the_template_writes_need_rows(
+    run: Run, tmp_path: Path, command: str, role: str
+) -> None:
+    tokenizer = byte_tokenizer(
+        "{% for m in messages %}{% if m.role == '" + role + "' %}<|mark|>{% endif %}"
+        "{{ m.content + '<|end|>' }}{% endfor %}"
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|mark|>"]})
+    tiny_model().save_pretrained(tmp_path / "small")
+    tokenizer.save_pretrained(tmp_path / "small")
+    arguments = ["-p", "hello", "--device", "cpu"] if command == "chat" else [str(tmp_path / "out")]
+    code, _, err = run(command, str(tmp_path / "small"), *arguments)
+    assert code == 2
+    assert "small has 258 rows" in err
+    assert "the first 258, '<|mark|>'" in err

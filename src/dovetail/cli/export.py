@@ -58,13 +58,14 @@ def export(
     import torch  # here and not above: help need not wait for it
 
     precision = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
-    from dovetail.model.load import save_model
+    from dovetail.model.load import expect_rows_for, save_model
     from dovetail.text.chat_format import ChatFormat
 
     if from_checkpoint is not None:
         model, tokenizer = from_run_checkpoint(Path(path).expanduser(), which, from_checkpoint)
     else:
         model, tokenizer = finished(Path(path).expanduser(), path, which, precision)
+    expect_rows_for(tokenizer, model, path)
     chat = ChatFormat(tokenizer)
     save_model(model, chat.tokenizer, to, dtype=precision, stop_token_ids=chat.stop_token_ids)
     typer.echo(f"written: {to}")
@@ -96,16 +97,13 @@ def loaded(path: str, dtype: "torch.dtype") -> tuple[Any, Any]:
 def merged_adapter(adapter: "AdapterFolder", dtype: "torch.dtype") -> tuple[Any, Any]:
     """The adapter's base model with the adapter merged in, and the adapter's tokenizer, or the base's."""
     from dovetail.model.adapter import with_adapter
-    from dovetail.model.load import expect_rows_for
     from dovetail.model.lora import merge
     from dovetail.text.tokenizer import load_tokenizer
 
     base = ModelConfig(path=adapter.base, revision=adapter.revision)
     model, _ = _scalar(base, dtype, seed=0) if adapter.is_scalar else _causal_lm(base, dtype)
     tokenizer = load_tokenizer(adapter.folder)
-    merged = merge(with_adapter(model, adapter.folder))
-    expect_rows_for(tokenizer, merged, str(adapter.folder))
-    return merged, tokenizer
+    return merge(with_adapter(model, adapter.folder)), tokenizer
 
 
 def from_run_checkpoint(folder: Path, which: Which | None, checkpoint: Checkpoint) -> tuple[Any, Any]:

@@ -38,7 +38,8 @@ from dovetail.model.save import save_model
 from dovetail.model.scalar import scalar_model_from, with_scalar_head
 from dovetail.telemetry.log import warn
 from dovetail.text.hub_names import expect_available, no_network_hint
-from dovetail.text.model_folder import adapter_in, expect_downloaded
+from dovetail.text.chat_format import ChatFormat, template_ids
+from dovetail.text.model_folder import expect_downloaded, is_adapter
 from dovetail.text.quiet import quiet
 
 __all__ = [
@@ -149,9 +150,10 @@ def expect_rows_for(tokenizer: PreTrainedTokenizerBase, model: Any, name: str) -
     """Raise ModelError if the tokenizer makes tokens that the model's embedding has no row for.
 
     More rows than tokens are common: embeddings are rounded up. An added token without a row, such as one for
-    padding or for images, does no harm until a text holds it; the end token is in every text.
+    padding or for images, does no harm until a text holds it; the end token and the template's are in every text.
     """
-    expect_rows(tokenizer, num_rows(plain_model(model)), name)
+    used = sorted(template_ids(ChatFormat(tokenizer)))
+    expect_rows(tokenizer, num_rows(plain_model(model)), name, used)
 
 
 def expect_rows(tokenizer: PreTrainedTokenizerBase, rows: int, name: str, used: Sequence[int] = ()) -> None:
@@ -300,7 +302,7 @@ def _existing(path: str | Path, revision: str | None = None) -> str:
     if place.is_dir():
         expect_downloaded(place)
         has_model = (place / "config.json").exists() or _gguf_file(str(place)) is not None
-        if adapter_in(place) is not None or not has_model:
+        if is_adapter(place) or not has_model:
             raise ModelError(
                 f"{given} holds no model: it has "
                 + ("an adapter alone" if has_model else "neither config.json nor a .gguf file"),

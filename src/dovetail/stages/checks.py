@@ -34,19 +34,13 @@ from dovetail.rlhf.rewards import load_reward_function
 from dovetail.rlhf.splitting import expect_possible
 from dovetail.stages.parts import chat_of
 from dovetail.stages.starts import actor_of, reward_model_of, reward_start_of
-from dovetail.text.chat_format import ChatFormat
-from dovetail.text.message import Message
+from dovetail.text.chat_format import ChatFormat, template_ids
 from dovetail.training.placement import resolve_device
 from dovetail.training.run_folder import RunFolder
 
 T = TypeVar("T")
 
 _ANEW = "the download or copy was cut off; get the folder anew"
-_TURNS: list[Message] = [
-    {"role": "system", "content": "Be brief."},
-    {"role": "user", "content": "Hello"},
-    {"role": "assistant", "content": "Hello!"},
-]
 
 
 def refuse(config: RunConfig, world: World, *more: Callable[[], None]) -> None:
@@ -191,8 +185,8 @@ def _seen(model: ModelConfig, role: str) -> _Seen:
     _expect_weights(Path(model.path).expanduser())
     chat = chat_of(model)
     if config is not None:
-        used = {*chat.conversation(_TURNS)[0], *chat.prompt_ids(_TURNS[:2]), *chat.stop_token_ids}
-        expect_rows(chat.tokenizer, int(config.get_text_config().vocab_size), model.path, sorted(used))
+        used = sorted(template_ids(chat))
+        expect_rows(chat.tokenizer, int(config.get_text_config().vocab_size), model.path, used)
         if model.lora is not None and model.lora.target_modules != "all-linear":
             _expect_adapted_layers(config, model.lora, trust_remote_code=model.trust_remote_code)
     return _Seen(config, chat)

@@ -247,6 +247,12 @@ class ChatFormat:
         return self._special is not None and self._special.search(text) is not None
 
 
+def template_ids(chat: ChatFormat) -> set[int]:
+    """Return the ids that conversations hold whatever is said: those of the template, and the stop tokens."""
+    turns = [message("system", "Be brief."), message("user", "Hello"), message("assistant", "Hello!")]
+    return {*chat.conversation(turns)[0], *chat.prompt_ids(turns[:2]), *chat.stop_token_ids}
+
+
 def _one_token(encoder: Encoder, tokenizer: PreTrainedTokenizerBase, end: str) -> int:
     """The id of the token that ends an answer. As several tokens it would end answers at its last piece."""
     end_id = encoder.one(end)[-1]

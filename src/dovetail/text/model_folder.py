@@ -32,14 +32,11 @@ class AdapterFolder:
     """It belongs to a reward model."""
 
 
-def adapter_in(folder: Path) -> AdapterFolder | None:
-    """Return what a folder says of its adapter; None for anything that is no adapter.
-
-    Raises ModelError if it names no base, or if whole weights lie beside the adapter: either may be meant.
-    """
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter; raises ModelError if whole weights lie beside it: either may be meant."""
     file = folder / "adapter_config.json"
     if not file.is_file():
-        return None
+        return False
     whole = sorted(found.name for pattern in _WHOLE_WEIGHTS for found in folder.glob(pattern))
     if whole:
         raise ModelError(
@@ -47,6 +44,17 @@ def adapter_in(folder: Path) -> AdapterFolder | None:
             hint="move the files of one of them, adapter_config.json and adapter_model.safetensors or the rest, to "
             "another folder",
         )
+    return True
+
+
+def adapter_in(folder: Path) -> AdapterFolder | None:
+    """Return what a folder says of its adapter; None for anything that is no adapter.
+
+    Raises ModelError if it names no base, or if `is_adapter` does.
+    """
+    if not is_adapter(folder):
+        return None
+    file = folder / "adapter_config.json"
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
         base = settings.get("base_model_name_or_path")
