@@ -37,8 +37,8 @@ from dovetail.model.quantised import as_plain, ask_for_plain_weights, leftover_s
 from dovetail.model.save import save_model
 from dovetail.model.scalar import scalar_model_from, with_scalar_head
 from dovetail.telemetry.log import warn
-from dovetail.text.hub_names import expect_available, no_network_hint
 from dovetail.text.chat_format import ChatFormat, template_ids
+from dovetail.text.hub_names import expect_available, no_network_hint
 from dovetail.text.model_folder import expect_downloaded, is_adapter
 from dovetail.text.quiet import quiet
 
