@@ -60,7 +60,7 @@ def adapter_in(folder: Path) -> AdapterFolder | None:
         base = settings.get("base_model_name_or_path")
     except (OSError, ValueError, AttributeError) as error:
         raise ModelError(
-            f"{file} cannot be read: {error}", hint="save or download the adapter again"
+            f"{file} cannot be loaded: {error}", hint="save or download the adapter again"
         ) from error
     if not base:
         raise ModelError(
