@@ -24,6 +24,7 @@ from dovetail.config.data import DataConfig, SourceConfig
         ({"messages": "m", "text": "t"}, "messages and text are different forms of rows"),
         ({"prompt": "p", "margin": "m"}, "margin belongs to chosen and rejected"),
         ({"remove": "["}, "is no regular expression"),
+        ({"encoding": "klingon"}, "encoding = 'klingon' is not known"),
     ],
 )
 def test_columns_that_make_no_form_are_refused(columns: dict[str, Any], problem: str) -> None:

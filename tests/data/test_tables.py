@@ -139,3 +139,36 @@ def test_long_cells_are_read(tmp_path: Path) -> None:
     ((_, row),) = rows_of(tmp_path / "a.csv")
     assert not isinstance(row, BadRowError)
     assert len(row["a"]) == 300_000
+
+
+CHINESE = [{"prompt": "你好世界", "response": "好的"}, {"prompt": "再见", "response": "再见"}]
+CHINESE_FILES = {
+    "a.jsonl": "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in CHINESE),
+    "a.json": json.dumps(CHINESE, ensure_ascii=False),
+    "a.csv": "prompt,response\n" + "".join(f"{row['prompt']},{row['response']}\n" for row in CHINESE),
+}
+
+
+@pytest.mark.parametrize("encoding", ["gb18030", "gbk", "utf-16", "utf-16-le", "utf-8"])
+@pytest.mark.parametrize("name", CHINESE_FILES)
+def test_tables_in_other_encodings_are_read_if_these_are_named(
+    name: str, encoding: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(CHINESE_FILES[name].encode(encoding))
+    assert [placed.row for placed in rows_of(tmp_path / name, encoding)] == CHINESE
+
+
+@pytest.mark.parametrize(
+    ("encoding", "named"),
+    [("gb18030", "gb18030"), ("gbk", "gb18030"), ("utf-16", "utf-16"), ("utf-16-le", "utf-16-le")],
+)
+@pytest.mark.parametrize("name", CHINESE_FILES)
+def test_another_encoding_is_told_by_its_bytes(name: str, encoding: str, named: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(CHINESE_FILES[name].encode(encoding))
+    try:
+        first = next(rows_of(tmp_path / name)).row
+        assert isinstance(first, BadRowError)
+        hint = first.hint
+    except DataError as error:
+        hint = error.hint
+    assert f"set encoding: {named}" in str(hint)

@@ -16,6 +16,7 @@ from dovetail.cli.label_pages import Wanted, loaded_answerers, opened, print_lin
 from dovetail.cli.network_flags import AllowHost, Host, Port, TlsCertificate, TlsKey
 from dovetail.cli.user_paths import path
 from dovetail.errors import ConfigError
+from dovetail.text_file import read_text
 
 if TYPE_CHECKING:
     from dovetail.labelling.supply import Supply
@@ -262,6 +263,6 @@ def _expect_models_with_prompts(
 
 def _read(guidelines: Path) -> str:
     try:
-        return guidelines.read_text(encoding="utf-8")
+        return read_text(guidelines)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--guidelines {guidelines}: {error}", hint="give a text file in UTF-8") from error

@@ -14,6 +14,7 @@ from dovetail.config.load import load, parse_value
 from dovetail.config.recipes import names_file, recipe_for
 from dovetail.config.run import RunConfig, StageName
 from dovetail.errors import ConfigError
+from dovetail.text_file import read_text
 
 STAGES: dict[str, StageName] = {
     "1": "sft",
@@ -130,7 +131,7 @@ def _read_sources(file: str) -> Any:
     if not names_file(file):
         raise ConfigError(f"--data {file}: no such file", hint="give a YAML file that lists the sources")
     try:
-        return parse_value(Path(file).expanduser().read_text(encoding="utf-8"), file)
+        return parse_value(read_text(Path(file).expanduser()), file)
     except UnicodeDecodeError as error:
         raise ConfigError(f"--data {file}: not UTF-8 text", hint="save it as UTF-8") from error
 

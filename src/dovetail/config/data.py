@@ -3,10 +3,11 @@
 Responsible for: the settings of the data layer. Not responsible for: reading (data/sources.py).
 """
 
+import codecs
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
 from dovetail.config.frozen import FrozenModel
 
@@ -34,6 +35,8 @@ class SourceConfig(FrozenModel):
     """Branch, tag or commit of a hub data set; `refs/convert/parquet` for sets that come with a script."""
     split: str = "train"
     """Split of a hub or saved data set."""
+    encoding: str = "utf-8"
+    """Encoding of a file of text, such as gb18030 or utf-16; by default UTF-8, with or without a byte order mark."""
     weight: Annotated[float, Field(gt=0)] | None = None
     """Share in the blend, relative to the other sources, whatever their sizes; 1 where only others have one.
     Without any weights every row is used once per epoch. Where a source gives only some of its rows, they
@@ -116,6 +119,17 @@ class SourceConfig(FrozenModel):
             named = " and ".join(judged) or "none of them"
             raise ValueError(f"answers go with one of preference, scores and ranks; here with {named}")
         return self
+
+    @field_validator("encoding")
+    @classmethod
+    def _encoding_is_known(cls, value: str) -> str:
+        try:
+            codecs.lookup(value)
+        except LookupError as error:
+            raise ValueError(
+                f"encoding = {value!r} is not known; write utf-8, gb18030, utf-16 ..."
+            ) from error
+        return value
 
     @model_validator(mode="after")
     def _patterns_are_patterns(self) -> "SourceConfig":

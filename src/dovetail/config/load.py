@@ -19,6 +19,7 @@ from dovetail.config.run import RunConfig
 from dovetail.config.yaml_source import Path as SettingPath
 from dovetail.config.yaml_source import read_yaml
 from dovetail.errors import ConfigError
+from dovetail.text_file import read_text
 
 Origins: TypeAlias = dict[SettingPath, str]
 _PATHS: tuple[SettingPath, SettingPath] = (("actor", "path"), ("reward_model", "path"))
@@ -63,7 +64,7 @@ def _leave_out_foreign_reward_model(values: dict[str, Any], origins: Origins, re
 def read_recipe(file: Path) -> tuple[dict[str, Any], Origins]:
     """The settings in a file, unchecked, and the line of each."""
     try:
-        text = file.read_text(encoding="utf-8")
+        text = read_text(file)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: cannot be read: {error}", hint="give a YAML file in UTF-8") from error
     values, lines = read_yaml(text, str(file))

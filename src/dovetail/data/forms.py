@@ -150,6 +150,11 @@ def _prompt(row: Row, source: SourceConfig) -> tuple[Message, ...]:
     return tuple(turns)
 
 
+def prompt_turns(row: Row, source: SourceConfig) -> list[Message]:
+    """Return the turns of the prompt's column; they may end with anybody's."""
+    return _asked(row, _with_transcript_decided(row, source))
+
+
 def _asked(row: Row, source: SourceConfig) -> list[Message]:
     """Return the turns of the prompt's column; those of several columns are one text, a blank line between."""
     assert source.prompt is not None

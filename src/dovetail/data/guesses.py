@@ -13,7 +13,7 @@ from typing import Any
 from dovetail.config.data import SourceConfig
 from dovetail.data.columns import BadRowError, value_of
 
-_PROMPTS = ("prompt", "conversations", "messages", "question", ("instruction", "input?"))
+_PROMPTS = ("prompt", "conversations", "messages", "input.messages", "question", ("instruction", "input?"))
 _ANSWERS = ("response", "completion", "answer", "output")
 
 
@@ -30,6 +30,11 @@ def with_guessed_columns(source: SourceConfig, row: Mapping[str, Any]) -> Source
         f"the source names no columns, and those of the row are not common ones: {', '.join(row)}",
         hint="say what they hold, such as prompt: question, response: answer, or chosen: good, rejected: bad",
     )
+
+
+def prompt_columns(row: Mapping[str, Any]) -> str | tuple[str, ...] | None:
+    """Return the columns of a row that hold a prompt, by their names; None if none does."""
+    return next((columns for columns in _PROMPTS if _has(row, columns)), None)
 
 
 def _guesses() -> Iterator[dict[str, Any]]:

@@ -152,7 +152,7 @@ def _rows(source: SourceConfig) -> Iterator[Placed]:
         expect_there(source)
         rows = saved_rows(path, source.split) if path.is_dir() else hub_rows(source)
         return (Placed(f"{source.path} {place}", row) for place, row in rows)
-    return (Placed(f"{file} {place}", row) for file in files for place, row in rows_of(file))
+    return (Placed(f"{file} {place}", row) for file in files for place, row in rows_of(file, source.encoding))
 
 
 def _files_of_split(folder: Path, split: str) -> list[Path]:

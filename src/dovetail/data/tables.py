@@ -8,19 +8,25 @@ Rows come one at a time: only a JSON file, which has no rows to stop at, is read
 
 from __future__ import annotations
 
+import codecs
+import contextlib
 import csv
 import gzip
 import io
 import json
 import sys
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from dovetail.data.columns import BadRowError, describe
 from dovetail.errors import DataError
+from dovetail.text_file import UTF_8, seeming_encoding
 
+_SAMPLE = 1 << 20
+"""Bytes of a file that are looked at to tell its encoding."""
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow")
 
 
@@ -36,23 +42,36 @@ def is_table(path: Path) -> bool:
     return _suffix(path) in SUFFIXES
 
 
-def rows_of(file: Path) -> Iterator[Placed]:
-    """All rows of one file. DataError if the file as a whole cannot be read."""
-    readers = {
-        ".json": _json_rows,
-        ".jsonl": _json_lines,
-        ".ndjson": _json_lines,
-        ".csv": _csv_rows,
-        ".tsv": _csv_rows,
+def rows_of(file: Path, encoding: str = "utf-8") -> Iterator[Placed]:
+    """Yield all rows of one file; a name that says nothing means JSON lines. DataError if it cannot be read at all.
+
+    encoding: of tables that are text.
+    """
+    if codecs.lookup(encoding).name == "utf-8":
+        encoding = UTF_8
+    readers: dict[str, Callable[[Path], Iterator[Placed]]] = {
+        ".json": partial(_json_rows, encoding=encoding),
+        ".csv": partial(_csv_rows, encoding=encoding),
+        ".tsv": partial(_csv_rows, encoding=encoding),
         ".parquet": _parquet_rows,
         ".arrow": _arrow_rows,
     }
+    read = readers[_suffix(file)] if _suffix(file) in readers else partial(_json_lines, encoding=encoding)
     try:
-        yield from readers[_suffix(file)](file)
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(
-            f"{file}: cannot be read: {error}", hint="check that the file is whole, in UTF-8, and readable"
-        ) from error
+        yield from read(file)
+    except (OSError, EOFError, zlib.error, UnicodeError, csv.Error) as error:
+        raise DataError(f"{file}: cannot be read: {error}", hint=_remedy(file, encoding)) from error
+
+
+def _remedy(file: Path, encoding: str) -> str:
+    """Return what to do with a file that cannot be read, whose bytes may tell why."""
+    content = b""
+    with contextlib.suppress(OSError, EOFError, zlib.error), _open(file) as stream:
+        content = stream.read(_SAMPLE)
+    found = seeming_encoding(content)
+    if found is None or found == encoding:
+        return "check that the file is whole, in UTF-8 or in the encoding that the source names, and readable"
+    return f"it seems to be {found}: set encoding: {found} for the source, or save the file in UTF-8"
 
 
 def _suffix(path: Path) -> str:
@@ -66,18 +85,24 @@ def _open(file: Path) -> IO[bytes]:
     return gzip.open(file) if file.suffix.lower() == ".gz" else file.open("rb")  # type: ignore[return-value]
 
 
-def _json_lines(file: Path) -> Iterator[Placed]:
-    with _open(file) as lines:
+def _json_lines(file: Path, encoding: str) -> Iterator[Placed]:
+    with _open(file) as stream:
+        lines: Iterable[bytes | str] = stream
+        if encoding != UTF_8:
+            lines = io.TextIOWrapper(stream, encoding=encoding, newline="\n")
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 yield Placed(f"line {number}", _json_row(line))
 
 
-def _json_row(line: bytes) -> Mapping[str, Any] | BadRowError:
+def _json_row(line: bytes | str) -> Mapping[str, Any] | BadRowError:
+    if isinstance(line, bytes) and b"\0" in line:  # as every second byte of UTF-16 is, which is valid UTF-8
+        return _not_utf_8(line, line.index(b"\0"))
     try:
-        value = json.loads(line.decode("utf-8-sig").rstrip("\r\n"))
+        text = line.decode(UTF_8) if isinstance(line, bytes) else line.removeprefix("\ufeff")
+        value = json.loads(text.rstrip("\r\n"))
     except UnicodeDecodeError as error:
-        return BadRowError(f"not UTF-8 at byte {error.start + 1}", hint="save the file in UTF-8")
+        return _not_utf_8(error.object, error.start)
     except json.JSONDecodeError as error:
         return BadRowError(
             f"not valid JSON: {error.msg} at column {error.colno}",
@@ -86,20 +111,30 @@ def _json_row(line: bytes) -> Mapping[str, Any] | BadRowError:
     return _as_row(value)
 
 
+def _not_utf_8(line: bytes, place: int) -> BadRowError:
+    found = seeming_encoding(line)
+    if found is None:
+        return BadRowError(f"not UTF-8 at byte {place + 1}", hint="save the file in UTF-8")
+    return BadRowError(
+        f"not UTF-8 at byte {place + 1}; it seems to be {found}",
+        hint=f"set encoding: {found} for the source, or save the file in UTF-8",
+    )
+
+
 def _as_row(value: Any) -> Mapping[str, Any] | BadRowError:
     if isinstance(value, dict):
         return value
     return BadRowError(f"a row should be an object with columns, but is {describe(value)}")
 
 
-def _json_rows(file: Path) -> Iterator[Placed]:
+def _json_rows(file: Path, encoding: str) -> Iterator[Placed]:
     with _open(file) as stream:
-        text = stream.read().decode("utf-8-sig")
+        text = stream.read().decode(encoding)
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":  # JSON lines under the name of JSON, as many hub files are
-            yield from _json_lines(file)
+            yield from _json_lines(file, encoding)
             return
         where = f"line {error.lineno} column {error.colno}"
         raise DataError(
@@ -129,11 +164,11 @@ def _items(value: Any, file: Path) -> list[Any]:
     )
 
 
-def _csv_rows(file: Path) -> Iterator[Placed]:
+def _csv_rows(file: Path, encoding: str) -> Iterator[Placed]:
     csv.field_size_limit(
         min(sys.maxsize, 2**31 - 1)
     )  # the default of 128 KiB is less than a long conversation
-    with _open(file) as stream, io.TextIOWrapper(stream, encoding="utf-8-sig", newline="") as text:
+    with _open(file) as stream, io.TextIOWrapper(stream, encoding=encoding, newline="") as text:
         table = csv.reader(text, delimiter="\t" if _suffix(file) == ".tsv" else ",", strict=True)
         header = next(table, None)
         if header is None:

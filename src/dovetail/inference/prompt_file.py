@@ -1,88 +1,71 @@
-"""A file of prompts, a line each.
+"""A file of prompts, a row each, in the forms that training takes.
 
-Responsible for: what a line must hold, and errors that name it. Not responsible for: the answers (answer_file.py).
+Responsible for: which column is the prompt, and errors that name the row. Not responsible for: the answers
+(answer_file.py), reading tables and conversations (data/).
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-
+from dovetail.config.data import SourceConfig
+from dovetail.data.columns import BadRowError
+from dovetail.data.forms import prompt_turns
+from dovetail.data.guesses import prompt_columns
+from dovetail.data.tables import rows_of
 from dovetail.errors import DataError
-from dovetail.inference.chat_model import Conversation
-from dovetail.text.message import Role, message
+from dovetail.text.message import Message
 
-
-class _Turn(BaseModel):
-    """A message of a conversation."""
-
-    model_config = ConfigDict(strict=True)
-    role: Role
-    content: str
-
-
-class _Row(BaseModel):
-    """What a line must have; further columns are kept."""
-
-    model_config = ConfigDict(extra="allow", strict=True)
-    prompt: str | None = None
-    messages: Annotated[list[_Turn], Field(min_length=1)] | None = None
-
-    def conversation(self) -> Conversation:
-        if self.prompt is not None:
-            return self.prompt
-        return [message(turn.role, turn.content) for turn in self.messages or ()]
+_HINT = 'write an object such as {"prompt": "Hello"} or {"messages": [{"role": "user", "content": "Hello"}]}'
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One line of the prompts."""
+    """One row of the prompts."""
 
-    columns: dict[str, Any]
+    columns: Mapping[str, Any]
     """All of them, as they stood."""
-    conversation: Conversation
+    conversation: Sequence[Message]
     where: str
     """File and line."""
 
 
 def read_prompts(file: Path) -> list[Prompt]:
-    """Every line: an object with `prompt`, a text, or `messages`. Raises DataError that names the line."""
-    try:
-        lines = file.read_text(encoding="utf-8").split("\n")  # splitlines() breaks at U+2028 too
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file} cannot be read: {error}", hint="give a UTF-8 file of JSON lines") from error
-    prompts = [
-        _prompt(line, f"{file}, line {number}") for number, line in enumerate(lines, 1) if line.strip()
-    ]
+    """Return every row: an object with `prompt` or `messages`, as in training. Raises DataError that names the line."""
+    prompts = []
+    for place, row in rows_of(file):
+        where = f"{file}, {place}"
+        try:
+            if isinstance(row, BadRowError):
+                raise row
+            prompts.append(_prompt(row, where))
+        except BadRowError as error:
+            raise DataError(f"{where}: {error.reason}", hint=error.hint or _HINT) from error
     if not prompts:
         raise DataError(f"{file} has no prompts", hint='a line is an object such as {"prompt": "Hello"}')
     return prompts
 
 
-def _prompt(line: str, where: str) -> Prompt:
-    hint = (
-        'write an object such as {"prompt": "Hello"} or {"messages": [{"role": "user", "content": "Hello"}]}'
-    )
-    try:
-        columns = json.loads(line)
-        row = _Row.model_validate(columns)
-    except ValueError as error:
-        reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else f"no JSON: {error}"
-        raise DataError(f"{where}: {reason}", hint=hint) from error
-    if (row.prompt is None) == (row.messages is None):
-        found = "neither `prompt` nor" if row.prompt is None else "both `prompt` and"
-        raise DataError(f"{where}: {found} `messages`", hint=hint)
+def _prompt(columns: Mapping[str, Any], where: str) -> Prompt:
+    found = prompt_columns(columns)
+    if found is None or {"prompt", "messages"} <= columns.keys():
+        given = "neither `prompt` nor" if found is None else "both `prompt` and"
+        raise BadRowError(f"{given} `messages`", hint=_HINT)
     for ours in ("answer", "finish_reason"):
         if ours in columns:
-            raise DataError(f"{where}: it has a column `{ours}` already", hint="rename that column")
+            raise BadRowError(f"it has a column `{ours}` already", hint="rename that column")
     try:
         json.dumps(columns, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
-        raise DataError(
-            f"{where}: half a surrogate pair is no character: {error}", hint="remove it from that line"
+        raise BadRowError(
+            f"half a surrogate pair is no character: {error}", hint="remove it from that line"
         ) from error
-    return Prompt(columns, row.conversation(), where)
+    except TypeError as error:
+        raise BadRowError(
+            f"a column cannot be written as JSON: {error}", hint="leave that column out"
+        ) from error
+    return Prompt(columns, prompt_turns(columns, SourceConfig(path=where, prompt=found)), where)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dovetail.errors import ConfigError
+from dovetail.text_file import read_text
 
 _LINE = re.compile(r"(?P<name>[A-Za-z0-9]([A-Za-z0-9._:-]*[A-Za-z0-9])?)\s+slots=(?P<slots>[0-9]+)")
 
@@ -24,7 +25,7 @@ class Host:
 def read_hostfile(path: str | Path) -> list[Host]:
     """The machines in their order; `#` begins a comment. Raises ConfigError that names file and line."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = read_text(Path(path)).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"--hostfile {path}: cannot be read: {error}", hint="one machine a line: worker-0 slots=8"

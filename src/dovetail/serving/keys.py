@@ -16,6 +16,7 @@ import secrets
 from pathlib import Path
 
 from dovetail.errors import ConfigError
+from dovetail.text_file import read_text
 
 _LINE = re.compile(r"([\w.@-]{1,64}) sha256:([0-9a-f]{64})", re.ASCII)
 
@@ -47,7 +48,7 @@ def hash_of(key: str) -> str:
 def read_keys(file: Path) -> ApiKeys:
     """The keys of a file. Raises ConfigError for a file that is not there, has none, or a line that is no hash."""
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = read_text(file).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"{file} cannot be read: {error}", hint=f"make a key: dovetail api-key {file} NAME"

@@ -18,6 +18,7 @@ from dovetail.text.hub_names import expect_available, no_network_hint
 from dovetail.text.model_ends import note_model_ends
 from dovetail.text.model_folder import adapter_in, expect_downloaded, has_vocabulary
 from dovetail.text.quiet import quiet
+from dovetail.text_file import read_text
 
 
 def load_tokenizer(
@@ -100,7 +101,7 @@ def read_template(template: str) -> str:
     if "{" in template:
         return template
     try:
-        return Path(template).expanduser().read_text(encoding="utf-8")
+        return read_text(Path(template).expanduser())
     except (OSError, UnicodeDecodeError) as error:
         raise ModelError(
             f"chat_template = {template!r} is neither a Jinja template nor a readable file: {error}",
