@@ -9,7 +9,13 @@ import pytest
 from dovetail.config.stages import PpoConfig
 from dovetail.errors import TrainingStopped
 from dovetail.stages import guard
-from dovetail.stages.guard import Best, Guard, has_collapsed, warnings_of
+from dovetail.stages.guard import (
+    Best,
+    Guard,
+    has_collapsed,
+    warnings_of_the_policy,
+    warnings_of_the_reward,
+)
 
 FIRST = {"entropy_nats_per_token": 2.0, "distinct_fraction": 1.0, "answer_tokens": 40.0}
 HEALTHY = {
@@ -26,8 +32,12 @@ HEALTHY = {
 COLLAPSED = {"ppo/entropy_nats_per_token": 0.03, "ppo/distinct_fraction": 0.2}
 
 
+def warnings_of(row: dict[str, float], config: PpoConfig) -> dict[str, str]:
+    return warnings_of_the_reward(row, config) | warnings_of_the_policy(row, FIRST)
+
+
 def test_a_healthy_rollout_has_no_warning() -> None:
-    assert warnings_of(HEALTHY, FIRST, PpoConfig()) == {}
+    assert warnings_of(HEALTHY, PpoConfig()) == {}
 
 
 @pytest.mark.parametrize(
@@ -48,14 +58,14 @@ def test_a_healthy_rollout_has_no_warning() -> None:
 def test_each_sign_of_trouble_is_named_with_its_figures(
     name: str, change: dict[str, float], words: str
 ) -> None:
-    found = warnings_of(HEALTHY | change, FIRST, PpoConfig())
+    found = warnings_of(HEALTHY | change, PpoConfig())
     assert list(found) == [name]
     assert words in found[name]
 
 
 def test_where_cut_off_answers_keep_their_score_all_of_them_still_teach() -> None:
     config = PpoConfig(cut_off_answers="keep_score")
-    assert "all cut off" not in warnings_of(HEALTHY | {"ppo/cut_off_fraction": 1.0}, FIRST, config)
+    assert "all cut off" not in warnings_of(HEALTHY | {"ppo/cut_off_fraction": 1.0}, config)
 
 
 def test_a_warning_is_given_once_and_again_when_it_has_lasted(capsys: Any) -> None:
@@ -67,6 +77,13 @@ def test_a_warning_is_given_once_and_again_when_it_has_lasted(capsys: Any) -> No
     assert len(said) == 2
     assert "rollout 2:" in said[0]
     assert "rollout 22:" in said[1]
+
+
+def test_a_rollout_of_which_nothing_was_learnt_is_warned_of_all_the_same(capsys: Any) -> None:
+    row = HEALTHY | {"ppo/cut_off_fraction": 1.0}
+    del row["ppo/entropy_nats_per_token"]
+    Guard(PpoConfig(cut_off_answers="leave_out")).check(row, step=1)
+    assert "so all are left out and nothing is learnt" in capsys.readouterr().err
 
 
 def test_one_phrase_for_every_prompt_ends_the_run_after_three_rollouts() -> None:

@@ -44,8 +44,8 @@ def has_collapsed(now: Mapping[str, float], first: Mapping[str, float]) -> bool:
     )
 
 
-def warnings_of(row: Mapping[str, float], first: Mapping[str, float], config: PpoConfig) -> dict[str, str]:
-    """Return the warnings that a rollout calls for: a short name of each, and the cause with the remedy.
+def warnings_of_the_policy(row: Mapping[str, float], first: Mapping[str, float]) -> dict[str, str]:
+    """Return the warnings that a rollout's answers call for: a short name of each, and the cause with the remedy.
 
     row: the numbers of the rollout. first: `MEASURES` of the first rollout.
     """
@@ -78,11 +78,10 @@ def warnings_of(row: Mapping[str, float], first: Mapping[str, float], config: Pp
             f"answers had {first['answer_tokens']:.0f} tokens at the start and have {tokens:.0f} now: the reward may "
             "pay for length rather than for the answer; read ppo/samples.jsonl"
         )
-    found |= _warnings_of_the_reward(row, config)
     return found
 
 
-def _warnings_of_the_reward(row: Mapping[str, float], config: PpoConfig) -> dict[str, str]:
+def warnings_of_the_reward(row: Mapping[str, float], config: PpoConfig) -> dict[str, str]:
     """Return the warnings about scores that teach little or nothing."""
     found: dict[str, str] = {}
     cut_off = row["ppo/cut_off_fraction"]
@@ -123,18 +122,24 @@ class Guard:
     def check(self, row: Mapping[str, float], *, step: int) -> None:
         """Warn of what rollout `step` shows; raises TrainingStopped when the policy is beyond repair.
 
-        A row that lacks a number, because the steps of its rollout were skipped, is not judged.
+        Where the actor took no step that could be measured (all answers left out, all steps skipped), the scores alone
+        are judged.
         """
+        self._warn(warnings_of_the_reward(row, self.config), step)
         now = {name: row.get(f"ppo/{name}", math.nan) for name in MEASURES}
         if any(math.isnan(value) for value in now.values()):
             return
         self.first = self.first or now
-        for name, message in warnings_of(row, self.first, self.config).items():
+        self._warn(warnings_of_the_policy(row, self.first), step)
+        self.lost_for = self.lost_for + 1 if has_collapsed(now, self.first) else 0
+        self._stop_if_lost(row, step)
+
+    def _warn(self, found: Mapping[str, str], step: int) -> None:
+        """Give each warning that was not given lately."""
+        for name, message in found.items():
             if step - self.warned_at.get(name, -REPEAT_AFTER) >= REPEAT_AFTER:
                 self.warned_at[name] = step
                 warn(f"rollout {step}: {message}")
-        self.lost_for = self.lost_for + 1 if has_collapsed(now, self.first) else 0
-        self._stop_if_lost(row, step)
 
     def _stop_if_lost(self, row: Mapping[str, float], step: int) -> None:
         kl, limit = row["ppo/kl_nats_per_answer"], self.config.kl_stop
