@@ -163,6 +163,16 @@ def test_a_kl_run_away_stops_with_a_diagnosis_and_keeps_the_best_model(tmp_path:
     assert not (tmp_path / "run/ppo/done").exists()
 
 
+def test_a_run_whose_actor_learnt_from_nothing_does_not_end_well(tmp_path: Path) -> None:
+    ppo = {**SCORED, "cut_off_answers": "leave_out", "sampling": {"max_new_tokens": 1}}
+    with pytest.raises(
+        TrainingStopped, match=r"ends with the actor as it began.*max_new_tokens = 1 "
+    ) as stopped:
+        pipeline.run(tiny_run(tmp_path, stages=("ppo",), ppo=ppo))
+    assert "ppo.cut_off_answers=keep_score" in str(stopped.value.hint)
+    assert not (tmp_path / "run/ppo/done").exists()
+
+
 def test_scores_that_are_no_numbers_stop_the_run_and_are_never_the_best(tmp_path: Path) -> None:
     file = tmp_path / "judge.py"
     file.write_text("def score(answers):\n    return [float('nan') for answer in answers]\n")

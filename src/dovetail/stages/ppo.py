@@ -16,6 +16,7 @@ from dovetail.batches import PackedBatch
 from dovetail.config.stages import PpoConfig
 from dovetail.data.loader import BatchOrder
 from dovetail.data.records import Message
+from dovetail.errors import TrainingStopped
 from dovetail.evaluation.answers import Judge, evaluate_answers
 from dovetail.evaluation.held_out import held_out_text_loss
 from dovetail.parallel.shard import layout_of
@@ -88,6 +89,7 @@ def run(context: Context, judge: Judge | None = None) -> StageReport:
             guard.check(row, step=done)
             merit = best.objective if best.step == done else None
             context.save_if_due(checkpoints, state, config, done=done, total=iterations, merit=merit)
+    expect_learnt(engine)
     save_actor(engine, folder)
     return StageReport(iterations, results or judged(iterations))
 
@@ -125,6 +127,18 @@ def gather_costs(actor: PreTrainedModel) -> dict[str, float]:
     """Return what generation cost beside generating; empty where the actor generates with its weights in place."""
     seconds, received = layout_of(actor).take_costs()
     return {"ppo/gather_seconds": seconds, "ppo/gather_bytes": float(received)} if seconds else {}
+
+
+def expect_learnt(engine: RLHFEngine) -> None:
+    """Raise TrainingStopped if the actor is what it was at the start, because no rollout had anything to learn from."""
+    if engine.learners.actor_step == 0:
+        raise TrainingStopped(
+            "PPO ends with the actor as it began: no answer of any rollout was learnt from, because all of them "
+            f"reached ppo.sampling.max_new_tokens = {engine.config.sampling.max_new_tokens} and "
+            f"ppo.cut_off_answers = {engine.config.cut_off_answers}",
+            hint="raise ppo.sampling.max_new_tokens, fine-tune the actor on answers that end, or set "
+            "ppo.cut_off_answers=keep_score",
+        )
 
 
 def save_actor(engine: RLHFEngine, folder: RunFolder) -> None:
