@@ -8,6 +8,7 @@ from transformers import MambaConfig, MambaForCausalLM
 
 from dovetail.engine import HybridEngine, Sampling
 from dovetail.engine import hybrid as hybrid_module
+from dovetail.engine import probe as probe_module
 from dovetail.errors import GenerationError
 from dovetail.parallel.tensor_group import TensorGroup
 from tests.engine.test_hybrid import hf_greedy, prompts_of
@@ -42,7 +43,7 @@ def test_draws_are_those_of_the_fast_way(dtype: torch.dtype, monkeypatch: pytest
     prompts, sampling = prompts_of(), Sampling(max_new_tokens=12, temperature=0.8, top_k=20)
     answers = []
     for reason in (None, "a test says so"):
-        monkeypatch.setattr(hybrid_module, "why_not_packed", lambda _, reason=reason: reason)
+        monkeypatch.setattr(probe_module, "why_not_packed", lambda _, reason=reason: reason)
         with HybridEngine(tiny_model(dtype=dtype)).generating() as generate:
             answers.append(generate(prompts, sampling, seeds=range(len(prompts))))
     fast, slow = answers
@@ -51,16 +52,30 @@ def test_draws_are_those_of_the_fast_way(dtype: torch.dtype, monkeypatch: pytest
         torch.testing.assert_close(torch.tensor(one.logprobs), torch.tensor(other.logprobs))
 
 
-def test_a_model_without_a_cache_of_keys_is_refused() -> None:
+def test_a_model_without_a_cache_of_keys_reads_every_sequence_again() -> None:
     config = MambaConfig(
-        vocab_size=258, hidden_size=16, num_hidden_layers=1, state_size=4, intermediate_size=32
+        vocab_size=64,
+        hidden_size=16,
+        num_hidden_layers=2,
+        state_size=4,
+        intermediate_size=32,
+        initializer_range=0.5,
     )
+    torch.manual_seed(0)
+    model = MambaForCausalLM(config).eval()
+    prompts = [[1, 2], [5, 6, 7, 8, 9]]
+    expected = []
+    for prompt in prompts:
+        ids = list(prompt)
+        for _ in range(6):
+            ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+        expected.append(tuple(ids[len(prompt) :]))
     with (
-        pytest.warns(UserWarning, match="padded batches"),
-        HybridEngine(MambaForCausalLM(config)).generating() as generate,
-        pytest.raises(GenerationError, match="MambaForCausalLM has no cache of keys"),
+        pytest.warns(UserWarning, match="reads every sequence again for each token"),
+        HybridEngine(model).generating() as generate,
     ):
-        generate([[1, 2]], Sampling(max_new_tokens=2), seeds=[0])
+        found = generate(prompts, Sampling(max_new_tokens=6, temperature=0.0), seeds=[0, 1])
+    assert [answer.token_ids for answer in found] == expected
 
 
 def test_several_processes_cannot_share_a_padded_batch() -> None:

@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from dovetail.engine import Completion, HybridEngine
+from dovetail.engine import Completion, HybridEngine, probe
 from dovetail.engine.parity import NEW_TOKENS, check_parity, check_training_parity
 from dovetail.errors import ParityError
 from dovetail.model.attention import ATTENTION_NAME, PackedLayout, packed_attention
@@ -33,7 +33,16 @@ PROMPTS = prompts_of(10, 200, 40)
 
 
 @pytest.fixture
-def attend_wrongly(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., Any]], None]:
+def past_the_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The probe lets every engine pass, so that the gate alone judges."""
+    monkeypatch.setattr(probe, "_agrees", lambda *_: True)
+    monkeypatch.setattr(probe, "is_probed", lambda _: True)
+
+
+@pytest.fixture
+def attend_wrongly(
+    monkeypatch: pytest.MonkeyPatch, past_the_probe: None
+) -> Callable[[Callable[..., Any]], None]:
     """Puts `wrong(module, key, value, layout, kwargs) -> (key, value)` before our registered attention."""
 
     def install(wrong: Callable[..., Any]) -> None:
@@ -81,6 +90,7 @@ def test_the_answers_fit_into_a_short_context() -> None:
     assert check_parity(HybridEngine(model), prompts_of(100)).num_tokens == NEW_TOKENS
 
 
+@pytest.mark.usefixtures("past_the_probe")
 def test_adapters_are_part_of_what_is_compared() -> None:
     model = get_peft_model(tiny_model(), LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
     generator = torch.Generator().manual_seed(0)
@@ -137,6 +147,7 @@ def _with_doubled_positions(_: Any, args: Any, kwargs: dict[str, Any]) -> tuple[
 @pytest.mark.parametrize(
     ("name", "where"), [("llama", r"model\.layers\.0"), ("gpt2", "the embedding"), ("opt", "the embedding")]
 )
+@pytest.mark.usefixtures("past_the_probe")
 def test_wrong_positions_show_where_positions_enter(name: str, where: str) -> None:
     model = tiny_model(name)
     model.register_forward_pre_hook(_with_doubled_positions, with_kwargs=True)
@@ -153,6 +164,7 @@ def test_a_wrong_training_forward_is_caught_as_well(attend_wrongly: Any) -> None
         check_parity(HybridEngine(tiny_model()), PROMPTS)
 
 
+@pytest.mark.usefixtures("past_the_probe")
 def test_sequences_that_see_each_other_when_packed_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     honest = PackedLayout.attend
 

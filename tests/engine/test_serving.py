@@ -8,11 +8,12 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from dovetail.engine import HybridEngine, Sampling
+from dovetail.engine import HybridEngine, Sampling, hybrid
 from dovetail.engine.answers import Answer
+from dovetail.engine.probe import Way
 from dovetail.engine.scheduler import Load
 from dovetail.errors import GenerationError
-from tests.engine.test_hybrid import prompts_of, run
+from tests.engine.test_hybrid import hf_greedy, prompts_of, run
 from tests.fakes import tiny_model
 
 
@@ -135,10 +136,23 @@ def test_the_weights_are_there_within_the_block_and_nothing_of_it_stays() -> Non
         assert len(generate([[5]], Sampling(max_new_tokens=2), seeds=[0])[0].token_ids) == 2
 
 
-def test_models_that_take_the_padded_way_cannot_be_joined() -> None:
-    with (
-        pytest.warns(UserWarning, match="falls back to padded"),
-        pytest.raises(GenerationError, match="no request can join"),
-        HybridEngine(tiny_model("bloom")).serving(),
-    ):
-        raise AssertionError
+@pytest.mark.filterwarnings("ignore:.*(falls back|padded|reads every)")
+@pytest.mark.parametrize("way", ["padded", "equal", "reread"])
+def test_models_that_take_a_slow_way_are_served_one_batch_at_a_time(
+    way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hybrid, "find_way", lambda *_: Way(None, way, "a test says so"))  # type: ignore[arg-type]
+    model, greedy = tiny_model("bloom"), Sampling(max_new_tokens=6, temperature=0.0)
+    first, second, late = (request(i, prompt, greedy) for i, prompt in enumerate(([5, 6, 7], [9], [1, 2, 3])))
+    cancelled = request(3, [4], greedy)
+
+    def cancel() -> list[Answer]:
+        cancelled.finish_reason = "cancelled"
+        return []
+
+    script = Script(at_0=lambda: [first, second, cancelled], at_1=lambda: [late], at_3=cancel)
+    with HybridEngine(model).serving() as serve:
+        serve(script)
+    for answer in (first, second, late):
+        assert answer.token_ids == hf_greedy(model, list(answer.prompt), 6)
+    assert len(cancelled.token_ids) < 6

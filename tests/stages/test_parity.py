@@ -20,7 +20,10 @@ from tests.stages.test_bad_input import SCORED, contents
 
 
 def attend_to_the_wrong_values(monkeypatch: pytest.MonkeyPatch, *, where: Callable[[Any], bool]) -> None:
-    """Our registered attention mixes up the values of the calls whose layout is `where`."""
+    """Our registered attention mixes up the values of the calls whose layout is `where`; the probe lets it pass."""
+    monkeypatch.setattr("dovetail.model.load.probe", lambda _: None)
+    monkeypatch.setattr("dovetail.engine.probe.is_probed", lambda _: True)
+    monkeypatch.setattr("dovetail.engine.probe._agrees", lambda *_: True)
 
     def attention(module: Any, query: Any, key: Any, value: torch.Tensor, mask: Any, **kwargs: Any) -> Any:
         value = value.roll(1, dims=2) if where(kwargs["layout"]) else value

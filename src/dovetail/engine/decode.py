@@ -236,7 +236,9 @@ class EagerDecoder:
         """Answers that drew their first token: the host will know it by the next step."""
 
     def forget(self, answers: Sequence[Answer]) -> None:
-        """Answers that run no more: the next step says who does."""
+        """Answers that run no more, or that come back with other tokens: the next step starts anew with them."""
+        if any(answer in self._answers for answer in answers):
+            self._answers = []
 
     def step(self, answers: Sequence[Answer], version: int) -> Draw:
         """Feed every answer its last token and draw the next. `version` changes with the page tables."""

@@ -23,20 +23,19 @@ from typing import Any, Protocol
 import torch
 
 from dovetail.engine.answers import Answer, Completion, DecodeText, Listener, OnToken, expect_usable
-from dovetail.engine.kv_cache import KVShape
 from dovetail.engine.modules import (
     PackedModules,
     context_of,
-    evaluation_mode,
     expect_causal_lm,
     vocabulary_of,
 )
-from dovetail.engine.padded import generate_padded
+from dovetail.engine.padded import SLOW_WAYS, SlowGeneration
 from dovetail.engine.paged import Counts, Limits, PagedGeneration, Source
+from dovetail.engine.probe import Way, find_way
 from dovetail.engine.sampling import Sampling
 from dovetail.errors import GenerationError
-from dovetail.model.attention import why_not_packed
 from dovetail.model.forward import plain_model
+from dovetail.model.modes import evaluation_mode
 from dovetail.parallel.tensor_group import WHOLE, TensorGroup
 
 MAX_RUNNING = 256
@@ -96,7 +95,7 @@ class HybridEngine:
         self.modules = PackedModules(self.model, group)
         self.vocabulary = vocabulary_of(self.model)
         self.context = context_of(self.model)
-        self._shapes: dict[torch.dtype, KVShape | None] = {}
+        self._ways: dict[torch.dtype, Way] = {}
         self._warned: set[str] = set()
         self._is_generating = False
         self.counts = Counts(preempted=0, shared_tokens=0)
@@ -115,19 +114,17 @@ class HybridEngine:
 
     @contextmanager
     def serving(self) -> Iterator[Serve]:
-        """The same block for requests that come one after the other. Raises GenerationError for models that
-        take the padded way, whose batches nobody can join.
-        """
+        """The same block for requests that come one after the other; in a slow way each batch waits for the last."""
         with self._occupied(), self.weights():
+            longest = self.context or self._limits.max_cache_tokens or _UNLIMITED_CONTEXT
             paged = self.paged_generation()
             if paged is None:
-                raise GenerationError(
-                    f"{type(self.model).__name__} generates in padded batches, which no request can join",
-                    hint="dovetail chat and dovetail generate can use this model; for the server take another",
-                )
+                slow = self.slow_generation()
+                with evaluation_mode(self._wrapped), slow.attention():
+                    yield Serve(self, slow, longest)
+                return
             try:
                 with evaluation_mode(self._wrapped), self.modules.our_attention():
-                    longest = self.context or self._limits.max_cache_tokens or _UNLIMITED_CONTEXT
                     yield Serve(self, paged, min(paged.reserve_for(longest), longest))
             finally:
                 paged.close()
@@ -142,31 +139,32 @@ class HybridEngine:
         finally:
             self._is_generating = False
 
-    @property
-    def can_be_joined(self) -> bool:
-        """Whether `serving` takes this model."""
-        return self.paged_generation() is not None
-
     def paged_generation(self) -> PagedGeneration | None:
-        """A new generation loop without arena yet; None if this model must take the padded way."""
-        device = self._device or next(self.model.parameters()).device
-        dtype = next(self.model.parameters()).dtype
-        reason = why_not_packed(self.model)
-        if reason is None and dtype not in self._shapes:
-            self._shapes[dtype] = self.modules.kv_shape()
-        shape = self._shapes.get(dtype)
-        if shape is None:
-            reason = (
-                reason or f"{type(self.model).__name__} has layers that are not attention over plain keys"
+        """A new generation loop without arena yet; None if this model must take a slower way."""
+        way = self._way()
+        if way.shape is not None:
+            device = self._device or next(self.model.parameters()).device
+            return PagedGeneration(self.modules, way.shape, device, self._limits)
+        if self.group.size > 1:
+            raise GenerationError(
+                f"{way.reason}: it generates in padded batches, which {self.group.size} processes cannot share",
+                hint="set tensor_parallel.generation=1",
             )
-            if self.group.size > 1:
-                raise GenerationError(
-                    f"{reason}: it generates in padded batches, which {self.group.size} processes cannot share",
-                    hint="set tensor_parallel.generation=1",
-                )
-            self.warn_once(f"{reason}: generation falls back to padded batches, which is right but slower")
-            return None
-        return PagedGeneration(self.modules, shape, device, self._limits)
+        self.warn_once(f"{way.reason}: {SLOW_WAYS[way.slow]}")
+        return None
+
+    def slow_generation(self) -> SlowGeneration:
+        """The generation of a model that `paged_generation` has none for."""
+        return SlowGeneration(self.model, self._way().slow, batch_size=_PADDED_BATCH)
+
+    def _way(self) -> Way:
+        """The way to generate, found when it is first asked for."""
+        dtype = next(self.model.parameters()).dtype
+        if dtype not in self._ways:
+            self._ways[dtype] = find_way(
+                self.modules, self.model, self._device or next(self.model.parameters()).device
+            )
+        return self._ways[dtype]
 
     def warn_once(self, message: str) -> None:
         if message not in self._warned:
@@ -177,9 +175,11 @@ class HybridEngine:
 class Serve:
     """What `serving()` hands out."""
 
-    def __init__(self, engine: HybridEngine, paged: PagedGeneration, max_tokens: int) -> None:
+    def __init__(
+        self, engine: HybridEngine, generation: PagedGeneration | SlowGeneration, max_tokens: int
+    ) -> None:
         self._engine = engine
-        self._paged = paged
+        self._generation = generation
         self.max_tokens = max_tokens
         """The most tokens of prompt and answer together: the context, or what the KV cache holds if less."""
 
@@ -196,7 +196,7 @@ class Serve:
 
     def __call__(self, source: Source, *, decode_text: DecodeText | None = None) -> None:
         """Answer what the source hands over until it ends. One call at a time."""
-        self._paged.serve(source, Listener(decode_text=decode_text))
+        self._generation.serve(source, Listener(decode_text=decode_text))
 
 
 class _Session:
@@ -209,7 +209,9 @@ class _Session:
 
     def attention(self) -> AbstractContextManager[None]:
         """The attention this way of generating needs."""
-        return nullcontext() if self._paged is None else self._engine.modules.our_attention()
+        if self._paged is None:
+            return self._engine.slow_generation().attention()
+        return self._engine.modules.our_attention()
 
     def close(self) -> None:
         """Free the arena."""
@@ -246,8 +248,7 @@ class _Session:
 
     def _run(self, answers: list[Answer], listener: Listener) -> None:
         if self._paged is None:
-            with torch.no_grad():
-                generate_padded(self._engine.model, answers, listener, batch_size=_PADDED_BATCH)
+            self._engine.slow_generation().run(answers, listener)
             return
         capacity = self._paged.reserve(answers)
         for answer in answers:

@@ -25,6 +25,8 @@ from dovetail.errors import GenerationError
 from dovetail.model.attention import ATTENTION_NAME, Layout, use_packed_attention
 from dovetail.model.linear_logprobs import head_of
 from dovetail.model.lora import adapters_in_use
+from dovetail.model.modes import evaluation_mode
+from dovetail.model.rope import reread_at, rope_limit
 from dovetail.parallel.tensor_group import WHOLE, TensorGroup
 from dovetail.parallel.tensor_plan import Place
 
@@ -41,20 +43,9 @@ def context_of(model: PreTrainedModel) -> int | None:
 
 def context_in(config: Any) -> int | None:
     """`context_of` a model with this config."""
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return int(limit) if limit else None
-
-
-@contextmanager
-def evaluation_mode(model: Any) -> Iterator[None]:
-    """Dropout off; afterwards every module is in the mode it was in, whatever happened."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
+    text = config.get_text_config()
+    limits = [getattr(text, name, None) for name in ("max_position_embeddings", "max_seq_len")]
+    return next((int(limit) for limit in limits if limit), None)
 
 
 class PackedModules:
@@ -69,10 +60,16 @@ class PackedModules:
         """How many logits there are."""
         self._rows = [Place(rank, group.size).vocabulary(self.vocabulary)[1] for rank in range(group.size)]
         self.name = type(model).__name__
+        self.rope_limit = rope_limit(model)
+        """The longest sequence read with the rope of short ones; None if all lengths are read alike."""
         self.cannot_be_captured = False
         """Its forward does what a CUDA graph cannot record; found out by trying."""
         self.captured: Any = None
         """The decoder whose graphs were recorded from these modules, for the next block (graphs.py)."""
+
+    def rereads_at(self, length: int) -> bool:
+        """Whether a sequence that grows to this length is to be read anew, with other rope frequencies."""
+        return self.rope_limit is not None and length > self.rope_limit and reread_at(self._model, length)
 
     def recorded_state(self) -> tuple[Any, ...]:
         """What a graph of the forward keeps of the model: where weights and buffers lie, which adapters are on."""

@@ -78,12 +78,21 @@ class Source(Protocol):
 class PagedGeneration:
     """Generation with one KV arena, which lives as long as this object."""
 
-    def __init__(self, modules: PackedModules, shape: KVShape, device: torch.device, limits: Limits) -> None:
+    def __init__(
+        self,
+        modules: PackedModules,
+        shape: KVShape,
+        device: torch.device,
+        limits: Limits,
+        *,
+        may_capture: bool = True,
+    ) -> None:
+        """may_capture: decode with captured graphs where the device has them."""
         self._modules = modules
         self._shape = shape
         self._device = device
         self._limits = limits
-        self._has_kernel = _has_kernel(shape, device)
+        self._has_kernel = may_capture and _has_kernel(shape, device)
         self._arena: KVArena | None = None
         self._decoder: Decoder | None = None
 
@@ -174,7 +183,11 @@ class PagedGeneration:
         assert self._decoder is not None
         limits = self._limits
         scheduler = Scheduler(
-            answers, self._arena, max_running=limits.max_running, max_prefill_tokens=limits.max_prefill_tokens
+            answers,
+            self._arena,
+            max_running=limits.max_running,
+            max_prefill_tokens=limits.max_prefill_tokens,
+            shares_beginnings=self._modules.rope_limit is None,
         )
         return scheduler, self._decoder
 
@@ -182,14 +195,20 @@ class PagedGeneration:
         chunks = scheduler.admit()
         if chunks:
             draws.add(self._read(chunks))
-        if scheduler.is_short_of_pages():
+        if scheduler.is_short_of_pages() or self._outgrown(scheduler):
             draws.read(keep=0)
-        decoder.forget(scheduler.make_room())
+        outgrown = self._outgrown(scheduler)
+        scheduler.send_back(outgrown)
+        decoder.forget([*outgrown, *scheduler.make_room()])
         ready = scheduler.ready()
         if ready:
             draws.add(self._decode(ready, scheduler.version))
         elif not chunks:
             draws.read(keep=0)
+
+    def _outgrown(self, scheduler: Scheduler) -> list[Answer]:
+        """Answers whose next token is read with other rope frequencies than the keys that are stored."""
+        return [answer for answer in scheduler.ready() if self._modules.rereads_at(answer.num_tokens)]
 
     def _read(self, chunks: Sequence[Chunk]) -> Draw | None:
         """Read parts of prompts; draw the next token of those that are complete."""

@@ -3,7 +3,7 @@
 Responsible for: a few greedy answers, their tokens and log-probabilities against the plain Hugging Face forward
 of the same modules, the same for the packed training forward, alone where nothing is generated, and the first
 layer that differs if they disagree.
-Not responsible for: when to ask (rlhf/api.py, stages/supervised.py), the reference (plain_forward.py),
+Not responsible for: when to ask (rlhf/api.py, stages/supervised.py), the reference (model/plain_forward.py),
 generating (hybrid.py), the training forward (model/forward.py).
 
 The reference is each whole sequence alone. It shares the weights with what it judges, and none of our attention,
@@ -26,8 +26,12 @@ from transformers import PreTrainedModel
 from dovetail.batches import PackedBatch, pack
 from dovetail.engine.answers import DecodeText
 from dovetail.engine.hybrid import HybridEngine
-from dovetail.engine.modules import evaluation_mode
-from dovetail.engine.plain_forward import (
+from dovetail.engine.sampling import Sampling
+from dovetail.errors import ParityError
+from dovetail.maths.precision import at_least_float32
+from dovetail.model.forward import hidden_states, plain_model, token_logprobs, with_weights
+from dovetail.model.modes import evaluation_mode
+from dovetail.model.plain_forward import (
     attention_restored,
     errors_T,
     first_difference,
@@ -36,36 +40,13 @@ from dovetail.engine.plain_forward import (
     plain_hidden_states,
     plain_logits,
 )
-from dovetail.engine.sampling import Sampling
-from dovetail.errors import ParityError
-from dovetail.maths.precision import at_least_float32
-from dovetail.model.forward import hidden_states, plain_model, token_logprobs, with_weights
 from dovetail.model.shards import computing_device
+from dovetail.model.tolerance import TOLERANCES, Tolerance
 from dovetail.parallel.shard import world_of
 
 PROMPT_TOKENS = (24, 60, 120)
 """Prompts are cut to their last tokens, to lengths that differ; the second one's answer outgrows a page of keys."""
 NEW_TOKENS = 16
-
-
-@dataclass(frozen=True, slots=True)
-class Tolerance:
-    """How far numbers of one dtype may lie apart before rounding cannot be the reason."""
-
-    largest: float
-    """Nats: the log-probability of any token, and how far its logit may lie below the best one."""
-    mean: float
-    """Nats: the mean over all tokens. It finds what is wrong by a little everywhere."""
-    hidden: float
-    """Norm of the difference of a layer's output, as a fraction of its norm, at any token."""
-
-
-TOLERANCES = {
-    torch.float64: Tolerance(largest=1e-5, mean=1e-6, hidden=1e-6),  # transformers keeps some float32 inside
-    torch.float32: Tolerance(largest=1e-2, mean=1e-3, hidden=1e-3),
-    torch.float16: Tolerance(largest=0.1, mean=0.02, hidden=1e-2),
-    torch.bfloat16: Tolerance(largest=0.5, mean=0.1, hidden=5e-2),
-}
 
 
 @dataclass(frozen=True, slots=True)

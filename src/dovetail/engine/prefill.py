@@ -43,6 +43,11 @@ class Prefill:
         if self._reads_pages:
             lengths_S = to_device(batch.lengths, device)
             self.positions_T += self._starts_S.repeat_interleave(lengths_S, output_size=batch.num_tokens)
+        lengths = [chunk.answer.num_tokens for chunk in chunks]
+        self.lengths_T = to_device(lengths, device).repeat_interleave(
+            to_device(batch.lengths, device), output_size=batch.num_tokens
+        )
+        """The length of each token's sequence, with what is not read yet."""
         self._rows_HT = _rows(arena, chunks, batch.lengths, self.positions_T)
         ends = tuple(chunk.end for chunk in chunks)
         self._asked = self._asking

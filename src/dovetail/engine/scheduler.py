@@ -53,8 +53,15 @@ class Scheduler:
     """The waiting and the running answers of one call to generate."""
 
     def __init__(
-        self, answers: Iterable[Answer], arena: KVArena, *, max_running: int, max_prefill_tokens: int
+        self,
+        answers: Iterable[Answer],
+        arena: KVArena,
+        *,
+        max_running: int,
+        max_prefill_tokens: int,
+        shares_beginnings: bool = True,
     ) -> None:
+        """shares_beginnings: the keys of a token depend on what stands before it alone, so answers may share them."""
         self.waiting = deque(answers)
         self.running: list[Answer] = []
         self.num_preempted = 0
@@ -66,6 +73,7 @@ class Scheduler:
         self._pool = PagePool(arena.num_pages)
         self._max_running = max_running
         self._max_prefill_tokens = max_prefill_tokens
+        self._shares_beginnings = shares_beginnings
         self._first_with: dict[tuple[int, ...], Answer] = {}
         """Of the running answers to one prompt the one whose pages the others share."""
 
@@ -100,7 +108,8 @@ class Scheduler:
         """A page for every running answer's next token; returns those that had to give way, the youngest."""
         preempted: list[Answer] = []
         while self._num_missing() > self._pool.num_free:
-            preempted.append(self._preempt_youngest())
+            preempted.append(self.running[-1])
+            self.send_back(preempted[-1:])
         grown: list[int] = []
         for answer in self.running:
             missing = _missing_pages(answer)
@@ -111,6 +120,15 @@ class Scheduler:
             self.version += 1
             self._clear(grown)
         return preempted
+
+    def send_back(self, answers: list[Answer]) -> None:
+        """Let running answers wait again; their tokens will be read anew."""
+        assert all(answer.num_pending == 0 for answer in answers)
+        self.running = [answer for answer in self.running if answer not in answers]
+        if answers:
+            self._release(answers)
+        self.waiting.extendleft(reversed(answers))
+        self.num_preempted += len(answers)
 
     def retire(self) -> list[Answer]:
         """Let finished answers go; returns them."""
@@ -143,7 +161,7 @@ class Scheduler:
 
     def _give_pages(self, answer: Answer) -> bool:
         """Pages for all its tokens, full ones of its prompt shared with an answer to the same; False: too few."""
-        donor = self._first_with.get(answer.prompt)
+        donor = self._first_with.get(answer.prompt) if self._shares_beginnings else None
         shared: list[int] = []
         if donor is not None:
             # The last token is read in any case: its logits are wanted.
@@ -178,15 +196,6 @@ class Scheduler:
         Without the reserve an answer would be admitted only to be preempted at once, its prefill wasted.
         """
         return sum(len(answer.pages) < pages_for(answer.max_tokens) for answer in self.running)
-
-    def _preempt_youngest(self) -> Answer:
-        """Send the last admitted answer back to wait; its tokens will be read again."""
-        answer = self.running.pop()
-        assert answer.num_pending == 0
-        self._release([answer])
-        self.waiting.appendleft(answer)
-        self.num_preempted += 1
-        return answer
 
     def _release(self, answers: list[Answer]) -> None:
         for answer in answers:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 
 from dovetail.engine import FinishReason, Sampling
-from dovetail.engine.answers import Answer, Listener, expect_usable
+from dovetail.engine.answers import Answer
 from dovetail.engine.scheduler import Load
 from dovetail.errors import DataError, DovetailError
 from dovetail.inference.loading import load_chat
@@ -35,7 +35,6 @@ OnRefusal = Callable[[int, DovetailError], object]
 DEFAULT_SAMPLING = Sampling(max_new_tokens=256, temperature=0.7, top_p=0.95)
 _CACHE_TOKENS = 32768
 _AT_ONCE = 64
-_PADDED_AT_ONCE = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,10 +149,16 @@ class ChatModel:
             Answer(index, tuple(prompt), settings, chosen[index], settings.max_new_tokens)
             for index, prompt in self._encoded(conversations, refuse)
         ]
-        if self._many.can_be_joined:
-            self._serve(answers, on_done, refuse)
-        else:
-            self._pad(answers, on_done, refuse)
+        with self._many.serving() as serve:
+            usable = []
+            for answer in answers:
+                answer.max_new_tokens = max(
+                    1, min(answer.max_new_tokens, serve.max_tokens - len(answer.prompt))
+                )
+                with _refusing(answer.index, refuse):
+                    serve.expect_usable(answer, self._format.decode)
+                    usable.append(answer)
+            serve(_Feed(usable, on_done), decode_text=self._format.decode)
         return texts
 
     def _encoded(
@@ -168,44 +173,6 @@ class ChatModel:
                 with _refusing(index, refuse):
                     encoded.append((index, self._prompts([conversation])[0]))
             return encoded
-
-    def _serve(self, answers: Sequence[Answer], on_done: Callable[[Answer], None], refuse: OnRefusal) -> None:
-        with self._many.serving() as serve:
-            usable = []
-            for answer in answers:
-                answer.max_new_tokens = max(
-                    1, min(answer.max_new_tokens, serve.max_tokens - len(answer.prompt))
-                )
-                with _refusing(answer.index, refuse):
-                    serve.expect_usable(answer, self._format.decode)
-                    usable.append(answer)
-            serve(_Feed(usable, on_done), decode_text=self._format.decode)
-
-    def _pad(self, answers: Sequence[Answer], on_done: Callable[[Answer], None], refuse: OnRefusal) -> None:
-        """For models whose batches nobody can join: one after the other."""
-        listener = Listener(decode_text=self._format.decode)
-        usable = []
-        for answer in answers:
-            with _refusing(answer.index, refuse):
-                expect_usable(
-                    answer, vocabulary=self._many.vocabulary, context=self._many.context, listener=listener
-                )
-                usable.append(answer)
-        with self._many.generating() as generate:
-            for start in range(0, len(usable), _PADDED_AT_ONCE):
-                batch = usable[start : start + _PADDED_AT_ONCE]
-                completions = generate(
-                    [answer.prompt for answer in batch],
-                    [answer.sampling for answer in batch],
-                    seeds=[answer.seed for answer in batch],
-                    decode_text=self._format.decode,
-                )
-                for answer, completion in zip(batch, completions, strict=True):
-                    answer.token_ids, answer.finish_reason = (
-                        list(completion.token_ids),
-                        completion.finish_reason,
-                    )
-                    on_done(answer)
 
     def _prompts(self, conversations: Sequence[Conversation]) -> list[list[int]]:
         return self._format.encode_prompts([self._turns(conversation) for conversation in conversations])

@@ -28,11 +28,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dovetail.batches import PackedBatch
 from dovetail.errors import ModelError
+from dovetail.model.rope import give_sequences_their_rope
 
 ATTENTION_NAME = "dovetail"
 
-# Layers of any other kind (state spaces, convolutions, chunked attention) would mix the packed sequences.
-_PACKABLE_LAYERS = frozenset({"full_attention", "sliding_attention", "attention"})
 # What some classes hand to attention beyond the arguments below, and what would be wrong to leave out.
 _UNKNOWN_TERMS = ("position_bias", "s_aux")
 
@@ -147,6 +146,12 @@ class PackedLayout:
         return x_THK[None]
 
     @cached_property
+    def lengths_T(self) -> Tensor:
+        """The length of each token's sequence."""
+        lengths_S = self.cu_seqlens_S1.diff().long()
+        return lengths_S.repeat_interleave(lengths_S, output_size=sum(self.lengths))
+
+    @cached_property
     def is_rectangular(self) -> bool:
         """Sequences of one length need no padding, hence no copies."""
         return min(self.lengths) == self.max_length
@@ -206,22 +211,8 @@ def packed_attention(  # noqa: PLR0913 -- the signature is that of transformers
 def use_packed_attention(model: PreTrainedModel) -> None:
     """Switch a model (not peft-wrapped) to the registered function; the saved config does not remember it."""
     if model.config._attn_implementation != ATTENTION_NAME:
+        give_sequences_their_rope(model.base_model)
         model.set_attn_implementation(ATTENTION_NAME)
-
-
-def why_not_packed(model: PreTrainedModel) -> str | None:
-    """Why a model cannot run over packed batches, None if it can."""
-    name = type(model).__name__
-    if not getattr(model, "_supports_attention_backend", False) or not model._can_set_attn_implementation():
-        return f"{name} keeps its own attention (it bypasses the attention registry)"
-    if getattr(model, "_is_stateful", False):
-        return f"{name} carries a state from token to token, which would leak between packed sequences"
-    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
-    if not kinds <= _PACKABLE_LAYERS:
-        return f"{name} has layers that mix packed sequences: {', '.join(sorted(kinds - _PACKABLE_LAYERS))}"
-    if any(name.rpartition(".")[2] == "sinks" for name, _ in model.named_parameters()):
-        return f"{name} has attention sinks"
-    return None
 
 
 def flash_attention(

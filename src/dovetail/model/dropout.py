@@ -1,6 +1,6 @@
-"""Turn dropout off, for good.
+"""Turn dropout off, for good, and the jitter of routers, which is noise in training as well.
 
-Responsible for: every place where transformers and peft keep a dropout probability.
+Responsible for: every place where transformers and peft keep a dropout probability or a size of jitter.
 Not responsible for: evaluation mode. `model.train()` must not bring dropout back: in reinforcement learning the
 same tokens must get the same log-probability in every forward.
 """
@@ -25,7 +25,9 @@ def _zero_probabilities(attributes: dict[str, Any]) -> None:
     """Modules and configs name them dropout, attention_dropout, attn_pdrop, layerdrop, hidden_dropout_prob, ..."""
     for name, value in attributes.items():
         is_probability = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if is_probability and ("dropout" in name or name.endswith(("pdrop", "layerdrop"))):
+        if is_probability and (
+            "dropout" in name or "jitter" in name or name.endswith(("pdrop", "layerdrop"))
+        ):
             attributes[name] = 0.0
 
 

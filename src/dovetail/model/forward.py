@@ -25,8 +25,10 @@ from transformers import PreTrainedModel
 
 from dovetail.batches import PackedBatch
 from dovetail.errors import ModelError
-from dovetail.model.attention import ATTENTION_NAME, PackedLayout, use_packed_attention, why_not_packed
+from dovetail.model.attention import PackedLayout, use_packed_attention
 from dovetail.model.linear_logprobs import head_of, linear_cross_entropy, linear_logprobs
+from dovetail.model.plain_forward import plain_hidden_states, use_plain_attention
+from dovetail.model.reading import ReadingWay, reading_of
 
 TensorsT = TypeVar("TensorsT", bound="Tensor | tuple[Tensor | None, ...]")
 
@@ -59,12 +61,33 @@ def with_weights(model: Any, function: Callable[[], TensorsT]) -> TensorsT:
 
 def _hidden_states(model: Any, batch: PackedBatch) -> Tensor:
     inner = plain_model(model)
-    reason = None if inner.config._attn_implementation == ATTENTION_NAME else why_not_packed(inner)
-    if reason is not None:
-        _warn_of_padding(reason)
-        return _padded_hidden_states(inner.base_model, batch)
-    use_packed_attention(inner)
-    output = inner.base_model(
+    reading = reading_of(inner)
+    if reading.way == "padded":
+        _warn_of_padding(f"{reading.reason}: its batches are padded, which is slower")
+    if reading.way == "alone":
+        _warn_of_padding(f"{reading.reason}: it reads one text at a time, which is much slower")
+        if hasattr(inner, "run_with_weights"):
+            raise ModelError(
+                f"{reading.reason}: it reads one text at a time, which processes that share its weights cannot do",
+                hint="set zero_stage=0, or train in one process",
+            )
+    return read_by(reading.way, inner, batch)
+
+
+def read_by(way: ReadingWay, model: PreTrainedModel, batch: PackedBatch) -> Tensor:
+    """[T, D]: `hidden_states` of a plain model whose weights are there, read in this way."""
+    if way == "packed":
+        return _packed_hidden_states(model, batch)
+    use_plain_attention(model)
+    if way == "padded":
+        return _padded_hidden_states(model.base_model, batch)
+    rows = torch.split_with_sizes(batch.token_ids_T, batch.lengths)
+    return torch.cat([plain_hidden_states(model, ids) for ids in rows])
+
+
+def _packed_hidden_states(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
+    use_packed_attention(model)
+    output = model.base_model(
         input_ids=batch.token_ids_T[None],
         position_ids=batch.position_ids_T()[None],
         # transformers hands a mask of four dimensions through unread. Without one, its classes look for
@@ -179,6 +202,5 @@ def _padded_hidden_states(backbone: Any, batch: PackedBatch) -> Tensor:
 
 
 @cache
-def _warn_of_padding(reason: str) -> None:
-    """Once for each reason."""
-    warnings.warn(f"{reason}: its batches are padded, which is slower", RuntimeWarning, stacklevel=4)
+def _warn_of_padding(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=4)

@@ -33,6 +33,7 @@ from dovetail.model.forward import plain_model
 from dovetail.model.generation_defaults import repaired
 from dovetail.model.linear_logprobs import head_of
 from dovetail.model.padding import num_rows
+from dovetail.model.probe import expect_no_noise, probe
 from dovetail.model.quantised import as_plain, ask_for_plain_weights, leftover_scales
 from dovetail.model.save import save_model
 from dovetail.model.scalar import scalar_model_from, with_scalar_head
@@ -222,7 +223,10 @@ def _read_weights(
 
 
 def _make_ready(name: str, model: PreTrainedModel, device: torch.device | str) -> None:
-    """Move the model to its device, without dropout; raise ModelError if a weight is no number."""
+    """Move the model to its device, without dropout, and find how it reads batches (probe.py).
+
+    Raises ModelError if a weight is no number, or if the model cannot be trained or asked here.
+    """
     disable_dropout(model)
     model.to(torch.device(device))  # type: ignore[arg-type]
     if (weight := first_not_finite(model.named_parameters())) is not None:
@@ -231,6 +235,8 @@ def _make_ready(name: str, model: PreTrainedModel, device: torch.device | str) -
             hint="the checkpoint is damaged or its training diverged: download it again or take an earlier one"
             + ("; fp16 holds no number beyond 65504, try bf16" if model.dtype == torch.float16 else ""),
         )
+    probe(model)
+    expect_no_noise(model)
 
 
 def _complete(auto_class: Any, name: str, dtype: torch.dtype, options: dict[str, Any]) -> PreTrainedModel:

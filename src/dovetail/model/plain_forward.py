@@ -18,28 +18,34 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dovetail.model.attention import why_not_packed
+from dovetail.model.reading import has_attention_switch
 from dovetail.model.shards import computing_device
 
+Ids = Sequence[int] | Tensor
+"""The tokens of one sequence."""
 
-def plain_logits(model: PreTrainedModel, ids: Sequence[int]) -> Tensor:
+
+def plain_logits(model: PreTrainedModel, ids: Ids) -> Tensor:
     """[T, V]: one sequence, read whole."""
     logits: Tensor = _plain_output(model, ids).logits[0]
     return logits
 
 
-def plain_hidden_states(model: PreTrainedModel, ids: Sequence[int]) -> Tensor:
+def plain_hidden_states(model: PreTrainedModel, ids: Ids) -> Tensor:
     """[T, D]: the backbone's output for one sequence, no head applied."""
     hidden_TD: Tensor = _plain_output(model.base_model, ids).last_hidden_state[0]
     return hidden_TD
 
 
-def _plain_output(module: Any, ids: Sequence[int]) -> Any:
-    device = computing_device(module)
+def _plain_output(module: Any, ids: Ids) -> Any:
+    ids_1T = torch.as_tensor(ids, device=computing_device(module))[None]
+    known = inspect.signature(module.forward).parameters
     extra: dict[str, Any] = {}
-    if "position_ids" in inspect.signature(module.forward).parameters:
-        extra["position_ids"] = torch.arange(len(ids), device=device)[None]
-    return module(input_ids=torch.tensor([ids], device=device), use_cache=False, **extra)
+    if "position_ids" in known:
+        extra["position_ids"] = torch.arange(ids_1T.shape[1], device=ids_1T.device)[None]
+    if "use_cache" in known:
+        extra["use_cache"] = False
+    return module(input_ids=ids_1T, **extra)
 
 
 @contextmanager
@@ -57,10 +63,18 @@ def attention_restored(model: PreTrainedModel) -> Iterator[None]:
 def plain_attention(model: PreTrainedModel) -> Iterator[None]:
     """transformers' own attention; classes that keep their own have nothing to switch."""
     with attention_restored(model):
-        if why_not_packed(model) is None:
-            softcap = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
-            model.set_attn_implementation("eager" if softcap or not model._supports_sdpa else "sdpa")
+        use_plain_attention(model)
         yield
+
+
+def use_plain_attention(model: PreTrainedModel) -> None:
+    """Switch a model to transformers' own attention that leaves nothing out, if it is another's."""
+    if not has_attention_switch(model):
+        return
+    softcap = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
+    wanted = "eager" if softcap or not model._supports_sdpa else "sdpa"
+    if model.config._attn_implementation != wanted:
+        model.set_attn_implementation(wanted)
 
 
 def first_difference(

@@ -1,0 +1,137 @@
+"""The one look at how a model generates, before its first answer.
+
+Responsible for: the fastest way whose answers are those of the plain forward, found by trying on three prompts.
+Not responsible for: the ways themselves (paged.py, padded.py), how batches are read (model/probe.py), what a run will
+see (parity.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from dovetail.engine.answers import Answer, Listener
+from dovetail.engine.kv_cache import KVShape
+from dovetail.engine.modules import PackedModules, context_of
+from dovetail.engine.padded import SlowGeneration, SlowWay
+from dovetail.engine.paged import Limits, PagedGeneration
+from dovetail.engine.sampling import Sampling
+from dovetail.maths.precision import at_least_float32
+from dovetail.model.modes import evaluation_mode
+from dovetail.model.plain_forward import attention_restored, plain_attention, plain_logits
+from dovetail.model.probe import probe, probe_rows, short_limits
+from dovetail.model.reading import is_probed, why_not_packed
+from dovetail.model.rope import rope_limit
+from dovetail.model.tolerance import TOLERANCES, first_beyond, is_exact, nudged_embeddings
+
+Run = Callable[[Sequence[Answer], Listener], object]
+
+_NEW_TOKENS = 8
+_BATCH = 3
+_PREFILL_TOKENS = 1024
+_CACHED: tuple[SlowWay, ...] = ("padded", "equal")
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """The way a model generates."""
+
+    shape: KVShape | None
+    """What each token stores in pages; None: it does not generate over pages."""
+    slow: SlowWay = "padded"
+    """The way it takes then."""
+    reason: str | None = None
+    """The reason why not over pages."""
+
+
+def find_way(modules: PackedModules, model: PreTrainedModel, device: torch.device) -> Way:
+    """Find the fastest way to generate that agrees with the plain forward. Modes and attention stay as they are."""
+    is_divided = modules.group.size > 1  # what no process can try alone
+    if not is_divided and not is_probed(model):
+        probe(model)
+    reason = why_not_packed(model)
+    if reason is None:
+        shape = modules.kv_shape()
+        if shape is not None and (
+            is_divided or _agrees(model, _paged(modules, shape, device), modules.our_attention)
+        ):
+            return Way(shape)
+        fault = "has layers that are not attention over plain keys"
+        if shape is not None:
+            fault = "does not answer over pages as its own forward does"
+        reason = f"{type(model).__name__} {fault}"
+    return Way(None, "padded" if is_divided else _slow_way(model), reason)
+
+
+def _slow_way(model: PreTrainedModel) -> SlowWay:
+    if rope_limit(model) is None:  # else the keys that a cache holds would be those of another length
+        for way in _CACHED:
+            slow = SlowGeneration(model, way, batch_size=_BATCH)
+            if _agrees(model, slow.run, slow.attention):
+                return way
+    return "reread"
+
+
+def _paged(modules: PackedModules, shape: KVShape, device: torch.device) -> Run:
+    def run(answers: Sequence[Answer], listener: Listener) -> None:
+        limits = Limits(max_running=len(answers), max_prefill_tokens=_PREFILL_TOKENS, max_cache_tokens=None)
+        # What a captured graph replays is what is tried here.
+        paged = PagedGeneration(modules, shape, device, limits, may_capture=False)
+        try:
+            paged.reserve(answers)
+            paged.run(answers, listener)
+        finally:
+            paged.close()
+
+    return run
+
+
+@torch.no_grad()
+def _agrees(model: PreTrainedModel, run: Run, attention: Callable[[], AbstractContextManager[None]]) -> bool:
+    """Whether greedy answers to three prompts are those of the plain forward, each alone."""
+    with evaluation_mode(model), attention_restored(model), short_limits(model):
+        answers = _answers(model)
+        try:
+            with attention():
+                run(answers, Listener())
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # any class may break in its own way; the next way is tried
+            return False
+        with plain_attention(model):
+            plain = [_of_the_plain_forward(model, answer) for answer in answers]
+            noise_A = None
+            if not is_exact(model.dtype):
+                with nudged_embeddings(model):
+                    nudged = [_of_the_plain_forward(model, answer)[0] for answer in answers]
+                noise_A = torch.cat([(a - b).abs() for a, (b, _) in zip(nudged, plain, strict=True)])
+    if not all(logprob_A.isfinite().all() for logprob_A, _ in plain):
+        return True  # a model without numbers says nothing of the way
+    found = [torch.tensor(answer.logprobs, device=plain[0][0].device) for answer in answers]
+    gap_A = torch.cat(
+        [
+            torch.maximum((ours_A - theirs_A).abs(), short_A)
+            for ours_A, (theirs_A, short_A) in zip(found, plain, strict=True)
+        ]
+    )
+    return first_beyond(gap_A, TOLERANCES[model.dtype].largest, noise_A) is None
+
+
+def _answers(model: PreTrainedModel) -> list[Answer]:
+    context = context_of(model)
+    rows = [row if context is None else row[: max(1, context - _NEW_TOKENS)] for row in probe_rows(model)]
+    sampling = Sampling(max_new_tokens=_NEW_TOKENS, temperature=0.0)
+    return [Answer(i, tuple(row), sampling, i, _NEW_TOKENS) for i, row in enumerate(rows)]
+
+
+def _of_the_plain_forward(model: PreTrainedModel, answer: Answer) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the answer's tokens, and how far their logits lie below the best ones."""
+    logits_AV = at_least_float32(plain_logits(model, answer.all_ids))[len(answer.prompt) - 1 : -1]
+    ids_A1 = torch.tensor(answer.token_ids, device=logits_AV.device)[:, None]
+    short_A = logits_AV.max(dim=-1).values - logits_AV.gather(1, ids_A1)[:, 0]
+    return logits_AV.log_softmax(dim=-1).gather(1, ids_A1)[:, 0], short_A

@@ -1,0 +1,142 @@
+"""Rotary embeddings whose frequencies depend on the length that is read: each sequence gets its own.
+
+Responsible for: dynamic NTK and longrope, which transformers switches by the longest sequence of a forward, and for
+dynamic NTK by the forwards before it.
+Not responsible for: the rotations themselves, which stay those of transformers.
+
+A packed batch and a decode step hold tokens of sequences of several lengths. The embedding is asked once for each
+length that matters, and every token takes its answer from the length of its own sequence.
+
+Shapes: B rows of a batch, T tokens of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_FIXED = {"default", "linear", "yarn", "llama3", "proportional", "mrope"}
+"""The kinds of rope whose frequencies are the same at every length."""
+
+
+class SequenceRope(nn.Module):
+    """The class that a rotary embedding of transformers becomes an instance of, in front of its own class."""
+
+    lengths_T: Tensor | None = None
+    """The length of each token's sequence; None: the rows of the batch are whole sequences."""
+
+    def forward(
+        self, x: Tensor, position_ids: Tensor, layer_type: str | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return cosines and sines as transformers does, of each token at the length of its sequence."""
+        kind = {} if layer_type is None else {"layer_type": layer_type}
+        if self.lengths_T is None or not _changes(self, layer_type):
+            _forget(self, layer_type)
+            whole: tuple[Tensor, Tensor] = super().forward(x, position_ids, **kind)
+            return whole
+        lengths_T = _told_apart(self, self.lengths_T, layer_type)
+        lengths = sorted(set(lengths_T.tolist()))
+        chosen: list[Tensor] = []
+        for length in lengths:
+            _forget(self, layer_type)
+            # transformers reads the length off the last position: one token more says what it is.
+            is_here_T = lengths_T == length
+            last_B1 = position_ids.new_full((len(position_ids), 1), length - 1)
+            places_BT = torch.cat([position_ids * is_here_T, last_B1], dim=1)
+            parts = [part[:, :-1] for part in super().forward(x, places_BT, **kind)]
+            chosen = [
+                torch.where(is_here_T[:, None], part, before)
+                for part, before in zip(parts, chosen or parts, strict=True)
+            ]
+        return chosen[0], chosen[1]
+
+
+def give_sequences_their_rope(backbone: Any) -> None:
+    """Make the rotary embeddings of a backbone read the length of each sequence off the forward's `layout`."""
+    ropes = [rope for rope in _ropes(backbone) if not isinstance(rope, SequenceRope)]
+    for rope in ropes:
+        rope.__class__ = type(f"Sequence{type(rope).__name__}", (SequenceRope, type(rope)), {})
+    if ropes:
+        backbone.register_forward_pre_hook(partial(_tell_lengths, ropes), with_kwargs=True)
+
+
+def rope_limit(model: Any) -> int | None:
+    """The longest sequence that is read with the frequencies of short ones; None if they never change."""
+    limits = [_limit(rope, kind) for rope in _ropes(model) for kind in _kinds(rope)]
+    return min(limits, default=None)
+
+
+def reread_at(model: Any, length: int) -> bool:
+    """Whether a sequence that has just grown to `length` is read with other frequencies than before."""
+    here = torch.tensor([length - 1, length])
+    apart = [_told_apart(rope, here, kind).tolist() for rope in _ropes(model) for kind in _kinds(rope)]
+    return any(before != after for before, after in apart)
+
+
+def unknown_rope(model: Any) -> str | None:
+    """The kind of rope that the config names, if it depends on the length in a module that is not known here."""
+    named = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    per_layer = [kind for kind in named.values() if isinstance(kind, dict)]
+    kinds = {str(kind.get("rope_type", kind.get("type", "default"))) for kind in per_layer or [named]}
+    changing = sorted(kinds - _FIXED)
+    return changing[0] if changing and rope_limit(model) is None else None
+
+
+def _ropes(model: Any) -> Iterator[Any]:
+    """The rotary embeddings of which some frequency depends on the length."""
+    for module in model.modules():
+        if hasattr(module, "original_max_seq_len") and _kinds(module):
+            yield module
+
+
+def _kinds(rope: Any) -> list[str | None]:
+    """The kinds of layers whose frequencies change; None where all layers share them."""
+    types = getattr(rope, "rope_type", None)
+    kinds: list[str | None] = list(types) if isinstance(types, dict) else [None]
+    return [kind for kind in kinds if _changes(rope, kind)]
+
+
+def _changes(rope: Any, kind: str | None) -> bool:
+    return _type(rope, kind) == "longrope" or "dynamic" in _type(rope, kind)
+
+
+def _type(rope: Any, kind: str | None) -> str:
+    named = getattr(rope, "rope_type", None)
+    return str(named.get(kind) if isinstance(named, dict) else named)
+
+
+def _limit(rope: Any, kind: str | None) -> int:
+    if _type(rope, kind) == "longrope":
+        named = rope.config.rope_parameters
+        return int((named if kind is None else named[kind])["original_max_position_embeddings"])
+    return int(rope.original_max_seq_len)
+
+
+def _told_apart(rope: Any, lengths: Tensor, kind: str | None) -> Tensor:
+    """One length for all that share their frequencies."""
+    limit = _limit(rope, kind)
+    return lengths.clamp(min=limit, max=limit + 1 if _type(rope, kind) == "longrope" else None)
+
+
+def _forget(rope: Any, kind: str | None) -> None:
+    """Undo what longer sequences read before have left in a rope of dynamic NTK."""
+    if "dynamic" not in _type(rope, kind):
+        return
+    prefix = "" if kind is None else f"{kind}_"
+    original = getattr(rope, f"{prefix}original_inv_freq")
+    current = getattr(rope, f"{prefix}inv_freq")
+    setattr(rope, f"{prefix}inv_freq", original.to(current.device))
+    setattr(rope, f"{prefix}max_seq_len_cached", rope.original_max_seq_len)
+
+
+def _tell_lengths(ropes: list[Any], _: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    """Before each forward of the backbone. A layout that says nothing reads one new token of every sequence."""
+    layout = kwargs.get("layout")
+    for rope in ropes:
+        rope.lengths_T = None if layout is None else getattr(layout, "lengths_T", None)
+        if layout is not None and rope.lengths_T is None:
+            rope.lengths_T = kwargs["position_ids"][0] + 1
