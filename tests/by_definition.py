@@ -40,23 +40,27 @@ def rate(step: int, settings: OptimizerConfig, total_steps: int) -> float:
 
 
 class Learner:
-    """A model and the weights of it that learn, with an AdamW (Loshchilov and Hutter 2019, algorithm 2) of its own.
+    """A model that learns, with an AdamW (Loshchilov and Hutter 2019, algorithm 2) of its own.
 
-    trained: name -> first value. Names are Hugging Face's, or peft's where there are adapters.
+    lora, adapters: with these, the weights that learn as a run drew them, under peft's names, and the rest stays.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
-        trained: Mapping[str, Tensor],
         settings: OptimizerConfig,
         lora: LoraConfig | None = None,
+        adapters: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.model = model
         self.settings = settings
-        self.scale = lora.alpha / lora.rank if lora else 0.0
         self.frozen = {name: p.detach().double() for name, p in model.named_parameters()}
-        self.trained = {name: w.detach().double().clone().requires_grad_() for name, w in trained.items()}
+        learning: Mapping[str, Tensor] = self.frozen
+        if lora is not None:
+            assert adapters is not None
+            expect_adapters(adapters, lora)
+            self.scale, learning = lora.alpha / lora.rank, adapters
+        self.trained = {name: w.detach().double().clone().requires_grad_() for name, w in learning.items()}
         self.moments = {name: (torch.zeros_like(w), torch.zeros_like(w)) for name, w in self.trained.items()}
         self.steps = 0
 
@@ -115,3 +119,12 @@ class Learner:
                 sizes = (second / (1 - beta2**t)).sqrt() + self.settings.eps
                 weight -= learning_rate * first / (1 - beta1**t) / sizes
         return norm
+
+
+def expect_adapters(adapters: Mapping[str, Tensor], lora: LoraConfig) -> None:
+    """They are of the rank that was asked for, on the layers that were named."""
+    first = {name: weight for name, weight in adapters.items() if ".lora_A." in name}
+    assert {weight.shape[0] for weight in first.values()} == {lora.rank}
+    if lora.target_modules != "all-linear":
+        layers = {name.partition(".lora_A.")[0].rpartition(".")[2] for name in first}
+        assert layers == set(lora.target_modules)

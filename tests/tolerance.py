@@ -5,6 +5,7 @@ Responsible for: comparing tensors with plain Python numbers, lists or other ten
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -27,3 +28,10 @@ def assert_near(actual: Any, expected: Any, *, dtype: torch.dtype | None = None)
     near = NEAR[dtype or (actual.dtype if actual.is_floating_point() else torch.float64)]
     expected = torch.as_tensor(expected, dtype=torch.float64)
     torch.testing.assert_close(actual.detach().cpu().double(), expected.detach().cpu(), rtol=near, atol=near)
+
+
+def assert_all_near(actual: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
+    """The same names, and every tensor near its namesake to the precision of `actual`."""
+    assert actual.keys() == expected.keys()
+    for name, tensor in actual.items():
+        assert_near(tensor, expected[name])

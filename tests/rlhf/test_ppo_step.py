@@ -6,10 +6,7 @@ InstructGPT's objective as printed. Given the same rollout, losses and gradients
 
 import copy
 import math
-import random
 from collections.abc import Callable, Collection
-from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -18,11 +15,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dovetail.config.stages import OptimizerConfig
-from dovetail.rlhf import critic_warmup, rollout
+from dovetail.rlhf import critic_warmup
 from dovetail.rlhf.api import PPOTrainer, RLHFEngine
-from dovetail.rlhf.rewards import Answer
 from dovetail.rlhf.rollout import Collected
-from tests.rlhf.tiny import PROMPTS, tiny_config, tiny_engine
+from tests.rlhf.tiny import PROMPTS, draw_from_another_policy, tiny_config, tiny_engine
 
 BETA, CLIP, VALUE_CLIP, LAMBDA, TEMPERATURE, CAP = 0.1, 0.2, 0.2, 0.9, 0.7, 1.01
 SOURCES = ["training", "generation"]
@@ -133,20 +129,6 @@ def test_one_update_equals_the_equations_as_printed(
                     role,
                     parameter_name,
                 )
-
-
-def draw_from_another_policy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Answers claim log-probabilities up to 0.05 nats off, as if the generator were another policy."""
-
-    def complete(*args: Any, **kwargs: Any) -> list[Answer]:
-        rng = random.Random(5)
-        return [
-            replace(answer, logprobs=tuple(p + rng.uniform(-0.05, 0.05) for p in answer.logprobs))
-            for answer in honest(*args, **kwargs)
-        ]
-
-    honest = rollout.complete
-    monkeypatch.setattr(rollout, "complete", complete)
 
 
 def record_gradients(engine: RLHFEngine, monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Tensor]]:

@@ -194,6 +194,16 @@ def test_the_reward_model_can_start_from_the_sft_model(tmp_path: Path) -> None:
     assert (Path(config.output_dir) / "reward/model/model.safetensors").exists()
 
 
+def test_a_reward_model_that_starts_from_the_sft_model_has_its_backbone(tmp_path: Path) -> None:
+    still = {"start_from": "sft", "max_steps": 1, "optimizer": {"learning_rate": 0.0}}
+    config = tiny_run(tmp_path, stages=("sft", "reward"), reward=still)
+    pipeline.run(config)
+    sft, reward = (
+        load_file(Path(config.output_dir) / f"{stage}/model/model.safetensors") for stage in ("sft", "reward")
+    )
+    assert all(torch.equal(reward[name], sft[name]) for name in reward.keys() - {"score.weight"})
+
+
 def test_ppo_runs_alone_from_finished_models(tmp_path: Path) -> None:
     first = tiny_run(tmp_path, stages=("reward",), **TWO_STEPS)
     pipeline.run(first)
