@@ -121,7 +121,6 @@ def test_a_missing_parameter_is_named(server: Live, body: dict[str, Any]) -> Non
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"echo": True}, "False"),
         ({"logprobs": 6}, "less than or equal to 5"),
         ({"logprobs": -1}, "greater than or equal to 0"),
         ({"prompt": []}, "empty list"),

@@ -32,6 +32,7 @@ from dovetail.engine.modules import (
 from dovetail.engine.padded import SLOW_WAYS, SlowGeneration
 from dovetail.engine.paged import Counts, Limits, PagedGeneration, Source
 from dovetail.engine.probe import Way, find_way
+from dovetail.engine.prompt_scores import TokenScore, prompt_scores
 from dovetail.engine.sampling import Sampling
 from dovetail.errors import GenerationError
 from dovetail.model.forward import plain_model
@@ -129,6 +130,11 @@ class HybridEngine:
             finally:
                 paged.close()
 
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are, unless another one was given."""
+        return self._device or next(self.model.parameters()).device
+
     @contextmanager
     def _occupied(self) -> Iterator[None]:
         """One block at a time: they share the model's modes."""
@@ -143,8 +149,7 @@ class HybridEngine:
         """A new generation loop without arena yet; None if this model must take a slower way."""
         way = self._way()
         if way.shape is not None:
-            device = self._device or next(self.model.parameters()).device
-            return PagedGeneration(self.modules, way.shape, device, self._limits)
+            return PagedGeneration(self.modules, way.shape, self.device, self._limits)
         if self.group.size > 1:
             raise GenerationError(
                 f"{way.reason}: it generates in padded batches, which {self.group.size} processes cannot share",
@@ -161,9 +166,7 @@ class HybridEngine:
         """The way to generate, found when it is first asked for."""
         dtype = next(self.model.parameters()).dtype
         if dtype not in self._ways:
-            self._ways[dtype] = find_way(
-                self.modules, self.model, self._device or next(self.model.parameters()).device
-            )
+            self._ways[dtype] = find_way(self.modules, self.model, self.device)
         return self._ways[dtype]
 
     def warn_once(self, message: str) -> None:
@@ -193,6 +196,10 @@ class Serve:
                 f"{self.max_tokens}",
                 hint=f"ask for at most {self.max_tokens - len(answer.prompt)} new tokens",
             )
+
+    def prompt_scores(self, token_ids: Sequence[int], count: int) -> list[TokenScore]:
+        """See `prompt_scores`; for the thread that answers, between two steps."""
+        return prompt_scores(self._engine.model, token_ids, count=count, device=self._engine.device)
 
     def __call__(self, source: Source, *, decode_text: DecodeText | None = None) -> None:
         """Answer what the source hands over until it ends. One call at a time."""

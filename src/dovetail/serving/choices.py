@@ -1,7 +1,7 @@
 """From tickets to text: the answers to one request, piece by piece.
 
-Responsible for: submitting, text and log-probabilities of what was drawn, and cancelling what nobody reads.
-Not responsible for: the shape of responses (routes.py).
+Responsible for: submitting, and cancelling what nobody reads. Not responsible for: text and tokens of one answer
+(answer_text.py), the shape of responses (routes.py).
 """
 
 from __future__ import annotations
@@ -14,24 +14,15 @@ from functools import partial
 from typing import Literal
 
 from dovetail.engine import Sampling
-from dovetail.engine.answers import TopLogprobs
+from dovetail.engine.prompt_scores import TokenScore
+from dovetail.serving.answer_text import AnswerText
 from dovetail.serving.engine_thread import Progress, Ticket
 from dovetail.serving.meters import Meters
 from dovetail.serving.served_model import ServedModel
-from dovetail.text.text_stream import TextStream
+from dovetail.serving.token_listing import ListedToken
 
 _SEED_STRIDE = 1_000_003
 """Between the answers to one request; the first takes the request's own seed."""
-
-
-@dataclass(frozen=True, slots=True)
-class DrawnToken:
-    """A token of an answer."""
-
-    id: int
-    logprob: float
-    top_logprobs: TopLogprobs
-    """Empty unless they were asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,40 +31,52 @@ class Piece:
 
     index: int
     text: str
-    tokens: Sequence[DrawnToken]
-    """Without the token that ended the answer."""
+    tokens: Sequence[ListedToken]
+    """Those of the text, if they are listed."""
     finish_reason: Literal["stop", "length"] | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """What one request asks of a model."""
+
+    prompts: Sequence[Sequence[int]]
+    sampling: Sampling
+    seed: int
+    num_choices: int
+    """Answers to each prompt."""
+    num_prompt_top: int | None = None
+    """Score the prompts' own tokens, with so many of the likeliest at each place; None: do not score them."""
 
 
 class Answering:
     """The answers to one request: iterate over their pieces, then close, or close early to cancel."""
 
     def __init__(
-        self,
-        model: ServedModel,
-        prompts: Sequence[Sequence[int]],
-        sampling: Sampling,
-        *,
-        seed: int,
-        num_choices: int,
-        new_stream: Callable[[Sequence[str]], TextStream],
-        meters: Meters,
+        self, model: ServedModel, wanted: Wanted, new_text: Callable[[int], AnswerText], meters: Meters
     ) -> None:
-        """`num_choices` for each prompt, in order. new_stream: takes the stop strings.
-
-        Raises what `EngineThread.submit` raises.
-        """
+        """new_text: what shows an answer to the prompt of this index. Raises what `EngineThread.submit` raises."""
         self._model = model
         self._meters = meters
         self._began = time.perf_counter()
         self._news: asyncio.Queue[tuple[int, Progress]] = asyncio.Queue()
-        self._stop_token_ids = frozenset(sampling.stop_token_ids)
+        indices = range(len(wanted.prompts) * wanted.num_choices)
+        self.prompts = [wanted.prompts[index // wanted.num_choices] for index in indices]
+        """Of each answer."""
         self._tickets = [
-            Ticket(prompt, sampling, seed + _SEED_STRIDE * index, partial(self._hear, index))
-            for index, prompt in enumerate(prompt for prompt in prompts for _ in range(num_choices))
+            Ticket(
+                self.prompts[index],
+                wanted.sampling,
+                wanted.seed + _SEED_STRIDE * index,
+                partial(self._hear, index),
+                wanted.num_prompt_top,
+            )
+            for index in indices
         ]
-        self._streams = [new_stream(sampling.stop_strings) for _ in self._tickets]
-        self.num_prompt_tokens = sum(map(len, prompts))
+        self._texts = [new_text(index // wanted.num_choices) for index in indices]
+        self.prompt_scores: list[Sequence[TokenScore]] = [() for _ in indices]
+        """Of the prompt of each answer, from its first piece on, where they are asked for."""
+        self.num_prompt_tokens = sum(map(len, wanted.prompts))
         self.num_tokens = 0
         """Drawn so far, in all answers, the tokens that ended them included."""
         model.thread.submit(self._tickets)
@@ -104,12 +107,7 @@ class Answering:
         self._news.put_nowait((index, progress))
 
     def _piece(self, index: int, progress: Progress) -> Piece:
-        stream, reason = self._streams[index], progress.finish_reason
+        reason = progress.finish_reason
         assert reason != "cancelled", "only a closed Answering cancels"
-        tops = progress.top_logprobs or [()] * len(progress.token_ids)
-        drawn = zip(progress.token_ids, progress.logprobs, tops, strict=True)
-        kept = [DrawnToken(*token) for token in drawn if token[0] not in self._stop_token_ids]
-        text = stream.add(progress.token_ids)
-        if reason is not None:
-            text += stream.finish()
-        return Piece(index, text, kept, reason)
+        self.prompt_scores[index] = progress.prompt_scores or self.prompt_scores[index]
+        return Piece(index, *self._texts[index].read(progress), reason)

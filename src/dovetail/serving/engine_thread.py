@@ -13,13 +13,18 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import torch
+
 from dovetail.engine import Completion, HybridEngine, Sampling, Serve
 from dovetail.engine.answers import Answer, DecodeText, FinishReason, TopLogprobs
+from dovetail.engine.prompt_scores import TokenScore
 from dovetail.engine.scheduler import Load
 from dovetail.errors import DovetailError, GenerationError
 from dovetail.telemetry.log import warn
 
 _LOOK_EVERY_SECONDS = 0.1
+_FAILURES_IN_A_ROW = 3
+"""Batches that failed one after the other: the fault lies in none of them."""
 
 Post = Callable[[Callable[[], None]], object]
 """Runs a function where the listeners live, such as an event loop's `call_soon_threadsafe`."""
@@ -41,6 +46,8 @@ class Progress:
     logprobs: Sequence[float] = ()
     top_logprobs: Sequence[TopLogprobs] = ()
     """Of each token, where they were asked for."""
+    prompt_scores: Sequence[TokenScore] = ()
+    """Of each token of the prompt but the first, once, where they were asked for."""
     finish_reason: FinishReason | None = None
     error: Exception | None = None
     """The engine failed; nothing more will come."""
@@ -54,6 +61,9 @@ class Ticket:
     sampling: Sampling
     seed: int
     on_progress: Callable[[Progress], None]
+    num_prompt_top: int | None = None
+    """Score the prompt's own tokens, and list so many of the likeliest at each place; None: do not score."""
+    prompt_scores: Sequence[TokenScore] = ()
     num_told: int = 0
     is_cancelled: bool = False
     answer: Answer = field(init=False)
@@ -70,7 +80,10 @@ class Ticket:
             return None
         new = slice(self.num_told, len(ids))
         self.num_told = len(ids)
-        return Progress(ids[new], answer.logprobs[new], answer.top_logprobs[new], answer.finish_reason)
+        scores, self.prompt_scores = self.prompt_scores, ()
+        return Progress(
+            ids[new], answer.logprobs[new], answer.top_logprobs[new], scores, answer.finish_reason
+        )
 
 
 class EngineThread:
@@ -88,6 +101,9 @@ class EngineThread:
         self._is_closing = False
         self._serve: Serve | None = None
         self._failure: Exception | None = None
+        """What ended the thread for good."""
+        self._num_failures = 0
+        """Of batches, since the last token was drawn."""
         self._post: Post | None = None
         self._thread: threading.Thread | None = None
         self.load = Load(0, 0, 0)
@@ -100,8 +116,10 @@ class EngineThread:
         return self._serve.max_tokens
 
     @property
-    def is_alive(self) -> bool:
-        return self._thread is not None and self._thread.is_alive()
+    def can_answer(self) -> bool:
+        """Whether the engine runs, and has not failed again and again since it drew its last token."""
+        is_alive = self._thread is not None and self._thread.is_alive()
+        return is_alive and self._num_failures < _FAILURES_IN_A_ROW
 
     def start(self, post: Post) -> None:
         """Begin; returns when requests can come. Raises what keeps the model from being served."""
@@ -123,6 +141,8 @@ class EngineThread:
         with self._changed:
             if self._is_closing:
                 raise EngineFailed("the server is stopping", hint="try again when it is back")
+            if self._failure is not None:
+                raise self._ended(self._failure)
             num_open = len(self._arrived) + len(self._under_way)
             if num_open + len(tickets) > self._max_open:
                 raise QueueFull(
@@ -193,7 +213,28 @@ class EngineThread:
             arrived = [ticket for ticket in self._arrived if not ticket.is_cancelled]
             self._arrived.clear()
             self._under_way += arrived
-        return [ticket.answer for ticket in arrived]
+        scored: dict[tuple[Sequence[int], int], Sequence[TokenScore]] = {}
+        return [ticket.answer for ticket in arrived if self._score_prompt(ticket, scored)]
+
+    def _score_prompt(
+        self, ticket: Ticket, scored: dict[tuple[Sequence[int], int], Sequence[TokenScore]]
+    ) -> bool:
+        """Score the prompt where that is asked for, once for all answers to it; False: it failed, and was told."""
+        if ticket.num_prompt_top is None:
+            return True
+        assert self._serve is not None
+        key = (ticket.answer.prompt, ticket.num_prompt_top)
+        try:
+            if key not in scored:
+                scored[key] = self._serve.prompt_scores(*key)
+        except Exception as error:  # most often memory; the others' answers go on
+            warn(f"a prompt could not be scored: {error}\n{traceback.format_exc()}")
+            with self._changed:
+                self._under_way.remove(ticket)
+            self._tell([(ticket, Progress(error=EngineFailed(f"the prompt could not be scored: {error}")))])
+            return False
+        ticket.prompt_scores = scored[key]
+        return True
 
     def _submit_when_possible(self, ticket: Ticket, is_cancelled: Callable[[], bool]) -> None:
         while not is_cancelled():
@@ -210,9 +251,12 @@ class EngineThread:
                 ready.set()
                 while not self._is_closing:
                     self._answer()
-        except Exception as error:  # whatever it is, start() raises it where somebody sees it
-            self._failure = error
+        except Exception as error:  # whatever it is, start() or submit() raises it where somebody sees it
+            with self._changed:
+                self._failure = error
+                left, self._arrived, self._under_way = [*self._under_way, *self._arrived], [], []
             ready.set()
+            self._tell([(ticket, Progress(error=self._ended(error))) for ticket in left])
 
     def _answer(self) -> None:
         """Until the thread is to end, or the engine fails; then it can be tried again."""
@@ -226,13 +270,20 @@ class EngineThread:
             )
             with self._changed:
                 failed, self._under_way = self._under_way, []
+            self._num_failures += 1
             self._tell([(ticket, Progress(error=reason)) for ticket in failed])
+            if isinstance(error, torch.AcceleratorError):
+                raise  # the process has lost the device: nothing it computes there is right any more
+
+    def _ended(self, failure: Exception) -> EngineFailed:
+        return EngineFailed(f"the engine has failed for good: {failure}", hint="start the server again")
 
     def _report(self) -> None:
         """Tell everybody what they got; let go who has all."""
         news = [(ticket, progress) for ticket in self._under_way if (progress := ticket.news()) is not None]
         if not news:
             return
+        self._num_failures = 0
         with self._changed:
             self._under_way = [ticket for ticket in self._under_way if not ticket.answer.finish_reason]
         self._tell(news)

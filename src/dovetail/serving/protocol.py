@@ -87,6 +87,8 @@ class SamplingRequest(Request):
     logit_bias: Annotated[
         dict[str, Any] | None, AfterValidator(_only_empty), Field(json_schema_extra={"maxProperties": 0})
     ] = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=20), _WHOLE] | None = None
+    """vLLM's: how likely the prompt's own tokens are, with so many of the likeliest at each place."""
     user: str | None = None
     """Taken for compatibility; changes nothing and is not stored. So are the next two."""
     safety_identifier: str | None = None
@@ -142,7 +144,7 @@ class CompletionRequest(SamplingRequest):
     neutral: ClassVar = unsupported.TEXT
     prompt: _Text | list[_TokenId] | list[_Text] | list[list[_TokenId]]
     logprobs: Annotated[int, Field(ge=0, le=5), _WHOLE] | None = None
-    echo: Literal[False] | None = None
+    echo: bool | None = False
 
     def prompts(self) -> Sequence[str | Sequence[int]]:
         """The prompts, one or several."""
@@ -159,6 +161,18 @@ class Usage(BaseModel):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+
+
+class PromptToken(BaseModel):
+    """A token at one place of a prompt."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[str, PromptToken] | None]
+"""Of each place the tokens by id: the prompt's own and the likeliest. None for the first, before which is nothing."""
 
 
 class TopLogprob(BaseModel):
@@ -206,14 +220,18 @@ class ChatCompletion(BaseModel):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class TextLogprobs(BaseModel):
     """Of a text's tokens."""
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]] | None
+    token_logprobs: list[float | None]
+    """None for the first token of a prompt that is repeated: there is nothing before it."""
+    top_logprobs: list[dict[str, float] | None] | None
+    text_offset: list[int]
+    """Where each token begins in the text."""
 
 
 class TextChoice(BaseModel):
@@ -223,6 +241,7 @@ class TextChoice(BaseModel):
     text: str
     logprobs: TextLogprobs | None
     finish_reason: Literal["stop", "length"]
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class Completion(BaseModel):

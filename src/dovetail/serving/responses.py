@@ -16,8 +16,10 @@ from fastapi import Request
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from dovetail.serving.choices import Answering, DrawnToken, Piece
+from dovetail.engine.prompt_scores import TokenScore
+from dovetail.serving.choices import Answering, Piece
 from dovetail.serving.problems import Problem, problem_of
+from dovetail.serving.token_listing import ListedToken, TokenTexts
 from dovetail.text.chat_format import ChatFormat
 
 _LEAST_LOGPROB = -9999.0
@@ -35,6 +37,8 @@ class Form(Protocol):
 
     def choice(self, index: int, pieces: Sequence[Piece]) -> dict[str, Any]: ...
 
+    def response(self, answering: Answering, choices: list[dict[str, Any]]) -> dict[str, Any]: ...
+
 
 class _Named:
     """What both forms share."""
@@ -42,11 +46,20 @@ class _Named:
     kind: str
     chunk_kind: str
 
-    def __init__(self, name: str, model: str, chat: ChatFormat, *, has_logprobs: bool) -> None:
+    def __init__(
+        self,
+        name: str,
+        model: str,
+        chat: ChatFormat,
+        *,
+        has_logprobs: bool,
+        num_prompt_logprobs: int | None,
+    ) -> None:
         self._name = name
         self._model = model
         self._chat = chat
         self._has_logprobs = has_logprobs
+        self._num_prompt_logprobs = num_prompt_logprobs
         self._created = int(time.time())
 
     def envelope(self, *, is_chunk: bool) -> dict[str, Any]:
@@ -54,9 +67,30 @@ class _Named:
         kind = self.chunk_kind if is_chunk else self.kind
         return {"id": self._name, "object": kind, "created": self._created, "model": self._model}
 
-    def _text_of(self, token_id: int) -> str:
-        """Half a character reads as U+FFFD."""
-        return str(self._chat.tokenizer.decode([token_id], clean_up_tokenization_spaces=False))
+    def response(self, answering: Answering, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        """The whole response."""
+        return {**self.envelope(is_chunk=False), "choices": choices, "usage": _usage(answering)}
+
+    def _prompt_logprobs(self, answering: Answering, index: int) -> list[dict[str, Any] | None]:
+        """Of the prompt of one answer, in vLLM's form: by token id, the token itself and the likeliest."""
+        assert self._num_prompt_logprobs is not None
+        texts, count = TokenTexts(self._chat), self._num_prompt_logprobs
+
+        def entries(token_id: int, score: TokenScore) -> dict[str, Any]:
+            likeliest = enumerate(score.top_logprobs[:count], start=1)
+            ranked = {i: (rank, logprob) for rank, (i, logprob) in likeliest}
+            ranked[token_id] = (score.rank, score.logprob)
+            return {
+                str(i): {
+                    "logprob": max(logprob, _LEAST_LOGPROB),
+                    "rank": rank,
+                    "decoded_token": texts.behind(i),
+                }
+                for i, (rank, logprob) in ranked.items()
+            }
+
+        scored = zip(answering.prompts[index][1:], answering.prompt_scores[index], strict=True)
+        return [None, *(entries(token_id, score) for token_id, score in scored)]
 
 
 class ChatForm(_Named):
@@ -90,7 +124,7 @@ class ChatForm(_Named):
         return {
             "content": [
                 {
-                    **self._entry(token.id, token.logprob),
+                    **self._entry(token.text, token.logprob),
                     "top_logprobs": [self._entry(*other) for other in token.top_logprobs],
                 }
                 for piece in pieces
@@ -98,10 +132,16 @@ class ChatForm(_Named):
             ]
         }
 
-    def _entry(self, token_id: int, logprob: float) -> dict[str, Any]:
-        text = self._text_of(token_id)
+    def response(self, answering: Answering, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        """The whole response; all its answers have one prompt."""
+        whole = super().response(answering, choices)
+        if self._num_prompt_logprobs is not None:
+            whole["prompt_logprobs"] = self._prompt_logprobs(answering, 0)
+        return whole
+
+    def _entry(self, text: str, logprob: float | None) -> dict[str, Any]:
         spelt = None if "\ufffd" in text else list(text.encode())
-        return {"token": text, "logprob": max(logprob, _LEAST_LOGPROB), "bytes": spelt}
+        return {"token": text, "logprob": _in_json(logprob), "bytes": spelt}
 
 
 class TextForm(_Named):
@@ -126,21 +166,35 @@ class TextForm(_Named):
             "finish_reason": pieces[-1].finish_reason,
         }
 
+    def response(self, answering: Answering, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        """The whole response; each choice has its own prompt."""
+        if self._num_prompt_logprobs is not None:
+            for index, choice in enumerate(choices):
+                choice["prompt_logprobs"] = self._prompt_logprobs(answering, index)
+        return super().response(answering, choices)
+
     def _logprobs(self, pieces: Sequence[Piece]) -> dict[str, Any]:
         tokens = [token for piece in pieces for token in piece.tokens]
         has_top = any(token.top_logprobs for token in tokens)
         return {
-            "tokens": [self._text_of(token.id) for token in tokens],
-            "token_logprobs": [max(token.logprob, _LEAST_LOGPROB) for token in tokens],
+            "tokens": [token.text for token in tokens],
+            "token_logprobs": [_in_json(token.logprob) for token in tokens],
             "top_logprobs": [self._top(token) for token in tokens] if has_top else None,
+            "text_offset": [token.offset for token in tokens],
         }
 
-    def _top(self, token: DrawnToken) -> dict[str, float]:
-        """By text; of two tokens that read alike the likelier. The drawn one is always there."""
+    def _top(self, token: ListedToken) -> dict[str, float] | None:
+        """By text; of two tokens that read alike the likelier. The token itself is always there."""
+        if token.logprob is None:
+            return None
         texts: dict[str, float] = {}
-        for token_id, logprob in (*token.top_logprobs, (token.id, token.logprob)):
-            texts.setdefault(self._text_of(token_id), max(logprob, _LEAST_LOGPROB))
+        for text, logprob in (*token.top_logprobs, (token.text, token.logprob)):
+            texts.setdefault(text, max(logprob, _LEAST_LOGPROB))
         return texts
+
+
+def _in_json(logprob: float | None) -> float | None:
+    return None if logprob is None else max(logprob, _LEAST_LOGPROB)
 
 
 async def whole(answering: Answering, form: Form, request: Request) -> dict[str, Any]:
@@ -156,7 +210,7 @@ async def whole(answering: Answering, form: Form, request: Request) -> dict[str,
         answering.close()
         collecting.cancel()
         leaving.cancel()
-    return {**form.envelope(is_chunk=False), "choices": choices, "usage": _usage(answering)}
+    return form.response(answering, choices)
 
 
 class EventStream(StreamingResponse):
@@ -183,8 +237,7 @@ async def _events(answering: Answering, form: Form, has_usage: bool) -> AsyncIte
             yield _event({**envelope, "choices": [opening]})
     try:
         async for piece in answering:
-            if piece.text or piece.finish_reason or piece.tokens:
-                yield _event({**envelope, "choices": [form.chunk(piece)]})
+            yield _event({**envelope, "choices": [form.chunk(piece)]})
     except Exception as error:  # the status is sent already: the stream itself has to say it
         yield _event(problem_of(error).body)
         return

@@ -15,7 +15,8 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from dovetail.engine import Sampling
-from dovetail.serving.choices import Answering
+from dovetail.serving.answer_text import AnswerText, Echo
+from dovetail.serving.choices import Answering, Wanted
 from dovetail.serving.gate import RequestLimits
 from dovetail.serving.meters import Meters
 from dovetail.serving.problems import ErrorBody, Problem
@@ -30,7 +31,6 @@ from dovetail.serving.protocol import (
 )
 from dovetail.serving.responses import ChatForm, EventStream, Form, TextForm, whole
 from dovetail.serving.served_model import ServedModel
-from dovetail.text.text_stream import TextStream
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorBody, "description": "what the caller can put right"},
@@ -84,11 +84,18 @@ def api_routes(service: Service) -> APIRouter:
     async def show_model(name: str) -> dict[str, Any]:
         return service.described(service.model(name))
 
-    @router.post("/chat/completions", response_model=ChatCompletion, responses=streams)
+    @router.post(
+        "/chat/completions",
+        response_model=ChatCompletion,
+        response_model_exclude_unset=True,
+        responses=streams,
+    )
     async def complete_chat(wanted: ChatRequest, request: Request) -> Response | dict[str, Any]:
         return await _complete_chat(service, wanted, request)
 
-    @router.post("/completions", response_model=Completion, responses=streams)
+    @router.post(
+        "/completions", response_model=Completion, response_model_exclude_unset=True, responses=streams
+    )
     async def complete_text(wanted: CompletionRequest, request: Request) -> Response | dict[str, Any]:
         return await _complete_text(service, wanted, request)
 
@@ -109,16 +116,26 @@ async def _complete_chat(
             param="max_tokens",
         )
     prompt = await asyncio.to_thread(model.chat_ids, [turn.plain() for turn in wanted.messages])
+    chat, stops = model.chat, (*wanted.stops, *model.chat.stop_strings)
+    num_top = (wanted.top_logprobs or 0) if wanted.logprobs else None
+    room = _room_for_answers(
+        service.limits, model, [prompt], wanted.max_completion_tokens or wanted.max_tokens
+    )
     answering = _begin(
         service,
         wanted,
         [prompt],
-        max_tokens=wanted.max_completion_tokens or wanted.max_tokens,
-        stops=(*wanted.stops, *model.chat.stop_strings),
-        new_stream=model.chat.answer_stream,
-        top_logprobs=wanted.top_logprobs or 0,
+        _sampling(wanted, model, max_new_tokens=room, stops=stops, top_logprobs=num_top or 0),
+        num_prompt_top=wanted.prompt_logprobs,
+        new_text=lambda _prompt: AnswerText(chat, chat.answer_stream(stops), num_top=num_top),
     )
-    form = ChatForm(_new_id("chatcmpl"), wanted.model, model.chat, has_logprobs=bool(wanted.logprobs))
+    form = ChatForm(
+        _new_id("chatcmpl"),
+        wanted.model,
+        chat,
+        has_logprobs=num_top is not None,
+        num_prompt_logprobs=wanted.prompt_logprobs,
+    )
     return await _respond(answering, form, wanted, request)
 
 
@@ -128,20 +145,38 @@ async def _complete_text(
     model = service.model(wanted.model)
     if not wanted.prompts():
         raise Problem(400, "prompt: it is an empty list", param="prompt")
+    given = wanted.prompts()
     prompts = [
         await asyncio.to_thread(model.text_ids, prompt) if isinstance(prompt, str) else prompt
-        for prompt in wanted.prompts()
+        for prompt in given
     ]
+    chat, num_top = model.chat, wanted.logprobs
+
+    def new_text(index: int) -> AnswerText:
+        ids = prompts[index]
+        echo = Echo.of(given[index], ids, chat) if wanted.echo else None
+        stream = chat.text_stream(wanted.stops, behind=ids)
+        return AnswerText(chat, stream, behind=ids, echo=echo, num_top=num_top)
+
+    scored = [
+        count for count in (num_top if wanted.echo else None, wanted.prompt_logprobs) if count is not None
+    ]
+    room = _room_for_answers(service.limits, model, prompts, wanted.max_tokens, cuts=True)
     answering = _begin(
         service,
         wanted,
         prompts,
-        max_tokens=wanted.max_tokens,
-        stops=wanted.stops,
-        new_stream=model.chat.text_stream,
-        top_logprobs=wanted.logprobs or 0,
+        _sampling(wanted, model, max_new_tokens=room, stops=wanted.stops, top_logprobs=num_top or 0),
+        num_prompt_top=max(scored, default=None),
+        new_text=new_text,
     )
-    form = TextForm(_new_id("cmpl"), wanted.model, model.chat, has_logprobs=wanted.logprobs is not None)
+    form = TextForm(
+        _new_id("cmpl"),
+        wanted.model,
+        chat,
+        has_logprobs=num_top is not None,
+        num_prompt_logprobs=wanted.prompt_logprobs,
+    )
     return await _respond(answering, form, wanted, request)
 
 
@@ -158,23 +193,43 @@ def _begin(
     service: Service,
     wanted: SamplingRequest,
     prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
     *,
-    max_tokens: int | None,
-    stops: tuple[str, ...],
-    new_stream: Callable[[Sequence[str]], TextStream],
-    top_logprobs: int,
+    num_prompt_top: int | None,
+    new_text: Callable[[int], AnswerText],
 ) -> Answering:
     if wanted.stream_options is not None and not wanted.stream:
         raise Problem(400, "stream_options: only with stream = true", param="stream_options")
-    model, num_choices = service.model(wanted.model), wanted.n or 1
+    if wanted.prompt_logprobs is not None and wanted.stream:
+        raise Problem(400, "prompt_logprobs: not with stream = true", param="prompt_logprobs")
+    num_choices = wanted.n or 1
     if num_choices * len(prompts) > service.limits.max_choices:
         raise Problem(
             400,
             f"n: {num_choices * len(prompts)} answers, and one request may ask for {service.limits.max_choices}",
             param="n",
         )
-    sampling = Sampling(
-        max_new_tokens=_room_for_answers(service.limits, model, prompts, max_tokens),
+    seed = secrets.randbits(62) if wanted.seed is None else wanted.seed
+    asked = Wanted(
+        prompts=prompts,
+        sampling=sampling,
+        seed=seed,
+        num_choices=num_choices,
+        num_prompt_top=num_prompt_top,
+    )
+    return Answering(service.model(wanted.model), asked, new_text, service.meters)
+
+
+def _sampling(
+    wanted: SamplingRequest,
+    model: ServedModel,
+    *,
+    max_new_tokens: int,
+    stops: tuple[str, ...],
+    top_logprobs: int,
+) -> Sampling:
+    return Sampling(
+        max_new_tokens=max_new_tokens,
         temperature=_temperature(wanted),
         top_p=wanted.top_p or None,
         top_k=wanted.top_k,
@@ -183,16 +238,6 @@ def _begin(
         stop_token_ids=model.chat.stop_token_ids,
         stop_strings=stops,
         top_logprobs=top_logprobs,
-    )
-    seed = secrets.randbits(62) if wanted.seed is None else wanted.seed
-    return Answering(
-        model,
-        prompts,
-        sampling,
-        seed=seed,
-        num_choices=num_choices,
-        new_stream=new_stream,
-        meters=service.meters,
     )
 
 
@@ -205,9 +250,17 @@ def _temperature(wanted: SamplingRequest) -> float:
 
 
 def _room_for_answers(
-    limits: RequestLimits, model: ServedModel, prompts: Sequence[Sequence[int]], wanted: int | None
+    limits: RequestLimits,
+    model: ServedModel,
+    prompts: Sequence[Sequence[int]],
+    wanted: int | None,
+    *,
+    cuts: bool = False,
 ) -> int:
-    """The most new tokens. Raises Problem where prompt, limits and context leave no room for what is wanted."""
+    """The most new tokens. Raises Problem where prompt, limits and context leave no room for what is wanted.
+
+    cuts: give fewer than wanted where the context ends sooner; without it the caller is to shorten the prompt.
+    """
     context, longest = model.thread.max_tokens, max(map(len, prompts))
     if limits.max_prompt_tokens is not None and longest > limits.max_prompt_tokens:
         raise Problem(
@@ -216,7 +269,7 @@ def _room_for_answers(
             code="prompt_too_long",
         )
     room = context - longest
-    if room < 1 or (wanted is not None and wanted > room):
+    if room < 1 or (wanted is not None and wanted > room and not cuts):
         asked = f" and {wanted} new ones" if wanted is not None else ""
         raise Problem(
             400,

@@ -50,6 +50,9 @@ token."""
 _NEXT_QUESTION = "\n\nHuman:"
 _FIRST_TOKEN = r"{{- bos_token -}}"
 
+_ENOUGH_CONTEXT = 8
+"""Tokens before a text that decide how its first ones are written."""
+
 _HOLES = re.compile(HOLE.format("([0-9]+)"))
 
 
@@ -117,9 +120,19 @@ class ChatFormat:
         """`decode` of an answer, piece by piece."""
         return TextStream(self._text_of, stops=stops, lead=self._shape.lead, before_end=self._before_end)
 
-    def text_stream(self, stops: Sequence[str] = ()) -> TextStream:
-        """What goes on where `text_ids` ends, piece by piece; nothing is taken off it."""
-        return TextStream(self._text_of, stops=stops)
+    def text_stream(self, stops: Sequence[str] = (), *, behind: Sequence[int] = ()) -> TextStream:
+        """What goes on where `text_ids` ends, piece by piece; nothing is taken off it.
+
+        behind: the ids that it goes on. Some tokenizers write the first token of a text without its space; behind a
+        special token a text begins anew.
+        """
+        tail = list(behind[-_ENOUGH_CONTEXT:])
+        begins_anew = bool(tail) and tail[-1] in (*self.stop_token_ids, *self.tokenizer.all_special_ids)
+        if begins_anew or self._text_of(tail).endswith(
+            "\ufffd"
+        ):  # half a character is no place to go on from
+            tail = []
+        return TextStream(self._text_of, stops=stops, behind=tail)
 
     def encode_prompts(self, rows: Sequence[Sequence[Message]]) -> list[list[int]]:
         """`prompt_ids` of many conversations at once, which is much faster."""

@@ -19,19 +19,26 @@ class TextStream:
         stops: Sequence[str] = (),
         lead: str = "",
         before_end: str = "",
+        behind: Sequence[int] = (),
     ) -> None:
-        """decode: the text of any stretch of ids. lead, before_end: taken off the text's two ends, once."""
+        """decode: the text of any stretch of ids. lead, before_end: taken off the text's two ends, once. behind: ids
+        whose text the new one goes on; none if it stands alone.
+        """
         self._decode = decode
         self._lead = lead
         self._before_end = before_end
         self._stops = [stop for stop in stops if stop]
-        self._ids: list[int] = []
+        self.goes_on = bool(behind)
+        """The text stands behind another one."""
+        self._ids: list[int] = list(behind)
         self._context = 0
         """The ids before this one cannot change how new ones read."""
-        self._read = 0
+        self._read = len(self._ids)
         """The ids before this one are text already."""
         self._held = ""
         """Text that may belong to the lead, a stop string or what stands before the end."""
+        self.taken_lead = ""
+        """The lead, once it was taken off; empty where the text began otherwise."""
         self.has_stopped = False
         """A stop string was completed; what comes after it is not read."""
 
@@ -62,7 +69,9 @@ class TextStream:
         if text != self._lead and self._lead.startswith(text) and not is_last:
             self._held = text
             return ""
-        text, self._lead = text.removeprefix(self._lead), ""
+        if self._lead and text.startswith(self._lead):
+            text, self.taken_lead = text.removeprefix(self._lead), self._lead
+        self._lead = ""
         ends = [place for stop in self._stops if (place := text.find(stop)) >= 0]
         if ends:
             self.has_stopped = True
