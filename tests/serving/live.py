@@ -12,7 +12,6 @@ from typing import Any
 
 import httpx
 import torch
-import uvicorn
 from fastapi import FastAPI
 
 from dovetail.inference.loading import LoadedChat
@@ -20,6 +19,7 @@ from dovetail.serving.app import create_app
 from dovetail.serving.served_model import EngineSettings, ServedModel
 from dovetail.serving.server import DrainingServer
 from dovetail.text.chat_format import ChatFormat
+from dovetail.web.listening import server_config
 from tests.fakes import byte_tokenizer, tiny_model
 
 CPU = EngineSettings(device="cpu", max_running=8, max_waiting=4, cache_tokens=4096)
@@ -56,7 +56,7 @@ def live(models: Sequence[ServedModel] | None = None, **options: Any) -> Iterato
     """The server over these models."""
     models = [tiny_served()] if models is None else models
     app = create_app(models, **options)
-    config = uvicorn.Config(app, log_level="warning", lifespan="on", timeout_graceful_shutdown=1)
+    config = server_config(app, lifespan="on", timeout_graceful_shutdown=1)
     server = DrainingServer(config, app.state.drain, drain_seconds=5)
     with socket.create_server(("127.0.0.1", 0)) as listening:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})

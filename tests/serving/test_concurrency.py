@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 
 from dovetail.cli.main import main
 from dovetail.engine.modules import PackedModules
@@ -122,6 +123,51 @@ def test_an_engine_that_fails_says_so_and_goes_on(monkeypatch: pytest.MonkeyPatc
             == "engine_failed"
         )
         assert server.chat().status_code == 200
+
+
+def failing_with(monkeypatch: pytest.MonkeyPatch, error: Exception, times: int) -> None:
+    """The next so many forwards fail."""
+    whole, failures = PackedModules.next_logits, [error] * times
+
+    def failing(self: PackedModules, *arguments: Any) -> Any:
+        if failures:
+            raise failures.pop()
+        return whole(self, *arguments)
+
+    monkeypatch.setattr(PackedModules, "next_logits", failing)
+
+
+def ready(server: Live) -> tuple[int, str]:
+    response = httpx.get(f"{server.url}/ready")
+    return response.status_code, response.json()["status"]
+
+
+def test_an_engine_that_fails_again_and_again_is_not_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    with live([tiny_served("tiny"), tiny_served("other", seed=1)]) as server:
+        failing_with(monkeypatch, RuntimeError("out of luck"), 3)
+        assert [server.chat().status_code for _ in range(2)] == [503, 503]
+        assert ready(server) == (200, "ready")
+        assert server.chat().status_code == 503
+        assert ready(server) == (503, "the engine of tiny has failed")
+        assert server.chat(model="other").status_code == 200
+        assert ready(server)[0] == 503
+        assert server.chat().status_code == 200
+        assert ready(server) == (200, "ready")
+
+
+def test_an_engine_that_lost_its_device_has_failed_for_good(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with live([tiny_served("tiny"), tiny_served("other", seed=1)]) as server:
+        failing_with(monkeypatch, torch.AcceleratorError("CUDA error: device-side assert"), 1)
+        for _ in range(2):
+            response = server.chat()
+            assert response.status_code == 503
+            assert response.json()["error"]["code"] == "engine_failed"
+        assert "failed for good: CUDA error: device-side assert" in response.json()["error"]["message"]
+        assert ready(server) == (503, "the engine of tiny has failed")
+        assert server.chat(model="other").status_code == 200
+    assert "CUDA error" in capfd.readouterr().err
 
 
 @pytest.fixture(scope="module")

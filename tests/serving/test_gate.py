@@ -10,10 +10,12 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+from fastapi import APIRouter
 from prometheus_client.parser import text_string_to_metric_families
 
 from dovetail.cli.main import main
 from dovetail.errors import ConfigError
+from dovetail.serving.app import Section
 from dovetail.serving.gate import Rate, RequestLimits
 from dovetail.serving.keys import ApiKeys, add_key, hash_of, read_keys
 from tests.serving.live import live, until
@@ -132,6 +134,49 @@ def test_too_many_requests_get_429_and_when_to_come_back() -> None:
         assert 1 <= int(response.headers["retry-after"]) <= 31
         assert response.json()["error"]["code"] == "rate_limit_exceeded"
         assert httpx.get(f"{server.url}/v1/models").status_code == 200
+
+
+def test_wrong_keys_count_and_right_ones_go_on() -> None:
+    limits, keys = RequestLimits(requests_per_minute=2), ApiKeys({"alice": hash_of("right")})
+    with live(limits=limits, keys=keys) as server:
+
+        def status(key: str, path: str = "/v1/models") -> int:
+            return httpx.get(server.url + path, headers={"Authorization": f"Bearer {key}"}).status_code
+
+        assert [status("a"), status("b", "/metrics"), status("c"), status("d", "/metrics")] == [
+            401,
+            401,
+            429,
+            429,
+        ]
+        assert status("right") == 200
+        assert httpx.get(f"{server.url}/v1/models").status_code == 401
+
+
+def test_logins_of_other_pages_count() -> None:
+    router = APIRouter()
+
+    @router.post("/mine/login")
+    async def log_in() -> str:
+        return "in"
+
+    @router.post("/mine/work")
+    async def work() -> str:
+        return "done"
+
+    section = Section("Mine", "/mine", router, logins=("/mine/login",))
+    with live(limits=RequestLimits(requests_per_minute=2), sections=[section]) as server:
+        assert [httpx.post(f"{server.url}/mine/login").status_code for _ in range(4)] == [200, 200, 429, 429]
+        assert [httpx.post(f"{server.url}/mine/work").status_code for _ in range(4)] == [200] * 4
+
+
+@pytest.mark.parametrize("path", ["/", "/health", "/ready", "/metrics", "/web/chat.js", "/v1/models"])
+def test_head_is_answered_where_get_is_without_the_body(path: str) -> None:
+    with live() as server:
+        head, get = httpx.head(server.url + path), httpx.get(server.url + path)
+        assert (head.status_code, head.content) == (200, b"")
+        assert head.headers["content-type"] == get.headers["content-type"]
+        assert httpx.head(f"{server.url}/none").status_code == 404
 
 
 @pytest.mark.parametrize("origins", [(), ("http://page.example",)])

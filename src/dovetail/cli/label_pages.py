@@ -119,7 +119,8 @@ def label_section(
             options["supply"] = supply.state
             beside = supply.running()
         print_links(store, (), base)
-        yield Section("Label", "/label/", labelling_router(store, project_id, **options), beside)
+        router = labelling_router(store, project_id, **options)
+        yield Section("Label", "/label/", router, logins=("/label/api/login",), while_serving=beside)
 
 
 def served_answerers(served: Sequence["ServedModel"], names: Sequence[str]) -> list["Answerer"]:

@@ -14,6 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from dovetail.errors import DovetailError
 from dovetail.preferences.database import ConflictError, NotFoundError
@@ -43,6 +44,8 @@ class GuardedRoute(APIRoute):
                 response = await handle(_LimitedRequest(request.scope, request.receive))
             except RequestValidationError as error:
                 response = _invalid(error)
+            except ClientDisconnect:
+                response = problem(499, "the client left", None)
             except HTTPException as error:
                 response = problem(error.status_code, str(error.detail), None)
             except DovetailError as error:

@@ -14,6 +14,7 @@ import uvicorn
 from fastapi import APIRouter, FastAPI
 from fastapi.responses import RedirectResponse, Response
 
+from dovetail.web.head_requests import HeadRequests
 from dovetail.web.host_names import HostNames
 from dovetail.web.listening import Listening
 
@@ -25,6 +26,7 @@ def labelling_app(router: APIRouter, *, host_names: Sequence[str] = ()) -> FastA
     """
     app = FastAPI(title="Dovetail labelling", docs_url=None, redoc_url=None)
     app.add_middleware(HostNames, names=host_names)
+    app.add_middleware(HeadRequests)
     app.include_router(router)
 
     @app.get("/", include_in_schema=False)

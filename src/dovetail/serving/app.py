@@ -25,6 +25,7 @@ from dovetail.serving.meters import Meters
 from dovetail.serving.pages import chat_pages
 from dovetail.serving.routes import Service, api_routes
 from dovetail.serving.served_model import ServedModel
+from dovetail.web.head_requests import HeadRequests
 from dovetail.web.host_names import HostNames
 
 
@@ -37,6 +38,8 @@ class Section:
     path: str
     """Where they begin."""
     router: APIRouter
+    logins: Sequence[str] = ()
+    """Paths at which somebody logs in: they count towards the rate of their address."""
     while_serving: AbstractContextManager[object] = field(default_factory=nullcontext)
     """Entered when the engines have started, left before they end."""
 
@@ -90,12 +93,14 @@ def create_app(
         *(section.router for section in sections),
     ):
         app.include_router(router)
-    app.add_middleware(Gate, limits=limits, keys=keys, meters=meters, drain=drain)
+    logins = frozenset(path for section in sections for path in section.logins)
+    app.add_middleware(Gate, limits=limits, keys=keys, meters=meters, drain=drain, logins=logins)
     if cors_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=list(cors_origins), allow_methods=["*"], allow_headers=["*"]
         )
     app.add_middleware(HostNames, names=host_names)
+    app.add_middleware(HeadRequests)
     return app
 
 
@@ -111,7 +116,8 @@ def _operations(models: Sequence[ServedModel], meters: Meters, drain: Drain) -> 
     @router.get("/ready", responses={503: {"description": "starting, stopping or failed"}})
     async def ready() -> JSONResponse:
         """Requests can come."""
-        status = "ready" if all(model.thread.is_alive for model in models) else "engine stopped"
+        failing = [model.name for model in models if not model.thread.can_answer]
+        status = f"the engine of {', '.join(failing)} has failed" if failing else "ready"
         if drain.has_begun:
             status = "stopping"
         return JSONResponse({"status": status}, 200 if status == "ready" else 503)

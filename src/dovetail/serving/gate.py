@@ -10,7 +10,8 @@ Only the paths of the API need a key; pages of other parts of the server have lo
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from starlette.datastructures import Headers
@@ -36,7 +37,7 @@ class RequestLimits:
     max_choices: int = 16
     """Answers that one request may ask for, all its prompts together."""
     requests_per_minute: float | None = None
-    """Of one key, or of one address where no keys are asked for."""
+    """Of one key, or of one address where no keys are asked for. Of one address also wrong keys and logins."""
 
 
 class Rate:
@@ -74,9 +75,18 @@ class Gate:
     """The outermost layer of the application."""
 
     def __init__(
-        self, app: ASGIApp, *, limits: RequestLimits, keys: ApiKeys | None, meters: Meters, drain: Drain
+        self,
+        app: ASGIApp,
+        *,
+        limits: RequestLimits,
+        keys: ApiKeys | None,
+        meters: Meters,
+        drain: Drain,
+        logins: Collection[str] = (),
     ) -> None:
+        """logins: paths beside the API at which somebody logs in."""
         self._app = app
+        self._logins = logins
         self._limits = limits
         self._keys = keys
         self._rate = Rate(limits.requests_per_minute) if limits.requests_per_minute else None
@@ -94,14 +104,13 @@ class Gate:
                 statuses[0] = message["status"]
             await send(message)
 
-        self._drain.num_open += 1
         try:
             body = await self._admit(scope, receive)
-            await self._app(scope, _replay(body, receive) if body is not None else receive, noting)
+            with self._drain.holding():  # not before: whoever does not finish a request holds nothing up
+                await self._app(scope, _replay(body, receive) if body is not None else receive, noting)
         except Problem as problem:  # of the gate; the application answers its own
             await problem.response()(scope, receive, noting)
         finally:
-            self._drain.num_open -= 1
             self._meters.request_done(scope, statuses[0], time.perf_counter() - began)
 
     async def _admit(self, scope: Scope, receive: Receive) -> bytes | None:
@@ -112,21 +121,27 @@ class Gate:
             raise Problem(503, "the server is stopping", code="stopping", headers={"Retry-After": "5"})
         if scope["path"].startswith(_GUARDED):
             caller = self._caller(scope, headers)
-            if has_body and self._rate is not None and (seconds := self._rate.wait(caller)):
-                raise Problem(
-                    429,
-                    f"more than {self._limits.requests_per_minute:g} requests a minute; "
-                    f"try again in {seconds:.1f} s",
-                    code="rate_limit_exceeded",
-                    headers={"Retry-After": str(int(seconds) + 1)},
-                )
+            if has_body:
+                self._count(caller)
+        elif has_body and scope["path"] in self._logins:
+            self._count(_address(scope))
         return await self._body(headers, receive) if has_body else None
+
+    def _count(self, caller: str) -> None:
+        """Count a request of this caller. Raises Problem if there were too many."""
+        if self._rate is not None and (seconds := self._rate.wait(caller)):
+            raise Problem(
+                429,
+                f"more than {self._limits.requests_per_minute:g} requests a minute; "
+                f"try again in {seconds:.1f} s",
+                code="rate_limit_exceeded",
+                headers={"Retry-After": str(int(seconds) + 1)},
+            )
 
     def _caller(self, scope: Scope, headers: Headers) -> str:
         """Whose request it is: a key's owner, or an address. Raises Problem for a wrong or missing key."""
         if self._keys is None:
-            client = scope.get("client")
-            return client[0] if client else "unknown"
+            return _address(scope)
         scheme, _, key = headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not key:
             raise Problem(
@@ -137,13 +152,14 @@ class Gate:
             )
         owner = self._keys.owner(key.strip())
         if owner is None:
+            self._count(_address(scope))
             raise Problem(
                 401,
                 "this API key is not known",
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
-        return owner
+        return f"key {owner}"
 
     async def _body(self, headers: Headers, receive: Receive) -> bytes:
         most = self._limits.max_body_bytes
@@ -169,6 +185,20 @@ class Drain:
     def __init__(self) -> None:
         self.has_begun = False
         self.num_open = 0
+
+    @contextmanager
+    def holding(self) -> Iterator[None]:
+        """Keep the server running until the block ends."""
+        self.num_open += 1
+        try:
+            yield
+        finally:
+            self.num_open -= 1
+
+
+def _address(scope: Scope) -> str:
+    client = scope.get("client")
+    return f"address {client[0]}" if client else "unknown"
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

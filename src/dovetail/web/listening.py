@@ -6,6 +6,7 @@ Not responsible for: what is answered there (serving/, labelling/), which names 
 
 from __future__ import annotations
 
+import logging
 import socket
 import ssl
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from typing import Any
 import uvicorn
 
 from dovetail.errors import ConfigError
+from dovetail.web.connections import PatientProtocol, is_worth_telling
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +50,22 @@ class Listening:
         """uvicorn's settings for an application behind this socket."""
         if self.certificate is not None:
             options |= {"ssl_certfile": self.certificate.chain, "ssl_keyfile": self.certificate.key}
-        return uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, **options)
+        return server_config(app, **options)
+
+
+def server_config(app: Any, **options: Any) -> uvicorn.Config:
+    """Make the settings that both servers give uvicorn."""
+    config = uvicorn.Config(
+        app,
+        http=PatientProtocol,
+        ws="none",
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        **options,
+    )
+    logging.getLogger("uvicorn.error").addFilter(is_worth_telling)
+    return config
 
 
 @contextmanager
