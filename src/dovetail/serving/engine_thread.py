@@ -86,6 +86,24 @@ class Ticket:
         )
 
 
+class PromptScores:
+    """Scores of the prompts that arrived together: each is computed once, however many answers are drawn to it."""
+
+    def __init__(self, serve: Serve | None) -> None:
+        assert serve is not None
+        self._serve = serve
+        self._scores: dict[tuple[Sequence[int], int], Sequence[TokenScore]] = {}
+
+    def give(self, ticket: Ticket) -> None:
+        """Put the scores on the ticket if it asks for them. Raises what the model fails with."""
+        if ticket.num_prompt_top is None:
+            return
+        key = (ticket.answer.prompt, ticket.num_prompt_top)
+        if key not in self._scores:
+            self._scores[key] = self._serve.prompt_scores(*key)
+        ticket.prompt_scores = self._scores[key]
+
+
 class EngineThread:
     """Start it, submit tickets from any thread, close it. Listeners are called through `post`."""
 
@@ -142,7 +160,7 @@ class EngineThread:
             if self._is_closing:
                 raise EngineFailed("the server is stopping", hint="try again when it is back")
             if self._failure is not None:
-                raise self._ended(self._failure)
+                raise _ended(self._failure)
             num_open = len(self._arrived) + len(self._under_way)
             if num_open + len(tickets) > self._max_open:
                 raise QueueFull(
@@ -213,27 +231,19 @@ class EngineThread:
             arrived = [ticket for ticket in self._arrived if not ticket.is_cancelled]
             self._arrived.clear()
             self._under_way += arrived
-        scored: dict[tuple[Sequence[int], int], Sequence[TokenScore]] = {}
+        scored = PromptScores(self._serve)
         return [ticket.answer for ticket in arrived if self._score_prompt(ticket, scored)]
 
-    def _score_prompt(
-        self, ticket: Ticket, scored: dict[tuple[Sequence[int], int], Sequence[TokenScore]]
-    ) -> bool:
-        """Score the prompt where that is asked for, once for all answers to it; False: it failed, and was told."""
-        if ticket.num_prompt_top is None:
-            return True
-        assert self._serve is not None
-        key = (ticket.answer.prompt, ticket.num_prompt_top)
+    def _score_prompt(self, ticket: Ticket, scored: PromptScores) -> bool:
+        """Score the prompt where that is asked for; False: it failed, and was told."""
         try:
-            if key not in scored:
-                scored[key] = self._serve.prompt_scores(*key)
+            scored.give(ticket)
         except Exception as error:  # most often memory; the others' answers go on
             warn(f"a prompt could not be scored: {error}\n{traceback.format_exc()}")
             with self._changed:
                 self._under_way.remove(ticket)
             self._tell([(ticket, Progress(error=EngineFailed(f"the prompt could not be scored: {error}")))])
             return False
-        ticket.prompt_scores = scored[key]
         return True
 
     def _submit_when_possible(self, ticket: Ticket, is_cancelled: Callable[[], bool]) -> None:
@@ -256,7 +266,7 @@ class EngineThread:
                 self._failure = error
                 left, self._arrived, self._under_way = [*self._under_way, *self._arrived], [], []
             ready.set()
-            self._tell([(ticket, Progress(error=self._ended(error))) for ticket in left])
+            self._tell([(ticket, Progress(error=_ended(error))) for ticket in left])
 
     def _answer(self) -> None:
         """Until the thread is to end, or the engine fails; then it can be tried again."""
@@ -274,9 +284,6 @@ class EngineThread:
             self._tell([(ticket, Progress(error=reason)) for ticket in failed])
             if isinstance(error, torch.AcceleratorError):
                 raise  # the process has lost the device: nothing it computes there is right any more
-
-    def _ended(self, failure: Exception) -> EngineFailed:
-        return EngineFailed(f"the engine has failed for good: {failure}", hint="start the server again")
 
     def _report(self) -> None:
         """Tell everybody what they got; let go who has all."""
@@ -297,3 +304,7 @@ class EngineThread:
                 ticket.on_progress(progress)
 
         self._post(deliver)
+
+
+def _ended(failure: Exception) -> EngineFailed:
+    return EngineFailed(f"the engine has failed for good: {failure}", hint="start the server again")

@@ -50,9 +50,6 @@ token."""
 _NEXT_QUESTION = "\n\nHuman:"
 _FIRST_TOKEN = r"{{- bos_token -}}"
 
-_ENOUGH_CONTEXT = 8
-"""Tokens before a text that decide how its first ones are written."""
-
 _HOLES = re.compile(HOLE.format("([0-9]+)"))
 
 
@@ -126,13 +123,8 @@ class ChatFormat:
         behind: the ids that it goes on. Some tokenizers write the first token of a text without its space; behind a
         special token a text begins anew.
         """
-        tail = list(behind[-_ENOUGH_CONTEXT:])
-        begins_anew = bool(tail) and tail[-1] in (*self.stop_token_ids, *self.tokenizer.all_special_ids)
-        if begins_anew or self._text_of(tail).endswith(
-            "\ufffd"
-        ):  # half a character is no place to go on from
-            tail = []
-        return TextStream(self._text_of, stops=stops, behind=tail)
+        begins_anew = behind and behind[-1] in (*self.stop_token_ids, *self.tokenizer.all_special_ids)
+        return TextStream(self._text_of, stops=stops, behind=() if begins_anew else behind)
 
     def encode_prompts(self, rows: Sequence[Sequence[Message]]) -> list[list[int]]:
         """`prompt_ids` of many conversations at once, which is much faster."""

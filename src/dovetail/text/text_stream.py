@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+_ENOUGH_CONTEXT = 8
+"""Tokens before a text that decide how its first ones are written."""
+
 
 class TextStream:
     """Token ids in, new text out as soon as its characters are whole and nothing can still take them away."""
@@ -28,9 +31,10 @@ class TextStream:
         self._lead = lead
         self._before_end = before_end
         self._stops = [stop for stop in stops if stop]
-        self.goes_on = bool(behind)
-        """The text stands behind another one."""
-        self._ids: list[int] = list(behind)
+        before = list(behind[-_ENOUGH_CONTEXT:])
+        self.goes_on = bool(before) and not decode(before).endswith("\ufffd")
+        """The text stands behind another one; half a character is no place to go on from."""
+        self._ids: list[int] = before if self.goes_on else []
         self._context = 0
         """The ids before this one cannot change how new ones read."""
         self._read = len(self._ids)
