@@ -90,8 +90,10 @@ def finished(folder: Path, name: str, which: Which | None, dtype: "torch.dtype")
 
 def loaded(path: str, dtype: "torch.dtype") -> tuple[Any, Any]:
     """A causal LM or reward model with its tokenizer."""
+    from dovetail.model.load import is_reward_model
+
     model = ModelConfig(path=path)
-    return _scalar(model, dtype, seed=0) if _is_reward_model(Path(path)) else _causal_lm(model, dtype)
+    return _scalar(model, dtype, seed=0) if is_reward_model(path) else _causal_lm(model, dtype)
 
 
 def merged_adapter(adapter: "AdapterFolder", dtype: "torch.dtype") -> tuple[Any, Any]:
@@ -183,8 +185,3 @@ def _tokenizer(settings: ModelConfig) -> Any:
 def _place(settings: ModelConfig) -> dict[str, Any]:
     """Which version is loaded, and to where."""
     return {"device": "cpu", **settings.model_dump(include={"revision", "trust_remote_code"})}
-
-
-def _is_reward_model(folder: Path) -> bool:
-    file = folder / "config.json"
-    return file.is_file() and "ForSequenceClassification" in file.read_text(encoding="utf-8")

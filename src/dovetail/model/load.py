@@ -17,30 +17,30 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     GgufConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from dovetail.errors import ModelError
 from dovetail.model.copies import copy_of
+from dovetail.model.deepspeed_chat import is_deepspeed_chat_reward, new_names
 from dovetail.model.dropout import disable_dropout
 from dovetail.model.finite import first_not_finite
 from dovetail.model.forward import plain_model
 from dovetail.model.generation_defaults import repaired
 from dovetail.model.linear_logprobs import head_of
 from dovetail.model.padding import num_rows
+from dovetail.model.place import existing, gguf_in
 from dovetail.model.probe import expect_no_noise, probe
 from dovetail.model.quantised import as_plain, ask_for_plain_weights, leftover_scales
 from dovetail.model.save import save_model
 from dovetail.model.scalar import scalar_model_from, with_scalar_head
+from dovetail.model.scalar_class import SCALAR, scalar_class_of
 from dovetail.telemetry.log import warn
 from dovetail.text.chat_format import ChatFormat, template_ids
-from dovetail.text.hub_names import expect_available, no_network_hint
-from dovetail.text.model_folder import expect_downloaded, is_adapter
+from dovetail.text.hub_names import no_network_hint
 from dovetail.text.quiet import quiet
 
 __all__ = [
@@ -55,7 +55,6 @@ __all__ = [
 ]
 
 _OTHER_HEADS = ("ForTokenClassification", "ForQuestionAnswering", "ForMaskedLM", "ForMultipleChoice")
-_SCALAR = "ForSequenceClassification"
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 """The number of a layer in the name of a weight."""
 _ONE_PLACE = "take config.json and the weights from one and the same place; save or download the model again"
@@ -73,7 +72,7 @@ def load_causal_lm(
 
     Raises ModelError if it is not there, is of another kind, or lacks any weight.
     """
-    name = _existing(path, revision)
+    name = existing(path, revision)
     model = _read_causal_lm(name, dtype, revision=revision, trust_remote_code=trust_remote_code)
     _make_ready(name, model, device)
     _expect_known_head(model)
@@ -94,11 +93,16 @@ def load_scalar_model(
 
     pad_token_id: for the config; None keeps what a finished one has.
     """
-    name = _existing(path, revision)
+    name = existing(path, revision)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    if _gguf_file(name) is None and _is_scalar(_read_config(name, options)):
-        auto: Any = AutoModelForSequenceClassification
-        model = _read_weights(auto, name, dtype, _read_config(name, options), options)
+    if gguf_in(name) is None and _has_scalar_head(name, config := _read_config(name, options)):
+        scalar_class = scalar_class_of(config)
+        if not _is_scalar(config):
+            config.num_labels = 1
+            with explained(name), torch.device("meta"):
+                prefix = scalar_class.from_config(config).base_model_prefix
+            options |= {"config": config, "key_mapping": new_names(prefix)}
+        model = _read_weights(scalar_class, name, dtype, config, options)
         if model.config.num_labels != 1:
             raise ModelError(
                 f"{name} gives {model.config.num_labels} numbers per text; a reward model gives one",
@@ -117,8 +121,8 @@ def read_config(
     path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedConfig | None:
     """The configuration of a model, without its weights; None for a .gguf file, which has it among them."""
-    name = _existing(path, revision)
-    if _gguf_file(name) is not None:
+    name = existing(path, revision)
+    if gguf_in(name) is not None:
         return None
     config: PreTrainedConfig = _read_config(
         name, {"revision": revision, "trust_remote_code": trust_remote_code}
@@ -131,16 +135,23 @@ def expect_supported(
 ) -> None:
     """Raise ModelError for a model of a kind that is never supported; no weight is read."""
     config = read_config(path, revision=revision, trust_remote_code=trust_remote_code)
-    if config is not None and not _is_scalar(config):
+    if config is not None and not _has_scalar_head(str(path), config):
         expect_causal_lm(str(path), config)
+
+
+def is_reward_model(
+    path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
+) -> bool:
+    """Whether it is a finished reward model, ours, anybody's in transformers, or DeepSpeed-Chat's."""
+    config = read_config(path, revision=revision, trust_remote_code=trust_remote_code)
+    return config is not None and _has_scalar_head(str(path), config)
 
 
 def expect_reward_head(
     path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> None:
     """Raise ModelError unless it is a finished reward model, whose scores are to be believed."""
-    config = read_config(path, revision=revision, trust_remote_code=trust_remote_code)
-    if config is None or not _is_scalar(config):
+    if not is_reward_model(path, revision=revision, trust_remote_code=trust_remote_code):
         raise ModelError(
             f"{path} is a language model without a reward head: its scores would be noise",
             hint="train stage 2 first (dovetail reward), or give a finished reward model",
@@ -176,7 +187,7 @@ def _read_causal_lm(
     name: str, dtype: torch.dtype, *, revision: str | None, trust_remote_code: bool
 ) -> PreTrainedModel:
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    gguf = _gguf_file(name)
+    gguf = gguf_in(name)
     if gguf is not None:
         plain = {"gguf_file": gguf.name, "quantization_config": GgufConfig(dequantize=True)}
         model = as_plain(_complete(AutoModelForCausalLM, str(gguf.parent), dtype, plain), dtype)
@@ -199,9 +210,9 @@ def expect_causal_lm(name: str, config: Any) -> None:
             f"{name} is a {config.model_type}: encoder-decoder models are not supported", hint=text_model
         )
     for architecture in config.architectures or ():
-        if architecture.endswith((*_OTHER_HEADS, _SCALAR)):
+        if architecture.endswith((*_OTHER_HEADS, SCALAR)):
             raise ModelError(f"{name} is a {architecture}, not a causal language model", hint=text_model)
-    is_known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or hasattr(config, "auto_map")
+    is_known = type(config) in AutoModelForCausalLM._model_mapping or hasattr(config, "auto_map")
     for kind in ("vision", "audio"):
         if not is_known and getattr(config, f"{kind}_config", None) is not None:
             raise ModelError(
@@ -299,59 +310,11 @@ def _read_config(name: str, options: dict[str, Any]) -> Any:
 
 
 def _is_scalar(config: Any) -> bool:
-    return any(architecture.endswith(_SCALAR) for architecture in config.architectures or ())
+    return any(architecture.endswith(SCALAR) for architecture in config.architectures or ())
 
 
-def _existing(path: str | Path, revision: str | None = None) -> str:
-    """The path or hub name; refuses local paths that hold no model before anybody asks the hub for them."""
-    given, place = str(path), Path(path).expanduser()
-    if place.is_dir():
-        expect_downloaded(place)
-        has_model = (place / "config.json").exists() or _gguf_file(str(place)) is not None
-        if is_adapter(place) or not has_model:
-            raise ModelError(
-                f"{given} holds no model: it has "
-                + ("an adapter alone" if has_model else "neither config.json nor a .gguf file"),
-                hint=_what_lies_in(place),
-            )
-        return str(place)
-    is_path = given.endswith(".gguf")
-    expect_available(given, kind="model", error=ModelError, is_path=is_path, revision=revision)
-    if place.is_file():
-        expect_downloaded(place)
-    if place.is_file() and place.suffix != ".gguf":
-        raise ModelError(
-            f"{given} is a single file", hint="give the folder that holds config.json and the weights"
-        )
-    return str(place) if place.exists() else given
-
-
-def _what_lies_in(folder: Path) -> str:
-    if (folder / "adapter_config.json").exists():
-        return (
-            "it is a LoRA adapter: give the merged model's folder, beside it and without `_adapter`, or merge it with "
-            "`dovetail export`"
-        )
-    inside = sorted(child.name for child in folder.iterdir() if (child / "config.json").exists())
-    if inside:
-        return f"there are models inside it: {', '.join(str(folder / name) for name in inside[:3])}"
-    return "give a folder that `save_pretrained` wrote, with config.json and model.safetensors"
-
-
-def _gguf_file(name: str) -> Path | None:
-    """The GGUF file that `name` is or holds; folders with a config.json are read as such."""
-    place = Path(name)
-    if place.suffix == ".gguf" and place.is_file():
-        return place
-    if not place.is_dir() or (place / "config.json").exists():
-        return None
-    found = sorted(place.glob("*.gguf"))
-    if len(found) > 1:
-        raise ModelError(
-            f"{place} holds {len(found)} GGUF files: {', '.join(file.name for file in found)}",
-            hint=f"name the one to load, such as {found[0]}",
-        )
-    return found[0] if found else None
+def _has_scalar_head(name: str, config: Any) -> bool:
+    return _is_scalar(config) or is_deepspeed_chat_reward(Path(name).expanduser())
 
 
 @contextmanager

@@ -3,7 +3,8 @@
 Responsible for: making one from a causal language model.
 Not responsible for: reading them from disk (load.py), using them (forward.py), centring them (heads.py).
 
-They are transformers' own `...ForSequenceClassification` classes with one label, so anybody can load them.
+They are transformers' own `...ForSequenceClassification` classes with one label, so anybody can load them, and where it
+has none the same thing for the architecture (scalar_class.py).
 
 Shapes: D width of the hidden states.
 """
@@ -13,10 +14,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import PreTrainedModel
 
 from dovetail.errors import ModelError
 from dovetail.model.copies import copy_of
+from dovetail.model.scalar_class import scalar_class_of
 
 
 def scalar_model_from(causal_lm: Any, *, seed: int, pad_token_id: int | None) -> PreTrainedModel:
@@ -74,8 +76,7 @@ def _skeleton(config: Any) -> PreTrainedModel:
     """A scalar model without memory behind its weights."""
     try:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            auto: Any = AutoModelForSequenceClassification
-            model: PreTrainedModel = auto.from_config(config)
+            model: PreTrainedModel = scalar_class_of(config).from_config(config)
     except ValueError as error:
         raise ModelError(
             f"transformers has no sequence-classification class for {config.model_type}, "
