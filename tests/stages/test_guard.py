@@ -156,3 +156,8 @@ def test_the_best_model_is_that_of_the_highest_objective_within_the_limits(
     said = capsys.readouterr().err
     assert "KL 20.5 nats per answer is above ppo.kl_limit = 20" in said
     assert "answers nearly the same to all held-out prompts" in said
+
+
+def test_a_critic_s_loss_out_of_all_proportion_is_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
+    Guard(PpoConfig()).check({**HEALTHY, "ppo/critic_loss": 3e6}, step=4)
+    assert "warning: ppo/critic_loss is 3e+06 at step 4" in capsys.readouterr().err

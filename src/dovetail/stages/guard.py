@@ -17,6 +17,7 @@ from dovetail.config.stages import PpoConfig
 from dovetail.errors import TrainingStopped
 from dovetail.rlhf.api import RLHFEngine
 from dovetail.stages.saving import save_model
+from dovetail.stages.verdict import LossWatch
 from dovetail.telemetry.log import say, warn
 
 WARN_KL_PER_TOKEN = 0.5
@@ -118,6 +119,7 @@ class Guard:
         self.first: dict[str, float] | None = None
         self.warned_at: dict[str, int] = {}
         self.lost_for = 0
+        self.losses = LossWatch()
 
     def check(self, row: Mapping[str, float], *, step: int) -> None:
         """Warn of what rollout `step` shows; raises TrainingStopped when the policy is beyond repair.
@@ -126,6 +128,7 @@ class Guard:
         are judged.
         """
         self._warn(warnings_of_the_reward(row, self.config), step)
+        self.losses.see(row, step=step)
         now = {name: row.get(f"ppo/{name}", math.nan) for name in MEASURES}
         if any(math.isnan(value) for value in now.values()):
             return

@@ -12,7 +12,8 @@ from dovetail.parallel.world import World, described_world
 from dovetail.stages import ppo, reward, sft
 from dovetail.stages.checks import refuse
 from dovetail.stages.context import Context, StageReport, open_run
-from dovetail.telemetry.log import say
+from dovetail.stages.verdict import doubts_of, shown
+from dovetail.telemetry.log import say, warn
 
 TITLES: dict[StageName, str] = {
     "sft": "stage 1: supervised fine-tuning",
@@ -60,3 +61,6 @@ def run_stages(context: Context, judge: Judge | None = None) -> None:
             context.folder.mark_done(name)
         context.world.wait()
         say(f"{TITLES[name]}: {report.steps} steps in {seconds:.0f} s -> {context.folder.model(name)}")
+        say(f"{TITLES[name]}: {shown(results)}")
+        for doubt in doubts_of(results):
+            warn(f"{TITLES[name]}: {doubt}")

@@ -50,7 +50,8 @@ def run(context: Context) -> StageReport:
     fit(task, context)
     centring = centre_on_demonstrations(model, train, context)
     save_model(model, chat.tokenizer, folder, stop_token_ids=stops)
-    return StageReport(task.total_steps, {**task.evaluate(), **centring})
+    pairs = {"held_out_pairs": float(len(judged.chosen_P))} if judged is not None else {}
+    return StageReport(task.total_steps, {**task.evaluate(), **pairs, **centring})
 
 
 def pairwise_loss(model: PreTrainedModel, micro: RankedBatch) -> SummedLoss:

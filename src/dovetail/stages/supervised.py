@@ -20,6 +20,7 @@ from dovetail.parallel.shard import give_back, world_of
 from dovetail.rlhf.build import optimizer_for
 from dovetail.stages.context import Context, resume
 from dovetail.stages.rescue import saved_on_error
+from dovetail.stages.verdict import LossWatch
 from dovetail.telemetry.log import say
 from dovetail.training.memory import TokenBudget
 from dovetail.training.schedule import learning_rate_at
@@ -74,6 +75,7 @@ def fit(task: Task, context: Context) -> Mapping[str, float]:
         check_forward(task.model, task.batch_of(order.batch(start)))
         give_back(task.model)
     results: Mapping[str, float] = {}
+    losses = LossWatch()
     with (
         context.metrics(task.stage, start=start) as metrics,
         context.progress(task.stage, total=task.total_steps, start=start) as progress,
@@ -97,6 +99,7 @@ def fit(task: Task, context: Context) -> Mapping[str, float]:
                 results = task.evaluate()
                 row |= {f"{task.stage}/{name}": value for name, value in results.items()}
                 loss = results.get("held_out_loss")
+            losses.see(row, step=done)
             metrics.record(done, row)
             progress.advance({"loss": report.loss})
             merit = None if loss is None else -loss

@@ -18,7 +18,7 @@ from dovetail.errors import DataError, RunInterrupted
 from dovetail.launch.topology import expect_enough_work
 
 
-def run(config: Any) -> None:
+def run(config: Any, *, is_checked: bool) -> None:
     rank, deed, doer = os.environ["RANK"], *os.environ["DEED"].split(":")
     if "PREFLIGHT" in os.environ:  # the run's own group follows on the preflight's
         import torch.distributed as dist
@@ -81,6 +81,9 @@ if "DEED" in os.environ:
     pipeline = ModuleType("dovetail.stages.pipeline")
     pipeline.run = run  # type: ignore[attr-defined]
     sys.modules["dovetail.stages.pipeline"] = pipeline
+    checks = ModuleType("dovetail.stages.checks")
+    checks.refuse = lambda *_: None  # type: ignore[attr-defined]
+    sys.modules["dovetail.stages.checks"] = checks
     processes._expect_possible = expect_possible
     if "PREFLIGHT" not in os.environ:
         preflight = ModuleType("dovetail.launch.preflight")
@@ -89,6 +92,7 @@ if "DEED" in os.environ:
         world = ModuleType("dovetail.parallel.world")
         world.shared_store = lambda: None  # type: ignore[attr-defined]
         world.described_world = described_world  # type: ignore[attr-defined]
+        world.World = SimpleNamespace  # type: ignore[attr-defined]
         sys.modules["dovetail.parallel.world"] = world
         stuck = ModuleType("dovetail.launch.stuck")
         stuck.watched = nullcontext  # type: ignore[attr-defined]
