@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Grid(World):
-    """As a World: this process's column, which is all that data parallelism knows."""
+    """The grid as data parallelism sees it: a World made of this process's column."""
 
     run: World = ALONE
     """All processes."""
@@ -32,7 +32,7 @@ class Grid(World):
 
     @property
     def is_first(self) -> bool:
-        """The first of all processes, of which alone there is one."""
+        """Whether this process is the first of the whole run."""
         return self.run.is_first
 
     @property
@@ -41,27 +41,27 @@ class Grid(World):
         return self.run
 
     def wait(self) -> None:
-        """Until all processes of the run are here."""
+        """Wait until all processes of the run are here."""
         self.run.wait()
 
     def aside(self) -> World:
-        """All processes of the run, for a thread beside the main one."""
+        """Return all processes of the run, for a thread beside the main one."""
         return self.run.aside()
 
     def agreed(self, value: T) -> T:
-        """The value of the row's first process."""
+        """Return the value of the row's first process."""
         box = [value]
         dist.broadcast_object_list(box, group=self.tensor.handle, group_src=0)
         return box[0]
 
     def mesh(self, device: torch.device, shard_size: int) -> DeviceMesh:
-        """The column, all of which shards together."""
+        """Return the mesh of the column, which shards together."""
         assert shard_size == self.size
         return DeviceMesh.from_group(self.group, device.type, mesh_dim_names=("shard",))
 
 
 def in_rows(world: World, width: int) -> World:
-    """The processes of `world` in rows of `width`; `world` itself if that is 1. A collective.
+    """Arrange the processes of `world` in rows of `width`; returns `world` itself if that is 1. A collective.
 
     Raises ConfigError if the processes do not come out even.
     """

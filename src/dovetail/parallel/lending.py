@@ -1,6 +1,6 @@
-"""One process that shards alone, and computes with its shards themselves.
+"""Let a process that shards alone compute with its shards in place.
 
-Responsible for: telling FSDP2 so, through its extension points.
+Responsible for: the hooks of FSDP2's extension points that do it.
 Not responsible for: sharding (shard.py).
 """
 
@@ -14,9 +14,10 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
 @torch.no_grad()
 def lend_shards(model: nn.Module) -> None:
-    """For one process, whose shards are whole: FSDP2 computes with them instead of copies, and what it would reduce
-    are their gradients already. Both through its extension points; nothing else about it changes. The weights are left
-    gathered.
+    """Make FSDP2 compute with the shards themselves, not with copies, where one process holds all rows.
+
+    The gradients then are those of the shards, and nothing is left to reduce. Both go through FSDP2's extension points;
+    nothing else about it changes. The weights are left unsharded.
     """
     shards = dict(model.named_parameters())
     for shard in shards.values():
@@ -34,7 +35,7 @@ def lend_shards(model: nn.Module) -> None:
 def _gather_nothing(
     mesh: Any, size: torch.Size, stride: tuple[int, ...], module: nn.Module, policy: MixedPrecisionPolicy
 ) -> tuple[tuple[Tensor, ...], None]:
-    """What to send of a shard, and what to remember of it."""
+    """Return what FSDP2 sends of a shard, and what it remembers of it: nothing."""
     return (torch.empty(0, device=mesh.device_type),), None
 
 
@@ -46,12 +47,12 @@ def _as_it_is(
     *,
     out: Tensor | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]] | None:
-    """The weight to compute with, and what of it is to be freed after use; nothing once `out` is that weight."""
+    """Return the weight to compute with and what to free after use; None once `out` is that weight."""
     return (rows, ()) if out is None else None
 
 
 def _hand_over(shard: nn.Parameter, weight: Tensor) -> None:
-    """The gradient of the weight becomes that of its shard, as if it had been reduced."""
+    """Move the weight's gradient to its shard, as if it had been reduced."""
     assert weight.grad is not None
     shard.grad = weight.grad if shard.grad is None else shard.grad.add_(weight.grad)
     weight.grad = None

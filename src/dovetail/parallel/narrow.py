@@ -1,4 +1,4 @@
-"""What a model's own modules must know when their layers are narrower than the configuration says.
+"""Adapt a model's own modules to layers that are narrower than the configuration says.
 
 Responsible for: counts of heads and widths that Hugging Face's modules keep beside their weights, and an embedding that
 has some of its rows.
@@ -16,14 +16,14 @@ from dovetail.parallel.tensor_plan import Cut, Place
 
 
 def expect_narrower_output(model: PreTrainedModel, cuts: Mapping[str, Cut]) -> None:
-    """GPT-2's layers, which reckon with the width that they put out, know the new one."""
+    """Tell GPT-2's layers, which compute with their output width, the new one."""
     for path, layer in model.named_modules():
         if isinstance(layer, Conv1D) and f"{path}.bias" in cuts:
             layer.nf = cuts[f"{path}.bias"].length
 
 
 def count_fewer_heads(model: PreTrainedModel, place: Place) -> None:
-    """What attention modules, and the configuration that some read, reckon with."""
+    """Set the head counts that attention modules, and the configuration that some read, compute with."""
     config, widths = model.config, widths_of(model.config)
     heads, key_heads = place.heads(widths)
     known = {
@@ -44,7 +44,7 @@ def count_fewer_heads(model: PreTrainedModel, place: Place) -> None:
 def look_up(
     embedding: nn.Embedding, first: int, rows: int, add_up: Callable[[Tensor], Tensor], ids: Tensor
 ) -> Tensor:
-    """[..., D] of token ids [...]: each process finds those of its rows, from `first` on, and the sum has all."""
+    """Embed token ids [...] as [..., D]: each rank looks up its rows, from `first` on, and `add_up` joins them."""
     is_here = (ids >= first) & (ids < first + rows)
     found: Tensor = type(embedding).forward(embedding, (ids - first).clamp(0, max(0, rows - 1)))
     return add_up(found.masked_fill(~is_here[..., None], 0))

@@ -1,8 +1,8 @@
-"""Which process the others wait for, step after step.
+"""Find the rank that the others wait for, step after step.
 
 Responsible for: the part of each step that a process spends outside of collectives, and naming one that needs much
-longer than the others. Not responsible for: telling each other (whoever calls `worked` and `judge` once a step), a
-run in which nobody moves (launch/stuck.py).
+longer than the others. Not responsible for: exchanging the numbers (the caller of `worked` and `judge`, once a step),
+a run that stands still (launch/stuck.py).
 
 A thread looks now and then whether the main one is in a call of torch.distributed. That costs the step nothing, and
 takes no notice of a GPU: one that waits within its own queue, for a kernel of its own or of another, counts as working.
@@ -20,18 +20,18 @@ from dovetail.parallel.world import World
 from dovetail.telemetry.log import warn
 
 RATIO = 1.5
-"""Times as long as the others (their median) is slow."""
+"""A rank is slow if it works this many times as long as the median of the others."""
 IN_A_ROW = 5
-"""Steps in which the same process is slow before it is told of: the longest answers fall to one by chance."""
+"""Warn after this many slow steps in a row: one rank gets the longest answers now and then by chance."""
 AT_LEAST_S = 1.0
-"""Shorter steps are taken together; fewer looks would say little."""
+"""Steps shorter than this are judged together, because a few samples say little."""
 _SHARE = 0.1
-"""Of the step that must be lost; less is not worth a word."""
+"""Warn only if the slow rank costs at least this share of a step."""
 _PERIOD_S = 0.05
 
 
 class WorkClock:
-    """Seconds that the main thread of this process spends outside of collectives, from looks at it."""
+    """Seconds that this process's main thread spends outside of collectives, estimated by sampling its stack."""
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -40,13 +40,13 @@ class WorkClock:
         self._since = clock()
 
     def look(self) -> None:
-        """To be called now and then by another thread."""
+        """Sample the main thread once; another thread calls this regularly."""
         _, collective = own_line(frames_of(threading.main_thread()))
         self._looks += 1
         self._working += collective is None
 
     def take(self) -> float:
-        """Seconds since the last call; all of them if nobody looked."""
+        """Return the working seconds since the last call; all of them if there was no sample."""
         now = self._clock()
         share = self._working / self._looks if self._looks else 1.0
         seconds = (now - self._since) * share
@@ -55,7 +55,7 @@ class WorkClock:
 
 
 class Pace:
-    """The working time of all processes, and what it says of them. `figures`: metrics of the last judgement."""
+    """The working time of each rank, and the judgement of it. `figures`: metrics of the last judgement."""
 
     def __init__(self, world: World, own: WorkClock | None = None) -> None:
         self.figures: dict[str, float] = {}
@@ -69,14 +69,14 @@ class Pace:
         self._in_a_row = 0
 
     def begin(self) -> None:
-        """A stage begins: what came before was no step. A collective."""
+        """Start anew with a stage, because the time before its first step is no step. A collective."""
         self._hosts = self._world.gather(socket.gethostname())
         self._own.take()
         self._reset()
         self._slowest, self._in_a_row, self.figures = None, 0, {}
 
     def worked(self) -> list[float]:
-        """One number for each process: this one's seconds in its place, 0 in the others'. Their maximum is all."""
+        """Return this rank's seconds in its place among all ranks, 0 elsewhere; a maximum over ranks joins them."""
         seconds = [0.0] * self._world.size
         seconds[self._world.rank] = self._own.take()
         return seconds
@@ -105,8 +105,8 @@ class Pace:
     def _tell(self, rank: int, longest: float, others: float) -> None:
         host = f" on {self._hosts[rank]}" if self._hosts else ""
         warn(
-            f"rank {rank}{host} makes the others wait, step after step: it works {longest:.3g} s of each, they "
-            f"{others:.3g} s"
+            f"rank {rank}{host} is slow: it needs {longest:.3g} s per step, the other ranks {others:.3g} s; check its "
+            "device's clocks and temperature, and what else runs there"
         )
 
     def _reset(self) -> None:
@@ -115,7 +115,7 @@ class Pace:
 
 @contextmanager
 def pace_of(world: World) -> Iterator[Pace]:
-    """The pace of a run; while the block runs, a thread looks at the main one, if there are others to wait for."""
+    """Measure the pace of a run within the block: a thread samples the main one, if there are other ranks."""
     clock, done = WorkClock(), threading.Event()
 
     def look() -> None:

@@ -9,7 +9,7 @@ Stages, in terms of FSDP2, which always shards parameters, gradients and optimis
   0  nothing is sharded: whole replicas, gradients summed once per step
   1  parameters stay gathered from forward to backward; gradients are accumulated whole and reduced once per step
   2  the same, with gradients reduced after each micro-batch: less memory, more communication
-  3  parameters are given back after each layer, and gathered again for its backward pass
+  3  parameters are resharded after each layer, and gathered again for its backward pass
 Groups of neighbours may hold a copy each (hybrid sharding, Zhao et al. 2023, arXiv:2304.11277): they shard it among
 themselves, and gradients are summed over the groups once per step.
 """
@@ -47,22 +47,22 @@ R = TypeVar("R")
 
 @dataclass(slots=True, eq=False)
 class Layout:
-    """How a model's weights lie on the processes."""
+    """The placement of one model's weights over the processes."""
 
     world: World = ALONE
     stage: int = 0
     skeleton: nn.Module | None = None
-    """The model as it was before, without memory behind its weights; None if it is here whole."""
+    """The model before sharding, on the meta device; None if the model is whole on each rank."""
     offloads: bool = False
-    """Shards are in host memory."""
+    """Whether shards are in host memory."""
     shard_size: int = 1
-    """Processes that hold one copy together: all, or groups of neighbours with a copy each."""
+    """The number of ranks that shard one copy: all of them, or groups of neighbours with a copy each."""
     division: Division = field(default_factory=Division)
-    """How each layer is divided over neighbours, before anything is sharded."""
+    """The tensor parallelism of the layers, which comes before sharding."""
     gather_seconds: float = 0.0
-    """Spent on gathering the whole model, since last asked for."""
+    """The time spent on gathering the whole model since the last `take_costs`."""
     gather_bytes: int = 0
-    """Received by this process in doing so."""
+    """The bytes that this rank received for it."""
     _depth: int = field(default=0)
 
     @property
@@ -71,21 +71,21 @@ class Layout:
 
     @property
     def num_replicas(self) -> int:
-        """Processes that hold the same rows of a sharded model."""
+        """The number of ranks that hold the same rows of a sharded model."""
         return self.world.size // self.shard_size
 
     @property
     def lends(self) -> bool:
-        """One process, whose shards are whole: FSDP2 computes with them instead of copies, and nothing is to free."""
+        """Whether FSDP2 computes with the shards themselves: one process holds all rows, and nothing needs freeing."""
         return self.is_sharded and self.world.size == 1 and not self.offloads
 
     @property
     def regathers(self) -> bool:
-        """Weights are given back after each layer's forward pass."""
+        """Whether weights are resharded after each layer's forward pass."""
         return self.stage == 3 and not self.lends
 
     def take_costs(self) -> tuple[float, int]:
-        """(seconds, bytes received) of gathering since the last call."""
+        """Return (seconds, bytes received) of gathering since the last call, and start counting anew."""
         costs = self.gather_seconds, self.gather_bytes
         self.gather_seconds, self.gather_bytes = 0.0, 0
         return costs
@@ -96,12 +96,12 @@ _UNSHARED = Layout()
 
 
 def layout_of(model: Any) -> Layout:
-    """How the model lies; alone on its device unless `spread` was called."""
+    """Return the placement of the model: whole on one device unless `spread` was called."""
     return _LAYOUTS.get(plain_model(model), _UNSHARED)
 
 
 def world_of(model: Any) -> World:
-    """The processes that hold the model together."""
+    """Return the processes that hold the model together."""
     return layout_of(model).world
 
 
@@ -114,12 +114,12 @@ def spread(
     shard_size: int | None = None,
     offload: bool = False,
 ) -> None:
-    """Let the processes of `world` hold the model together, at a ZeRO stage, on their devices; in place.
+    """Shard the model in place over the processes of `world`, at a ZeRO stage, on their devices.
 
     shard_size: how many neighbours share one copy; it divides their number. None: all.
-    offload: what is sharded lives in host memory.
-    Of a grid (grid.py), neighbours compute each layer together and the others shard what each of them holds.
-    Call it with the same weights in each process, before the optimiser is made. In a world without a group: nothing.
+    offload: shards live in host memory.
+    In a grid (grid.py) neighbours compute each layer together, and the ranks of a column shard what each holds.
+    Call it with the same weights in each process, before the optimiser is made. Without a group it does nothing.
     Raises ConfigError if what is to be offloaded is not sharded.
     """
     if offload and (stage == 0 or not world.is_group):
@@ -143,7 +143,7 @@ def spread(
 
 
 def _shard(model: Any, layout: Layout, device: torch.device) -> None:
-    """With FSDP2, or whole on the device at stage 0."""
+    """Shard with FSDP2; at stage 0 move the whole model to the device."""
     inner: Any = plain_model(model)
     if not layout.is_sharded:
         model.to(device)
@@ -171,7 +171,7 @@ def _shard(model: Any, layout: Layout, device: torch.device) -> None:
 
 
 def before_backward(model: Any, *, is_last: bool) -> None:
-    """To be called before the forward pass of each micro-batch of a step; `is_last`: of the last one."""
+    """Prepare FSDP2 for the next micro-batch; call it before each forward pass. is_last: it is the step's last."""
     layout, inner = layout_of(model), plain_model(model)
     if isinstance(inner, FSDPModule):
         inner.set_is_last_backward(is_last)
@@ -183,14 +183,16 @@ def before_backward(model: Any, *, is_last: bool) -> None:
 
 
 def before_update(model: Any) -> None:
-    """To be called between the last backward pass of a step and its update, which gathered copies would not see."""
+    """Reshard before an update, which gathered copies would not see; call it after the last backward pass."""
     if not layout_of(model).lends:
         give_back(model)
 
 
 def reduce_gradients(model: Any, gradients: Mapping[str, Tensor]) -> None:
-    """Sum the gradients of replicas over the processes, in place; those of shards are reduced already. Those of
-    weights that a divided layer leaves whole become the same in all processes that have them."""
+    """All-reduce the gradients of replicas in place; those of shards are reduced already.
+
+    Weights that tensor parallelism leaves whole get the same gradient on all ranks that hold them.
+    """
     layout = layout_of(model)
     if not layout.is_sharded and layout.world.size > 1:
         sum_in_pieces(layout.world.sum, list(gradients.values()))
@@ -198,9 +200,11 @@ def reduce_gradients(model: Any, gradients: Mapping[str, Tensor]) -> None:
 
 
 def gathered_bytes(model: Any) -> int:
-    """What one forward and backward pass has on the device beside the shards: whole weights at stages 1 and 2, and at
-    stage 1 whole gradients of several micro-batches, in float32. At stage 3 there is one layer at a time: nothing
-    that counts."""
+    """Count the bytes that a forward and backward pass has on the device beside the shards.
+
+    These are whole weights at stages 1 and 2, and at stage 1 whole float32 gradients as well. At stage 3 one layer at a
+    time is whole, which is left out.
+    """
     layout = layout_of(model)
     if layout.lends or layout.stage not in (1, 2):
         return 0
@@ -213,7 +217,7 @@ def gathered_bytes(model: Any) -> int:
 
 
 def give_back(model: Any) -> None:
-    """Free gathered weights that a forward pass left: what the model calls its weights are shards again."""
+    """Reshard: free the gathered weights that a forward pass left, so that the model's parameters are shards again."""
     inner = plain_model(model)
     if isinstance(inner, FSDPModule):
         for module in inner.modules():
@@ -223,7 +227,7 @@ def give_back(model: Any) -> None:
 
 @contextmanager
 def given_back_after_use(model: Any) -> Iterator[None]:
-    """Within the block no forward pass leaves gathered weights behind: what the model calls its weights are shards."""
+    """Reshard after each forward pass within the block, so that the model's parameters are shards there."""
     layout, inner = layout_of(model), plain_model(model)
     if not isinstance(inner, FSDPModule):
         yield
@@ -238,9 +242,9 @@ def given_back_after_use(model: Any) -> Iterator[None]:
 
 @contextmanager
 def gathered(model: Any) -> Iterator[Any]:
-    """Within the block: a plain model on the device with the weights as they are now, whole; not to be trained.
+    """Provide a plain model with the whole weights as they are now, on the device; it must not be trained.
 
-    The model itself if it is not sharded. Blocks may be nested; the weights are gathered by the outermost.
+    It is the model itself if that is not sharded. Blocks may be nested; the outermost gathers the weights.
     """
     layout = layout_of(model)
     if layout.skeleton is None:
@@ -258,16 +262,16 @@ def gathered(model: Any) -> Iterator[Any]:
 
 
 def generation_model(model: Any) -> Any:
-    """What generates: the model itself, or what `gathered` fills."""
+    """Return the model that generates: the model itself, or the one that `gathered` fills."""
     return layout_of(model).skeleton or model
 
 
 def whole_model(model: Any, weights: Mapping[str, Tensor] | None = None) -> Any | None:
-    """A plain model to save, in the first process; None in the others. A collective: one weight after another is
-    gathered and goes to the host.
+    """Return a plain model to save on the first rank, None on the others. A collective: one weight after another is
+    gathered and moved to the host.
 
-    weights: name -> what stands in the place of the model's own, whole or sharded as they are; the result is then a
-    float32 copy. Without them, and if nothing is sharded: the model itself.
+    weights: name -> tensor that takes the place of the model's own, whole or sharded as that is; the result is then a
+    float32 copy. Without them, and if nothing is sharded, the result is the model itself.
     """
     layout = layout_of(model)
     if layout.skeleton is None and weights is None:
@@ -293,12 +297,12 @@ def _mark(model: nn.Module, layout: Layout) -> None:
 
 
 def _run(_: nn.Module, function: Callable[[], R]) -> R:
-    """Becomes a method of a sharded model; FSDP2 gathers its own weights around the call."""
+    """Call the function as a method of the sharded model, around which FSDP2 gathers the root's weights."""
     return function()
 
 
 def _layers(inner: Any) -> list[nn.Module]:
-    """The decoder's layers: what is gathered and given back together. Raises ModelError if they are not found."""
+    """Return the decoder's layers, the units of gathering. Raises ModelError if they are not found."""
     num_layers = inner.config.get_text_config().num_hidden_layers
     for module in inner.modules():
         if isinstance(module, nn.ModuleList) and len(module) == num_layers:
@@ -310,7 +314,7 @@ def _layers(inner: Any) -> list[nn.Module]:
 
 
 def share_buffers(model: nn.Module, skeleton: nn.Module) -> None:
-    """Buffers are no weights: both have the same."""
+    """Give the skeleton the buffers of the model, which are no weights."""
     modules = dict(skeleton.named_modules())
     for name, module in model.named_modules():
         for key, buffer in module._buffers.items():
@@ -332,9 +336,10 @@ def _fill(model: Any, layout: Layout) -> None:
 
 
 def whole_weights(model: Any, slices: Collection[str] = ()) -> Iterator[tuple[str, Tensor]]:
-    """(name, all of it) of one weight after the other. A collective if the model is sharded or divided, whose bytes are
-    counted; `give_back` must be called before. What is gathered, one layer at a time, is valid until the next is asked
-    for. slices: names of weights that are wanted as this process's slice of them.
+    """Yield (name, whole weight) for each weight, gathering one layer at a time.
+
+    A collective if the model is sharded or divided; its bytes are counted. Call `give_back` before. A weight is valid
+    until the next one is asked for. slices: names of weights that are wanted as this rank's slice.
     """
     layout, held = layout_of(model), dict(model.named_parameters())
     for module, names in _names_by_group(model).items():
@@ -353,7 +358,7 @@ def whole_weights(model: Any, slices: Collection[str] = ()) -> Iterator[tuple[st
 
 
 def _names_by_group(model: nn.Module) -> dict[nn.Module, list[str]]:
-    """Names of the weights that FSDP2 gathers together, by the module around them."""
+    """Group the names of the weights by the FSDP2 module that gathers them."""
     owners: dict[str, nn.Module] = {name: model for name, _ in model.named_parameters()}
     modules: dict[str, Any] = dict(model.named_modules())
     for path, module in modules.items():
@@ -367,7 +372,7 @@ def _names_by_group(model: nn.Module) -> dict[nn.Module, list[str]]:
 
 
 def replace_weights(model: nn.Module, tensor_of: Callable[[str, Tensor], Tensor]) -> None:
-    """Put other tensors in the place of all parameters; tied ones stay tied."""
+    """Replace all parameters by other tensors; tied ones stay tied."""
     made: dict[int, nn.Parameter] = {}
     for name, module in model.named_modules():
         for key, old in module._parameters.items():

@@ -1,4 +1,4 @@
-"""Who works on what: sequences dealt to the processes, balanced by tokens.
+"""Distribute sequences over the ranks, balanced by tokens.
 
 Responsible for: shares that every process computes alike from the same batch, and micro-batches of a share.
 Not responsible for: what is done with them (training/step.py, rlhf/), packing (batches.py).
@@ -21,11 +21,11 @@ class Part:
 
     index: list[int]
     counts: bool = True
-    """False: only there so that all processes run as many passes; its result is to be left out."""
+    """False for padding: the part makes all ranks run as many passes, and its result is left out."""
 
 
 def deal(sizes: Sequence[int], num_ranks: int) -> list[list[int]]:
-    """Indices for each rank, sums of sizes as even as greedy dealing gives; a rank may get none.
+    """Return the indices of each rank, with sums of sizes as even as a greedy choice gives; a rank may get none.
 
     Longest first to the rank with least (Graham 1969: at most 4/3 of the best possible largest share).
     """
@@ -39,7 +39,7 @@ def deal(sizes: Sequence[int], num_ranks: int) -> list[list[int]]:
 
 
 def parts_of(sizes: Sequence[int], max_tokens: int, world: World) -> list[Part]:
-    """This process's share of units of these sizes, in parts of at most `max_tokens`; as many as everybody's.
+    """Return this rank's share of the units, in parts of at most `max_tokens` tokens, as many parts as every rank has.
 
     Raises ValueError if there are no units.
     """
@@ -56,7 +56,7 @@ def parts_of(sizes: Sequence[int], max_tokens: int, world: World) -> list[Part]:
 
 
 def shared_micro_batches(batch: MicroBatchable, max_tokens: int, world: World) -> list[tuple[Any, bool]]:
-    """(micro-batch, whether it counts) of this process's share of the units that have targets."""
+    """Return (micro-batch, whether it counts) for this rank's share of the units that have targets."""
     units = [i for i, targets in enumerate(batch.unit_targets) if targets]
     sizes = [batch.unit_tokens[i] for i in units]
     return [

@@ -1,4 +1,4 @@
-"""How the processes of a run hold its models, role by role.
+"""Distribute the models of a run over its processes, role by role.
 
 Responsible for: binding the settings of each role to the processes. Not responsible for: what the settings mean
 (config/sharding.py), what is done to a model (shard.py).
@@ -28,17 +28,19 @@ class Sharing:
 
     @property
     def shard_size(self) -> int:
-        """Processes that hold one copy of what is sharded. Raises ConfigError if they cannot be grouped so."""
+        """The number of ranks that shard one copy. Raises ConfigError if they cannot be grouped so."""
         return self.zero_stage.shard_size(processes=self.world.size, per_machine=self.world.local_size)
 
     @property
     def may_retry(self) -> bool:
-        """Whether a pass that ran out of memory can be run again in smaller parts: other processes do not wait in it,
-        nor copies from host memory."""
+        """Whether a pass that ran out of memory may run again in smaller parts.
+
+        It may not where other ranks wait in a collective of it, or copies from host memory are under way.
+        """
         return self.world.size == 1 and not self.offload.models
 
     def spread(self, model: Any, role: Role, device: torch.device) -> None:
-        """Let the processes hold the model together as its role says; in place. A collective.
+        """Shard the model in place as its role's settings say. A collective.
 
         Raises ConfigError for settings that do not go together.
         """

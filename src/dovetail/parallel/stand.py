@@ -1,4 +1,4 @@
-"""Where a thread of this process stands: its line, and whether it waits there for other processes.
+"""Find the line at which a thread of this process stands, and whether it waits there for other ranks.
 
 Responsible for: reading the stack from outside. Not responsible for: what follows from it (pace.py, launch/stuck.py).
 """
@@ -18,7 +18,7 @@ _LOCAL = os.path.join(_DISTRIBUTED, "tensor", "")  # noqa: PTH118 (sharded tenso
 
 
 def frames_of(thread: threading.Thread) -> Iterator[FrameType]:
-    """Its stack, innermost first; nothing if it has ended."""
+    """Yield the frames of its stack, innermost first; none if the thread has ended."""
     frame = sys._current_frames().get(thread.ident or 0)
     while frame is not None:
         yield frame
@@ -26,7 +26,7 @@ def frames_of(thread: threading.Thread) -> Iterator[FrameType]:
 
 
 def own_line(frames: Iterator[FrameType]) -> tuple[FrameType | None, str | None]:
-    """The innermost frame outside torch, and the function of torch.distributed that was called there, if any."""
+    """Return the innermost frame outside torch, and the torch.distributed function called there, if any."""
     collective = None
     for frame in frames:
         file = frame.f_code.co_filename

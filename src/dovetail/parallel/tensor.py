@@ -32,7 +32,7 @@ from dovetail.parallel.tensor_plan import GENERATION, PLANS, Cut, Place, cuts_of
 
 
 class SplitModel:
-    """This process's slices of a model, with memory behind them within `filled` alone."""
+    """This rank's slices of a model, which have memory within `filled` alone."""
 
     def __init__(self, model: Any, group: TensorGroup, *, device: torch.device) -> None:
         """model: as training has it, plain or peft-wrapped, after `spread`.
@@ -56,7 +56,7 @@ class SplitModel:
 
     @contextmanager
     def filled(self) -> Iterator[Any]:
-        """Within the block the slices are of the weights as they are now. A collective; blocks may not be nested.
+        """Fill the slices with the weights as they are now, for the block. A collective; blocks may not be nested.
 
         The model is never whole on a device: one layer after the other is gathered and cut. A slice that training has
         as well is not put together first, and not copied unless it is sharded.
@@ -82,7 +82,7 @@ class SplitModel:
             replace_weights(inner, lambda _, tensor: torch.empty_like(tensor, device="meta"))
 
     def _is_held(self, name: str, weight: Tensor) -> bool:
-        """Whether training divides this weight as generation does."""
+        """Return whether training divides this weight as generation does."""
         cut, held = self._cuts.get(name), slice_of(weight)
         is_same_group = layout_of(self._model).division.group.size == self.group.size
         return (

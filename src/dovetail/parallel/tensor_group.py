@@ -36,7 +36,7 @@ class TensorGroup:
         return self.rank == 0
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over the group, in place."""
+        """All-reduce the tensor in place: the sum over the group."""
         if self.size > 1:
             dist.all_reduce(tensor, group=self.handle)
         return tensor
@@ -49,13 +49,13 @@ class TensorGroup:
         return torch.cat([part[:, :length] for part, length in parts], dim=1)
 
     def max(self, tensor: Tensor) -> Tensor:
-        """The largest of the group, element by element, in place."""
+        """All-reduce the tensor in place: the maximum over the group, element by element."""
         if self.size > 1:
             dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.handle)
         return tensor
 
     def each(self, part: Tensor) -> list[Tensor]:
-        """What every process has in the place of `part`, all of one shape, by rank."""
+        """All-gather: return the `part` of every rank, all of one shape, by rank."""
         if self.size == 1:
             return [part]
         parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(self.size)]
@@ -63,13 +63,13 @@ class TensorGroup:
         return parts
 
     def from_first(self, tensor: Tensor) -> Tensor:
-        """What the first process has, in place; the tensor must be contiguous."""
+        """Broadcast the first rank's tensor in place; it must be contiguous."""
         if self.size > 1:
             dist.broadcast(tensor, group=self.handle, group_src=0)
         return tensor
 
     def least(self, number: int, device: torch.device) -> int:
-        """The smallest number of the group."""
+        """Return the smallest number of the group."""
         if self.size == 1:
             return number
         tensor = torch.tensor(number, device=device)
@@ -82,7 +82,7 @@ WHOLE = TensorGroup()
 
 
 def tensor_group(world: World, size: int) -> TensorGroup:
-    """The group of this process when neighbours, `size` by `size`, share a model. A collective of all processes.
+    """Return the group of this rank when neighbours, `size` by `size`, share a model. A collective of all ranks.
 
     Raises ConfigError if the processes do not come out even.
     """

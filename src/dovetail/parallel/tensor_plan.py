@@ -1,4 +1,4 @@
-"""Which part of each weight a process of a tensor-parallel group holds (Shoeybi et al. 2019, arXiv:1909.08053).
+"""Plan the part of each weight that a rank of a tensor-parallel group holds (Shoeybi et al. 2019, arXiv:1909.08053).
 
 Responsible for: the plan of each architecture, the cut of each weight, and which sizes of a group are possible.
 Not responsible for: the modules and what they send (tensor.py), the processes (tensor_group.py).
@@ -26,7 +26,7 @@ ALIGNED_ROWS = 8
 """Rows of the vocabulary in a process are a multiple of this, which matrix products of half precision want."""
 
 Sections = tuple[Literal["even", "keys"], ...]
-"""What lies end to end in a layer's output, each cut for itself: into equal parts, or by heads of keys or values,
+"""The sections of a layer's output, end to end, each cut for itself: into equal parts, or by heads of keys or values,
 which are repeated where there are fewer than processes."""
 EVEN: Sections = ("even",)
 KEYS: Sections = ("keys",)
@@ -34,7 +34,7 @@ KEYS: Sections = ("keys",)
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How the linear layers of an architecture are cut, by the last part of their names."""
+    """The linear layers of an architecture and the way they are cut, by the last part of their names."""
 
     columns: Mapping[str, Sections]
     rows: tuple[str, ...]
@@ -55,12 +55,12 @@ PLANS: dict[str, Plan] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "gemma2"), _SEPARATE),
     **dict.fromkeys(("qwen3", "gemma3_text"), replace(_SEPARATE, between=("q_norm", "k_norm"))),
 }
-"""By the `model_type` of the configuration."""
+"""The plan of each architecture, by the `model_type` of its configuration."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """What a process holds of a weight: pieces of one dimension, end to end, and zeros after them."""
+    """The part of a weight that a rank holds: pieces of one dimension, end to end, and zeros after them."""
 
     dim: int
     pieces: tuple[tuple[int, int], ...]
@@ -68,7 +68,7 @@ class Cut:
     num_zeros: int = 0
 
     def of(self, weight: Tensor) -> Tensor:
-        """A copy of these pieces."""
+        """Return a copy of these pieces."""
         kept = [weight.narrow(self.dim, start, length) for start, length in self.pieces]
         if self.num_zeros:
             shape = list(weight.shape)
@@ -78,7 +78,7 @@ class Cut:
 
     @property
     def length(self) -> int:
-        """Of the dimension afterwards."""
+        """The size of the dimension afterwards."""
         return sum(length for _, length in self.pieces) + self.num_zeros
 
 
@@ -90,7 +90,7 @@ class Place:
     size: int
 
     def heads(self, widths: Widths) -> tuple[int, int]:
-        """How many heads of queries, and of keys, it computes."""
+        """Return how many query heads, and how many key heads, the rank computes."""
         return widths.num_heads // self.size, max(1, widths.num_key_heads // self.size)
 
     def even(self, start: int, length: int) -> tuple[int, int]:
@@ -155,7 +155,7 @@ def training_cuts(model: PreTrainedModel, place: Place) -> dict[str, Cut]:
 
 
 def is_cut_evenly(end: Any, size: int) -> bool:
-    """Whether each process trains as many rows of an embedding or head."""
+    """Return whether each rank trains the same number of rows of an embedding or head."""
     return len(end.weight) % size == 0
 
 
@@ -256,7 +256,7 @@ def _row_cuts(layer: nn.Module, place: Place) -> Iterator[tuple[str, Cut]]:
 
 
 def _row_bias_cuts(layer: nn.Module, place: Place) -> Iterator[tuple[str, Cut]]:
-    """Added by the first process alone: the results of all are summed."""
+    """Give the bias to the first rank alone, because the results of all ranks are summed."""
     base = base_of(layer)
     if base.bias is not None:
         width = len(base.bias)
@@ -268,7 +268,7 @@ def _prefix(layer: nn.Module) -> str:
 
 
 def _pieces(sections: Sections, width: int, place: Place, widths: Widths) -> tuple[tuple[int, int], ...]:
-    """What a process keeps of `width` outputs that lie in these sections."""
+    """Return the pieces that a rank keeps of `width` outputs which lie in these sections."""
     keys = widths.num_key_heads * widths.head
     even = (width - keys * sections.count("keys")) // max(1, sections.count("even"))
     pieces, start = [], 0
@@ -279,5 +279,5 @@ def _pieces(sections: Sections, width: int, place: Place, widths: Widths) -> tup
 
 
 def base_of(layer: nn.Module) -> Any:
-    """The linear layer inside one with an adapter, or the layer itself."""
+    """Return the linear layer inside one with an adapter, or the layer itself."""
     return getattr(layer, "base_layer", layer)

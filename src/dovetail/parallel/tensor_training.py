@@ -44,16 +44,16 @@ BUCKET_ELEMENTS = 1 << 24
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Division:
-    """How a model is divided over a group. Names are those of the model's parameters."""
+    """The division of a model over a group. Names are those of the model's parameters."""
 
     group: TensorGroup = WHOLE
     slices: Mapping[str, Slice] | None = None
-    """Of all parameters; None if the group is of one process."""
+    """The slice of each parameter; None if the group has one process."""
     partial: frozenset[str] = frozenset()
     """Whole weights whose gradient is to be summed over the group."""
 
     def mark(self, model: nn.Module, *, is_sharded: bool, is_first: bool) -> None:
-        """Note on every parameter which part it is.
+        """Note on every parameter which part of the whole it is.
 
         is_first: this process is the first of those with the same slices; of shards of them, each has its own.
         """
@@ -65,27 +65,27 @@ class Division:
                 note(parameter, Slice(found.shape, found.dim, found.pieces, found.everybodys, writes))
 
     def whole(self, tensor: Tensor, like: Tensor) -> Tensor:
-        """The whole that `tensor` is a slice of, the same as `like` is. A collective where it is cut."""
+        """Return the whole that `tensor` is a slice of, cut as `like` is. A collective where it is cut."""
         found = slice_of(like)
         if found is None or found.everybodys is None:
             return tensor
         return found.joined(self.group.each(tensor))
 
     def counted_elsewhere(self) -> frozenset[str]:
-        """Weights whose part of the gradient's norm another process of the group counts."""
+        """Return the weights whose part of the gradient norm another rank of the group counts."""
         if self.slices is None or self.group.is_first:
             return frozenset()
         return frozenset(name for name, found in self.slices.items() if found.everybodys is None)
 
     def whole_norm(self, norm: Tensor) -> Tensor:
-        """The gradient's norm over the group, from that of what each process counts."""
+        """Return the gradient norm over the group, from the norm of what each rank counts."""
         return norm if self.slices is None else self.group.sum(norm**2).sqrt()
 
     def complete(self, gradients: Mapping[str, Tensor]) -> None:
-        """Gradients of whole weights become those of the whole model, in place, and alike in all processes to the bit.
+        """Make the gradients of whole weights those of the whole model, in place, equal to the bit on all ranks.
 
-        To be called once per step. What every process has computed alike is the first one's from then on: kernels that
-        add in no fixed order cannot lead replicas apart.
+        Call it once per step. A gradient that every rank computed alike is taken from the first rank, because kernels
+        that add in no fixed order would let replicas drift apart.
         """
         if self.slices is None:
             return
@@ -122,12 +122,12 @@ def divide(model: Any, group: TensorGroup) -> Division:
 
 
 def sum_in_pieces(add_up: Callable[[Tensor], Tensor], tensors: Sequence[Tensor]) -> None:
-    """Sums over processes, in place, many tensors at a time; rounded once, after the sum."""
+    """Sum many tensors at a time over the ranks, in place; they are rounded once, after the sum."""
     in_pieces(lambda flat: add_up(flat.to(torch.promote_types(flat.dtype, torch.float32))), tensors)
 
 
 def in_pieces(send: Callable[[Tensor], Tensor], tensors: Sequence[Tensor]) -> None:
-    """Make the tensors what `send` gives for them, many at a time, end to end."""
+    """Replace the tensors by what `send` returns for them, many at a time, end to end."""
     for bucket in _buckets(tensors):
         flat = send(torch.cat([tensor.flatten() for tensor in bucket]))
         pieces = flat.split_with_sizes([tensor.numel() for tensor in bucket])
@@ -169,7 +169,7 @@ def _cut(model: PreTrainedModel, cuts: Mapping[str, Cut]) -> None:
 
 
 def _connect(model: PreTrainedModel, group: TensorGroup) -> None:
-    """Column layers take in what all have, and row layers put out what all have."""
+    """Attach hooks so that column layers read, and row layers return, what is equal on all ranks."""
     plan = PLANS[model.config.model_type]
     readers: dict[str, list[nn.Module]] = {}
     for path, layer in model.named_modules():
@@ -185,7 +185,7 @@ def _connect(model: PreTrainedModel, group: TensorGroup) -> None:
 
 
 def _share_vocabulary(model: PreTrainedModel, place: Place, group: TensorGroup) -> None:
-    """Embedding and head know which rows they are; to be called while they are whole."""
+    """Tell embedding and head which rows they hold; call it while they are whole."""
     embedding: Any = model.get_input_embeddings()
     head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     if is_cut_evenly(embedding, group.size):
@@ -200,7 +200,7 @@ def _share_vocabulary(model: PreTrainedModel, place: Place, group: TensorGroup) 
 
 
 def _all_logits(forward: Callable[[Tensor], Tensor], group: TensorGroup, hidden: Tensor) -> Tensor:
-    """What the whole head puts out, without gradient; training never asks for it."""
+    """Return the logits of the whole head, without gradient; training never asks for them."""
     own = forward(hidden)
     assert not own.requires_grad, "logits of a divided head are not differentiable"
     return torch.cat(group.each(own), dim=-1)
@@ -227,8 +227,7 @@ class _Rows:
 
 
 class _SharedInput:
-    """What the column layers of one module take in. Those that read the same tensor (queries, keys and values) send its
-    gradient once."""
+    """The input that the column layers of one module share, whose gradient is all-reduced once for all of them."""
 
     def __init__(self, group: TensorGroup, num_readers: int) -> None:
         self._group = group
@@ -265,7 +264,7 @@ def _put_out_sum(layer: nn.Module, group: TensorGroup) -> None:
 def _summed(
     base: nn.Module, forward: Callable[..., Tensor], group: TensorGroup, *args: Any, **kwargs: Any
 ) -> Tensor:
-    """What a row layer puts out: the group's sum, and its bias once."""
+    """Return a row layer's output: the sum over the group, with the bias added once."""
     bias = base._parameters["bias"]
     vars(base)["bias"] = None  # hides the parameter from the layer's own forward
     try:
@@ -277,7 +276,7 @@ def _summed(
 
 
 def _added_up(group: TensorGroup, part: Tensor) -> Tensor:
-    """What all put out, added up: in place, unless a backward pass needs to know."""
+    """Sum the partial outputs over the group: in place, unless a backward pass needs them."""
     if not part.requires_grad:
         return group.sum(part)
     total: Tensor = _Summed.apply(part, group)  # type: ignore[no-untyped-call]
@@ -285,12 +284,12 @@ def _added_up(group: TensorGroup, part: Tensor) -> Tensor:
 
 
 def _product(layer: Conv1D, x: Tensor) -> Tensor:
-    """Conv1D's result without a bias, which it cannot be without."""
+    """Compute Conv1D's product without its bias, which its own forward cannot leave out."""
     return x @ layer.weight
 
 
 class _Copied(torch.autograd.Function):
-    """f: the same for all; the gradients of all, added up."""
+    """The paper's f: the identity forward, an all-reduce of the gradient backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: TensorGroup) -> Tensor:
@@ -303,7 +302,7 @@ class _Copied(torch.autograd.Function):
 
 
 class _Summed(torch.autograd.Function):
-    """g: what all put out, added up; the same gradient for all."""
+    """The paper's g: an all-reduce forward, the identity backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: TensorGroup) -> Tensor:

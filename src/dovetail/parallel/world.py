@@ -1,4 +1,4 @@
-"""The processes of a run: who they are, how they meet, and what they tell each other.
+"""The processes of a run: their ranks, how they join a group, and the collectives they use.
 
 Responsible for: joining the group that `torchrun` describes in the environment, its end (also by an error), and the
 few collectives the rest of the code needs.
@@ -33,15 +33,15 @@ from dovetail.telemetry.log import CONSOLE
 T = TypeVar("T")
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-"""Set by torchrun for each process it starts."""
+"""The variables that torchrun sets for each process it starts."""
 PATIENCE = timedelta(hours=2)
-"""How long a collective waits for the slowest process; loading and saving large models happen within one. A run in
-which nobody moves ends long before (launch/stuck.py)."""
+"""The time that a collective waits for the slowest rank, because large models load and save within one. A run that
+stands still ends long before (launch/stuck.py)."""
 
 _FAILURES = "failures"
 _STORES: dict[tuple[str, str], Store] = {}
 _JOINS = count()
-"""Groups that this process joined so far; all processes of a run join the same ones."""
+"""The number of groups that this process joined so far; all processes of a run join the same ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,53 +51,52 @@ class World:
     rank: int = 0
     size: int = 1
     local_rank: int = 0
-    """Among the processes of this machine: the number of its GPU."""
+    """The rank among the processes of this machine, and so the number of its GPU."""
     local_size: int = 1
-    """Processes of each machine; 0 if they differ, or nobody said."""
+    """The number of processes on each machine; 0 if it differs or is unknown."""
     is_group: bool = False
-    """A group was joined, if only of one process."""
+    """Whether a group was joined, if only of one process."""
     group: Any = None
-    """Whose collectives these are, to torch; None for those of the run's main thread."""
+    """The process group of the collectives; None for the default group, which the main thread uses."""
 
     @property
     def is_first(self) -> bool:
-        """The one process that writes and speaks."""
+        """Whether this is the one process that writes files and prints."""
         return self.rank == 0
 
     @property
     def everyone(self) -> "World":
-        """All processes of the run; others than these only where they stand in a grid (grid.py)."""
+        """All processes of the run; these themselves, except in a grid (grid.py)."""
         return self
 
     def device(self, device: torch.device) -> torch.device:
-        """The device of this process: its own GPU where `device` is any."""
+        """Return the device of this process: its own GPU if `device` is a GPU."""
         return torch.device("cuda", self.local_rank) if self.is_group and device.type == "cuda" else device
 
     def mesh(self, device: torch.device, shard_size: int) -> DeviceMesh:
-        """All processes in one row; or rows of `shard_size` neighbours, one replica each."""
+        """Return a mesh of one row, or of rows of `shard_size` neighbours that hold one replica each."""
         return _mesh(device.type, self.size, shard_size)
 
     def aside(self) -> "World":
-        """The same processes, with collectives of their own on the host for a thread beside the main one. A
-        collective."""
+        """Return the same processes with a gloo group of their own, for a thread beside the main one. A collective."""
         if self.size == 1:
             return self
         return replace(self, group=dist.new_group(backend="gloo", timeout=PATIENCE))
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over all processes, in place."""
+        """All-reduce the tensor in place: the sum over all ranks."""
         if self.size > 1:
             dist.all_reduce(tensor, group=self.group)
         return tensor
 
     def max(self, tensor: Tensor) -> Tensor:
-        """The largest of all processes, element by element, in place."""
+        """All-reduce the tensor in place: the maximum over all ranks, element by element."""
         if self.size > 1:
             dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group)
         return tensor
 
     def gather(self, value: T) -> list[T]:
-        """The values of all processes, by rank; plain Python data."""
+        """All-gather plain Python values; returns them by rank."""
         if self.size == 1:
             return [value]
         found: list[Any] = [None] * self.size
@@ -105,7 +104,7 @@ class World:
         return found
 
     def from_first(self, value: T) -> T:
-        """The first process's value; what the others passed is ignored."""
+        """Broadcast the first rank's value; what the others passed is ignored."""
         if self.size == 1:
             return value
         box = [value]
@@ -113,16 +112,16 @@ class World:
         return box[0]
 
     def agreed(self, value: T) -> T:
-        """The value of the first of those that compute one model's layers together (grid.py): here, of this process."""
+        """Return the value of the first rank of this tensor-parallel row (grid.py); here there is none but this one."""
         return value
 
     def wait(self) -> None:
-        """Until all are here."""
+        """Wait until all processes are here."""
         self.gather(None)
 
     @contextmanager
     def first_goes_first(self) -> Iterator[None]:
-        """The block runs in the first process, then in the others, which find what it left on disk."""
+        """Run the block in the first process, then in the others, which find what it left on disk."""
         if not self.is_first:
             self.wait()
         yield
@@ -136,12 +135,12 @@ ALONE = World()
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[World]:
-    """The group that the environment describes, left at the end of the block; `ALONE` if it describes none.
+    """Join the group that the environment describes, and leave it at the end of the block; `ALONE` if there is none.
 
-    device: what kind the run computes on; NCCL connects GPUs, gloo everything else. Processes other than the first
-    print nothing. When one fails, it alone is heard: those that it leaves waiting, and those that meet the same
-    error, exit with status 1 and no word. RunInterrupted is met by all together: they leave the group in order, and
-    all but the first exit with its code and no word.
+    device: the kind of device that the run computes on; NCCL connects GPUs, gloo everything else. Processes other than
+    the first print nothing. When one fails, it alone reports the error: the others, which wait for it or meet the same
+    error, exit silently with status 1. All processes raise RunInterrupted together: they leave the group in order, and
+    all but the first exit silently with its code.
     Raises ConfigError if the environment is half a description, or names a GPU that is not there.
     """
     world = described_world()
@@ -149,7 +148,7 @@ def joined(device: torch.device) -> Iterator[World]:
         yield ALONE
         return
     _expect_device(world, device)
-    # A store of its own for each group: nobody finds the addresses of an earlier one in it.
+    # Each group gets a store of its own, so that no process finds the addresses of an earlier group there.
     store = PrefixStore(f"group-{next(_JOINS)}", shared_store())
     _forget_groups()
     if device.type == "cuda":
@@ -167,17 +166,17 @@ def joined(device: torch.device) -> Iterator[World]:
             raise
         raise SystemExit(end.exit_code) from end
     except Exception as error:
-        # The group is not taken down: that would wait for the others, who wait for this process.
+        # Destroying the group would wait for the other ranks, which wait for this one.
         if _is_first_to_fail(store):
             raise
-        # Nor by the interpreter at its end: threads of the group still wait, and now and then that is an abort().
+        # At the interpreter's end threads of the group still wait, and now and then that is an abort().
         atexit.register(_leave)
         raise SystemExit(1) from error
     _take_down()
 
 
 def _take_down() -> None:
-    """Leave all groups while the interpreter lives: at its end their threads would now and then abort() it."""
+    """Destroy all groups now, because at the interpreter's end their threads would now and then abort() it."""
     _forget_groups()
     dist.destroy_process_group()
 
@@ -189,7 +188,7 @@ def _forget_groups() -> None:
 
 
 def shared_store(patience: timedelta = PATIENCE) -> Store:
-    """Where the processes of the environment meet. Kept as long as this one lives, which may be its host.
+    """Return the store where the processes meet. It is kept as long as this process lives, which may host it.
 
     patience: how long the first call waits for the others.
     """
@@ -205,7 +204,7 @@ def shared_store(patience: timedelta = PATIENCE) -> Store:
 
 @cache
 def row_and_column(size: int, width: int) -> tuple[Any, Any]:
-    """torch's groups of this process when all `size` stand in rows of `width` neighbours: its row, and its column.
+    """Return this rank's process groups when all `size` ranks stand in rows of `width`: its row, and its column.
 
     A collective. Made once for all that want the same: each has buffers of its own on a GPU.
     """
@@ -219,7 +218,7 @@ def row_and_column(size: int, width: int) -> tuple[Any, Any]:
 
 
 def described_world() -> World:
-    """The world of the environment variables, not joined yet. Raises ConfigError if they are half a description."""
+    """Read the world from the environment without joining it. Raises ConfigError if the description is incomplete."""
     given = {name: os.environ.get(name) for name in VARIABLES}
     if given["RANK"] is None and _number("WORLD_SIZE", given["WORLD_SIZE"] or "1") == 1:
         return ALONE
@@ -246,7 +245,7 @@ def _common(numbers: Sequence[int]) -> int:
 
 @cache
 def _mesh(kind: str, size: int, shard_size: int) -> DeviceMesh:
-    """Made once for all models: each has groups of processes with buffers of their own on a GPU."""
+    """Make the mesh once for all models, because each mesh has groups with buffers of their own on a GPU."""
     if shard_size == size:
         return init_device_mesh(kind, (size,), mesh_dim_names=("shard",))
     return init_device_mesh(kind, (size // shard_size, shard_size), mesh_dim_names=("replicate", "shard"))
@@ -274,7 +273,7 @@ def _leave() -> None:
 
 
 def _is_first_to_fail(store: Any) -> bool:
-    """Whether no other process has failed before. Whoever cannot ask any more was left behind."""
+    """Return whether no other rank has failed before; False if the store cannot be asked any more."""
     try:
         number: int = store.add(_FAILURES, 1)
     except RuntimeError:
