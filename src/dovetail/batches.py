@@ -43,7 +43,7 @@ class MicroBatchable(Protocol):
 
     @property
     def num_targets(self) -> float:
-        """What the summed loss is divided by: action tokens, pairs, ..., known before the forward pass."""
+        """The number that the summed loss is divided by: action tokens, pairs, ...; known before the forward pass."""
         ...
 
     @property
@@ -62,7 +62,7 @@ class MicroBatchable(Protocol):
         ...
 
     def units(self, index: Sequence[int]) -> Any:
-        """The record of the given units alone."""
+        """Return the record of the given units alone."""
         ...
 
     def micro_batches(self, max_tokens: int) -> list[Any]:
@@ -70,7 +70,7 @@ class MicroBatchable(Protocol):
         ...
 
     def to(self, device: torch.device) -> Any:
-        """The same record on another device."""
+        """Return the same record on another device."""
         ...
 
 
@@ -87,7 +87,7 @@ class PackedBatch:
     mask_T: Tensor
     """bool [T]: True = a token the loss counts (an assistant token, an action)."""
     target_counts: tuple[int, ...]
-    """How many tokens of `mask_T` are True in each sequence, on the host for the same reason."""
+    """The number of True tokens of `mask_T` in each sequence, on the host for the same reason."""
 
     def __post_init__(self) -> None:
         expect_same_length(self)
@@ -140,13 +140,13 @@ class PackedBatch:
         return moved(self._token_index_T(index), self.token_ids_T.device)
 
     def _token_index_T(self, index: Sequence[int]) -> Tensor:
-        """The same on the host."""
+        """Return the same on the host."""
         starts = cumulative(self.lengths)
         picked = [torch.arange(starts[i], starts[i + 1]) for i in index]
         return torch.cat(picked) if picked else torch.zeros(0, dtype=torch.long)
 
     def sequences(self: PackedT, index: Sequence[int]) -> PackedT:
-        """The given sequences, in that order. The only place that re-packs."""
+        """Return the given sequences, in that order. Nothing else re-packs."""
         lengths = tuple(self.lengths[i] for i in index)
         # Made on the host, from what the host knows, and sent in one piece: nothing waits for the device.
         pieces = [self._token_index_T(index), torch.tensor(list(index)), torch.tensor(cumulative(lengths))]
@@ -204,7 +204,7 @@ class Groups:
         return [sum(values[i : i + self.size]) for i in range(0, len(values), self.size)]
 
     def units(self, index: Sequence[int]) -> Groups:
-        """The given groups, in that order."""
+        """Return the given groups, in that order."""
         kept = [self.size * group + i for group in index for i in range(self.size)]
         return Groups(self.batch.units(kept), self.size)
 
@@ -278,7 +278,7 @@ class RankedBatch(PackedBatch):
 
     @property
     def unit_tokens(self) -> Sequence[int]:
-        """Of each prompt, all its answers together."""
+        """The tokens of all answers to each prompt."""
         starts = cumulative(self.group_sizes)
         return [sum(self.lengths[a:b]) for a, b in itertools.pairwise(starts)]
 
@@ -290,7 +290,7 @@ class RankedBatch(PackedBatch):
         return self.groups(index)
 
     def groups(self, index: Sequence[int]) -> RankedBatch:
-        """The given prompts with all their answers and pairs."""
+        """Return the given prompts with all their answers and pairs."""
         starts = cumulative(self.group_sizes)
         kept = [s for g in index for s in range(starts[g], starts[g + 1])]
         device = self.token_ids_T.device
@@ -348,7 +348,7 @@ def pack_ranked(
 
 
 def balanced_parts(sizes: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Indices in parts whose sizes sum to at most `max_tokens`, as few and as even as greedy packing gives.
+    """Divide indices into parts whose sizes sum to at most `max_tokens`, as few and as even as greedy packing gives.
 
     Longest first into the least full part that still has room; every index occurs once, parts keep input order.
     """
@@ -368,7 +368,7 @@ def balanced_parts(sizes: Sequence[int], max_tokens: int) -> list[list[int]]:
 
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on the device; from the host to a GPU through pinned memory, so that neither waits."""
+    """Move the tensor to the device; from the host to a GPU through pinned memory, so that neither waits."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
@@ -383,7 +383,7 @@ def cumulative(lengths: Sequence[int]) -> list[int]:
 
 
 def tensors_of(record: Any) -> list[tuple[str, Tensor]]:
-    """The tensor fields of a record, by name."""
+    """Return the tensor fields of a record, by name."""
     named = ((column.name, getattr(record, column.name)) for column in fields(record))
     return [(name, value) for name, value in named if isinstance(value, Tensor)]
 

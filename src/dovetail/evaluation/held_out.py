@@ -1,4 +1,4 @@
-"""How well a language model predicts held-out answers, and held-out plain text.
+"""Measure how well a language model predicts held-out answers and held-out plain text.
 
 Responsible for: mean loss and perplexity over the marked tokens. Not responsible for: which rows are held out.
 

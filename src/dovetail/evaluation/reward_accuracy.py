@@ -1,4 +1,4 @@
-"""How often a reward model prefers what people preferred.
+"""Measure how often a reward model prefers what people preferred.
 
 Responsible for: pairwise accuracy and loss on held-out comparisons, and whether length alone explains the scores.
 Not responsible for: training (stages/reward.py).
@@ -44,8 +44,7 @@ def reward_accuracy(
 
 
 def _within_groups(values_S: Tensor, batch: RankedBatch) -> Tensor:
-    """By how much each answer differs from the mean of the answers to its prompt, whose length then counts for
-    nothing."""
+    """Subtract from each answer the mean of the answers to its prompt, so that the prompt's length does not count."""
     sizes_G = torch.tensor(batch.group_sizes)
     group_S = torch.arange(len(sizes_G)).repeat_interleave(sizes_G)
     sums_G = torch.zeros(len(sizes_G)).index_add_(0, group_S, values_S)

@@ -1,4 +1,4 @@
-"""Where the actions are: the tokens the policy chose, among all tokens of its sequences.
+"""Locate the actions, the tokens the policy chose, among all tokens of its sequences.
 
 Responsible for: the bounds of each sequence's actions, from the mask alone, never from token values: an
 answer may contain any token.

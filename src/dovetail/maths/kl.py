@@ -1,4 +1,4 @@
-"""How far the policy has moved from the reference: per-token estimators and the coefficient's controller.
+"""Estimate the KL from the reference token by token, and control the coefficient of its penalty.
 
 Responsible for: estimates of KL(policy || reference) from tokens that the policy sampled.
 Not responsible for: where the penalty enters (maths/rewards.py).

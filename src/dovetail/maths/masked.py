@@ -59,7 +59,7 @@ def scale_to_unit_std(x_T: Tensor, mask_T: Tensor, eps: float = 1e-8) -> Tensor:
 
 
 def _mean_and_std(x_T: Tensor, mask_T: Tensor) -> tuple[Tensor, Tensor]:
-    """Population mean and standard deviation over the mask, two float64 scalars.
+    """Return the population mean and standard deviation over the mask, two float64 scalars.
 
     Float64 because equal inputs must give deviations of 0; float32 would leave rounding noise, which division
     by a standard deviation of the same size turns into advantages of order one.

@@ -18,7 +18,7 @@ from dovetail.maths.masked import zero_outside
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mismatch:
-    """How far pi_old is from mu on the tokens that mu drew, nothing clamped; scalars without gradient.
+    """The distance of pi_old from mu on the tokens that mu drew, nothing clamped; scalars without gradient.
 
     Sums of micro-batches add up to the sums of the batch; the largest gap is the largest of theirs.
     """

@@ -1,4 +1,4 @@
-"""From one score per answer to one reward per token.
+"""Turn one score per answer into one reward per token.
 
 Responsible for: score clipping, the score of answers that were cut off, the KL penalty, and where each lands.
 Not responsible for: the scores (rlhf/), or scaling rewards over the batch (maths/masked.py).

@@ -14,7 +14,7 @@ from torch import Tensor
 from dovetail.maths.masked import masked_mean, masked_sum, zero_outside
 
 ROUNDING = 1e-11
-"""Of the mean square of float32 returns: a variance that is no larger says nothing."""
+"""A variance below this share of the mean square is rounding of float32 returns."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

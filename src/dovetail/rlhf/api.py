@@ -247,5 +247,5 @@ class PPOTrainer:
 
 
 def as_messages(prompt: Conversation) -> list[Message]:
-    """A plain string is one user message."""
+    """Return the messages of a prompt; a plain string is one user message."""
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)

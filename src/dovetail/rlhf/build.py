@@ -52,12 +52,12 @@ from dovetail.training.placement import resolve_device, resolve_dtype
 from dovetail.training.step_memory import activation_bytes, architecture_of, state_bytes
 
 USABLE = 0.9
-"""Of the free memory, for what a step needs by estimate; the rest goes to fragments and to what it leaves out."""
+"""The share of free memory that a step may need by estimate; the rest is for fragments and what the estimate omits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
-    """Where and how the models are made."""
+    """The device, precision, seed, adapters and processes that the models are made with."""
 
     device: str = "auto"
     precision: str = "auto"
@@ -128,7 +128,7 @@ def make_roles(
 def _generator(
     actor: PreTrainedModel, critic: PreTrainedModel, config: PpoConfig, setup: Setup, device: torch.device
 ) -> HybridEngine:
-    """What the actor generates with: the model itself, gathered copies of it, or slices."""
+    """Make the engine that generates: with the model itself, gathered copies of it, or slices."""
     states = state_bytes(actor, is_averaged=True) + state_bytes(critic, is_averaged=False)
     split = split_to_generate(
         actor,
@@ -144,7 +144,7 @@ def _generator(
 
 
 def loading_device(device: torch.device, world: World) -> torch.device:
-    """Where a model is loaded: in a group in host memory, from where each process takes what it is to hold."""
+    """Return where a model is loaded: in a group, into host memory, from which each rank takes its shards."""
     return torch.device("cpu") if world.is_group else device
 
 
@@ -202,7 +202,7 @@ def checkpoint_activations(
 
 
 def _pass_bytes(model: PreTrainedModel, tokens: int) -> int:
-    """Activations of a forward and backward pass, and what is gathered for it."""
+    """Estimate the bytes of a forward and backward pass: its activations, and what is gathered for it."""
     inner = plain_model(model)
     whole = architecture_of(inner)  # but for the heads, of which a divided model counts its own
     here = replace(whole, inner_width=whole.inner_width // layout_of(model).division.group.size)
@@ -213,8 +213,7 @@ def _pass_bytes(model: PreTrainedModel, tokens: int) -> int:
 
 
 def same_tokens(one: ChatFormat, other: ChatFormat) -> bool:
-    """Whether the two turn conversations into the same token ids, with a system message and without, of several turns
-    and of one."""
+    """Return whether the two encode conversations alike, with and without a system message, of one turn and several."""
     if not one.tokenizer.get_vocab().items() <= other.tokenizer.get_vocab().items():
         return False
     turns: list[Message] = [
@@ -229,7 +228,7 @@ def same_tokens(one: ChatFormat, other: ChatFormat) -> bool:
 
 
 def _encoded(chat: ChatFormat, messages: Sequence[Message]) -> Any:
-    """None for a conversation that the template refuses."""
+    """Encode a conversation; None if the template refuses it."""
     try:
         return chat.conversation(messages)
     except DataError:
@@ -243,7 +242,7 @@ def _reward_model(
     device: torch.device,
     setup: Setup,
 ) -> tuple[PreTrainedModel | None, ChatFormat | None]:
-    """The frozen reward model, and its chat format if that is not the actor's."""
+    """Load and freeze the reward model; returns it with its chat format, if that is not the actor's."""
     if critic_model is None:
         return None, None
     if isinstance(critic_model, str):
@@ -287,12 +286,12 @@ def _scorer(
 
 
 def name_of(model: str | PreTrainedModel) -> str:
-    """What a model was loaded by, for messages and to find its tokenizer; its class if it was made in memory."""
+    """Return the name or folder that a model was loaded from, or its class if it was made in memory."""
     return model if isinstance(model, str) else str(model.config._name_or_path) or type(model).__name__
 
 
 def _moved(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
-    """A module that was passed in, itself, where the others are loaded."""
+    """Move a module that was passed in to the device on which the others are loaded."""
     return nn.Module.to(model, device)
 
 
@@ -303,7 +302,7 @@ def _frozen(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _trainable(model: PreTrainedModel, lora: LoraConfig | None, *, seed: int) -> PreTrainedModel:
-    """All weights, or adapters that leave the loaded weights as they are."""
+    """Make all weights trainable, or add adapters that leave the loaded weights as they are."""
     model.requires_grad_(lora is None)
     if lora is not None:
         model = add_lora(

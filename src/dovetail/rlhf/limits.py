@@ -1,4 +1,4 @@
-"""What a model can read, against what it is about to be given.
+"""Compare what a model can read with what it is about to be given.
 
 Responsible for: errors with names and numbers where a module would read positions or embedding rows out of
 bounds, which on a GPU is an assertion that names nothing.

@@ -1,4 +1,4 @@
-"""What an answer is worth: from a reward model, a Python function, or both.
+"""Score answers: with a reward model, a Python function, or both.
 
 Responsible for: turning answers into one score each. Not responsible for: penalties and the KL term, which are part of
 the reward's definition in PPO (rlhf/rollout.py, maths/rewards.py), nor for clipping where a reward model scores alone.
@@ -46,7 +46,7 @@ class Answer:
     answer_ids: tuple[int, ...]
     """Exactly the sampled tokens, end-of-turn token included if it was sampled."""
     logprobs: tuple[float, ...]
-    """Of the sampled tokens, under the generator."""
+    """The log-probabilities of the sampled tokens under the generator."""
     finished: bool
     """False = cut off by the length limit."""
 
@@ -99,7 +99,7 @@ class RewardModelScorer:
         return self.chat.conversation([*answer.messages, turn])[0]
 
     def _scores_S(self, sequences: Sequence[Sequence[int]]) -> Tensor:
-        """Of all answers; each process that holds the model scores its share."""
+        """Score all answers; each rank that holds the model scores its share."""
         world = world_of(self.model)
         parts = parts_of([len(ids) for ids in sequences], self.budget.tokens, world)
         scores_S = torch.zeros(len(sequences), device=self.device)
@@ -255,7 +255,7 @@ def _module_from_file(file: Path) -> ModuleType:
 
 
 def _what_and_where(error: BaseException) -> str:
-    """The error, with the file and line of the user's that raised it, or could not be read."""
+    """Describe the error with the file and line of the user's code that raised it, or could not be read."""
     what = f"{type(error).__name__}: {getattr(error, 'msg', None) or error}"
     if isinstance(error, SyntaxError):
         return f"{what} ({error.filename} line {error.lineno})"

@@ -32,7 +32,7 @@ BatchT = TypeVar("BatchT", bound=PackedBatch)
 
 @dataclass(slots=True, kw_only=True)
 class Roles:
-    """Who plays what. With LoRA the reference is the actor with its adapters off: no second model."""
+    """The models of PPO by role. With LoRA the reference is the actor with its adapters off: no second model."""
 
     actor: PreTrainedModel
     critic: PreTrainedModel

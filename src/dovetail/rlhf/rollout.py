@@ -166,7 +166,7 @@ def complete(
 def answer_of(
     messages: Sequence[Message], prompt_ids: Sequence[int], completion: Completion, chat: ChatFormat
 ) -> Answer:
-    """What the engine drew, with its text and what it answers."""
+    """Return what the engine drew as an answer, with its text and its prompt."""
     return Answer(
         messages=tuple(messages),
         text=chat.decode(completion.token_ids),
@@ -178,7 +178,7 @@ def answer_of(
 
 
 def request_seeds(seed: int, count: int) -> list[int]:
-    """A seed for each request, different for every (seed, index)."""
+    """Return a seed for each request, different for every (seed, index)."""
     return [step_seed(seed, index * 7919 + 17) % (2**63 - 1) for index in range(count)]
 
 

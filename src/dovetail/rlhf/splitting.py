@@ -1,4 +1,4 @@
-"""Over how many processes the actor is divided to generate.
+"""Choose over how many ranks the actor is divided to generate.
 
 Responsible for: obeying the setting or choosing by an estimate of memory, and saying what was chosen.
 Not responsible for: what a slice is (parallel/tensor.py), how much memory is free (rlhf/build.py).
@@ -31,7 +31,7 @@ def split_to_generate(
     world: World,
     device: torch.device,
 ) -> SplitModel | None:
-    """The actor's slices, or None if it generates whole. A collective; to be called after `spread`.
+    """Return the actor's slices, or None if it generates whole. A collective; call it after `spread`.
 
     room: bytes of the device that generation may use.
     Raises ConfigError if the model, or the number of processes, cannot be divided by what is wanted.
@@ -48,7 +48,7 @@ def expect_possible(model_config: Any, size: int, world: World) -> None:
 
 
 def _chosen(actor: Any, config: PpoConfig, *, room: int, world: World, device: torch.device) -> int:
-    """1 for replicas, which are there whole, and on the CPU, where the processes share one memory."""
+    """Choose by memory; replicas, which are whole, and CPUs, whose processes share one memory, need no division."""
     skeleton = layout_of(actor).skeleton
     if skeleton is None or device.type == "cpu":
         return 1

@@ -35,7 +35,7 @@ from dovetail.training.step import StepReport, Term, gradient_step
 
 @dataclass(slots=True, kw_only=True)
 class Learners:
-    """What the two trained roles need beside their weights."""
+    """The optimisers, average and counters of the two trained roles."""
 
     actor: Optimizer
     critic: Optimizer
@@ -47,15 +47,15 @@ class Learners:
     critic_step: int = 0
     """Optimiser steps that the critic has taken beside the actor."""
     left_out: int = 0
-    """Of `total_steps`, those that both leave to the critic's warm-up."""
+    """The part of `total_steps` that the critic's warm-up takes from both schedules."""
     warmup: CriticWarmup
-    """How far the critic's warm-up has come."""
+    """The progress of the critic's warm-up."""
     parks: bool = False
-    """Whether `parked` does anything."""
+    """Whether `parked` moves anything."""
 
     @contextmanager
     def parked(self) -> Iterator[None]:
-        """Within the block, optimisers and average wait in host memory, if asked for; nothing learns meanwhile."""
+        """Keep optimisers and average in host memory within the block, if asked for; nothing learns meanwhile."""
         waiting: list[Parkable] = [self.actor, self.critic, self.ema] if self.parks else []
         with ExitStack() as stack:
             for part in waiting:
@@ -130,7 +130,7 @@ def update_critic_alone(
 
 
 def minibatches(experience: Experience, *, epochs: int, count: int, seed: int) -> Iterator[Experience]:
-    """In each epoch divide all answers, in a fresh order, into `count` minibatches of whole sequences.
+    """Divide all answers, in a fresh order each epoch, into `count` minibatches of whole sequences.
 
     With one minibatch the order of the rollout is kept: training then packs exactly as scoring did. Minibatches
     without targets are left out.

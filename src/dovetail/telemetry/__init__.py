@@ -1,1 +1,1 @@
-"""What a run tells people and trackers: lines, bars, metrics, timings. Imports no torch."""
+"""Report a run to people and trackers: lines, bars, metrics, timings. Imports no torch."""

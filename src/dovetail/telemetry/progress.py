@@ -1,4 +1,4 @@
-"""How far a stage is: a bar with rate and remaining time on a terminal, a line now and then elsewhere.
+"""Show the progress of a stage: a bar with rate and remaining time on a terminal, a line now and then elsewhere.
 
 Responsible for: counting steps, rate and remaining time, and showing them.
 Not responsible for: keeping the numbers (metrics.py).
@@ -82,7 +82,7 @@ class _Display(Protocol):
 
 
 class _Bar:
-    """For a terminal."""
+    """The display of a terminal."""
 
     def __init__(self, title: str, total: int, start: int, console: Console) -> None:
         columns = (
@@ -107,7 +107,7 @@ class _Bar:
 
 
 class _Lines:
-    """For a file or a pipe: first and last step, every `print_every`-th, and never silent for long."""
+    """The display of a file or pipe: first and last step, every `print_every`-th, and never silent for long."""
 
     def __init__(
         self, title: str, total: int, print_every: int, console: Console, clock: Callable[[], float]
@@ -131,7 +131,7 @@ class _Lines:
             self._console.print("  ".join(part for part in parts if part), soft_wrap=True, markup=False)
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing: no resource is held."""
 
 
 def format_rate(steps_per_second: float) -> str:

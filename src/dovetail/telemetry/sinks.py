@@ -1,4 +1,4 @@
-"""Where rows of metrics go: a JSON-lines file, TensorBoard, Weights & Biases, or memory.
+"""Write rows of metrics to a JSON-lines file, TensorBoard, Weights & Biases, or memory.
 
 Responsible for: writing rows, and forgetting those that a killed run wrote after its last checkpoint, since
 the resumed run writes them again. Only this file knows trackers; they are imported when a sink is made.
@@ -25,7 +25,7 @@ class Sink(Protocol):
         ...
 
     def close(self) -> None:
-        """Nothing more comes."""
+        """Close the sink; no row follows."""
         ...
 
 

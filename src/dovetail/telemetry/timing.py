@@ -1,4 +1,4 @@
-"""How long the phases of a step take.
+"""Time the phases of a step.
 
 Responsible for: adding up seconds by name. Not responsible for: showing them (progress.py, sinks.py).
 """
@@ -32,7 +32,7 @@ class Stopwatch:
             self._seconds[name] = self._seconds.get(name, 0.0) + self._now() - start
 
     def seconds(self, group: str) -> dict[str, float]:
-        """The phases as metrics: {"group/phase_seconds": seconds}."""
+        """Return the phases as metrics: {"group/phase_seconds": seconds}."""
         return {f"{group}/{name}_seconds": seconds for name, seconds in self._seconds.items()}
 
     def _now(self) -> float:
