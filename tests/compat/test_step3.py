@@ -134,6 +134,7 @@ def test_the_script_runs_in_two_processes(made: Path, tmp_path: Path, stage: int
     stages = ["--actor_zero_stage", str(stage), "--critic_zero_stage", str(stage)]
     text = [*TEXT, "--unsupervised_dataset_name", str(made / "texts.jsonl")]
     extra = [*LORA, *EMA, *text] if stage else []
+    extra += ["--inference_tp_size", "2"] if stage == 3 else []
     arguments = ["tests.compat.step3", *flags(made, tmp_path / "out"), *stages, *extra]
     codes, said = run_group(arguments, size=2)
     assert codes == [0, 0], "\n".join(said)

@@ -7,7 +7,9 @@ Not responsible for: starting them (torchrun), what they share (parallel/).
 
 import atexit
 import os
+import sys
 from argparse import ArgumentParser
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from torch import Tensor
 from torch.distributed import HashStore, PrefixStore, Store  # type: ignore[attr-defined]
 
 from dovetail.errors import ConfigError
-from dovetail.parallel.world import ALONE, PATIENCE, World, described_world, shared_store
+from dovetail.parallel.world import ALONE, PATIENCE, World, described_world, shared_store, take_down
 from dovetail.telemetry.log import CONSOLE
 
 
@@ -111,5 +113,10 @@ def get_all_reduce_mean(tensor: Tensor) -> Tensor:
 
 
 def _leave() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    """Leave the group at the end of the script; after one without an error, when the others are there too."""
+    if not dist.is_initialized():
+        return
+    if not hasattr(sys, "last_value"):  # the interpreter keeps an error there that ended the script
+        with suppress(RuntimeError):  # of a process that met an error and is gone
+            joined_world().wait()
+    take_down()

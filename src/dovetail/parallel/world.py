@@ -161,7 +161,7 @@ def joined(device: torch.device) -> Iterator[World]:
             world.wait()
     except RunInterrupted as end:
         world.wait()
-        _take_down()
+        take_down()
         if world.is_first:
             raise
         raise SystemExit(end.exit_code) from end
@@ -172,10 +172,10 @@ def joined(device: torch.device) -> Iterator[World]:
         # At the interpreter's end threads of the group still wait, and now and then that is an abort().
         atexit.register(_leave)
         raise SystemExit(1) from error
-    _take_down()
+    take_down()
 
 
-def _take_down() -> None:
+def take_down() -> None:
     """Destroy all groups now, because at the interpreter's end their threads would now and then abort() it."""
     _forget_groups()
     dist.destroy_process_group()
