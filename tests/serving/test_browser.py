@@ -152,6 +152,75 @@ def test_a_conversation_can_be_saved_as_rows_that_training_reads(chat: Chat, tmp
     assert [row["messages"] for row in rows] == [said("héllo", text) for text in texts]
 
 
+def saved(chat: Chat, folder: Path) -> list[dict[str, Any]]:
+    """The rows of an export."""
+    with chat.page.expect_download() as download:
+        chat.page.click("#export")
+    download.value.save_as(folder / "saved.jsonl")
+    lines = (folder / "saved.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+    return [json.loads(line) for line in lines]
+
+
+def stopped(chat: Chat) -> None:
+    turns = said("hello", drawn(said("hello"), seed=3)[0], "a long story")
+    seed = next(i for i in range(20) if drawn(turns, seed=i, max_new_tokens=400)[3] == "length")
+    chat.set(max_tokens=400, seed=seed)
+    chat.page.fill("#question", "a long story")
+    chat.page.press("#question", "Enter")
+    chat.page.wait_for_function("() => document.querySelectorAll('.answer .text')[1]?.textContent.length > 5")
+    chat.page.keyboard.press("Escape")
+    chat.finished()
+    chat.set(max_tokens=12, seed=3)
+
+
+def failed(chat: Chat) -> None:
+    chat.page.route("**/v1/chat/completions", lambda route: route.abort())
+    chat.ask("into the void")
+    chat.page.unroute("**/v1/chat/completions")
+
+
+def refused(chat: Chat) -> None:
+    chat.set(top_p=2)
+    chat.ask("too likely")
+    chat.set(top_p=1)
+
+
+def broken_off(chat: Chat) -> None:
+    event = 'data: {"choices": [{"delta": {"content": "half an ans"}}]}\n\n'
+    chat.page.route(
+        "**/v1/chat/completions", lambda route: route.fulfill(body=event, content_type="text/event-stream")
+    )
+    chat.ask("half")
+    chat.page.unroute("**/v1/chat/completions")
+
+
+@pytest.mark.parametrize("interrupt", [stopped, failed, refused, broken_off])
+def test_an_answer_that_is_not_whole_is_no_part_of_the_conversation(
+    chat: Chat, tmp_path: Path, interrupt: Any
+) -> None:
+    (first,) = chat.ask("hello")
+    interrupt(chat)
+    assert "left out" in chat.page.locator(".turn").last.inner_text()
+    assert saved(chat, tmp_path) == [{"model": "sft", "messages": said("hello", first)}]
+    expected = drawn(said("hello", first, "and?"), seed=3)[0]
+    assert chat.ask("and?") == [expected]
+    assert saved(chat, tmp_path) == [{"model": "sft", "messages": said("hello", first, "and?", expected)}]
+
+
+def test_a_conversation_without_a_whole_answer_has_nothing_to_export(chat: Chat) -> None:
+    failed(chat)
+    assert chat.page.locator("#export").is_disabled()
+
+
+def test_an_export_names_the_model_of_each_answer(chat: Chat, tmp_path: Path) -> None:
+    (first,) = chat.ask("hello")
+    chat.page.select_option("#model-0", "ppo")
+    (second,) = chat.ask("and?")
+    assert saved(chat, tmp_path) == [
+        {"model": ["sft", "ppo"], "messages": said("hello", first, "and?", second)}
+    ]
+
+
 def test_a_script_in_a_conversation_is_text(chat: Chat) -> None:
     script = "<script>alert(1)</script><img src=x onerror=alert(2)>"
     chat.ask(script)
@@ -210,9 +279,8 @@ def test_a_tab_leads_to_the_labelling_pages_and_back(
     with with_tab(tmp_path, models, capsys, "ppo", "sft") as (server, admin):
         page = browser.new_page(viewport={"width": 390, "height": 844})
         chat = Chat(page, server.url)
-        page.context.add_cookies(
-            [{"name": "dovetail_label", "value": admin.cookies["dovetail_label"], "url": server.url}]
-        )
+        ((name, value),) = admin.cookies.items()
+        page.context.add_cookies([{"name": name, "value": value, "url": server.url}])
         page.wait_for_selector("#pages [aria-current]:has-text('Chat')")
         page.get_by_role("link", name="Label").click()
         page.wait_for_selector("#task:not([hidden])")

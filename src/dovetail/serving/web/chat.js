@@ -4,7 +4,10 @@
 const $ = (id) => document.getElementById(id);
 const SETTINGS = ["temperature", "top_p", "top_k", "max_tokens", "seed"];
 
-/** One question and an answer for each model that was asked: {model, text, note, problem, isBusy}. */
+/**
+ * One question and an answer for each model that was asked: {model, text, note, problem, isBusy, isWhole}. Only whole
+ * answers are part of the conversation: what was stopped or failed is neither sent on nor exported.
+ */
 let turns = [];
 const contexts = new Map(); // model -> the most tokens of prompt and answer together
 let running = null; // AbortController of the answers under way
@@ -77,12 +80,16 @@ async function fetchAnswer(answer, request, signal, onText) {
   });
   if (!response.ok) throw await problemOf(response);
   for await (const data of events(response)) {
-    if (data === "[DONE]") return;
+    if (data === "[DONE]") {
+      answer.isWhole = true;
+      return;
+    }
     const event = JSON.parse(data);
     if (event.error) throw new Error(event.error.message);
     answer.text += event.choices[0]?.delta?.content ?? "";
     onText();
   }
+  throw new Error("the server broke the answer off");
 }
 
 // The conversation
@@ -93,15 +100,21 @@ function models() {
   return names;
 }
 
-/** What was said in this column from turn `start` to before turn `end`, and the question of that turn. */
-function messages(column, end, start = 0) {
+/** Questions and their whole answers in this column, from turn `start` to before turn `end`. */
+function exchanges(column, end, start = 0) {
+  return turns.slice(start, end)
+    .map((turn) => ({ question: turn.question, answer: turn.answers[column] ?? turn.answers[0] }))
+    .filter(({ answer }) => answer.isWhole);
+}
+
+function messages(said) {
   const system = $("system").value.trim();
-  const said = system ? [{ role: "system", content: system }] : [];
-  for (const turn of turns.slice(start, end)) {
-    const answer = turn.answers[column] ?? turn.answers[0];
-    said.push({ role: "user", content: turn.question }, { role: "assistant", content: answer.text });
-  }
-  return [...said, { role: "user", content: turns[end].question }];
+  return [
+    ...(system ? [{ role: "system", content: system }] : []),
+    ...said.flatMap(({ question, answer }) => [
+      { role: "user", content: question }, { role: "assistant", content: answer.text },
+    ]),
+  ];
 }
 
 /** An answer may take half of its model's context; the other half is for the conversation. */
@@ -120,7 +133,7 @@ function settings(model) {
 async function ask() {
   const index = turns.length - 1;
   const turn = turns[index];
-  turn.answers = models().map((model) => ({ model, text: "", note: "", problem: "", isBusy: true }));
+  turn.answers = models().map((model) => ({ model, text: "", note: "", problem: "", isBusy: true, isWhole: false }));
   running = new AbortController();
   show();
   const { signal } = running;
@@ -130,6 +143,7 @@ async function ask() {
         await answerWithin(answer, column, index, signal);
       } catch (error) {
         if (!signal.aborted) answer.problem = error.message;
+        answer.note = "This question and its answer are left out of what follows, and of an export.";
       }
       answer.isBusy = false;
     }),
@@ -142,7 +156,9 @@ async function ask() {
 /** Streams an answer; where the conversation outgrows the model's context, its oldest turns are left out. */
 async function answerWithin(answer, column, index, signal) {
   for (let start = 0; ; start += 1) {
-    const request = { ...settings(answer.model), messages: messages(column, index, start) };
+    const said = messages(exchanges(column, index, start));
+    said.push({ role: "user", content: turns[index].question });
+    const request = { ...settings(answer.model), messages: said };
     try {
       await fetchAnswer(answer, request, signal, () => showText(index, column));
       if (start) answer.note = `Earlier questions that did not fit the model's context: ${start}`;
@@ -176,13 +192,13 @@ function stop() {
   running?.abort();
 }
 
-/** One JSON line a column, in the form that `dovetail sft` reads. */
+/** One JSON line a column, in the form that `dovetail sft` reads, and the model of each of its answers. */
 function exportConversation() {
-  const last = turns.length - 1;
-  if (last < 0) return;
-  const lines = turns[last].answers.map((answer, column) => {
-    const said = [...messages(column, last), { role: "assistant", content: answer.text }];
-    return `${JSON.stringify({ model: answer.model, messages: said })}\n`;
+  const columns = turns.at(-1).answers.map((_, column) => exchanges(column, turns.length));
+  const lines = columns.filter((said) => said.length > 0).map((said) => {
+    const names = said.map(({ answer }) => answer.model);
+    const model = new Set(names).size === 1 ? names[0] : names;
+    return `${JSON.stringify({ model, messages: messages(said) })}\n`;
   });
   const link = document.createElement("a");
   link.href = URL.createObjectURL(new Blob(lines, { type: "application/jsonl" }));
@@ -263,7 +279,7 @@ function show() {
   $("send").hidden = running !== null;
   $("stop").hidden = running === null;
   $("new").disabled = running !== null;
-  $("export").disabled = running !== null || !turns.length;
+  $("export").disabled = running !== null || !turns.some((turn) => turn.answers.some((answer) => answer.isWhole));
 }
 
 /** More text of one answer, without drawing the rest anew. */
