@@ -201,6 +201,41 @@ def export(browser: "sync_api.Browser", server: Served, tmp_path: Path) -> None:
     assert len(records) == 8 - 1 + 2 + 6
 
 
+@pytest.mark.parametrize("key", ["1", "s", "u"])
+def test_the_next_task_is_shown_from_its_beginning(
+    browser: "sync_api.Browser", tmp_path: Path, key: str
+) -> None:
+    url = f"sqlite:///{tmp_path / 'long.db'}"
+    store = open_store(url)
+    long = [
+        NewTask(
+            messages=(message("user", f"Question {number}"),),
+            answers=[
+                Sampled(text="line\n" * length, model="a", seed=1, sampling={}) for length in (200, 300)
+            ],
+        )
+        for number in range(3)
+    ]
+    new_project(store, *long)
+    store.close()
+    with served(url, ["ann"]) as server:
+        page = open_page(browser, server, "ann")
+        page.keyboard.press("1")
+        page.wait_for_selector("#prompt .text:has-text('Question 1')")
+        page.evaluate("scrollTo(0, document.body.scrollHeight)")
+        assert not is_in_view(page, "#prompt .text")
+        page.keyboard.press(key)
+        following = "Question 0" if key == "u" else "Question 2"
+        page.wait_for_selector(f"#prompt .text:has-text('{following}')")
+        assert is_in_view(page, "#prompt .text")
+
+
+def is_in_view(page: "sync_api.Page", selector: str) -> bool:
+    box, height = page.locator(selector).first.bounding_box(), page.evaluate("innerHeight")
+    assert box is not None
+    return bool(box["y"] >= 0 and box["y"] + box["height"] <= height)
+
+
 def test_a_wrong_token_is_refused_and_a_right_one_typed(
     browser: "sync_api.Browser", server: Served, tmp_path: Path
 ) -> None:

@@ -12,11 +12,12 @@ from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis import GenerationMode
 from schemathesis.specs.openapi.checks import positive_data_acceptance, unsupported_method
 
-from dovetail.labelling.access import COOKIE, write_token
+from dovetail.labelling.access import write_token
 from dovetail.labelling.router import labelling_router
 from dovetail.labelling.server import labelling_app
 from dovetail.preferences.annotators import invite
 from dovetail.preferences.database import open_store
+from dovetail.preferences.logins import begin_login
 from tests.labelling.work import new_project, task
 
 pytestmark = pytest.mark.slow
@@ -52,8 +53,10 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[FastAPI, 
     """The application, and what an admin's requests show."""
     store = open_store(f"sqlite:///{tmp_path_factory.mktemp('labels') / 'labels.db'}")
     project = new_project(store, *(task(number) for number in range(50)), overlap=2)
-    token = invite(store, "boss", is_admin=True)
-    headers = {"Cookie": f"{COOKIE}={token}", "X-Dovetail-Token": write_token(token), "Host": "localhost"}
+    secret = begin_login(store, invite(store, "boss", is_admin=True))
+    assert secret is not None
+    cookie, token = f"dovetail_label_80={secret}", write_token(secret)
+    headers = {"Cookie": cookie, "X-Dovetail-Token": token, "Host": "localhost"}
     yield labelling_app(labelling_router(store, project)), headers
     store.close()
 

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from dovetail.serving.app import Section
     from dovetail.serving.served_model import ServedModel
 
+_ADMIN_LINK_SECONDS = 24 * 3600
+"""Every start prints a link for the admin: each ends, or one in an old log would let its reader in for ever."""
+
 
 @contextmanager
 def opened(url: str, *, must_exist: bool = False) -> Iterator["Store"]:
@@ -40,8 +43,11 @@ def print_links(store: "Store", names: Sequence[str], base: str) -> None:
 
     for name in names:
         typer.echo(f"{name}: {base}/label/#token={invite(store, name)}")
-    typer.echo(f"admin: {base}/label/#token={invite(store, 'admin', is_admin=True)}")
-    typer.echo("Each link lets its owner in; Ctrl-C ends the server, and nothing is lost.")
+    token = invite(store, "admin", is_admin=True, lasts_seconds=_ADMIN_LINK_SECONDS)
+    typer.echo(f"admin: {base}/label/#token={token}")
+    typer.echo(
+        "Each link lets its owner in, the admin's for a day; Ctrl-C ends the server, and nothing is lost."
+    )
     sys.stdout.flush()
 
 

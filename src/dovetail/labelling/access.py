@@ -1,10 +1,11 @@
 """Who is asking, and whether a page of ours asks for them.
 
-Responsible for: the login cookie and the write token. Not responsible for: invitations (preferences/annotators.py).
+Responsible for: the login cookie and the write token. Not responsible for: invitations and logins (preferences/).
 
-The cookie holds the invitation's token; scripts cannot read it, and other sites cannot make a browser send it
-(SameSite=Strict). Requests that change something also need a header with a keyed hash of it, which only our
-own page is told: a second lock for browsers that leave the first one open.
+The cookie holds the secret of a login; scripts cannot read it, and other sites cannot make a browser send it
+(SameSite=Strict). Its name has the server's port: browsers keep one set of cookies for all ports of a host. Requests
+that change something also need a header with a keyed hash of it, which only our own page is told: a second lock for
+browsers that leave the first one open.
 """
 
 import hashlib
@@ -12,31 +13,38 @@ import hmac
 from collections.abc import Callable
 from typing import Annotated
 
-from fastapi import Cookie, Depends, Header, HTTPException, Request, Response
+from fastapi import Depends, Header, HTTPException, Request, Response
 
-from dovetail.preferences.annotators import Person, person_of
+from dovetail.preferences.annotators import Person
 from dovetail.preferences.database import Store
+from dovetail.preferences.logins import LOGIN_SECONDS, person_logged_in
 
-COOKIE = "dovetail_label"
-_DAYS_30 = 30 * 24 * 3600
 _LOG_IN = "log in first, with the link of your invitation"
-
-_HIDDEN_COOKIE = Cookie(include_in_schema=False)  # a login is no parameter
 
 Guard = Callable[..., Person]
 
 
-def write_token(token: str) -> str:
+def write_token(secret: str) -> str:
     """What a request that changes something must show beside the cookie."""
-    return hmac.new(token.encode(), b"dovetail label", hashlib.sha256).hexdigest()
+    return hmac.new(secret.encode(), b"dovetail label", hashlib.sha256).hexdigest()
 
 
-def log_in(request: Request, response: Response, token: str) -> None:
-    """Let the browser remember the token."""
+def cookie_name(request: Request) -> str:
+    """Return the name under which this server's cookie is kept."""
+    return f"dovetail_label_{request.url.port or (443 if request.url.scheme == 'https' else 80)}"
+
+
+def shown_secret(request: Request) -> str | None:
+    """Return the secret of the login that the browser shows, if it shows one."""
+    return request.cookies.get(cookie_name(request))
+
+
+def log_in(request: Request, response: Response, secret: str) -> None:
+    """Let the browser remember the secret of its login."""
     response.set_cookie(
-        COOKIE,
-        token,
-        max_age=_DAYS_30,
+        cookie_name(request),
+        secret,
+        max_age=LOGIN_SECONDS,
         path=request.url.path.rsplit("/api/", 1)[0],
         secure=request.url.scheme == "https",
         httponly=True,
@@ -46,7 +54,7 @@ def log_in(request: Request, response: Response, token: str) -> None:
 
 def log_out(request: Request, response: Response) -> None:
     """Let the browser forget it."""
-    response.delete_cookie(COOKIE, path=request.url.path.rsplit("/api/", 1)[0])
+    response.delete_cookie(cookie_name(request), path=request.url.path.rsplit("/api/", 1)[0])
 
 
 class Access:
@@ -59,9 +67,10 @@ class Access:
         self.admin: Guard = _admin_after(self._reader)
         self.writing_admin: Guard = _admin_after(self.writer)
 
-    def _reader(self, dovetail_label: Annotated[str | None, _HIDDEN_COOKIE] = None) -> Person:
+    def _reader(self, request: Request) -> Person:
         """Whoever is logged in; else 401."""
-        person = person_of(self._store, dovetail_label) if dovetail_label else None
+        secret = shown_secret(request)
+        person = person_logged_in(self._store, secret) if secret else None
         if person is None:
             raise HTTPException(401, _LOG_IN)
         return person
@@ -69,12 +78,12 @@ class Access:
 
 def _writer_after(reader: Guard) -> Guard:
     def writer(
+        request: Request,
         person: Annotated[Person, Depends(reader)],
-        dovetail_label: Annotated[str, _HIDDEN_COOKIE],
         x_dovetail_token: Annotated[str, Header(include_in_schema=False)] = "",
     ) -> Person:
         """The same, if the request comes from our page; else 403."""
-        expected = write_token(dovetail_label)
+        expected = write_token(shown_secret(request) or "")
         if not hmac.compare_digest(x_dovetail_token.encode(), expected.encode()):
             raise HTTPException(403, "the header X-Dovetail-Token is missing or wrong: reload the page")
         return person

@@ -17,12 +17,13 @@ from fastapi import APIRouter, Depends, HTTPException, Path, Query, Request, Res
 from fastapi.responses import RedirectResponse, StreamingResponse
 
 from dovetail.labelling import protocol
-from dovetail.labelling.access import Access, log_in, log_out, write_token
+from dovetail.labelling.access import Access, log_in, log_out, shown_secret, write_token
 from dovetail.labelling.guard import GuardedRoute
 from dovetail.preferences import labels, queue, statistics
-from dovetail.preferences.annotators import Person, invite, person_of, revoke
+from dovetail.preferences.annotators import Person, invite, revoke
 from dovetail.preferences.comparisons import comparison_rows
 from dovetail.preferences.database import Store
+from dovetail.preferences.logins import begin_login, end_login
 from dovetail.preferences.tasks import project_of
 
 _KINDS = {
@@ -96,15 +97,18 @@ def _add_pages(router: APIRouter) -> None:
 def _add_login(router: APIRouter, access: Access, store: Store, project_id: int) -> None:
     @router.post("/api/login")
     def login(body: protocol.Login, request: Request, response: Response) -> protocol.Done:
-        if person_of(store, body.token) is None:
+        secret = begin_login(store, body.token)
+        if secret is None:
             raise HTTPException(
-                401, "this token was never given out, or was revoked: ask for another invitation"
+                401, "this token was never given out, or is good no more: ask for another invitation"
             )
-        log_in(request, response, body.token)
+        log_in(request, response, secret)
         return protocol.Done()
 
     @router.post("/api/logout")
     def logout(request: Request, response: Response) -> protocol.Done:
+        if secret := shown_secret(request):
+            end_login(store, secret)
         log_out(request, response)
         return protocol.Done()
 
@@ -115,7 +119,7 @@ def _add_login(router: APIRouter, access: Access, store: Store, project_id: int)
         return protocol.Me(
             name=person.name,
             is_admin=person.is_admin,
-            write_token=write_token(request.cookies["dovetail_label"]),
+            write_token=write_token(shown_secret(request) or ""),
             project=project.name,
             guidelines=project.guidelines,
             progress=_progress(store, project_id, person),

@@ -13,12 +13,12 @@ import hmac
 import secrets
 from dataclasses import dataclass
 
-from sqlalchemy import delete, select
+from sqlalchemy import delete, or_, select
 
 from dovetail.errors import LabelError
 from dovetail.preferences.database import NotFoundError, Store
 from dovetail.preferences.plain_text import expect_text
-from dovetail.preferences.schema import Annotator, Token
+from dovetail.preferences.schema import Annotator, Login, Token
 
 _LONGEST_NAME = 100
 
@@ -32,10 +32,11 @@ class Person:
     is_admin: bool
 
 
-def invite(store: Store, name: str, *, is_admin: bool = False) -> str:
+def invite(store: Store, name: str, *, is_admin: bool = False, lasts_seconds: float | None = None) -> str:
     """A new token for an annotator, who is added if there is none of that name. It cannot be shown again.
 
-    Earlier tokens stay good. An annotator who is no admin does not become one this way: LabelError.
+    lasts_seconds: after these nobody can log in with it; None: it stays good until it is revoked. Earlier tokens stay
+    good. An annotator who is no admin does not become one this way: LabelError.
     """
     name = expect_text("name", name).strip()
     if not 1 <= len(name) <= _LONGEST_NAME:
@@ -53,12 +54,21 @@ def invite(store: Store, name: str, *, is_admin: bool = False) -> str:
         elif annotator.is_admin != is_admin:
             role = "an admin" if annotator.is_admin else "no admin"
             raise LabelError(f"{name} is there already, as {role}", hint="invite under another name")
-        session.add(Token(digest=_digest(token), annotator_id=annotator.id, created_at=now))
+        session.execute(delete(Token).where(Token.expires_at <= now))
+        expires_at = None if lasts_seconds is None else now + lasts_seconds
+        session.add(
+            Token(
+                digest=digest_of(token),
+                annotator_id=annotator.id,
+                created_at=now,
+                expires_at=expires_at,
+            )
+        )
     return token
 
 
 def revoke(store: Store, name: str) -> int:
-    """End all tokens of an annotator, whoever holds them; how many there were. Labels stay.
+    """End all tokens and logins of an annotator, whoever holds them; how many tokens there were. Labels stay.
 
     NotFoundError if there is nobody of that name.
     """
@@ -67,6 +77,7 @@ def revoke(store: Store, name: str) -> int:
         if annotator is None:
             known = ", ".join(session.scalars(select(Annotator.name).order_by(Annotator.name))) or "nobody"
             raise NotFoundError(f"nobody is called {name!r} here", hint=f"there are: {known}")
+        session.execute(delete(Login).where(Login.annotator_id == annotator.id))
         tokens = session.scalars(
             delete(Token).where(Token.annotator_id == annotator.id).returning(Token.digest)
         )
@@ -74,17 +85,24 @@ def revoke(store: Store, name: str) -> int:
 
 
 def person_of(store: Store, token: str) -> Person | None:
-    """Whose token it is; None if nobody's."""
-    digest = _digest(token)
+    """Whose token it is; None if nobody's, or if it is good no more."""
+    return person_with(store, Token, token)
+
+
+def person_with(store: Store, table: type[Token] | type[Login], secret: str) -> Person | None:
+    """Return whom a table of secrets knows this one of."""
+    digest = digest_of(secret)
+    is_good = or_(table.expires_at.is_(None), table.expires_at > store.clock())
     with store.reading() as session:
         found = session.execute(
-            select(Token.digest, Annotator).join(Annotator, Annotator.id == Token.annotator_id)
-            .where(Token.digest == digest)
+            select(table.digest, Annotator).join(Annotator, Annotator.id == table.annotator_id)
+            .where(table.digest == digest, is_good)
         ).first()  # fmt: skip
         if found is None or not hmac.compare_digest(found[0], digest):
             return None
         return Person(found[1].id, found[1].name, found[1].is_admin)
 
 
-def _digest(token: str) -> str:
+def digest_of(token: str) -> str:
+    """Return the hash by which a token is kept."""
     return hashlib.sha256(token.encode("utf-8", "surrogatepass")).hexdigest()

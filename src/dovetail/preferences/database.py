@@ -9,7 +9,7 @@ from __future__ import annotations
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -129,6 +129,10 @@ def _checked(url: str, *, must_exist: bool) -> URL:
         )
     if not file.absolute().parent.is_dir():
         raise LabelError(f"{url}: there is no folder {file.parent}", hint="make it first")
+    with suppress(OSError):  # connecting tells why it cannot be made
+        file.touch(
+            mode=0o600
+        )  # what people wrote is for its owner; SQLite gives its other files the same mode
     return parsed.set(database=str(file))
 
 

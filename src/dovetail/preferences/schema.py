@@ -113,6 +113,17 @@ class Token(Table):
     digest: Mapped[str] = mapped_column(String(64), primary_key=True)
     annotator_id: Mapped[int] = mapped_column(ForeignKey("annotators.id"), index=True)
     created_at: Mapped[float] = mapped_column(Double)
+    expires_at: Mapped[float | None] = mapped_column(Double)
+    """None: it stays good until it is revoked."""
+
+
+class Login(Table):
+    """A browser that is logged in. Only the hash of its secret is kept."""
+
+    __tablename__ = "logins"
+    digest: Mapped[str] = mapped_column(String(64), primary_key=True)
+    annotator_id: Mapped[int] = mapped_column(ForeignKey("annotators.id"), index=True)
+    expires_at: Mapped[float] = mapped_column(Double)
 
 
 class Assignment(Table):

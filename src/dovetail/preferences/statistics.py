@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from statistics import median
 
-from sqlalchemy import func, select
+from sqlalchemy import func, or_, select
 
 from dovetail.preferences.agreement import cohen_kappa, fleiss_kappa
 from dovetail.preferences.database import Store
@@ -89,7 +89,8 @@ def statistics(store: Store, project_id: int, annotator_id: int) -> Statistics:
     with store.reading() as session:
         labels = counting_labels(session, project_id)
         people = session.scalars(select(Annotator).order_by(Annotator.name)).all()
-        links = Counter(session.scalars(select(Token.annotator_id)))
+        is_good = or_(Token.expires_at.is_(None), Token.expires_at > store.clock())
+        links = Counter(session.scalars(select(Token.annotator_id).where(is_good)))
         speeds = tuple(_speed(person, labels, links[person.id]) for person in people)
     by_task: dict[int, dict[str, str]] = defaultdict(dict)
     for label in labels:

@@ -76,8 +76,15 @@ function draw(next) {
     find(field).value = "";
   }
   document.activeElement?.blur();
+  showBeginning(find("task"));
   lookedAt = 0;
   since = document.hidden ? null : performance.now();
+}
+
+// Whoever read the last task to its end looks at the end of the page.
+function showBeginning(element) {
+  const { top } = element.getBoundingClientRect();
+  if (top < 0 || top > innerHeight / 2) element.scrollIntoView({ block: "start" });
 }
 
 async function loadNext() {
