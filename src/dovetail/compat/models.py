@@ -27,7 +27,7 @@ from dovetail.text.chat_format import ChatFormat
 from dovetail.training.ema import Ema
 
 _OF_THE_PROCESS = ("local_rank", "global_rank", "output_dir")
-"""What may differ from process to process."""
+"""Flags that may differ from process to process."""
 
 _OWN_INIT = ("_init_actor", "_init_ref", "_init_ema", "_init_critic", "_init_reward")
 

@@ -25,7 +25,7 @@ from dovetail.maths.value_loss import clipped_value_loss
 
 
 class Objective:
-    """What actor and critic learn. The numbers are read at every call, so that they may be set at any time."""
+    """The rewards, advantages and losses of PPO. Its numbers are read at every call and may be set at any time."""
 
     def __init__(self, config: PpoConfig) -> None:
         self.missing_end_penalty = config.missing_end_penalty

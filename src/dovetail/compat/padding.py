@@ -1,4 +1,4 @@
-"""Between the predecessor's padded dictionaries and our packed records.
+"""The predecessor's padded dictionaries, made from our packed records and turned back into them.
 
 Responsible for: laying answers out as it does (prompts padded on the left, answers on the right), and back.
 Not responsible for: what the numbers mean (trainer.py).

@@ -23,7 +23,7 @@ from dovetail.text.chat_format import ChatFormat
 
 
 class Rows(Dataset[Any]):
-    """Rows of a data set, made."""
+    """Rows of a data set, kept in memory."""
 
     def __init__(self, rows: Sequence[Any]) -> None:
         self.rows = rows
@@ -36,7 +36,7 @@ class Rows(Dataset[Any]):
 
 
 class DataCollatorRLHF:
-    """Makes a batch of prompts, padded on the left to `max_token_len`."""
+    """A collator that pads prompts on the left to `max_token_len`."""
 
     def __init__(self, max_token_len: int, inference_tp_size: int) -> None:
         self.max_token_len = max_token_len

@@ -19,7 +19,7 @@ from dovetail.text.tokenizer import load_tokenizer
 
 
 class MiniDataset:
-    """Collects batches and deals them out in smaller ones."""
+    """A collection of batches that comes back in smaller ones."""
 
     def __init__(self, max_size: int, small_batch_size: int) -> None:
         self.dataset: list[Any] = []
@@ -55,7 +55,7 @@ class MiniDataset:
 
 
 class ExponentialMovingAverage:
-    """A running mean in which a number weighs less the older it is."""
+    """A running mean in which older numbers weigh less."""
 
     def __init__(self, alpha: float = 0.9) -> None:
         self.alpha = alpha

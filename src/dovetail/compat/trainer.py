@@ -216,7 +216,7 @@ class DeepSpeedPPOTrainer(Objective):
 
 
 class DeepSpeedPPOTrainerUnsupervised(DeepSpeedPPOTrainer):
-    """With mixture training as a call of its own."""
+    """The trainer with mixture training as a call of its own."""
 
     learns_from_text = True
 
