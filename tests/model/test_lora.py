@@ -2,6 +2,16 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3Config,
+    Mamba2Config,
+    MambaConfig,
+    OlmoeConfig,
+    ZambaConfig,
+)
 
 from dovetail.batches import pack
 from dovetail.errors import ModelError
@@ -157,3 +167,159 @@ def test_activation_checkpointing_reaches_adapters_of_a_frozen_model(name):
         assert (one.grad is None) == (other.grad is None), key
         if one.grad is not None:
             assert_near(other.grad, one.grad)
+
+
+SIZES = {
+    "vocab_size": 258,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "initializer_range": 0.2,
+    "pad_token_id": 257,
+    "eos_token_id": 256,
+    "bos_token_id": None,
+}
+
+
+def made(config):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(config).eval()
+
+
+def zamba():
+    """Two hybrid layers of one and the same transformer."""
+    model = made(
+        ZambaConfig(
+            **SIZES,
+            mamba_d_state=4,
+            n_mamba_heads=2,
+            layers_block_type=["hybrid", "mamba", "hybrid"],
+            use_mamba_kernels=False,
+        )
+    )
+    model.tie_weights()
+    return model
+
+
+def tied_llama():
+    """A llama whose layers share one projection, as no config says."""
+    model = tiny_model()
+    model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
+    model.model.layers[1].self_attn.q_proj.weight = model.model.layers[0].self_attn.q_proj.weight
+    return model
+
+
+def logits(model, ids=(1, 2, 3, 4, 5)):
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([ids]), use_cache=False).logits
+
+
+@pytest.mark.parametrize("make", [zamba, tied_llama])
+def test_layers_that_share_a_weight_share_its_adapter_and_merge_once(make):
+    model = stir(with_lora(make()))
+    adapters: dict[int, set[int]] = {}
+    for module in model.modules():
+        if hasattr(module, "base_layer"):
+            adapters.setdefault(id(module.base_layer.weight), set()).add(id(module.lora_B["default"].weight))
+    assert all(len(ids) == 1 for ids in adapters.values())
+    assert len(adapters) < sum(hasattr(module, "base_layer") for module in model.modules())
+    assert_near(logits(merged_copy(model)), logits(model))
+
+
+def test_two_adapters_on_one_weight_are_not_merged():
+    settings = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["up_proj"])
+    theirs = stir(get_peft_model(tied_llama(), settings))
+    with pytest.raises(
+        ModelError, match=r"layers\.0\.mlp\.up_proj and .*layers\.1\.mlp\.up_proj share one weight"
+    ):
+        merged_copy(theirs)
+
+
+class Router(nn.Linear):
+    """Not what a linear layer gives."""
+
+    def forward(self, x):
+        return super().forward(x).softmax(-1), None
+
+
+def adapted_names(model):
+    names = (
+        name.removeprefix("base_model.model.") for name, _ in model.named_parameters() if "lora_A" in name
+    )
+    return {name.partition(".lora_A")[0] for name in names}
+
+
+def test_all_linear_means_plain_linear_layers_by_their_full_names():
+    model = tiny_model()
+    layer = model.model.layers[0]
+    layer.router = Router(32, 4)
+    layer.extra = nn.ModuleList([nn.Linear(32, 32), nn.Linear(32, 32)])
+    adapted = adapted_names(with_lora(model))
+    assert {"model.layers.0.extra.0", "model.layers.0.extra.1"} <= adapted
+    assert not any("router" in name for name in adapted)
+    # a leaf called 0 is not every module called 0
+    assert "model.layers.0" not in adapted
+    assert adapted_names(with_lora(tiny_model(), target_modules=("layers.1.mlp.up_proj",))) == {
+        "model.layers.1.mlp.up_proj"
+    }
+
+
+def test_a_module_in_two_places_gets_no_adapter_in_one_of_them():
+    model = tiny_model()
+    model.model.layers[1].mlp.up_proj = model.model.layers[0].mlp.up_proj
+    adapted = stir(with_lora(model))
+    assert not any("up_proj" in name for name in adapted_names(adapted))
+    assert_near(logits(merged_copy(adapted)), logits(adapted))
+    with pytest.raises(ModelError, match="no linear layer named up_proj"):
+        with_lora(model, target_modules=("up_proj",))
+
+
+@pytest.mark.parametrize("config_class", [MambaConfig, Mamba2Config])
+def test_layers_whose_weights_are_read_past_the_adapter_get_none(config_class):
+    sizes = {"vocab_size": 258, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}
+    heads = {"num_heads": 4, "head_dim": 16, "n_groups": 1} if config_class is Mamba2Config else {}
+    model = made(config_class(**sizes, **heads))
+    with pytest.raises(ModelError, match="no linear layer named out_proj"):
+        with_lora(model, target_modules=("out_proj",))
+    adapted = stir(with_lora(model))
+    assert {name.rpartition(".")[2] for name in adapted_names(adapted)} == {"in_proj"}
+    assert_near(logits(merged_copy(adapted)), logits(adapted))
+
+
+def test_the_tower_of_another_input_gets_no_adapter():
+    text = {**SIZES, "head_dim": 8}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Gemma3Config(text_config=text, vision_config={**vision, "image_size": 28, "patch_size": 14})
+    names = adapted_names(with_lora(made(config)))
+    assert names
+    assert all("language_model" in name for name in names)
+
+
+def test_the_share_of_the_weights_that_adapters_reach_is_said(capsys):
+    with_lora(tiny_model())
+    assert (
+        "LoRA: adapters on 14 layers, which hold 99% of the weights beside the embeddings"
+        in capsys.readouterr().err
+    )
+    sizes = {**SIZES, "num_experts": 8, "num_experts_per_tok": 2}
+    model = with_lora(made(OlmoeConfig(**sizes)))
+    fused = sum(p.numel() for name, p in model.named_parameters() if "experts" in name)
+    plain = sum(p.numel() for name, p in model.named_parameters() if name.endswith("base_layer.weight"))
+    norms = sum(p.numel() for name, p in model.named_parameters() if "norm" in name or "gate.weight" in name)
+    said = capsys.readouterr().err
+    assert f"warning: LoRA: adapters on 12 layers, which hold {plain / (fused + plain + norms):.0%}" in said
+    assert "experts fused into one tensor" in said
+
+
+def test_what_peft_refuses_is_told_in_its_words(monkeypatch):
+    def refuses(*_, **__):
+        raise ValueError("Target module Odd() is not supported.\nand more")
+
+    monkeypatch.setattr("dovetail.model.lora.get_peft_model", refuses)
+    with pytest.raises(
+        ModelError, match=r"LlamaForCausalLM cannot have these adapters: Target module Odd\(\) is not"
+    ):
+        with_lora(tiny_model())

@@ -16,7 +16,6 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dovetail.errors import CheckpointError
-from dovetail.model.attention import ATTENTION_NAME, use_packed_attention
 from dovetail.model.sample_output import LARGEST_GAP, relative_gap, sample_output
 
 _PROBE_TEXT = "Héllo, what is 12 x 7?\n  84 你好"
@@ -39,11 +38,6 @@ def expect_same_weights(folder: Path, model: PreTrainedModel, state: Mapping[str
             raise _differs(folder, f"{name} is {list(found[name].shape)}, and {list(weight.shape)} in memory")
         if not torch.equal(weight.to("cpu", found[name].dtype), found[name]):
             raise _differs(folder, f"{name} has other values than in memory")
-    attention = model.config._attn_implementation
-    if attention == ATTENTION_NAME:
-        use_packed_attention(loaded)
-    else:
-        loaded.set_attn_implementation(attention)
     gap = relative_gap(sample_output(model), sample_output(loaded))
     if not gap <= LARGEST_GAP:
         raise _differs(folder, f"its output is {100 * gap:.1f} % away from that of the model in memory")

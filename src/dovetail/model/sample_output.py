@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dovetail.batches import pack
-from dovetail.model.attention import ATTENTION_NAME
-from dovetail.model.forward import hidden_states, plain_model, scalar_head
+from dovetail.model.forward import plain_model, scalar_head
 from dovetail.model.linear_logprobs import head_of
+from dovetail.model.modes import evaluation_mode
 from dovetail.model.padding import num_rows
+from dovetail.model.plain_forward import plain_attention, plain_hidden_states
 
 LARGEST_GAP = 0.05
 """Relative, of the median token: rounding in half precision, on another device, stays below."""
@@ -26,25 +26,16 @@ _NUM_TOKENS = 16
 
 @torch.no_grad()
 def sample_output(model: Any) -> Tensor:
-    """[T, N], float64 on the CPU: logits, or hidden states and score; without dropout, the mode stays as it was."""
-    inner: Any = plain_model(model)
+    """[T, N], float64 on the CPU: logits, or hidden states and score, of the plain forward without dropout."""
+    inner = plain_model(model)
     ids = [(7 * i + 3) % num_rows(inner) for i in range(_NUM_TOKENS)]
-    was_training = inner.training
-    inner.eval()
-    try:
-        if inner.config._attn_implementation == ATTENTION_NAME:
-            batch = pack([ids], [[False] * len(ids)]).to(inner.device)
-            hidden_TD = hidden_states(model, batch)
-        else:
-            ids_1T = torch.tensor([ids], device=inner.device)
-            hidden_TD = inner.base_model(input_ids=ids_1T, use_cache=False).last_hidden_state[0]
-        if hasattr(inner, "score"):
-            output_TN = torch.cat([hidden_TD.float(), scalar_head(model, hidden_TD)[:, None]], dim=-1)
-        else:
-            output_TN = head_of(model).logits(hidden_TD)
-        return output_TN.double().cpu()
-    finally:
-        inner.train(was_training)
+    with evaluation_mode(inner), plain_attention(inner):
+        hidden_TD = plain_hidden_states(inner, ids)
+    if hasattr(inner, "score"):
+        output_TN = torch.cat([hidden_TD.float(), scalar_head(model, hidden_TD)[:, None]], dim=-1)
+    else:
+        output_TN = head_of(model).logits(hidden_TD)
+    return output_TN.double().cpu()
 
 
 def relative_gap(one_TN: Tensor, other_TN: Tensor) -> float:
