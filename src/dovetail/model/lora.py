@@ -77,7 +77,7 @@ def add_lora(
         torch.manual_seed(seed)
         try:
             adapted = get_peft_model(model, settings, autocast_adapter_dtype=False)
-        except (ValueError, NotImplementedError) as error:
+        except ValueError as error:
             reason = str(error).partition("\n")[0]
             raise ModelError(
                 f"{type(model).__name__} cannot have these adapters: {reason}",
