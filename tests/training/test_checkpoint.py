@@ -16,7 +16,7 @@ import torch
 from dovetail.errors import CheckpointError
 from dovetail.parallel.world import World
 from dovetail.training.checkpoint import Checkpoints
-from dovetail.training.checksums import change
+from dovetail.training.checksums import find_corrupted
 from dovetail.training.disk import FullDisk, open_file
 
 SIZE = 1000
@@ -175,7 +175,7 @@ def test_of_several_processes_each_reads_some_of_the_files_and_any_may_find_dama
     folder = saved(tmp_path, 1, 2).folder
     newest = folder / "step-00000002"
     damage_flip(newest)
-    shares = [change(newest, rank=rank, size=2) for rank in range(2)]
+    shares = [find_corrupted(newest, rank=rank, size=2) for rank in range(2)]
     assert [share is None for share in shares] == [True, False]
     assert "tensors.safetensors have changed" in str(shares[1])
     theirs = [shares[1], None]
@@ -190,7 +190,7 @@ def test_a_process_that_does_not_see_a_file_says_so_and_no_checkpoint_counts_as_
     newest = saved(tmp_path, 1).folder / "step-00000001"
     damage_missing(newest)
     with pytest.raises(CheckpointError, match=r"state\.json is not there for process 0") as caught:
-        change(newest, rank=0, size=2)
+        find_corrupted(newest, rank=0, size=2)
     assert "all machines share" in str(caught.value.hint)
 
 

@@ -1,4 +1,4 @@
-"""Everything of a run that can be known before its first stage, looked at in one pass.
+"""Check in one pass everything of a run that can be known before its first stage.
 
 Responsible for: finding every problem of data, models, devices, packages and folder, and raising them as one error.
 Not responsible for: weights, and what only the rows as tokens would show (parts.py).
@@ -70,22 +70,22 @@ class _Outlook:
         self.pending = [stage for stage in config.stages if not self.folder.is_done(stage)]
 
     def is_done(self, stage: StageName) -> bool:
-        """Whether the stage has finished."""
+        """Return whether the stage has finished."""
         return self.folder.is_done(stage)
 
     def kinds_of_rows(self) -> Iterator[Kind]:
-        """What the stages still to do read."""
+        """Yield the kinds of rows that the stages still to do read."""
         yield from self.pending
         if "ppo" in self.pending and self.config.data.pretraining:
             yield "text"
 
     def reward_start(self) -> ModelConfig:
-        """What stage 2 starts from, or the actor that stage 1 will have trained by then."""
+        """Return what stage 2 starts from, or the actor that stage 1 will have trained by then."""
         is_from_sft = self.config.reward.start_from == "sft"
         return self.config.actor if is_from_sft and "sft" in self.pending else reward_start_of(self)
 
     def reward_model(self) -> ModelConfig | None:
-        """What PPO scores with, or what stage 2 will have made it of by then."""
+        """Return what PPO scores with, or the model that stage 2 will make it from."""
         return self.reward_start() if "reward" in self.pending else reward_model_of(self)
 
 
@@ -150,7 +150,7 @@ def _look_at_rows(run: _Outlook, kind: Kind, look: _Look) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Seen:
-    """What is known of a model without its weights; a .gguf file has its config among them."""
+    """The facts about a model that need no weights; a .gguf file keeps its config among them."""
 
     config: Any | None
     chat: ChatFormat

@@ -1,4 +1,4 @@
-"""What every stage of a run shares: the folder, the device, and where metrics go.
+"""The parts that all stages of a run share: the folder, the device, the sinks of metrics.
 
 Responsible for: opening a run once, handing its parts to the stages, when their state is saved.
 Not responsible for: what a stage does with them.
@@ -28,7 +28,7 @@ from dovetail.training.run_folder import RunFolder
 
 @dataclass(frozen=True, slots=True)
 class StageReport:
-    """What a finished stage says of itself; goes to summary.json under the stage's name."""
+    """The result of a finished stage, which summary.json keeps under the stage's name."""
 
     steps: int
     results: Mapping[str, float]
@@ -47,11 +47,11 @@ class Context:
     background: World = ALONE
     """The same processes, for the thread that writes checkpoints."""
     stop: StopRequest = field(default_factory=lambda: StopRequest(ALONE))
-    """What signals have asked for."""
+    """The request to stop, if a signal made one."""
 
     @property
     def sharing(self) -> Sharing:
-        """How they hold the models."""
+        """The distribution of the models over them."""
         return Sharing(
             world=self.world,
             zero_stage=self.config.zero_stage,
@@ -65,7 +65,7 @@ class Context:
         return self.world.from_first(self.folder.is_done(stage))
 
     def checkpoints(self, stage: str, settings: StageConfig) -> Checkpoints:
-        """The stage's checkpoints, newest kept as its settings say."""
+        """Open the stage's checkpoints, of which the newest are kept as its settings say."""
         folder = self.folder.checkpoints(stage)
         return Checkpoints(folder, keep=settings.keep_checkpoints, world=self.background)
 
@@ -122,7 +122,7 @@ class Context:
         return sinks
 
     def progress(self, stage: str, *, total: int, start: int) -> Progress:
-        """A bar with rate and remaining time, or a line now and then when nobody watches."""
+        """Return a bar with rate and remaining time, or a line now and then where there is no terminal."""
         return Progress(stage, total=total, start=start, print_every=self.config.tracking.print_every)
 
 
@@ -148,7 +148,7 @@ def open_run(config: RunConfig) -> Iterator[Context]:
 
 
 def _folder_of(config: RunConfig, world: World) -> RunFolder:
-    """Opened by the first process; the others only know its names, when it is there."""
+    """Open the folder in the first process; the others get its paths once it is there."""
     if not world.is_first:
         world.wait()
         return RunFolder(config.output_dir)

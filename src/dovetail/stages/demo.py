@@ -50,13 +50,13 @@ PARTS = ("truth", "politeness", "brevity", "clean")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DemoPlan:
-    """How large the demo is."""
+    """The size and settings of the demo."""
 
     run: RunConfig
     """The three stages."""
     sizes: Sizes
     base: SftConfig | None
-    """How the base model is trained from random weights on plain text; None = the actor is a pretrained model."""
+    """The training of the base model from random weights on plain text; None = the actor is a pretrained model."""
     answers_per_prompt: int = 4
     """Answers that a labeller rates beside each other."""
     from_writers: float = 0.15
@@ -85,7 +85,7 @@ def run(plan: DemoPlan) -> None:
 
 
 def make_base_model(rows: Dataset, settings: SftConfig, context: Context) -> None:
-    """A tokenizer, random weights, and the supervised loop over plain text, every token counted."""
+    """Train a tokenizer and a model from random weights with the supervised loop, every token of plain text counted."""
     folder = Path(context.config.actor.path)
     if (folder / "config.json").exists():
         say("base model: finished before, skipped")
@@ -159,7 +159,7 @@ def compare(
 
 
 def sampler_of(model: Path, context: Context) -> Sample:
-    """Sampling from a finished model: (prompts, seed, greedy) -> answers."""
+    """Return a function that samples from a finished model: (prompts, seed, greedy) -> answers."""
     engine = HybridEngine(
         load_causal_lm(str(model), dtype=context.dtype, device=context.device), device=context.device
     )
@@ -211,13 +211,13 @@ def measure(rows: Dataset, plan: DemoPlan, context: Context) -> dict[str, Any]:
 
 
 def answer_row(answer: Answer) -> dict[str, Any]:
-    """A greedy answer with its gold score, for the report."""
+    """Return a greedy answer with its gold score, for the report."""
     score = gold_of(answer.messages, answer.text, finished=answer.finished)
     return {"messages": list(answer.messages), "answer": answer.text, "gold": score.total}
 
 
 def write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """A JSON-lines file, complete or not there."""
+    """Write a JSON-lines file that is complete or not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     half = path.with_suffix(".half")
     half.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")

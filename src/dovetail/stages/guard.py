@@ -112,7 +112,7 @@ def warnings_of_the_reward(row: Mapping[str, float], config: PpoConfig) -> dict[
 
 
 class Guard:
-    """What the first rollout was like, which warnings were given, and how long the policy has been collapsed."""
+    """The figures of the first rollout, the warnings given, and how many rollouts a collapse has lasted."""
 
     def __init__(self, config: PpoConfig) -> None:
         self.config = config

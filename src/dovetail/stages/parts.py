@@ -56,7 +56,7 @@ Part = Literal["train", "held_out"]
 
 
 def chat_of(model: ModelConfig) -> ChatFormat:
-    """The chat format of a pretrained model."""
+    """Load the chat format of a pretrained model."""
     return ChatFormat(
         load_tokenizer(
             model.path,
@@ -68,13 +68,13 @@ def chat_of(model: ModelConfig) -> ChatFormat:
 
 
 def pack_rows(rows: TokenizedRows, index: Sequence[int]) -> PackedBatch:
-    """The given rows with their loss masks, end to end."""
+    """Pack the given rows with their loss masks, end to end."""
     picked = [rows[i] for i in index]
     return pack([ids for ids, _ in picked], [mask for _, mask in picked])
 
 
 def pack_comparisons(rows: TokenizedComparisons, index: Sequence[int]) -> RankedBatch:
-    """The given prompts with all their answers and pairs, end to end."""
+    """Pack the given prompts with all their answers and pairs, end to end."""
     picked = [rows[i] for i in index]
     return pack_ranked([answers for answers, _ in picked], [pairs for _, pairs in picked])
 
@@ -82,7 +82,7 @@ def pack_comparisons(rows: TokenizedComparisons, index: Sequence[int]) -> Ranked
 def trainable_causal_lm(
     model: ModelConfig, chat: ChatFormat, settings: StageConfig, context: Context
 ) -> PreTrainedModel:
-    """The pretrained actor, ready for gradients."""
+    """Load the pretrained actor, ready for gradients."""
     loaded = _causal_lm(model, context)
     expect_rows_for(chat.tokenizer, loaded, model.path)
     return ready_to_train(loaded, model, settings, context, role="actor")
@@ -138,7 +138,7 @@ def _scalar_model(model: ModelConfig, chat: ChatFormat, context: Context) -> Pre
 
 
 def actor_start(context: Context) -> tuple[ModelConfig, ChatFormat]:
-    """What PPO starts from, and its chat format: stage 1's result, or the pretrained actor."""
+    """Return what PPO starts from, stage 1's result or the pretrained actor, and its chat format."""
     start = actor_of(context)
     return start, chat_of(start)
 
@@ -204,12 +204,12 @@ def prompts_of(context: Context, chat: ChatFormat, part: Part) -> list[Sequence[
 
 @dataclass(frozen=True, slots=True)
 class PlainText:
-    """What stage 3 reads of `data.pretraining`; both None where it lists nothing."""
+    """The texts of `data.pretraining` for stage 3; both None where it lists nothing."""
 
     next: Callable[[int], PackedBatch] | None = None
     """The texts that an optimiser step of the actor learns from beside PPO's loss; None: mixture training is off."""
     held_out: PackedBatch | None = None
-    """To see whether the actor forgets its language."""
+    """Held-out texts, which show whether the actor forgets its language."""
 
 
 def plain_text(context: Context, chat: ChatFormat, actor: PreTrainedModel) -> PlainText:
@@ -232,13 +232,13 @@ def plain_text(context: Context, chat: ChatFormat, actor: PreTrainedModel) -> Pl
 
 
 def reward_start(context: Context) -> tuple[ModelConfig, ChatFormat]:
-    """What stage 2 starts from, and the chat format of its tokenizer."""
+    """Return what stage 2 starts from, and the chat format of its tokenizer."""
     start = reward_start_of(context)
     return start, chat_of(start)
 
 
 def trainable_scalar_model(start: ModelConfig, chat: ChatFormat, context: Context) -> PreTrainedModel:
-    """The reward model before training: backbone and a fresh head (or a finished reward model's)."""
+    """Load the reward model before training: backbone and a fresh head, or a finished reward model's."""
     model = _scalar_model(start, chat, context)
     expect_rows_for(chat.tokenizer, model, start.path)
     return ready_to_train(model, start, context.config.reward, context, role="critic")

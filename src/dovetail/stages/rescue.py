@@ -1,4 +1,4 @@
-"""An error that ends a stage costs no step that was finished: its state is saved before the error goes on.
+"""Save the state of a stage before an error ends it, so that no finished step is lost.
 
 Responsible for: saving on an error that the user can repair. Not responsible for: saves that are due
 (context.py), what a state holds.
@@ -17,7 +17,7 @@ from dovetail.training.checkpoint import Checkpoints
 
 @dataclass(slots=True)
 class Place:
-    """How far a loop has come."""
+    """The progress of a loop."""
 
     done: int | None
     """The number of steps whose state is in memory; None while a step changes it."""
@@ -27,7 +27,7 @@ class Place:
 def saved_on_error(
     checkpoints: Checkpoints, state: Callable[[], Mapping[str, Any]], *, start: int, world: World
 ) -> Iterator[Place]:
-    """Around a stage's loop, which keeps the place up to date: a DovetailError saves the state, then goes on.
+    """Save the state when a DovetailError leaves a stage's loop, which keeps the place up to date; then raise it.
 
     start: the steps that the newest checkpoint holds. Of several processes only an error that all of them raise
     (`is_everywhere`) is answered so: a checkpoint is written by all.

@@ -23,7 +23,7 @@ def save_model(
     stop_token_ids: Sequence[int] | None = None,
     weights: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """As `model.save.save_model`, by the first process; the others return when the folder is there.
+    """Save the model as `model.save.save_model` does, in the first process; the others wait for the folder.
 
     weights: saved in the place of the model's own, in float32.
     """

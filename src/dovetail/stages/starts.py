@@ -28,18 +28,18 @@ class Run(Protocol):
         ...
 
     def is_done(self, stage: StageName) -> bool:
-        """Whether the stage has finished."""
+        """Return whether the stage has finished."""
         ...
 
 
 def actor_of(run: Run) -> ModelConfig:
-    """The model that PPO starts from: stage 1's result, or the pretrained actor."""
+    """Return the model that PPO starts from: stage 1's result, or the pretrained actor."""
     start = run.config.actor
     return _finished(start, run.folder.model("sft")) if run.is_done("sft") else start
 
 
 def reward_start_of(run: Run) -> ModelConfig:
-    """The model that stage 2 starts from."""
+    """Return the model that stage 2 starts from."""
     start = run.config.reward_start()
     if run.config.reward.start_from == "sft":
         if not run.is_done("sft"):
@@ -69,5 +69,5 @@ def reward_model_of(run: Run) -> ModelConfig | None:
 
 
 def _finished(start: ModelConfig, folder: Path) -> ModelConfig:
-    """What a stage made of what it started from; with its tokenizer, it has the chat template, too."""
+    """Return the result of a stage in place of its start; its tokenizer brings the chat template."""
     return start.model_copy(update={"path": str(folder), "revision": None, "chat_template": None})

@@ -30,7 +30,7 @@ class StopRequest:
         self._number = 0
 
     def take(self, number: int) -> None:
-        """This process has got the signal."""
+        """Note that this process has got the signal."""
         self._number = number
 
     def asked(self) -> str | None:
@@ -91,7 +91,7 @@ def _taking_signals(request: StopRequest, world: World) -> Iterator[None]:
 
 
 def _tell(number: int) -> None:
-    """Without buffers and locks, which the main thread may hold at this moment. The terminal may have gone."""
+    """Print without buffers and locks, which the main thread may hold at this moment; the terminal may be gone."""
     name = signal.Signals(number).name
     text = f"\n{name}: the run saves a checkpoint after this step and ends; once more ends it now\n"
     if sys.__stderr__:

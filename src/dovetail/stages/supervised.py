@@ -31,7 +31,7 @@ from dovetail.training.weights import load_trained, trained_weights
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """What a stage learns and how it is judged."""
+    """The rows, loss and evaluation of a stage that learns from data."""
 
     stage: str
     model: PreTrainedModel
@@ -149,7 +149,7 @@ def rate_of(task: Task, step: int) -> float:
 
 
 def step_row(stage: str, report: StepReport) -> dict[str, float]:
-    """The metrics of one optimiser step."""
+    """Return the metrics of one optimiser step."""
     row = {
         f"{stage}/loss": report.loss,
         f"{stage}/grad_norm": report.grad_norm,

@@ -42,7 +42,7 @@ def doubts_of(results: Mapping[str, float]) -> Iterator[str]:
 
 
 def is_absurd(name: str, value: float) -> bool:
-    """Whether a number of this name is a loss that no sound training has."""
+    """Return whether a number of this name is a loss that no sound training has."""
     if not name.endswith("loss"):
         return False
     return not abs(value) < (ABSURD_CRITIC_LOSS if name.endswith("critic_loss") else ABSURD_LOSS)

@@ -123,8 +123,11 @@ class OnePassAdamW:
         )  # fmt: skip
 
     def _table(self, gradients: Sequence[Tensor | None]) -> Tensor:
-        """A row a weight: addresses of weight, gradient, both moments and image, number of elements to move, and
-        whether the gradient is float32. Made anew each step: parked state comes back to other addresses."""
+        """Build the table of the kernel, one row per weight.
+
+        A row holds the addresses of weight, gradient, both moments and image, the number of elements, and whether the
+        gradient is float32. It is made anew each step, because parked state comes back to other addresses.
+        """
         rows = [
             [
                 state.weight.data_ptr(), 0 if gradient is None else gradient.data_ptr(), state.exp_avg.data_ptr(),

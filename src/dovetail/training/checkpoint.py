@@ -30,13 +30,13 @@ from dovetail.model.shards import bounds, is_first_replica, is_shard, local, sha
 from dovetail.model.slices import boxes, is_part, slice_of, whole_shape
 from dovetail.parallel.world import ALONE, World
 from dovetail.telemetry.log import warn
-from dovetail.training.checksums import MANIFEST, VALUES, HashedFile, change, lack
+from dovetail.training.checksums import MANIFEST, VALUES, HashedFile, find_corrupted, find_incomplete
 from dovetail.training.disk import OpenFile, open_file, sync_folder, write_failure
 from dovetail.training.tensor_file import Place, TensorFiles, num_bytes, place, write_tensors
 
 TENSORS = "tensors.safetensors"
 WRITER = "checkpoint"
-"""How the names of threads that write checkpoints begin."""
+"""The prefix of the names of threads that write checkpoints."""
 _NAME = re.compile(r"step-(\d{8,})(?:\.(\d+))?")
 _UNFINISHED = (".writing-", ".deleting-")
 _MARK = "$tensor"
@@ -93,7 +93,7 @@ class Checkpoints:
         return saved
 
     def begin_save(self, step: int, state: Mapping[str, Any], *, merit: float | None = None) -> None:
-        """As `save`, in the background: returns once the state is copied to host memory and may change again.
+        """Save in the background; returns once the state is copied to host memory and may change again.
 
         Waits for the save before, and raises what went wrong in it.
         """
@@ -164,20 +164,20 @@ class Checkpoints:
         if found is None:
             return None
         step, folder = found
-        if problem := lack(folder) or change(folder):
+        if problem := find_incomplete(folder) or find_corrupted(folder):
             raise CheckpointError(
                 f"checkpoint {folder} is damaged: {problem}", hint="take the newest one, or another run's"
             )
         return step, _load(folder, {})
 
     def _newest_sound(self) -> tuple[int, Path] | None:
-        """The first process looks whether all is there; then each reads some of the files, for they may be many."""
+        """Let the first rank check that every file is there, then let each rank read some of the files."""
         world = self._world
         found = world.from_first(_finished(self.folder) if world.is_first else [])
         for step, folder in reversed(found):
-            problem = world.from_first(lack(folder) if world.is_first else None)
+            problem = world.from_first(find_incomplete(folder) if world.is_first else None)
             if problem is None:
-                problems = world.gather(change(folder, rank=world.rank, size=world.size))
+                problems = world.gather(find_corrupted(folder, rank=world.rank, size=world.size))
                 problem = next(filter(None, problems), None)
             if problem is None:
                 return step, folder
@@ -245,7 +245,7 @@ class Checkpoints:
 
 
 def _writes(world: World, tensor: Tensor) -> bool:
-    """Whether this process writes what it has of it: its part of a shard or slice, the first one what is whole."""
+    """Return whether this rank writes what it holds: each its part of a shard or slice, the first a whole tensor."""
     cut = slice_of(tensor)
     if cut is not None:
         return cut.is_first
@@ -253,7 +253,7 @@ def _writes(world: World, tensor: Tensor) -> bool:
 
 
 def _split(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    """The JSON form of a state; its tensors go to `tensors` and leave {"$tensor": name} behind."""
+    """Return the JSON form of a state; its tensors move to `tensors` and leave {"$tensor": name} behind."""
     if isinstance(value, Tensor):
         if path in tensors:
             raise ValueError(f"two tensors of a state are both called {path}")
@@ -298,7 +298,7 @@ def _file_of(rank: int) -> str:
 
 
 def _load(folder: Path, like: Mapping[str, Any]) -> dict[str, Any]:
-    """The state in a sound checkpoint."""
+    """Read the state of a sound checkpoint."""
     manifest = json.loads((folder / MANIFEST).read_text())
     names = [name for name in manifest["files"] if name != VALUES]
     files = TensorFiles(folder, names, manifest.get("rows", {}))
@@ -316,7 +316,7 @@ def _finished(folder: Path) -> list[tuple[int, Path]]:
 
 
 def _free_name(folder: Path, step: int) -> Path:
-    """A name that is not taken: an earlier save of the same step must stay until this one is complete."""
+    """Return a free name, because an earlier save of the same step must stay until this one is complete."""
     plain = folder / f"step-{step:08d}"
     taken = [
         int(m[2] or 0)
@@ -333,7 +333,7 @@ def _best(folder: Path) -> tuple[int, Path] | None:
 
 
 def _merit(folder: Path) -> float | None:
-    """What was known of it when it was saved; a damaged one has none."""
+    """Return the merit that was saved with a checkpoint; None for a damaged one."""
     try:
         merit: float | None = json.loads((folder / MANIFEST).read_text()).get("merit")
     except (OSError, ValueError):

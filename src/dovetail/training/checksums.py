@@ -40,8 +40,8 @@ class HashedFile:
                 self._notes[self._name] = {"bytes": self._bytes, "sha256": self._hash.hexdigest()}
 
 
-def lack(folder: Path) -> str | None:
-    """What is wrong with a checkpoint as far as its manifest and the sizes of its files tell."""
+def find_incomplete(folder: Path) -> str | None:
+    """Return what its manifest and the sizes of its files show to be wrong with a checkpoint, or None."""
     try:
         files = json.loads((folder / MANIFEST).read_text())["files"]
         for name in {VALUES, *files}:
@@ -53,11 +53,11 @@ def lack(folder: Path) -> str | None:
     return None
 
 
-def change(folder: Path, *, rank: int = 0, size: int = 1) -> str | None:
-    """Which file of a checkpoint that lacks nothing has other contents than were written, or cannot be read. Of `size`
-    processes that ask, each reads its share of the files.
+def find_corrupted(folder: Path, *, rank: int = 0, size: int = 1) -> str | None:
+    """Return what is wrong with the first file whose SHA-256 differs from the manifest or that cannot be read, or None.
 
-    Raises CheckpointError if a file is not there, which another process has seen.
+    rank, size: each of `size` ranks reads its share of the files. Raises CheckpointError if a file is missing here that
+    another rank has seen.
     """
     try:
         files = json.loads((folder / MANIFEST).read_text())["files"]

@@ -18,7 +18,7 @@ OpenFile = Callable[[Path], BinaryIO]
 
 
 def open_file(path: Path) -> BinaryIO:
-    """The real disk."""
+    """Write through the real disk's functions."""
     return path.open("wb")
 
 
@@ -81,7 +81,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_failure(error: OSError, path: Path, *, needed_bytes: int) -> CheckpointError:
-    """The error to raise when the disk refuses to write `path`."""
+    """Return the error to raise when the disk refuses to write `path`."""
     reason = error.strerror or str(error)
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return CheckpointError(

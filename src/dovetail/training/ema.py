@@ -44,12 +44,12 @@ class Ema:
         self._parking.park()
 
     def restore(self) -> None:
-        """The averages are back on the device, bit for bit."""
+        """Move the averages back to the device, bit for bit."""
         self._parking.restore()
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move towards the weights as they are now."""
+        """Move the averages towards the weights as they are now."""
         assert not self._parking.is_parked, "an update while the average is parked"
         weights = [_full_precision(local(weight)) for weight in self._weights().values()]
         torch._foreach_lerp_(list(self._averages.values()), weights, 1.0 - self.decay)
@@ -62,7 +62,7 @@ class Ema:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """The averages, float32: references, not copies."""
+        """Return the float32 averages themselves, not copies."""
         return {"averages": self.averages()}
 
     @torch.no_grad()

@@ -18,15 +18,14 @@ class LossScaler:
     finite_in_a_row: int = 0
 
     def record_finite(self) -> None:
-        """A step was taken."""
+        """Record a step that was taken."""
         self.finite_in_a_row += 1
         if self.finite_in_a_row >= self.growth_interval:
             self.scale *= 2.0
             self.finite_in_a_row = 0
 
     def record_overflow(self) -> bool:
-        """A gradient overflowed: halve the scale. False if it is at 1 already, so that scaling is not to
-        blame."""
+        """Halve the scale after an overflow; returns False if it is 1 already, so that scaling is not to blame."""
         self.finite_in_a_row = 0
         if self.scale <= 1.0:
             return False

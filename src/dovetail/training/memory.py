@@ -36,11 +36,11 @@ class TokenBudget:
         self._asked = self.tokens
 
     def state_dict(self) -> dict[str, int]:
-        """What was asked for, and what became of it."""
+        """Return the budget that was asked for and the one in use."""
         return {"asked": self._asked, "tokens": self.tokens}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """What had become of the same wish; another one begins anew."""
+        """Continue with the budget in use if the same one was asked for; a new setting begins anew."""
         if state["asked"] == self._asked:
             self.tokens = state["tokens"]
 
@@ -74,7 +74,7 @@ def retry_on_out_of_memory(
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an accelerator, the CPU allocator or Python found no memory."""
+    """Return whether the error says that an accelerator, the CPU allocator or Python found no memory."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(mark in str(error) for mark in _MARKS)

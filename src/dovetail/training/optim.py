@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 BUCKET_BYTES = 2**28
-"""Of gradients that are widened at a time."""
+"""The bytes of gradients that are widened at a time."""
 
 
 @dataclass(slots=True, eq=False)
@@ -41,7 +41,7 @@ class _Slot:
 
     parameter: nn.Parameter
     weight: Tensor
-    """What is updated: the float32 master, or the parameter's own memory."""
+    """The tensor that is updated: the float32 master, or the parameter's own memory."""
     step: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor
@@ -56,7 +56,7 @@ class _Slot:
         return None if self.parameter.grad is None else local(self.parameter.grad)
 
     def take_gradient(self, parameter: Tensor) -> None:
-        """Called by autograd when the parameter's gradient is complete: take it away, or add it in float32."""
+        """Take the parameter's gradient when autograd has completed it, or add it in float32."""
         assert parameter.grad is not None
         if is_offloaded(parameter.grad):
             # The copy from the device may be on its way still; this stream is where FSDP2 has ordered it.
@@ -129,7 +129,7 @@ class Optimizer:
         """Present when the model computes in fp16."""
 
     def set_learning_rate(self, learning_rate: float) -> None:
-        """The rate of the coming steps."""
+        """Set the rate of the coming steps."""
         self.learning_rate = learning_rate
 
     def zero_grad(self) -> None:
@@ -290,13 +290,12 @@ def build_optimizer(
 
 
 def _decays(name: str, parameter: Tensor) -> bool:
-    """A reward model's head is called `score` in every Hugging Face class; peft adds its own names around
-    it."""
+    """Return whether weight decay applies: to matrices other than the reward head, also within peft."""
     return parameter.ndim >= 2 and "score" not in name.split(".")
 
 
 def _suits_one_pass(slot: _Slot) -> bool:
-    """For training/adamw_kernel.py: on a GPU, float32 state, plain tensors at addresses that 16 divides."""
+    """Return whether adamw_kernel.py can step: on a GPU, float32 state, plain tensors at addresses that 16 divides."""
     tensors = (slot.weight, local(slot.parameter))
     return (
         slot.weight.is_cuda
@@ -321,7 +320,7 @@ def _buckets(slots: Iterable[_Slot]) -> Iterator[list[_Slot]]:
 
 
 def _write_images(slots: Iterable[_Slot]) -> None:
-    """The model's own weights become their masters, rounded."""
+    """Write the rounded masters into the model's own weights."""
     images, masters = [], []
     for slot in slots:
         if slot.has_master:
@@ -346,7 +345,7 @@ def _slot_of(parameter: nn.Parameter) -> _Slot:
 
 
 def _large(slot: _Slot) -> list[Tensor]:
-    """What takes the device's memory and is no part of the model."""
+    """Return the tensors that take the device's memory beside the model."""
     if is_offloaded(slot.parameter):
         return []
     return [slot.exp_avg, slot.exp_avg_sq, *([slot.weight] if slot.has_master else [])]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Parkable(Protocol):
-    """What can wait in host memory."""
+    """A holder of tensors that can wait in host memory."""
 
     def park(self) -> None:
         """Go there; until `restore`, it cannot be used."""

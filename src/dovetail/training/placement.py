@@ -1,4 +1,4 @@
-"""Which device, and which dtype on it.
+"""Choose the device, and the dtype on it.
 
 Responsible for: turning the settings `device` and `precision` into what torch takes.
 """

@@ -115,7 +115,7 @@ class RunFolder:
         return self.path / "ppo" / "samples.jsonl"
 
     def model(self, name: str) -> Path:
-        """A Hugging Face folder: the model of `sft`, `reward` or `ppo`, PPO's `ema`, or its `best` so far."""
+        """Return the Hugging Face folder of `sft`, `reward` or `ppo`, of PPO's `ema`, or of its `best` so far."""
         return self.path / _MODELS[name]
 
     def checkpoints(self, stage: str) -> Path:
@@ -123,7 +123,7 @@ class RunFolder:
         return self.path / stage / "checkpoints"
 
     def is_done(self, stage: str) -> bool:
-        """Whether the stage has finished and its model is still there (deleting the model asks for it
+        """Return whether the stage has finished and its model is still there (deleting the model asks for it
         anew)."""
         return self._mark(stage).exists() and self.model(stage).is_dir()
 
@@ -139,7 +139,7 @@ class RunFolder:
         write_atomically(self.summary, json.dumps(merged, indent=2, ensure_ascii=False) + "\n")
 
     def read_summary(self) -> dict[str, Any]:
-        """What `summary.json` says so far."""
+        """Return the contents of `summary.json`."""
         if not self.summary.exists():
             return {}
         try:
@@ -150,7 +150,7 @@ class RunFolder:
         return found if isinstance(found, dict) else {}
 
     def has_progress(self) -> bool:
-        """Whether any stage has saved a checkpoint or has finished."""
+        """Return whether any stage has saved a checkpoint or has finished."""
         return any(next(self.path.glob(kept), None) for kept in ("*/checkpoints/step-*", "*/done"))
 
     def _mark(self, stage: str) -> Path:
@@ -161,7 +161,7 @@ class RunFolder:
             expect_same_identity(self.config, config)
 
     def _expect_run_or_nothing(self) -> None:
-        """A folder with other things in it is not ours to write to; hidden files and logs do no harm."""
+        """Raise CheckpointError for a folder with other things in it; hidden files and logs do no harm."""
         if self.path.exists() and not self.path.is_dir():
             raise CheckpointError(f"output_dir = {self.path} is a file", hint="give the name of a folder")
         if not self.path.is_dir() or self.config.exists():

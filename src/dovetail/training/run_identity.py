@@ -1,4 +1,4 @@
-"""Which configuration a run folder belongs to.
+"""Tie a run folder to its configuration.
 
 Responsible for: the file `config.yaml`, its fingerprint, and naming the settings in which two configurations
 differ. Not responsible for: the folder (run_folder.py), what the settings mean (config/).
@@ -54,7 +54,7 @@ def write_identity(path: Path, config: Mapping[str, Any]) -> None:
 
 
 def is_identity(path: Path) -> bool:
-    """Whether `write_identity` wrote this file, be it edited or not."""
+    """Return whether `write_identity` wrote this file, be it edited or not."""
     try:
         return _FINGERPRINT in path.read_text(encoding="utf-8")
     except (OSError, ValueError):
@@ -143,7 +143,7 @@ def _flatten(value: Any, key: str, flat: dict[str, Any]) -> None:
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
-    """As JSON sees it: tuples are lists, keys are strings."""
+    """Convert to what JSON reads back: tuples become lists, keys strings."""
     plain: dict[str, Any] = json.loads(json.dumps(config, default=str))
     return plain
 

@@ -16,7 +16,7 @@ def learning_rate_at(
     total_steps: int,
     final_fraction: float,
 ) -> float:
-    """The rate of optimiser step `step`, counted from 0.
+    """Return the rate of optimiser step `step`, counted from 0.
 
     Warm-up: peak * (step + 1) / warmup_steps, so that no step is spent on a rate of 0 and the last warm-up
     step reaches the peak. After it, with x = (step - warmup_steps) / (total_steps - warmup_steps) in [0,

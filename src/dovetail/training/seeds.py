@@ -9,5 +9,5 @@ STRIDE = 1_000_003
 
 
 def step_seed(seed: int, step: int) -> int:
-    """The seed of a step: a function of (seed, step) alone, so that a resumed run draws the same numbers."""
+    """Return the seed of a step, a function of (seed, step) alone, so that a resumed run draws the same numbers."""
     return seed * STRIDE + step

@@ -49,7 +49,7 @@ class Term:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepReport:
-    """What happened in one gradient step; plain numbers."""
+    """The outcome of one gradient step in plain numbers."""
 
     loss: float
     """Weighted sum of the terms."""
@@ -138,7 +138,7 @@ class _Sums:
     maxima: dict[str, Any] = field(default_factory=dict)
 
     def add(self, loss: SummedLoss, *, counts: bool) -> None:
-        """counts: False adds nothing, but the names, and maxima of sequences that another process counts."""
+        """Add a micro-batch. counts: False adds no sums, but names, and maxima of what another rank counts."""
         self.total = self.total + (loss.total.detach() if counts else 0.0)
         self.count = self.count + (loss.count if counts else 0.0)
         for name, value in loss.stats.items():
@@ -157,8 +157,10 @@ class _Sums:
 def _accumulate(
     model: nn.Module, optimizer: Optimizer, terms: Sequence[Term], max_tokens: int, device: torch.device
 ) -> tuple[list[_Sums], Tensor]:
-    """Gradients of all terms in the optimiser (times the loss scale); this process's sums and the norm of the
-    gradients that are here, on the device."""
+    """Accumulate the gradients of all terms, times the loss scale, in the optimiser.
+
+    Returns this rank's sums and the norm of the gradients that are here, both on the device.
+    """
     optimizer.zero_grad()
     loss_scale, world = _loss_scale(optimizer), world_of(model)
     cut = [_parts(term.batch, max_tokens, world) for term in terms]
@@ -179,7 +181,7 @@ def _accumulate(
 
 
 def _over_all(model: nn.Module, sums: Sequence[_Sums], norm: Tensor, device: torch.device) -> Tensor:
-    """float64, on the device, over all processes: the sums of each term, the maxima of each, the gradient's norm."""
+    """Reduce over all ranks, in float64 on the device: sums and maxima of each term, and the gradient's norm."""
     layout = layout_of(model)
     added = [value for own in sums for value in own.sums()]
     largest = [value for own in sums for value in own.maxima.values()]
@@ -194,7 +196,7 @@ def _over_all(model: nn.Module, sums: Sequence[_Sums], norm: Tensor, device: tor
 
 
 def _clip_scale(sums: Sequence[_Sums], numbers: Tensor, max_norm: float, loss_scale: float) -> Tensor:
-    """Scalar on the device: what all gradients are multiplied by; NaN if the step must not be taken.
+    """Return the factor of all gradients as a scalar on the device; NaN if the step must not be taken.
 
     numbers: of `_over_all`; the norm among them is times the loss scale.
     """
@@ -208,7 +210,7 @@ def _clip_scale(sums: Sequence[_Sums], numbers: Tensor, max_norm: float, loss_sc
 
 
 def _on_host(sums: Sequence[_Sums], numbers: Tensor, loss_scale: float) -> tuple[list[_Sums], float]:
-    """The sums and the norm as plain numbers; the one time in a step that Python waits for the device."""
+    """Read the sums and the norm as plain numbers; here alone a step waits for the device."""
     flat: list[float] = numbers.tolist()
     num_added = sum(len(own.sums()) for own in sums)
     added, largest = iter(flat[:num_added]), iter(flat[num_added:-1])
@@ -220,7 +222,7 @@ def _on_host(sums: Sequence[_Sums], numbers: Tensor, loss_scale: float) -> tuple
 
 
 def _parts(batch: MicroBatchable, max_tokens: int, world: World) -> list[tuple[Any, bool]]:
-    """(micro-batch, whether it counts) of this process: those that hold targets; the others have no gradient.
+    """Return (micro-batch, whether it counts) for this rank, leaving out micro-batches without targets.
 
     A batch that fits is not cut where one process works on it.
     """
@@ -232,20 +234,20 @@ def _parts(batch: MicroBatchable, max_tokens: int, world: World) -> list[tuple[A
 
 
 def _together(values: Sequence[Any], device: torch.device) -> Tensor:
-    """float64, one after another."""
+    """Stack scalars as float64."""
     scalars = [torch.as_tensor(value, dtype=torch.float64, device=device) for value in values]
     return torch.stack(scalars) if scalars else torch.zeros(0, dtype=torch.float64, device=device)
 
 
 def _global_targets(batch: MicroBatchable) -> float:
-    """What a term is divided by: the targets of the whole batch, all processes' shares together."""
+    """Return what a term is divided by: the targets of the whole batch, over all ranks."""
     if batch.num_targets <= 0:
         raise ValueError("a batch without targets (every token masked) has no gradient")
     return batch.num_targets
 
 
 def _expect_same_targets(terms: Sequence[Term], sums: Sequence[_Sums]) -> None:
-    """A loss that counts other things than its batch announced would be scaled wrongly, and silently."""
+    """Raise ValueError if a loss counts other targets than its batch announced, because it would be scaled wrongly."""
     for term, own in zip(terms, sums, strict=True):
         if not math.isclose(own.count, term.batch.num_targets, rel_tol=1e-3):
             raise ValueError(
@@ -267,7 +269,7 @@ def _record_taken(optimizer: Optimizer) -> None:
 def _record_skipped(
     model: nn.Module, optimizer: Optimizer, losses: dict[str, float], grad_norm: float
 ) -> None:
-    """Count, say so, and stop when it is no accident any more."""
+    """Count a skipped step, warn, and stop when too many follow one another."""
     loss_is_finite = all(math.isfinite(loss) for loss in losses.values())
     if optimizer.scaler and loss_is_finite and optimizer.scaler.record_overflow():
         return  # fp16's ordinary way of finding its scale, not an alarm
@@ -285,7 +287,7 @@ def _record_skipped(
 
 
 def _diagnosis(model: nn.Module, optimizer: Optimizer, loss_is_finite: bool) -> str:
-    """Where the NaN or infinity is, as far as it can be seen."""
+    """Locate the NaN or infinity as far as it can be seen."""
     weights = [name for name, p in model.named_parameters() if not _all_finite(local(p))]
     if weights:
         return f"{len(weights)} weights of the model are no numbers themselves, the first is {weights[0]}"

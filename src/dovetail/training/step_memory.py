@@ -1,4 +1,4 @@
-"""How much memory a gradient step takes, from the numbers of an architecture, before anything is allocated.
+"""Estimate the memory of a gradient step from the numbers of an architecture, before anything is allocated.
 
 Responsible for: bytes of optimiser state and gradients, and of the activations of one micro-batch.
 Not responsible for: how much there is, and what follows from it (rlhf/build.py).
@@ -25,7 +25,7 @@ its moving average."""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
-    """What the activations of a decoder depend on."""
+    """The numbers that the activations of a decoder depend on."""
 
     num_layers: int
     width: int
@@ -39,14 +39,14 @@ class Architecture:
     vocabulary: int
     """V of the language-model head; 0 if there is none (reward models, critics)."""
     inner_copies: int
-    """How many numbers the feed-forward layer keeps of each of its F: 4 where it multiplies two projections (SwiGLU
+    """The numbers that the feed-forward layer keeps for each of its F: 4 where it multiplies two projections (SwiGLU
     and its like), 2 where one goes through a function, 1 where that is ReLU, which needs its result alone."""
     has_rms_norms: bool
     """transformers' RMSNorms compute in float32 and keep that copy."""
 
 
 def architecture_of(model: PreTrainedModel) -> Architecture:
-    """Of any Hugging Face decoder, plain or with adapters inside."""
+    """Read the architecture of any Hugging Face decoder, plain or with adapters inside."""
     config: Any = model.config.get_text_config()
     names = [name.rpartition(".")[2] for name, _ in model.named_modules()]
     widths = widths_of(config)
@@ -108,8 +108,7 @@ def activation_bytes(of: Architecture, *, tokens: int, element_bytes: int, is_ch
 
 
 def state_bytes(model: nn.Module, *, is_averaged: bool) -> int:
-    """What training adds on the device to the weights that are here: gradients, optimiser, moving average if there is
-    one."""
+    """Estimate what training adds on the device to the weights that are here: gradients, optimiser, moving average."""
     total = 0
     for parameter in model.parameters():
         if parameter.requires_grad and not is_offloaded(parameter):

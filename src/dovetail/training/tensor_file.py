@@ -58,11 +58,11 @@ def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor]) -> None:
 
 
 Place = Sequence[Any]
-"""What of a tensor is in a file: (first row, one after the last), or `boxes` of model/slices.py."""
+"""The part of a tensor in a file: (first row, one after the last), or `boxes` of model/slices.py."""
 
 
 def place(tensor: Tensor) -> Place:
-    """What this process would write of a shard or slice."""
+    """Return the part of a shard or slice that this rank writes."""
     return bounds(tensor) if slice_of(tensor) is None else boxes(tensor)
 
 
@@ -79,7 +79,7 @@ class TensorFiles:
         self._file_of = {key: file for file in self._files.values() for key in file.keys()}  # noqa: SIM118
 
     def shape(self, name: str) -> torch.Size:
-        """Of the whole tensor. Raises KeyError if no file has it."""
+        """Return the shape of the whole tensor. Raises KeyError if no file has it."""
         shape = self._file_of[name].get_slice(name).get_shape()
         if name in self._rows:
             shape[0] = max(end for _, end in self._rows[name].values())
@@ -90,7 +90,7 @@ class TensorFiles:
         return torch.Size(shape)
 
     def read(self, name: str, start: int | None = None, end: int | None = None) -> Tensor:
-        """The tensor, or its rows from `start` to before `end`. Raises KeyError if no file has it."""
+        """Read the tensor, or its rows from `start` to before `end`. Raises KeyError if no file has it."""
         if name in self._boxes:
             shape = self.shape(name)
             rows = (start or 0, 0, (shape[0] if end is None else end) - (start or 0))
@@ -105,7 +105,7 @@ class TensorFiles:
         return torch.cat(pieces)
 
     def read_boxes(self, name: str, wanted: Sequence[Box], shape: torch.Size) -> Tensor:
-        """A tensor of this shape, made of boxes of the whole one. Raises KeyError if no file has it."""
+        """Read a tensor of this shape, made of boxes of the whole one. Raises KeyError if no file has it."""
         made: Tensor | None = None
         for file, there in self._sources(name):
             stored = file.get_slice(name)
@@ -128,7 +128,7 @@ class TensorFiles:
             yield self._file_of[name], [((0, 0, self.shape(name)[0]), None)]
 
     def _piece(self, name: str, file: str, start: int, end: int | None) -> Tensor:
-        """What a file has of the rows from `start` to before `end`; perhaps none."""
+        """Return the rows from `start` to before `end` that a file has; perhaps none."""
         begin, stop = self._rows[name][file]
         low = max(start, begin) - begin
         high = (stop if end is None else min(stop, end)) - begin
@@ -149,7 +149,7 @@ def _copy_common(made: Tensor, own: Box, stored: Any, other: Box) -> None:
 
 
 def _common(own: Span | None, other: Span | None) -> tuple[slice, slice]:
-    """Where in each of two boxes the part lies that both have, in one dimension."""
+    """Locate the common part of two boxes in each of them, in one dimension."""
     if own is None and other is None:
         return slice(None), slice(None)
     first, at, length = own or (0, 0, sys.maxsize)
