@@ -269,7 +269,7 @@ def test_a_store_that_is_lost_while_machines_meet_is_one_message(
         raise error
 
     monkeypatch.setattr(module, "roll_call", lose)
-    monkeypatch.setattr(module, "_stop_on_a_signal", lambda: None)  # these tests have handlers of their own
+    monkeypatch.setattr(module, "handle_stops", lambda handler: {})  # these tests have handlers of their own
     monkeypatch.setattr(os, "environ", dict(os.environ))
     there = Topology(num_gpus=1, num_nodes=2, node_rank=1, master_addr="worker-0")
     with pytest.raises(LaunchError, match=message):

@@ -17,6 +17,7 @@ import typer
 
 from dovetail.config.run import RunConfig
 from dovetail.errors import RunInterrupted
+from dovetail.launch.early_signals import Stopped, signals_kept
 from dovetail.launch.topology import (
     LaunchFlags,
     Topology,
@@ -97,6 +98,9 @@ def carry_out_everywhere(
     except RunInterrupted as end:
         typer.echo(f"\n{end.message}; {end.hint}", err=True)
         raise typer.Exit(end.exit_code) from None
+    except Stopped as stopped:
+        typer.echo(f"\nstopped by {stopped}; {_GOES_ON}", err=True)
+        raise typer.Exit(128 + stopped.number) from None
     except KeyboardInterrupt:
         typer.echo(f"\nstopped; {_GOES_ON}", err=True)
         raise typer.Exit(130) from None
@@ -119,8 +123,11 @@ def _carry_out(
     if topology.size == 1 and not config.offload.models and not topology.max_restarts:
         work()
     else:
-        check(topology)
-        _start(config, topology, arguments)
+        with _quiet_stores():  # before torch is imported
+            check(topology)
+            with signals_kept():
+                from dovetail.launch.start import start  # here and not above: it imports torch
+        start(topology, _command(topology, arguments), config.output_dir)
     return topology.node_rank == 0
 
 
@@ -192,17 +199,9 @@ def _as_rank(config: RunConfig, work: Callable[[], None]) -> None:
             work()
 
 
-def _start(config: RunConfig, topology: Topology, arguments: Sequence[str]) -> None:
-    with _quiet_stores():
-        from dovetail.launch.start import Stopped, start  # here and not above: it imports torch
-
-    command = [sys.executable, "-u", "-X", "faulthandler", "-m", "dovetail"]
-    command += [*without_launch_flags(arguments), "--num-gpus", str(topology.num_gpus)]
-    try:
-        start(topology, command, config.output_dir)
-    except Stopped as stopped:
-        typer.echo(f"\nstopped by {stopped}; {_GOES_ON}", err=True)
-        raise typer.Exit(128 + stopped.number) from None
+def _command(topology: Topology, arguments: Sequence[str]) -> list[str]:
+    program = [sys.executable, "-u", "-X", "faulthandler", "-m", "dovetail"]
+    return [*program, *without_launch_flags(arguments), "--num-gpus", str(topology.num_gpus)]
 
 
 @contextmanager

@@ -6,6 +6,7 @@ Not responsible for: settings (run_settings.py), the stages themselves (stages/)
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from inspect import signature
 from typing import TYPE_CHECKING, Annotated, Any
@@ -29,8 +30,9 @@ from dovetail.cli.processes import (
 from dovetail.cli.run_settings import STAGES, Flags, Resolved, resolve
 from dovetail.config.load import dump
 from dovetail.config.run import RunConfig, StageName
+from dovetail.launch.early_signals import signals_kept, stopped_by_signals
 from dovetail.launch.rank import LAUNCHER
-from dovetail.launch.topology import DEFAULT_PORT, LaunchFlags, Topology
+from dovetail.launch.topology import DEFAULT_PORT, LaunchFlags, Topology, is_rank
 
 if TYPE_CHECKING:
     from dovetail.training.run_folder import RunFolder
@@ -245,15 +247,17 @@ def carry_out(resolved: Resolved, launch: LaunchFlags, arguments: Sequence[str],
 
 
 def _check(config: RunConfig, topology: Topology) -> None:
-    # here and not above: they import torch
-    from dovetail.parallel.world import World
-    from dovetail.stages.checks import refuse
+    with signals_kept():  # here and not above: they import torch
+        from dovetail.parallel.world import World
+        from dovetail.stages.checks import refuse
 
-    refuse(config, World(size=topology.size), partial(expect_gpus, config, topology))
+    with stopped_by_signals():
+        refuse(config, World(size=topology.size), partial(expect_gpus, config, topology))
 
 
 def _run_stages(config: RunConfig) -> None:
-    from dovetail.stages import pipeline  # here and not above: it imports torch
+    with nullcontext() if is_rank() else signals_kept():
+        from dovetail.stages import pipeline  # here and not above: it imports torch
 
     pipeline.run(config, is_checked=LAUNCHER in os.environ)
 

@@ -19,12 +19,11 @@ from torch.distributed.elastic.multiprocessing.api import SignalException, Subpr
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from dovetail.errors import DovetailError, RunInterrupted
+from dovetail.launch.early_signals import STOPS
 
 END_NOW = signal.SIGUSR2
 """Ends a process that does not expect it, also one that waits for a GPU; SIGTERM would let it save."""
 SAVED = RunInterrupted.exit_code
-STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-"""Ask a run to end. One that is ignored when the launcher starts stays ignored: so does `nohup` with SIGHUP."""
 _OTHERS_SAVE_S = 60
 """Seconds for which a machine whose processes have saved waits for the others': the meeting place must outlive them."""
 _LASTING = DovetailError.exit_code

@@ -5,11 +5,9 @@ Not responsible for: which processes (topology.py), what they are told on a sign
 """
 
 import os
-import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 
 import torch.distributed as dist
 from torch.distributed import Store  # type: ignore[attr-defined]
@@ -23,7 +21,8 @@ from torch.distributed.elastic.rendezvous.api import (
 from torch.distributed.launcher.api import LaunchConfig
 
 from dovetail.errors import DovetailError, LaunchError
-from dovetail.launch.agent import SAVED, STOPS, Agent
+from dovetail.launch.agent import SAVED, Agent
+from dovetail.launch.early_signals import Stopped, handle_stops, stop
 from dovetail.launch.failures import first_failure, interruption, read_report
 from dovetail.launch.logs import RankLogs, send_agent_log_to
 from dovetail.launch.meeting import Meeting
@@ -35,14 +34,6 @@ from dovetail.training.lock import FolderLock
 
 # One stream a process, so that its log has its lines in their order; exec keeps the process id.
 _ONE_STREAM = ("/bin/sh", "-c", 'exec "$@" 2>&1', "sh")
-
-
-class Stopped(Exception):
-    """A signal ended the run before it saved; all processes are gone. `number` is the signal's."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
-        self.number = number
 
 
 def start(topology: Topology, command: Sequence[str], output_dir: str | Path) -> None:
@@ -57,7 +48,7 @@ def start(topology: Topology, command: Sequence[str], output_dir: str | Path) ->
     with _claimed(folder, topology):
         log = folder / f"launcher-{topology.node_rank}.log"
         send_agent_log_to(log)
-        _stop_on_a_signal()
+        handle_stops(stop)  # until the processes run (agent.py)
         os.environ[LAUNCHER] = str(os.getpid())
         os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = (
             "1"  # each start has a store of its own: meeting.py
@@ -97,17 +88,6 @@ def _meet_and_run(topology: Topology, command: Sequence[str], folder: Path) -> N
     everywhere = f", {topology.size} on {topology.num_nodes}" if store is not None else ""
     say(f"{here}{everywhere}; the output of each is in {folder}")
     _run(_settings(topology, logs), command, logs)
-
-
-def _stop_on_a_signal() -> None:
-    """Until the processes run (agent.py); as process 1 of a container a launcher would not even get the signal."""
-
-    def stop(number: int, _: FrameType | None) -> None:
-        raise Stopped(number)
-
-    for number in STOPS:
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, stop)
 
 
 def _meet(topology: Topology) -> Store:
