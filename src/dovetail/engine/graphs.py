@@ -1,12 +1,13 @@
 """The decode step on a GPU as one captured graph per batch size: the host replays it and never waits for it.
 
-Responsible for: the rows of the batch on the device, who sits in which row, capturing and replaying.
-Not responsible for: the modules (modules.py), the kernels (kernels/), which answers run (scheduler.py).
+Responsible for: the rows of the batch on the device, who sits in which row, which graph is replayed.
+Not responsible for: the step that is captured (fused.py, modules.py), capturing (capture.py), the kernels (kernels/),
+which answers run (scheduler.py).
 
 What the host knows of each row (length, pages, sampling, random key) is one small int32 table, sent anew with
 every step; only the token drawn last stays on the device, where the next step reads it. So a graph serves any
-lengths and any answers, rows join and leave between two replays, and nothing is allocated while decoding. A
-fused runner would replace `_compute` and nothing else.
+lengths and any answers, rows join and leave between two replays, and nothing is allocated while decoding. What is
+captured is the fused step (fused.py) where it knows the model and agrees with its modules, else the modules.
 
 Graphs hold the addresses of weights, but read that of the cache from the device: whoever comes next with the
 weights in the same place, an optimiser step later, replays the graphs that are there, on whatever arena.
@@ -16,14 +17,10 @@ Shapes: B rows, V vocabulary.
 
 from __future__ import annotations
 
-import gc
 import heapq
-import threading
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
 from enum import IntEnum
-from functools import cache
 from typing import Any, NamedTuple
 
 import numpy
@@ -31,19 +28,17 @@ import torch
 from torch import Tensor
 
 from dovetail.engine.answers import Answer
-from dovetail.engine.kernels.paged_attention import paged_attention
+from dovetail.engine.capture import captured
+from dovetail.engine.fused import fused_step
+from dovetail.engine.kernels.paged_attention import AS_THEY_ARE, Turn, paged_attention
 from dovetail.engine.kernels.sampling import draw_tokens
-from dovetail.engine.kv_cache import KVArena
+from dovetail.engine.kv_cache import KVArena, KVShape
 from dovetail.engine.modules import PackedModules
 from dovetail.engine.sampling import MOST_TOP_LOGPROBS, Sampling, SamplingRows, random_keys, uniforms
 from dovetail.engine.transfer import Draw, draw_next, to_device
 
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 """Rows a graph is captured for. Between them a step costs what the next larger one does: the weights, mostly."""
-
-_capturing = threading.Lock()
-"""Models of one process that decode in threads of their own capture one after the other: on one stream, into one
-pool, with Python's collector off."""
 
 
 class Column(IntEnum):
@@ -81,7 +76,16 @@ class GraphLayout:
         self._bases = bases
         self._state = state
 
-    def attend(
+    @classmethod
+    def of(cls, arena: KVArena, tables: Sequence[Sequence[int]], lengths: Sequence[int]) -> GraphLayout:
+        """Make the layout of rows with these pages, and so many tokens stored."""
+        state = torch.zeros(len(tables), Column.PAGES + max(map(len, tables)), dtype=torch.int32)
+        for line, table, length in zip(state, tables, lengths, strict=True):
+            line[Column.LENGTH] = length
+            line[Column.PAGES : Column.PAGES + len(table)] = torch.tensor(table)
+        return cls(arena.bases().to(arena.device), state.to(arena.device))
+
+    def attend(  # noqa: PLR0913 -- the signature of Layout, and the turn
         self,
         module: Any,
         query: Tensor,
@@ -91,8 +95,12 @@ class GraphLayout:
         scaling: float | None,
         sliding_window: int | None,
         softcap: float | None,
+        turn: Turn = AS_THEY_ARE,
     ) -> Tensor:
-        """Store key and value [1, kv heads, B, K], attend with query [1, H, B, K]; returns [1, B, H, K]."""
+        """Store key and value [1, kv heads, B, K], attend with query [1, H, B, K]; returns [1, B, H, K].
+
+        turn: what queries and keys go through first.
+        """
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         return paged_attention(
             _dense_rows(query),
@@ -104,6 +112,7 @@ class GraphLayout:
             scale=scale,
             softcap=softcap,
             window=sliding_window,
+            turn=turn,
         )
 
 
@@ -112,10 +121,13 @@ class GraphDecoder:
 
     lag = 1
 
-    def __init__(self, modules: PackedModules, device: torch.device, *, places: int, pages: int) -> None:
+    def __init__(
+        self, modules: PackedModules, shape: KVShape, device: torch.device, *, places: int, pages: int
+    ) -> None:
         """places: answers that run together; pages: of the longest."""
         self._modules = modules
         self._device = device
+        self._next_logits = _step_of(modules, shape)
         self._recorded = modules.recorded_state()
         self._bases: Tensor | None = None
         num_rows = _size_for(places)
@@ -245,7 +257,7 @@ class GraphDecoder:
         state, ids_B = self._state[:size], self._ids_B[:size]
         numbers = self._numbers[: 2 + 2 * kind.num_likeliest, :size]
         positions_B = state[:, Column.LENGTH].clamp(min=0).long()
-        logits_BV = self._modules.next_logits(ids_B, positions_B, GraphLayout(self._bases, state))
+        logits_BV = self._next_logits(ids_B, positions_B, GraphLayout(self._bases, state))
         if not (kind.truncates or kind.penalises or kind.num_likeliest):
             draw_tokens(
                 logits_BV.contiguous(), state, ids_B, numbers, draw=Column.DRAW, key=Column.KEY,
@@ -273,40 +285,18 @@ class GraphDecoder:
         before_B = self._ids_B.clone()
         seen_BV = None if self._seen_BV is None else self._seen_BV.clone()
         self._state[:, Column.LENGTH] = -1  # nobody there: nothing is stored
-        with _capturing:
-            graph = self._captured(kind)
+        graph, why_not = captured(self._device, lambda: self._compute(kind))
+        if graph is None:
+            self._modules.cannot_be_captured = True
+            warnings.warn(
+                f"{self._modules.name} cannot be captured as a CUDA graph ({why_not}): decoding runs module by "
+                "module, which is right but slower",
+                stacklevel=2,
+            )
         self._ids_B.copy_(before_B)
         if seen_BV is not None and self._seen_BV is not None:
             self._seen_BV.copy_(seen_BV)
         return graph
-
-    def _captured(self, kind: Kind) -> torch.cuda.CUDAGraph | None:
-        """The recording itself; None if it failed, which is said."""
-        stream = _capture_stream(self._device)
-        stream.wait_stream(torch.cuda.current_stream(self._device))
-        _, pool = _capture_pool(self._device)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(stream), _no_garbage_collection():
-            self._compute(kind)  # kernels are compiled, and libraries set up, outside the capture
-            try:
-                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-                self._compute(kind)
-                graph.capture_end()
-            except RuntimeError as error:
-                with suppress(RuntimeError):
-                    graph.capture_end()  # else the stream would go on recording
-                self._give_up(error)
-        torch.cuda.current_stream(self._device).wait_stream(stream)
-        return None if self._modules.cannot_be_captured else graph
-
-    def _give_up(self, error: Exception) -> None:
-        self._modules.cannot_be_captured = True
-        reason = str(error).split("\n")[0]
-        warnings.warn(
-            f"{self._modules.name} cannot be captured as a CUDA graph ({reason}): decoding runs module by module, "
-            "which is right but slower",
-            stacklevel=2,
-        )
 
 
 class _RowsOfState(SamplingRows):
@@ -335,40 +325,6 @@ class _RowsOfState(SamplingRows):
         return uniforms(self.keys_S, self.positions_S)
 
 
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    """Freeing another engine's graphs, which only Python's collector may have held, would break a recording."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
-@cache
-def _capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all captures: the allocator keeps memory apart by stream, and would keep some for each."""
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-
-
-@cache
-def _capture_pool(device: torch.device) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """Working memory of all captured steps, and what keeps it: a pool dies with the last graph captured in it, and
-    what it leaves behind is given back to nobody while memory lasts. This one, of nothing, never dies.
-    """
-    pool, graph = torch.cuda.graph_pool_handle(), torch.cuda.CUDAGraph()
-    stream = _capture_stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        number = torch.zeros(1, device=device)
-        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-        number + 1
-        graph.capture_end()
-    return graph, pool
-
-
 def _size_for(num_rows: int) -> int:
     """The smallest size for so many rows."""
     return next((size for size in _SIZES if size >= num_rows), -(-num_rows // 256) * 256)
@@ -377,3 +333,16 @@ def _size_for(num_rows: int) -> int:
 def _dense_rows(x: Tensor) -> Tensor:
     """The kernel steps through heads and rows as they lie; a head's own numbers must be neighbours."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _step_of(modules: PackedModules, shape: KVShape) -> Callable[..., Tensor]:
+    """Choose what computes a decode step's logits: the fused step, or the modules with the reason said once."""
+    step, why_not = fused_step(modules, shape, GraphLayout.of)
+    if step is not None:
+        return step.next_logits
+    if why_not != modules.why_not_fused and modules.group.size == 1:
+        warnings.warn(
+            f"{modules.name} decodes module by module, which is right but slower: {why_not}", stacklevel=2
+        )
+    modules.why_not_fused = why_not
+    return modules.next_logits

@@ -58,6 +58,7 @@ class KVArena:
     ) -> None:
         self.shape = shape
         self.num_pages = num_pages
+        self.device = device
         self.lone = lone
         """Serves one sequence at a time."""
         self.dense = dense and not lone

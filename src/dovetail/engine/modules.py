@@ -4,7 +4,7 @@ Responsible for: the forward call, the modes it needs (evaluation, our attention
 what a model's layers would cache, if they can be served this way at all.
 Not responsible for: attention (decode.py, prefill.py), or models that cannot (padded.py).
 
-A fused runner that reads the same parameters would stand where `PackedModules.next_logits` stands.
+On a GPU the fused step (fused.py), which reads the same parameters, decodes where it agrees with these modules.
 
 Shapes: T packed tokens, S sequences, V vocabulary.
 """
@@ -53,7 +53,7 @@ class PackedModules:
 
     def __init__(self, model: PreTrainedModel, group: TensorGroup = WHOLE) -> None:
         """group: the processes that compute it together, if its weights are slices (parallel/tensor.py)."""
-        self._model = model
+        self.model = model
         self.group = group
         head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
         self.vocabulary = int(head.weight.shape[0]) if group.size == 1 else vocabulary_of(model)
@@ -64,6 +64,8 @@ class PackedModules:
         """The longest sequence read with the rope of short ones; None if all lengths are read alike."""
         self.cannot_be_captured = False
         """Its forward does what a CUDA graph cannot record; found out by trying."""
+        self.why_not_fused: str | None = None
+        """The reason why the modules decode on a GPU, said when it was found (graphs.py)."""
         self.captured: Any = None
         """The decoder whose graphs were recorded from these modules, for the next block (graphs.py)."""
 
@@ -73,21 +75,21 @@ class PackedModules:
 
     def recorded_state(self) -> tuple[Any, ...]:
         """What a graph of the forward keeps of the model: where weights and buffers lie, which adapters are on."""
-        tensors = chain(self._model.parameters(), self._model.buffers())
-        return tuple(tensor.data_ptr() for tensor in tensors), adapters_in_use(self._model)
+        tensors = chain(self.model.parameters(), self.model.buffers())
+        return tuple(tensor.data_ptr() for tensor in tensors), adapters_in_use(self.model)
 
     @contextmanager
     def our_attention(self) -> Iterator[None]:
         """The model attends through `layout.attend`; afterwards as before."""
-        before = self._model.config._attn_implementation
+        before = self.model.config._attn_implementation
         if before == ATTENTION_NAME:
             yield
             return
-        use_packed_attention(self._model)
+        use_packed_attention(self.model)
         try:
             yield
         finally:
-            self._model.set_attn_implementation(before)
+            self.model.set_attn_implementation(before)
 
     def next_logits(
         self, ids_T: Tensor, positions_T: Tensor, layout: Layout, last_S: Tensor | None = None
@@ -95,11 +97,11 @@ class PackedModules:
         """Logits [S, V] of what follows the tokens `last_S` (all T if None); only these meet the head."""
         if ids_T.is_cuda:
             # The head as in training: its product leaves the tensor cores in float32.
-            hidden_TD = self._forward(self._model.base_model, ids_T, positions_T, layout).last_hidden_state[0]
-            logits = head_of(self._model).logits(hidden_TD if last_S is None else hidden_TD[last_S])
+            hidden_TD = self._forward(self.model.base_model, ids_T, positions_T, layout).last_hidden_state[0]
+            logits = head_of(self.model).logits(hidden_TD if last_S is None else hidden_TD[last_S])
         else:
             keep = 0 if last_S is None else last_S
-            logits = self._forward(self._model, ids_T, positions_T, layout, logits_to_keep=keep).logits[0]
+            logits = self._forward(self.model, ids_T, positions_T, layout, logits_to_keep=keep).logits[0]
         return self.group.columns(logits, self._rows)
 
     def agreed(self, ids_S: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
@@ -129,11 +131,11 @@ class PackedModules:
         Asking the modules and not the config proves for any architecture that each layer's attention is ours.
         """
         probe = _Probe()
-        device = next(self._model.parameters()).device
-        with torch.no_grad(), evaluation_mode(self._model), self.our_attention():
+        device = next(self.model.parameters()).device
+        with torch.no_grad(), evaluation_mode(self.model), self.our_attention():
             zero_T = torch.zeros(1, dtype=torch.long, device=device)
             self.next_logits(zero_T, zero_T, probe)
-        num_layers = self._model.config.get_text_config().num_hidden_layers
+        num_layers = self.model.config.get_text_config().num_hidden_layers
         if sorted(probe.shapes) != list(range(num_layers)) or len(set(probe.shapes.values())) != 1:
             return None
         heads, width, dtype = probe.shapes[0]

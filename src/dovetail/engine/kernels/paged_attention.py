@@ -13,11 +13,14 @@ Shapes: B rows, H query heads, G query heads per key head, K head width.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from dovetail.engine.kernels.overlap import fetch, let_next_start, overlapping, wait_for_previous
 from dovetail.engine.kv_cache import PAGE_TOKENS
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -26,6 +29,8 @@ _NOTHING = tl.constexpr(-1.0e30)
 _FEW_PROGRAMS = 256
 """Fewer leave processors idle (an H100 has 132, two programs each)."""
 _MAX_SPLITS = 8
+_FETCHED_PAGES = 0
+"""Pages of a row whose keys and values are fetched while the kernel before ends."""
 
 
 @triton.jit
@@ -43,51 +48,99 @@ def _based(base_ptr, like_ptr):
 
 
 @triton.jit
-def _stored(from_ptr, to_ptr, is_real):
-    """Copy a key or value into its page, and have it."""
-    new = tl.load(from_ptr, mask=is_real, other=0.0)
-    tl.store(to_ptr, new, mask=is_real)
-    return new
+def _turned(
+    head_ptr, place_K, is_real, weight_ptr, cosine_ptr, sine_ptr, eps,
+    K: tl.constexpr, HALF: tl.constexpr, HAS_NORM: tl.constexpr, OFFSET: tl.constexpr,
+):  # fmt: skip
+    """Load heads, norm each, and turn the first 2 x HALF numbers by the angles of the row; as they are if neither."""
+    x = tl.load(head_ptr + place_K[None, :], mask=is_real, other=0.0)
+    if HAS_NORM or HALF > 0:
+        wide = x.to(tl.float32)
+        if HAS_NORM:
+            inverse = tl.rsqrt(tl.sum(wide * wide, 1) / K + eps)[:, None]
+            weight = tl.load(weight_ptr + place_K, mask=place_K < K, other=0.0).to(tl.float32) + OFFSET
+            wide = wide * inverse * weight[None, :]
+        if HALF > 0:
+            is_first, is_turned = place_K < HALF, place_K < 2 * HALF
+            pair = tl.where(is_first, place_K + HALF, place_K - HALF)
+            partner = tl.load(head_ptr + pair[None, :], mask=is_real & is_turned[None, :], other=0.0).to(
+                tl.float32
+            )
+            if HAS_NORM:
+                weight = tl.load(weight_ptr + pair, mask=is_turned, other=0.0).to(tl.float32) + OFFSET
+                partner = partner * inverse * weight[None, :]
+            angle = tl.where(is_first, place_K, place_K - HALF)
+            cosine = tl.load(cosine_ptr + angle, mask=is_turned, other=1.0).to(tl.float32)
+            sine = tl.load(sine_ptr + angle, mask=is_turned, other=0.0).to(tl.float32)
+            wide = wide * cosine[None, :] + partner * tl.where(is_first, -sine, sine)[None, :]
+        x = wide.to(x.dtype)
+    return x
 
 
 @triton.jit
 def _attend(
     query_ptr, key_ptr, value_ptr, bases_ptr, state_ptr, out_ptr, partial_ptr, totals_ptr,
-    query_head, query_row, key_head, key_row, value_head, value_row, page_stride, state_row, scale, softcap, window,
+    query_weight_ptr, key_weight_ptr, cosine_ptr, sine_ptr,
+    query_head, query_row, key_head, key_row, value_head, value_row, page_stride, state_row, scale, softcap,
+    window, eps,
     TABLE: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr,
     PAGE: tl.constexpr, SPLITS: tl.constexpr, HAS_CAP: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr, HALF: tl.constexpr, HAS_NORM: tl.constexpr, OFFSET: tl.constexpr,
+    FETCH: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     head, row, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    let_next_start(OVERLAPS)
     place_G, place_K, place_N = tl.arange(0, GP), tl.arange(0, KP), tl.arange(0, PAGE)
     is_query, is_width = place_G < G, place_K < K
     is_real = is_query[:, None] & is_width[None, :]
     query_heads = head * G + place_G
     keys_ptr, values_ptr = _based(bases_ptr, key_ptr), _based(bases_ptr + 1, value_ptr)
     count = tl.load(state_ptr + row * state_row)  # old tokens of this row; -1: nothing to do
-    query_ptr += row * query_row
-    query = tl.load(query_ptr + query_heads[:, None] * query_head + place_K[None, :], mask=is_real, other=0.0)
     table_ptr = state_ptr + row * state_row + TABLE
-    top = tl.full((GP,), _NOTHING, tl.float32)
-    total = tl.zeros((GP,), tl.float32)
-    mixed = tl.zeros((GP, KP), tl.float32)
-    if (split == 0) & (count >= 0):
-        page = tl.load(table_ptr + count // PAGE).to(tl.int64)
-        target = page * page_stride + (head * PAGE + count % PAGE) * K + place_K
-        new_key = _stored(key_ptr + row * key_row + head * key_head + place_K, keys_ptr + target, is_width)
-        value_ptr += row * value_row + head * value_head
-        new_value = _stored(value_ptr + place_K, values_ptr + target, is_width)
-        score = tl.sum(query.to(tl.float32) * new_key.to(tl.float32)[None, :], 1) * scale
-        top, total = _capped(score, softcap, HAS_CAP), total + 1.0
-        mixed += new_value.to(tl.float32)[None, :]
     start = tl.maximum(0, count + 1 - window) if HAS_WINDOW else 0
     first = start // PAGE
     num_pages = tl.maximum(tl.cdiv(count, PAGE) - first, 0)
     each = tl.cdiv(num_pages, SPLITS)
     begin = (first + split * each) * PAGE
     end = tl.minimum((first + (split + 1) * each) * PAGE, count)
+    if FETCH > 0 and OVERLAPS:
+        for page_index in tl.static_range(FETCH):
+            token = begin + page_index * PAGE
+            if token < end:
+                page = tl.load(table_ptr + token // PAGE).to(tl.int64)
+                lines = page * page_stride + head * PAGE * K + tl.arange(0, PAGE * K // 64) * 64
+                fetch(keys_ptr + lines)
+                fetch(values_ptr + lines)
+    wait_for_previous(OVERLAPS)
+    cosine_ptr += row * HALF
+    sine_ptr += row * HALF
+    query = _turned(
+        query_ptr + row * query_row + query_heads[:, None] * query_head, place_K, is_real,
+        query_weight_ptr, cosine_ptr, sine_ptr, eps, K, HALF, HAS_NORM, OFFSET,
+    )  # fmt: skip
+    top = tl.full((GP,), _NOTHING, tl.float32)
+    total = tl.zeros((GP,), tl.float32)
+    mixed = tl.zeros((GP, KP), tl.float32)
+    if (split == 0) & (count >= 0):
+        page = tl.load(table_ptr + count // PAGE).to(tl.int64)
+        target = page * page_stride + (head * PAGE + count % PAGE) * K + place_K
+        new_key = _turned(
+            key_ptr + row * key_row + head * key_head, place_K, is_width[None, :],
+            key_weight_ptr, cosine_ptr, sine_ptr, eps, K, HALF, HAS_NORM, OFFSET,
+        )  # fmt: skip
+        tl.store((keys_ptr + target)[None, :], new_key, mask=is_width[None, :])
+        new_value = tl.load(
+            value_ptr + row * value_row + head * value_head + place_K, mask=is_width, other=0.0
+        )
+        tl.store(values_ptr + target, new_value, mask=is_width)
+        score = tl.sum(query.to(tl.float32) * new_key.to(tl.float32), 1) * scale
+        top, total = _capped(score, softcap, HAS_CAP), total + 1.0
+        mixed += new_value.to(tl.float32)[None, :]
+    following = tl.load(table_ptr + begin // PAGE, mask=begin < end, other=0)
     for token in tl.range(begin, end, PAGE, num_stages=STAGES):
-        page = tl.load(table_ptr + token // PAGE).to(tl.int64)
+        # Read one page ahead: keys whose address waits for a load of this round would not be loaded early.
+        page = following.to(tl.int64)
+        following = tl.load(table_ptr + token // PAGE + 1, mask=token + PAGE < end, other=0)
         is_seen = (token + place_N < count) & (token + place_N >= start)
         where = page * page_stride + head * PAGE * K + place_N[:, None] * K + place_K[None, :]
         mask = is_seen[:, None] & is_width[None, :]
@@ -115,9 +168,11 @@ def _attend(
 
 @triton.jit
 def _combine(
-    partial_ptr, totals_ptr, out_ptr, K: tl.constexpr, KP: tl.constexpr, SPLITS: tl.constexpr
+    partial_ptr, totals_ptr, out_ptr, K: tl.constexpr, KP: tl.constexpr, SPLITS: tl.constexpr, OVERLAPS: tl.constexpr
 ):  # fmt: skip
     head = tl.program_id(0)
+    let_next_start(OVERLAPS)
+    wait_for_previous(OVERLAPS)
     place_S, place_K = tl.arange(0, SPLITS), tl.arange(0, KP)
     part = head * SPLITS + place_S
     top = tl.load(totals_ptr + part * 2)
@@ -127,6 +182,23 @@ def _combine(
     whole = tl.sum(weights * total, 0)
     out = tl.sum(mixed * weights[:, None], 0) / tl.where(whole > 0.0, whole, 1.0)
     tl.store(out_ptr + head * K + place_K, out.to(out_ptr.dtype.element_ty), mask=place_K < K)
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What happens to queries and keys before they meet: a norm of each head, then rotary positions."""
+
+    query_weight_K: Tensor | None = None
+    """Weights of the RMSNorms, where there are any."""
+    key_weight_K: Tensor | None = None
+    eps: float = 0.0
+    offset: float = 0.0
+    cosine: Tensor | None = None
+    """Of the angles, [B, half of the turned width], contiguous."""
+    sine: Tensor | None = None
+
+
+AS_THEY_ARE = Turn()
 
 
 def paged_attention(
@@ -140,13 +212,15 @@ def paged_attention(
     scale: float,
     softcap: float | None,
     window: int | None,
+    turn: Turn = AS_THEY_ARE,
 ) -> Tensor:
     """Store the new key and value of each row in its pages, attend with its query; returns [1, B, H, K].
 
     query [1, H, B, K], key and value [1, H / G, B, K], last dimension contiguous. bases: int64 [2] on the device,
     the addresses of a layer's keys and values: pages [H / G, 64, K], contiguous, in the precision of `key`; the kernel
     reads them, so a captured graph serves any arena. state: int32 [B, columns]; column 0 is the number of old tokens
-    of the row (-1: an empty row, whose output is 0), columns `table` and on its pages in order.
+    of the row (-1: an empty row, whose output is 0), columns `table` and on its pages in order. turn: the change of
+    queries and keys before anything else.
     """
     num_heads, num_rows, width = query.shape[1:]
     num_key_heads = key.shape[1]
@@ -157,18 +231,24 @@ def paged_attention(
     parts = num_rows * num_heads * splits if splits > 1 else 0
     partial = torch.empty(parts, padded, dtype=torch.float32, device=query.device)
     totals = torch.empty(parts, 2, dtype=torch.float32, device=query.device)
+    options = overlapping(query.device)
+    stages, warps = _pipeline(padded, key)
+    has_norm, half = turn.query_weight_K is not None, 0 if turn.cosine is None else turn.cosine.shape[1]
     _attend[(num_key_heads, num_rows, splits)](
         query, key, value, bases, state, out, partial, totals,
+        *(query if x is None else x for x in (turn.query_weight_K, turn.key_weight_K, turn.cosine, turn.sine)),
         query.stride(1), query.stride(2), key.stride(1), key.stride(2), value.stride(1), value.stride(2),
         num_key_heads * PAGE_TOKENS * width, state.stride(0), scale, softcap or 0.0, window or 0,
+        turn.eps,
         TABLE=table, G=group, GP=max(16, triton.next_power_of_2(group)), K=width, KP=padded, PAGE=PAGE_TOKENS,
         SPLITS=splits, HAS_CAP=softcap is not None, HAS_WINDOW=window is not None,
-        PRECISION="ieee" if query.dtype == torch.float32 else "tf32", STAGES=_stages(padded, key),
-        num_warps=2 if padded <= 64 else 4,
+        PRECISION="ieee" if query.dtype == torch.float32 else "tf32", STAGES=stages,
+        HALF=half, HAS_NORM=has_norm, OFFSET=turn.offset, FETCH=_FETCHED_PAGES if padded == width else 0,
+        num_warps=warps, **options,
     )  # fmt: skip
     if splits > 1:
         _combine[(num_rows * num_heads,)](
-            partial, totals, out, K=width, KP=padded, SPLITS=splits, num_warps=1
+            partial, totals, out, K=width, KP=padded, SPLITS=splits, num_warps=1, **options
         )
     return out
 
@@ -181,7 +261,7 @@ def _splits(programs: int, longest: int) -> int:
     return splits
 
 
-def _stages(padded: int, key: Tensor) -> int:
-    """Blocks of keys and values under way at once, within a processor's shared memory."""
+def _pipeline(padded: int, key: Tensor) -> tuple[int, int]:
+    """Return the stages of loads that overlap, within a processor's shared memory, and the warps of a program."""
     block = 2 * PAGE_TOKENS * padded * key.element_size()
-    return max(1, min(3, 160 * 1024 // block))
+    return max(1, min(3, 160 * 1024 // block)), 4
