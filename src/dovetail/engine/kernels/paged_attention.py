@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dovetail.engine.kernels.overlap import fetch, let_next_start, overlapping, wait_for_previous
+from dovetail.engine.kernels.overlap import let_next_start, overlapping, wait_for_previous
 from dovetail.engine.kv_cache import PAGE_TOKENS
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -29,8 +29,6 @@ _NOTHING = tl.constexpr(-1.0e30)
 _FEW_PROGRAMS = 256
 """Fewer leave processors idle (an H100 has 132, two programs each)."""
 _MAX_SPLITS = 8
-_FETCHED_PAGES = 0
-"""Pages of a row whose keys and values are fetched while the kernel before ends."""
 
 
 @triton.jit
@@ -78,6 +76,31 @@ def _turned(
 
 
 @triton.jit
+def _span(count, split, window, PAGE: tl.constexpr, SPLITS: tl.constexpr, HAS_WINDOW: tl.constexpr):
+    """Return the first old token that is seen, and where this split begins (a page's first token) and ends."""
+    start = tl.maximum(0, count + 1 - window) if HAS_WINDOW else 0 * count
+    first = start // PAGE
+    num_pages = tl.maximum(tl.cdiv(count, PAGE) - first, 0)
+    each = tl.cdiv(num_pages, SPLITS)
+    return start, (first + split * each) * PAGE, tl.minimum((first + (split + 1) * each) * PAGE, count)
+
+
+@triton.jit
+def _mixed_in(
+    top, total, mixed, query, keys, values, is_seen, scale, softcap, HAS_CAP: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """Take a page into the softmax (arXiv:1805.02867): largest score so far, sum of weights, weighted values."""
+    scores = tl.dot(query, tl.trans(keys), input_precision=PRECISION) * scale
+    scores = tl.where(is_seen[None, :], _capped(scores, softcap, HAS_CAP), _NOTHING)
+    higher = tl.maximum(top, tl.max(scores, 1))
+    weights = tl.where(is_seen[None, :], tl.exp2(scores - higher[:, None]), 0.0)
+    shrink = tl.exp2(top - higher)
+    total = total * shrink + tl.sum(weights, 1)
+    mixed = mixed * shrink[:, None] + tl.dot(weights.to(values.dtype), values, input_precision=PRECISION)
+    return higher, total, mixed
+
+
+@triton.jit
 def _attend(
     query_ptr, key_ptr, value_ptr, bases_ptr, state_ptr, out_ptr, partial_ptr, totals_ptr,
     query_weight_ptr, key_weight_ptr, cosine_ptr, sine_ptr,
@@ -86,7 +109,7 @@ def _attend(
     TABLE: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr,
     PAGE: tl.constexpr, SPLITS: tl.constexpr, HAS_CAP: tl.constexpr, HAS_WINDOW: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr, HALF: tl.constexpr, HAS_NORM: tl.constexpr, OFFSET: tl.constexpr,
-    FETCH: tl.constexpr, OVERLAPS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     head, row, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     let_next_start(OVERLAPS)
@@ -97,26 +120,15 @@ def _attend(
     keys_ptr, values_ptr = _based(bases_ptr, key_ptr), _based(bases_ptr + 1, value_ptr)
     count = tl.load(state_ptr + row * state_row)  # old tokens of this row; -1: nothing to do
     table_ptr = state_ptr + row * state_row + TABLE
-    start = tl.maximum(0, count + 1 - window) if HAS_WINDOW else 0
-    first = start // PAGE
-    num_pages = tl.maximum(tl.cdiv(count, PAGE) - first, 0)
-    each = tl.cdiv(num_pages, SPLITS)
-    begin = (first + split * each) * PAGE
-    end = tl.minimum((first + (split + 1) * each) * PAGE, count)
-    if FETCH > 0 and OVERLAPS:
-        for page_index in tl.static_range(FETCH):
-            token = begin + page_index * PAGE
-            if token < end:
-                page = tl.load(table_ptr + token // PAGE).to(tl.int64)
-                lines = page * page_stride + head * PAGE * K + tl.arange(0, PAGE * K // 64) * 64
-                fetch(keys_ptr + lines)
-                fetch(values_ptr + lines)
+    start, begin, end = _span(count, split, window, PAGE, SPLITS, HAS_WINDOW)
+    following = tl.load(table_ptr + begin // PAGE, mask=begin < end, other=0)
     wait_for_previous(OVERLAPS)
     cosine_ptr += row * HALF
     sine_ptr += row * HALF
+    query_ptr += row * query_row
     query = _turned(
-        query_ptr + row * query_row + query_heads[:, None] * query_head, place_K, is_real,
-        query_weight_ptr, cosine_ptr, sine_ptr, eps, K, HALF, HAS_NORM, OFFSET,
+        query_ptr + query_heads[:, None] * query_head, place_K, is_real, query_weight_ptr, cosine_ptr, sine_ptr, eps,
+        K, HALF, HAS_NORM, OFFSET,
     )  # fmt: skip
     top = tl.full((GP,), _NOTHING, tl.float32)
     total = tl.zeros((GP,), tl.float32)
@@ -125,8 +137,8 @@ def _attend(
         page = tl.load(table_ptr + count // PAGE).to(tl.int64)
         target = page * page_stride + (head * PAGE + count % PAGE) * K + place_K
         new_key = _turned(
-            key_ptr + row * key_row + head * key_head, place_K, is_width[None, :],
-            key_weight_ptr, cosine_ptr, sine_ptr, eps, K, HALF, HAS_NORM, OFFSET,
+            key_ptr + row * key_row + head * key_head, place_K, is_width[None, :], key_weight_ptr, cosine_ptr, sine_ptr,
+            eps, K, HALF, HAS_NORM, OFFSET,
         )  # fmt: skip
         tl.store((keys_ptr + target)[None, :], new_key, mask=is_width[None, :])
         new_value = tl.load(
@@ -136,29 +148,34 @@ def _attend(
         score = tl.sum(query.to(tl.float32) * new_key.to(tl.float32), 1) * scale
         top, total = _capped(score, softcap, HAS_CAP), total + 1.0
         mixed += new_value.to(tl.float32)[None, :]
-    following = tl.load(table_ptr + begin // PAGE, mask=begin < end, other=0)
     for token in tl.range(begin, end, PAGE, num_stages=STAGES):
         # Read one page ahead: keys whose address waits for a load of this round would not be loaded early.
         page = following.to(tl.int64)
         following = tl.load(table_ptr + token // PAGE + 1, mask=token + PAGE < end, other=0)
         is_seen = (token + place_N < count) & (token + place_N >= start)
         where = page * page_stride + head * PAGE * K + place_N[:, None] * K + place_K[None, :]
-        mask = is_seen[:, None] & is_width[None, :]
-        keys = tl.load(keys_ptr + where, mask=mask, other=0.0)
-        values = tl.load(values_ptr + where, mask=mask, other=0.0)
-        scores = tl.dot(query, tl.trans(keys), input_precision=PRECISION) * scale
-        scores = tl.where(is_seen[None, :], _capped(scores, softcap, HAS_CAP), _NOTHING)
-        higher = tl.maximum(top, tl.max(scores, 1))
-        weights = tl.where(is_seen[None, :], tl.exp2(scores - higher[:, None]), 0.0)
-        shrink = tl.exp2(top - higher)
-        total = total * shrink + tl.sum(weights, 1)
-        mixed = mixed * shrink[:, None] + tl.dot(weights.to(values.dtype), values, input_precision=PRECISION)
-        top = higher
-    rows = row * tl.num_programs(0) * G + query_heads
+        keys = tl.load(keys_ptr + where, mask=is_seen[:, None] & is_width[None, :], other=0.0)
+        values = tl.load(values_ptr + where, mask=is_seen[:, None] & is_width[None, :], other=0.0)
+        top, total, mixed = _mixed_in(
+            top, total, mixed, query, keys, values, is_seen, scale, softcap, HAS_CAP, PRECISION
+        )  # fmt: skip
+    _written(
+        mixed, top, total, out_ptr, partial_ptr, totals_ptr, row * tl.num_programs(0) * G + query_heads, split,
+        is_query, is_real, place_K, K, KP, SPLITS,
+    )  # fmt: skip
+
+
+@triton.jit
+def _written(
+    mixed, top, total, out_ptr, partial_ptr, totals_ptr, rows, split, is_query, is_real, place_K,
+    K: tl.constexpr, KP: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """Store the output, or this split's part of it with its softmax statistics."""
     if SPLITS == 1:
         mixed = mixed / tl.where(total > 0.0, total, 1.0)[:, None]
-        mixed = mixed.to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr + rows[:, None] * K + place_K[None, :], mixed, mask=is_real)
+        tl.store(
+            out_ptr + rows[:, None] * K + place_K[None, :], mixed.to(out_ptr.dtype.element_ty), mask=is_real
+        )
     else:
         part = rows * SPLITS + split
         tl.store(partial_ptr + part[:, None] * KP + place_K[None, :], mixed, mask=is_query[:, None])
@@ -243,7 +260,7 @@ def paged_attention(
         TABLE=table, G=group, GP=max(16, triton.next_power_of_2(group)), K=width, KP=padded, PAGE=PAGE_TOKENS,
         SPLITS=splits, HAS_CAP=softcap is not None, HAS_WINDOW=window is not None,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32", STAGES=stages,
-        HALF=half, HAS_NORM=has_norm, OFFSET=turn.offset, FETCH=_FETCHED_PAGES if padded == width else 0,
+        HALF=half, HAS_NORM=has_norm, OFFSET=turn.offset,
         num_warps=warps, **options,
     )  # fmt: skip
     if splits > 1:
@@ -264,4 +281,4 @@ def _splits(programs: int, longest: int) -> int:
 def _pipeline(padded: int, key: Tensor) -> tuple[int, int]:
     """Return the stages of loads that overlap, within a processor's shared memory, and the warps of a program."""
     block = 2 * PAGE_TOKENS * padded * key.element_size()
-    return max(1, min(3, 160 * 1024 // block)), 4
+    return (3, 4) if block <= 16 * 1024 else (max(1, min(2, 160 * 1024 // block)), 2)

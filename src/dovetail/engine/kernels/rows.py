@@ -62,7 +62,7 @@ def _summed(parts_ptr, bias, row, rows, place, is_real, width, PARTS: tl.constex
     return total + bias
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])  # batch sizes share what is compiled
 def join_rows(
     stream_ptr, one_ptr, one_bias_ptr, two_ptr, two_bias_ptr, branch_weight_ptr, branch_bias_ptr,
     first_weight_ptr, first_bias_ptr, second_weight_ptr, second_bias_ptr, sum_ptr, first_ptr, second_ptr,
