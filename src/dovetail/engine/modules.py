@@ -71,7 +71,7 @@ class PackedModules:
 
     def rereads_at(self, length: int) -> bool:
         """Whether a sequence that grows to this length is to be read anew, with other rope frequencies."""
-        return self.rope_limit is not None and length > self.rope_limit and reread_at(self._model, length)
+        return self.rope_limit is not None and length > self.rope_limit and reread_at(self.model, length)
 
     def recorded_state(self) -> tuple[Any, ...]:
         """What a graph of the forward keeps of the model: where weights and buffers lie, which adapters are on."""
