@@ -101,6 +101,13 @@ def _mixed_in(
 
 
 @triton.jit
+def _keep(key, value, key_ptr, value_ptr, is_width):
+    """Store the new key and value in their page."""
+    tl.store(key_ptr[None, :], key, mask=is_width[None, :])
+    tl.store(value_ptr, value, mask=is_width)
+
+
+@triton.jit
 def _attend(
     query_ptr, key_ptr, value_ptr, bases_ptr, state_ptr, out_ptr, partial_ptr, totals_ptr,
     query_weight_ptr, key_weight_ptr, cosine_ptr, sine_ptr,
@@ -123,12 +130,10 @@ def _attend(
     start, begin, end = _span(count, split, window, PAGE, SPLITS, HAS_WINDOW)
     following = tl.load(table_ptr + begin // PAGE, mask=begin < end, other=0)
     wait_for_previous(OVERLAPS)
-    cosine_ptr += row * HALF
-    sine_ptr += row * HALF
-    query_ptr += row * query_row
+    cosine_ptr, sine_ptr = cosine_ptr + row * HALF, sine_ptr + row * HALF
     query = _turned(
-        query_ptr + query_heads[:, None] * query_head, place_K, is_real, query_weight_ptr, cosine_ptr, sine_ptr, eps,
-        K, HALF, HAS_NORM, OFFSET,
+        query_ptr + row * query_row + query_heads[:, None] * query_head, place_K, is_real, query_weight_ptr, cosine_ptr,
+        sine_ptr, eps, K, HALF, HAS_NORM, OFFSET,
     )  # fmt: skip
     top = tl.full((GP,), _NOTHING, tl.float32)
     total = tl.zeros((GP,), tl.float32)
@@ -140,13 +145,11 @@ def _attend(
             key_ptr + row * key_row + head * key_head, place_K, is_width[None, :], key_weight_ptr, cosine_ptr, sine_ptr,
             eps, K, HALF, HAS_NORM, OFFSET,
         )  # fmt: skip
-        tl.store((keys_ptr + target)[None, :], new_key, mask=is_width[None, :])
-        new_value = tl.load(
-            value_ptr + row * value_row + head * value_head + place_K, mask=is_width, other=0.0
-        )
-        tl.store(values_ptr + target, new_value, mask=is_width)
-        score = tl.sum(query.to(tl.float32) * new_key.to(tl.float32), 1) * scale
-        top, total = _capped(score, softcap, HAS_CAP), total + 1.0
+        value_ptr += row * value_row + head * value_head
+        new_value = tl.load(value_ptr + place_K, mask=is_width, other=0.0)
+        _keep(new_key, new_value, keys_ptr + target, values_ptr + target, is_width)
+        top = _capped(tl.sum(query.to(tl.float32) * new_key.to(tl.float32), 1) * scale, softcap, HAS_CAP)
+        total += 1.0
         mixed += new_value.to(tl.float32)[None, :]
     for token in tl.range(begin, end, PAGE, num_stages=STAGES):
         # Read one page ahead: keys whose address waits for a load of this round would not be loaded early.
