@@ -51,11 +51,10 @@ class RoleModel:
         self._refuse("forward")
 
     def __getattr__(self, name: str) -> Any:
-        if name == "model" or not hasattr(
-            self.model, name
-        ):  # "model": a copy that is being made has none yet
+        model = vars(self).get("model")  # None in a copy that is being made
+        if not hasattr(model, name):
             self._refuse(name)
-        return getattr(self.model, name)
+        return getattr(model, name)
 
     @property
     def module(self) -> "RoleModel":
