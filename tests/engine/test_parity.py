@@ -12,6 +12,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
+from transformers import MixtralConfig, MixtralForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dovetail.engine import Completion, HybridEngine, probe
@@ -284,3 +285,41 @@ def test_rows_that_see_each_other_when_packed_are_caught(monkeypatch: pytest.Mon
     monkeypatch.setattr(PackedLayout, "attend", one_sequence)
     with pytest.raises(ParityError, match=r"at token \d+ of row [12], .* is model\.layers\.0:"):
         check_training_parity(tiny_model(), PROMPTS)
+
+
+def wrong_beyond(length: int) -> Callable[..., tuple[Tensor, Tensor]]:
+    """A fault that shows only in sequences longer than this, as a forgotten window does."""
+
+    def wrong(_: Any, key: Tensor, value: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        lengths_T = getattr(kwargs["layout"], "lengths_T", None)
+        if lengths_T is None:
+            return key, value
+        return key, torch.where((lengths_T > length)[:, None], value.flip(-1), value)
+
+    return wrong
+
+
+def test_the_gate_reads_as_far_as_the_run_will(attend_wrongly: Any) -> None:
+    engine = HybridEngine(tiny_model())
+    attend_wrongly(wrong_beyond(200))
+    assert check_parity(engine, PROMPTS, reach=190).num_tokens
+    with pytest.raises(ParityError, match="prompt 2"):
+        check_parity(engine, PROMPTS, reach=300)
+    assert (
+        check_training_parity(engine.model, PROMPTS, longest=prompts_of(190)[0]).num_tokens
+        == 10 + 60 + 40 + 190
+    )
+    with pytest.raises(ParityError, match="row 3"):
+        check_training_parity(engine.model, PROMPTS, longest=prompts_of(300)[0])
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_experts_that_half_precision_chooses_otherwise_stop_no_run(seed: int) -> None:
+    config = MixtralConfig(
+        vocab_size=258, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=8, num_experts_per_tok=1, initializer_range=0.3, sliding_window=None,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    model = MixtralForCausalLM(config).to(torch.bfloat16).eval()
+    assert check_parity(HybridEngine(model), PROMPTS).num_tokens
+    assert check_training_parity(model, PROMPTS).num_tokens

@@ -21,6 +21,7 @@ from operator import attrgetter
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from dovetail.batches import PackedBatch, pack
@@ -41,11 +42,19 @@ from dovetail.model.plain_forward import (
     plain_logits,
 )
 from dovetail.model.shards import computing_device
-from dovetail.model.tolerance import TOLERANCES, Tolerance
+from dovetail.model.tolerance import (
+    TOLERANCES,
+    Tolerance,
+    first_beyond,
+    is_exact,
+    is_explained,
+    nudged_embeddings,
+)
 from dovetail.parallel.shard import world_of
 
 PROMPT_TOKENS = (24, 60, 120)
-"""Prompts are cut to their last tokens, to lengths that differ; the second one's answer outgrows a page of keys."""
+"""Prompts are cut to their last tokens, to lengths that differ; the second one's answer outgrows a page of keys. The
+last one is repeated instead where it is known how far a run reaches."""
 NEW_TOKENS = 16
 
 
@@ -73,9 +82,8 @@ _ANY_TOKEN = 10
 """One token may be off by so many times what the mean may; a wrong forward is off by far more, at many."""
 
 _HINT = (
-    "training on these numbers would teach the wrong thing, so the run has not begun. Check that torch and "
-    "transformers are the versions of requirements/runtime.txt and that nothing else replaces the model's "
-    "attention; if they are, report this message with the model's config.json"
+    "training on these numbers would teach the wrong thing, so the run has not begun: this model is not supported with "
+    "this config. Report this message with its config.json"
 )
 
 
@@ -104,31 +112,32 @@ def check_parity(
     *,
     decode_text: DecodeText | None = None,
     trained: Any = None,
+    reach: int | None = None,
 ) -> ParityReport:
     """Compare a few greedy answers to `prompts` (at most three are used) with the plain forward.
 
     Mode, attention, weights and gradients are afterwards as before. decode_text: to quote the prompt in errors.
     trained: the model whose training and plain forward are run, where engine and training do not have the same weights,
     but slices; peft-wrapped or not, sharded or not (then all processes must call this). By default the engine's own.
+    reach: the most tokens of prompt and answer that the run may read; the last prompt is repeated up to there.
     Raises ParityError, naming the token and the first layer that differs.
     """
     model = engine.model if trained is None else plain_model(trained)
     tolerance = TOLERANCES[next(model.parameters()).dtype]
     room = math.inf if engine.context is None else max(1, engine.context - NEW_TOKENS)
-    cut = [
-        list(prompt)[-int(min(most, room)) :] for prompt, most in zip(prompts, PROMPT_TOKENS, strict=False)
-    ]
+    cut = _cut(prompts, room, reach)
     with evaluation_mode(model), attention_restored(model):
         # Neighbours that compute each layer together must run the same sequences.
         answers, generated = world_of(model).agreed(_generate(engine, cut))
         batch = _packed(cut, answers).to(computing_device(model))
         trained_A = token_logprobs(model, batch).logprobs_T[batch.mask_T].tolist()
         tokens = _beside_the_reference(model, cut, answers, [p for row in generated for p in row], trained_A)
-        wrong = _first_wrong(tokens, tolerance, attrgetter("generated"))
+        noise = None if is_exact(model.dtype) else _noise(model, cut, answers, tokens)
+        wrong = _first_wrong(tokens, tolerance, attrgetter("generated"), noise)
         if wrong is not None:
             where = _trace_generation(engine, model, cut, wrong.prompt, tolerance)
             raise _parity_error(model, "generation", wrong, wrong.generated, cut, decode_text, where)
-        wrong = _first_wrong(tokens, tolerance, attrgetter("trained"))
+        wrong = _first_wrong(tokens, tolerance, attrgetter("trained"), noise)
         if wrong is not None:
             sequences = [[*prompt, *answer] for prompt, answer in zip(cut, answers, strict=True)]
             where = _trace_training(model, sequences, wrong.prompt, tolerance)
@@ -138,35 +147,64 @@ def check_parity(
 
 
 @torch.no_grad()
-def check_training_parity(model: Any, sequences: Sequence[Sequence[int]]) -> TrainingParityReport:
+def check_training_parity(
+    model: Any, sequences: Sequence[Sequence[int]], *, longest: Sequence[int] = ()
+) -> TrainingParityReport:
     """Compare the packed training forward of a few `sequences` (at most three) with the plain forward.
 
-    For stages that do not generate; any model that training runs, peft-wrapped or not, sharded or not, whatever its
-    head. Mode, attention, weights and gradients are afterwards as before. Raises ParityError, naming the first layer
-    that differs.
+    For models that do not generate; any that training runs, peft-wrapped or not, sharded or not, whatever its head.
+    longest: another sequence, which is not cut. Mode, attention, weights and gradients are afterwards as before. Raises
+    ParityError, naming the first layer that differs.
     """
     inner = plain_model(model)
     tolerance = TOLERANCES[next(inner.parameters()).dtype]
     cut = [list(ids)[:most] for ids, most in zip(sequences, PROMPT_TOKENS, strict=False)]
+    cut += [list(longest)] if longest else []
     with evaluation_mode(model), attention_restored(inner):
         batch = _packed(cut, [[]] * len(cut)).to(computing_device(inner))
         packed_TD = hidden_states(model, batch)
         with plain_attention(inner):
-            plain_TD = with_weights(
-                model, lambda: torch.cat([plain_hidden_states(inner, ids) for ids in cut])
-            )
+            plain_TD = _plain_rows(model, cut)
+            noise_T = None
+            if not is_exact(inner.dtype):
+                with nudged_embeddings(inner):
+                    noise_T = errors_T(_plain_rows(model, cut), plain_TD)
         error_T = errors_T(packed_TD, plain_TD)
-        mean, largest = float(error_T.mean()), float(error_T.max())
-        if not (mean <= tolerance.hidden and largest <= _ANY_TOKEN * tolerance.hidden):  # NaN is not within
-            worst = int(error_T.nan_to_num(torch.inf).argmax())
+        worst = _wrong_hidden_state(error_T, noise_T, tolerance)
+        if worst is not None:
             index = next(i for i in range(len(cut)) if worst < sum(batch.lengths[: i + 1]))
             raise ParityError(
                 f"{type(inner).__name__}: the training forward and the plain forward of the same modules disagree: "
-                f"the last hidden state is off by {largest:.1%} at token {worst - sum(batch.lengths[:index])} of "
-                f"row {index}, by {mean:.1%} on average. {_trace_training(inner, cut, index, tolerance)}.",
+                f"the last hidden state is off by {float(error_T[worst]):.1%} at token "
+                f"{worst - sum(batch.lengths[:index])} of row {index}, by {float(error_T.mean()):.1%} on average. "
+                f"{_trace_training(inner, cut, index, tolerance)}.",
                 hint=_HINT,
             )
-    return TrainingParityReport(batch.num_tokens, largest)
+    return TrainingParityReport(batch.num_tokens, float(error_T.max()))
+
+
+def _plain_rows(model: Any, rows: Sequence[Sequence[int]]) -> Tensor:
+    inner = plain_model(model)
+    return with_weights(model, lambda: torch.cat([plain_hidden_states(inner, ids) for ids in rows]))
+
+
+def _wrong_hidden_state(error_T: Tensor, noise_T: Tensor | None, tolerance: Tolerance) -> int | None:
+    """The first token that is off by too much; if all are only a little off, the worst of too many."""
+    wrong = first_beyond(error_T, _ANY_TOKEN * tolerance.hidden, noise_T)
+    if wrong is None and not is_explained(error_T, tolerance.hidden, noise_T):
+        wrong = int(error_T.argmax())
+    return wrong
+
+
+def _cut(prompts: Sequence[Sequence[int]], room: float, reach: int | None) -> list[list[int]]:
+    """The ends of the prompts, the last one repeated up to what the run may read before its last tokens."""
+    cut = [
+        list(prompt)[-int(min(most, room)) :] for prompt, most in zip(prompts, PROMPT_TOKENS, strict=False)
+    ]
+    if reach is not None:
+        length, last = int(min(max(1, reach - NEW_TOKENS), room)), list(prompts[len(cut) - 1])
+        cut[-1] = (last * (length // len(last) + 1))[:length]
+    return cut
 
 
 def _generate(
@@ -199,9 +237,7 @@ def _beside_the_reference(
     tokens: list[_Token] = []
     with plain_attention(model):
         for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-            logits_TV = at_least_float32(plain_logits(model, [*prompt, *answer]))
-            # Row t says what follows token t; the answer's last row speaks of what was not generated.
-            logits_NV = logits_TV[len(prompt) - 1 : -1]
+            logits_NV = _answer_logits(model, prompt, answer)
             ids_N1 = torch.tensor(answer, device=logits_NV.device)[:, None]
             best_N, best_ids_N = logits_NV.max(dim=-1)
             columns = zip(
@@ -218,17 +254,43 @@ def _beside_the_reference(
     return tokens
 
 
+def _answer_logits(model: PreTrainedModel, prompt: Sequence[int], answer: Sequence[int]) -> Tensor:
+    """[N, V]: what the plain forward says of each token of the answer before it comes."""
+    # The last row speaks of what was not generated.
+    kept_NV = plain_logits(model, [*prompt, *answer], last=len(answer) + 1)
+    return at_least_float32(kept_NV)[:-1]
+
+
+def _noise(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]],
+    tokens: Sequence[_Token],
+) -> Tensor:
+    """Nats: how far the plain log-probabilities move when the embeddings change in their last bit."""
+    with plain_attention(model), nudged_embeddings(model):
+        nudged = [
+            _answer_logits(model, prompt, answer)
+            .log_softmax(dim=-1)
+            .gather(1, torch.tensor(answer, device=computing_device(model))[:, None])[:, 0]
+            for prompt, answer in zip(prompts, answers, strict=True)
+        ]
+    return (torch.cat(nudged).cpu() - torch.tensor([token.plain for token in tokens])).abs()
+
+
 def _first_wrong(
-    tokens: Sequence[_Token], tolerance: Tolerance, logprob_of: Callable[[_Token], float]
+    tokens: Sequence[_Token],
+    tolerance: Tolerance,
+    logprob_of: Callable[[_Token], float],
+    noise_A: Tensor | None,
 ) -> _Token | None:
     """The first token that rounding cannot explain; if all are only a little off, the worst of too many."""
-    gaps = [abs(logprob_of(token) - token.plain) for token in tokens]
-    for token, gap in zip(tokens, gaps, strict=True):
-        if not (gap <= tolerance.largest and token.shortfall <= tolerance.largest):  # NaN is not within
-            return token
-    if sum(gaps) / len(gaps) <= tolerance.mean:
-        return None
-    return tokens[gaps.index(max(gaps))]
+    gaps_A = torch.tensor([abs(logprob_of(token) - token.plain) for token in tokens])
+    far_A = torch.maximum(gaps_A, torch.tensor([token.shortfall for token in tokens]))  # keeps NaN
+    wrong = first_beyond(far_A, tolerance.largest, noise_A)
+    if wrong is None and not is_explained(gaps_A, tolerance.mean, noise_A):
+        wrong = int(gaps_A.argmax())
+    return None if wrong is None else tokens[wrong]
 
 
 def _parity_error(

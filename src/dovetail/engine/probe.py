@@ -131,7 +131,8 @@ def _answers(model: PreTrainedModel) -> list[Answer]:
 
 def _of_the_plain_forward(model: PreTrainedModel, answer: Answer) -> tuple[Tensor, Tensor]:
     """Log-probabilities of the answer's tokens, and how far their logits lie below the best ones."""
-    logits_AV = at_least_float32(plain_logits(model, answer.all_ids))[len(answer.prompt) - 1 : -1]
+    last = len(answer.token_ids) + 1
+    logits_AV = at_least_float32(plain_logits(model, answer.all_ids, last=last))[:-1]
     ids_A1 = torch.tensor(answer.token_ids, device=logits_AV.device)[:, None]
     short_A = logits_AV.max(dim=-1).values - logits_AV.gather(1, ids_A1)[:, 0]
     return logits_AV.log_softmax(dim=-1).gather(1, ids_A1)[:, 0], short_A

@@ -25,10 +25,10 @@ Ids = Sequence[int] | Tensor
 """The tokens of one sequence."""
 
 
-def plain_logits(model: PreTrainedModel, ids: Ids) -> Tensor:
-    """[T, V]: one sequence, read whole."""
-    logits: Tensor = _plain_output(model, ids).logits[0]
-    return logits
+def plain_logits(model: PreTrainedModel, ids: Ids, *, last: int | None = None) -> Tensor:
+    """[T, V]: one sequence, read whole; only the `last` rows if asked for."""
+    logits: Tensor = _plain_output(model, ids, last=last).logits[0]
+    return logits if last is None else logits[-last:]
 
 
 def plain_hidden_states(model: PreTrainedModel, ids: Ids) -> Tensor:
@@ -37,7 +37,7 @@ def plain_hidden_states(model: PreTrainedModel, ids: Ids) -> Tensor:
     return hidden_TD
 
 
-def _plain_output(module: Any, ids: Ids) -> Any:
+def _plain_output(module: Any, ids: Ids, *, last: int | None = None) -> Any:
     ids_1T = torch.as_tensor(ids, device=computing_device(module))[None]
     known = inspect.signature(module.forward).parameters
     extra: dict[str, Any] = {}
@@ -45,6 +45,10 @@ def _plain_output(module: Any, ids: Ids) -> Any:
         extra["position_ids"] = torch.arange(ids_1T.shape[1], device=ids_1T.device)[None]
     if "use_cache" in known:
         extra["use_cache"] = False
+    if "output_router_logits" in known:
+        extra["output_router_logits"] = False  # what a config asks for is the loss of another training
+    if last is not None and "logits_to_keep" in known:
+        extra["logits_to_keep"] = last
     return module(input_ids=ids_1T, **extra)
 
 

@@ -174,8 +174,8 @@ def _expect_causal(
         found = [plain_hidden_states(model, other) for other in others]
     if not all(within(found_TD[:kept]) for found_TD in found):
         raise ModelError(
-            f"{type(model).__name__} is not supported: it reads ahead (other tokens at the end of a text change what "
-            "it says of those before)",
+            f"{type(model).__name__} is not supported: it reads ahead (what follows in a text changes what it says of "
+            "the tokens before)",
             hint="take a causal language model, which reads from left to right",
         )
 

@@ -77,13 +77,35 @@ def reread_at(model: Any, length: int) -> bool:
     return any(before != after for before, after in apart)
 
 
+def rope_limit_in(config: Any) -> int | None:
+    """`rope_limit` of a model with this config, as far as the config names it."""
+    text = config.get_text_config()
+    limits = [
+        rope.get("original_max_position_embeddings", text.max_position_embeddings)
+        if _rope_type(rope) == "longrope"
+        else text.max_position_embeddings
+        for rope in _named(text)
+        if _rope_type(rope) not in _FIXED
+    ]
+    return min(limits, default=None)
+
+
 def unknown_rope(model: Any) -> str | None:
     """The kind of rope that the config names, if it depends on the length in a module that is not known here."""
-    named = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
-    per_layer = [kind for kind in named.values() if isinstance(kind, dict)]
-    kinds = {str(kind.get("rope_type", kind.get("type", "default"))) for kind in per_layer or [named]}
+    kinds = {_rope_type(rope) for rope in _named(model.config.get_text_config())}
     changing = sorted(kinds - _FIXED)
     return changing[0] if changing and rope_limit(model) is None else None
+
+
+def _named(text: Any) -> list[dict[str, Any]]:
+    """What a config says of its ropes: of all layers, or of each kind of layer."""
+    named = getattr(text, "rope_parameters", None) or {}
+    per_layer = [rope for rope in named.values() if isinstance(rope, dict)]
+    return per_layer or [named]
+
+
+def _rope_type(rope: dict[str, Any]) -> str:
+    return str(rope.get("rope_type", rope.get("type", "default")))
 
 
 def _ropes(model: Any) -> Iterator[Any]:

@@ -62,6 +62,13 @@ def first_beyond(errors_T: Tensor, allowed: float, noise_T: Tensor | None) -> in
     return int(beyond[0]) if len(beyond) else None
 
 
+def is_explained(errors_T: Tensor, allowed_mean: float, noise_T: Tensor | None) -> bool:
+    """Whether the mean of the errors is one that rounding explains; NaN is not."""
+    if noise_T is not None:
+        allowed_mean = max(allowed_mean, _TIMES_NOISE * float(noise_T.mean()))
+    return float(errors_T.mean()) <= allowed_mean
+
+
 @contextmanager
 def nudged_embeddings(model: PreTrainedModel) -> Iterator[None]:
     """Every other number of an embedding is larger by its last bit while it lasts."""

@@ -73,18 +73,27 @@ class RLHFEngine:
             return
         chat = self.roles.chat
         ids = [chat.prompt_ids(as_messages(prompt)) for prompt in prompts[: len(PROMPT_TOKENS)]]
+        reach = self._reach(prompts)
         engine, actor = self.roles.engine, self.roles.actor
         with self.learners.parked(), nullcontext() if engine.group.size > 1 else engine.weights():
             # Slices prove nothing of themselves: they are compared with the model that is trained.
             is_divided = max(engine.group.size, layout_of(actor).division.group.size) > 1
             trained = actor if is_divided else None
-            report = check_parity(engine, ids, decode_text=chat.decode, trained=trained)
+            report = check_parity(engine, ids, decode_text=chat.decode, trained=trained, reach=reach)
         give_back(actor)
+        self.roles.check_readers(ids, reach)
         self._is_checked = True
         say(
             f"parity: {report.num_tokens} tokens of {len(ids)} answers, generated and trained on, against the plain "
             f"forward: largest gap {report.largest_gap:.2g} nats"
         )
+
+    def _reach(self, prompts: Sequence[Conversation]) -> int:
+        """The most tokens of a prompt, by the longest text, with its answer."""
+        longest = max(
+            map(as_messages, prompts), key=lambda turns: sum(len(turn["content"]) for turn in turns)
+        )
+        return len(self.roles.chat.prompt_ids(longest)) + self.config.sampling.max_new_tokens
 
     def generate(self, prompts: Sequence[Conversation], *, seed: int, greedy: bool = False) -> list[Answer]:
         """One answer to each prompt, sampled (or greedy) by the actor as it is now."""

@@ -24,6 +24,7 @@ from dovetail.model.dropout import disable_dropout
 from dovetail.model.forward import plain_model
 from dovetail.model.load import expect_reward_head, expect_rows_for, load_causal_lm, load_scalar_model
 from dovetail.model.lora import add_lora
+from dovetail.model.probe import expect_no_noise, probe
 from dovetail.model.scalar import scalar_model_from
 from dovetail.parallel.shard import gathered, gathered_bytes, generation_model, layout_of, world_of
 from dovetail.parallel.sharing import Sharing
@@ -91,7 +92,6 @@ def make_roles(
         else _moved(actor_model, at)
     )
     expect_rows_for(tokenizer, actor, name_of(actor_model))
-    disable_dropout(actor)
     reward_model, reward_chat = _reward_model(critic_model, chat, dtype, at, setup)
     # A critic reads the actor's tokens: with another tokenizer it cannot start from the reward model.
     if reward_model is not None and reward_chat is None:
@@ -117,6 +117,7 @@ def make_roles(
         critic=critic,
         reference=reference,
         score=score,
+        reward_model=reward_model,
         chat=chat,
         engine=_generator(actor, critic, config, setup, device),
         device=device,
@@ -254,7 +255,6 @@ def _reward_model(
     else:
         tokenizer, model = setup.reward_tokenizer or chat.tokenizer, _moved(critic_model, device)
     expect_rows_for(tokenizer, model, name_of(critic_model))
-    disable_dropout(model)
     own_chat = ChatFormat(tokenizer)
     return _frozen(model), None if same_tokens(chat, own_chat) else own_chat
 
@@ -291,8 +291,12 @@ def name_of(model: str | PreTrainedModel) -> str:
 
 
 def _moved(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
-    """Move a module that was passed in to the device on which the others are loaded."""
-    return nn.Module.to(model, device)
+    """Move a module that was passed in to where the others are loaded, and try it as they are tried."""
+    nn.Module.to(model, device)
+    disable_dropout(model)
+    probe(model)
+    expect_no_noise(model)
+    return model
 
 
 def _frozen(model: PreTrainedModel) -> PreTrainedModel:

@@ -17,7 +17,9 @@ from transformers import PreTrainedModel
 
 from dovetail.batches import PackedBatch
 from dovetail.engine.hybrid import HybridEngine
-from dovetail.model.forward import LogProbs, token_logprobs, token_values
+from dovetail.engine.modules import context_of, vocabulary_of
+from dovetail.engine.parity import check_training_parity
+from dovetail.model.forward import LogProbs, plain_model, token_logprobs, token_values
 from dovetail.model.lora import adapter_disabled
 from dovetail.parallel.shard import give_back, world_of
 from dovetail.parallel.share import parts_of
@@ -45,6 +47,8 @@ class Roles:
     device: torch.device
     budget: TokenBudget
     """Tokens of one forward pass, shared by scoring and training so that both pack alike."""
+    reward_model: PreTrainedModel | None = None
+    """The model behind `score`, if there is one."""
     score_clip: float | None = None
     """The limit of the scores, either way; None where a function gives them or adds to them."""
     value_offset: float = 0.0
@@ -80,6 +84,20 @@ class Roles:
         """Raise ModelError if the critic cannot read a batch of the actor's answers that is still on the host."""
         highest_id = int(batch.token_ids_T.max())
         expect_readable("critic", self.critic, longest=batch.max_length, highest_id=highest_id)
+
+    def check_readers(self, sequences: Sequence[Sequence[int]], reach: int) -> None:
+        """Compare each model that reads answers with its plain forward, on a few sequences and one of `reach` tokens.
+
+        Raises ParityError on a difference that rounding cannot explain.
+        """
+        for model in (self.critic, self.reference, self.reward_model):
+            if model is None:
+                continue
+            rows, context = vocabulary_of(plain_model(model)), context_of(plain_model(model))
+            known = [[token_id % rows for token_id in ids][:context] for ids in sequences]
+            longest = (known[-1] * (reach // len(known[-1]) + 1))[: min(reach, context or reach)]
+            check_training_parity(model, known[:-1], longest=longest)
+            give_back(model)
 
     @contextmanager
     def _reference(self) -> Iterator[PreTrainedModel]:

@@ -21,7 +21,6 @@ from dovetail.data.blend import load_stage, sources_of
 from dovetail.data.label_rows import is_labels
 from dovetail.data.records import Kind
 from dovetail.data.sources import expect_there
-from dovetail.engine.modules import context_in
 from dovetail.errors import ConfigError, DovetailError, ModelError
 from dovetail.model.load import expect_causal_lm, expect_rows, expect_supported, read_config
 from dovetail.model.lora import add_lora
@@ -246,7 +245,7 @@ def _look_at_room(config: RunConfig, seen: dict[str, _Seen | None], look: _Look)
             room = partial(
                 expect_room,
                 role,
-                context_in(model.config),
+                model.config,
                 max_prompt_tokens=config.data.max_prompt_tokens,
                 max_new_tokens=config.ppo.sampling.max_new_tokens,
             )

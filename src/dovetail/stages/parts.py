@@ -169,7 +169,7 @@ def rlhf_engine(start: ModelConfig, chat: ChatFormat, context: Context, *, total
     for role, model in (("actor", engine.roles.actor), ("critic", engine.roles.critic)):
         expect_room(
             role,
-            context_of(plain_model(model)),
+            plain_model(model).config,
             max_prompt_tokens=config.data.max_prompt_tokens,
             max_new_tokens=config.ppo.sampling.max_new_tokens,
         )
@@ -266,6 +266,14 @@ def centre_on_demonstrations(
         hidden_ND = torch.cat([last_hidden_states(model, part.to(context.device)) for part in parts])
         centring = centre_on(model, hidden_ND, scalar_head(model, hidden_ND))
     return {"centred_by": centring.mean_before, "centring_disturbance": centring.disturbance}
+
+
+def longest_row(rows: TokenizedRows | TokenizedComparisons) -> list[int]:
+    """The tokens of the longest row, or of the longest answer with its prompt."""
+    starts = rows.columns["starts"]
+    longest = int(np.diff(starts).argmax())
+    tokens: list[int] = rows.columns["tokens"][starts[longest] : starts[longest + 1]].tolist()
+    return tokens
 
 
 def expect_rows_fit(model: PreTrainedModel, *parts: RowsT) -> None:

@@ -9,7 +9,14 @@ from functools import partial
 from dovetail.evaluation.held_out import language_model_quality
 from dovetail.rlhf.update import language_model_loss
 from dovetail.stages.context import Context, StageReport
-from dovetail.stages.parts import chat_of, demonstration_rows, expect_rows_fit, pack_rows, trainable_causal_lm
+from dovetail.stages.parts import (
+    chat_of,
+    demonstration_rows,
+    expect_rows_fit,
+    longest_row,
+    pack_rows,
+    trainable_causal_lm,
+)
 from dovetail.stages.saving import expect_savable, save_model
 from dovetail.stages.supervised import Task, fit
 
@@ -28,6 +35,7 @@ def run(context: Context) -> StageReport:
         model=model,
         settings=config.sft,
         num_rows=len(train),
+        longest=longest_row(train),
         batch_of=partial(pack_rows, train),
         loss_of=partial(language_model_loss, model),
         evaluate=lambda: language_model_quality(model, judged, config.sft.micro_batch_tokens, context.device),

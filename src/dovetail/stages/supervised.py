@@ -41,6 +41,8 @@ class Task:
     """The rows of these numbers as one batch."""
     loss_of: Callable[[Any], SummedLoss]
     evaluate: Callable[[], Mapping[str, float]]
+    longest: Sequence[int] = ()
+    """The tokens of the longest row, for the parity check."""
 
     @property
     def total_steps(self) -> int:
@@ -72,7 +74,7 @@ def fit(task: Task, context: Context) -> Mapping[str, float]:
 
     start = resume(checkpoints, load, task.stage, like=state())
     if start < task.total_steps:
-        check_forward(task.model, task.batch_of(order.batch(start)))
+        check_forward(task.model, task.batch_of(order.batch(start)), task.longest)
         give_back(task.model)
     results: Mapping[str, float] = {}
     losses = LossWatch()
@@ -119,11 +121,11 @@ def say_left_over(task: Task) -> None:
         say(f"{task.stage}: {steps}; of {wanted} rows {what}")
 
 
-def check_forward(model: PreTrainedModel, batch: PackedBatch) -> None:
-    """Compare the training forward of the first rows with the plain forward; raises ParityError."""
+def check_forward(model: PreTrainedModel, batch: PackedBatch, longest: Sequence[int] = ()) -> None:
+    """Compare the training forward of the first rows and the longest with the plain forward; raises ParityError."""
     ids = batch.token_ids_T.tolist()
     rows = [ids[start:end] for start, end in pairwise(cumulative(batch.lengths))]
-    report = check_training_parity(model, rows)
+    report = check_training_parity(model, rows, longest=longest)
     say(
         f"parity: {report.num_tokens} tokens, as trained on and by the plain forward: hidden states differ by "
         f"{report.largest_error:.2g} of their norm at most"
