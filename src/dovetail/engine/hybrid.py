@@ -147,7 +147,7 @@ class HybridEngine:
 
     def paged_generation(self) -> PagedGeneration | None:
         """A new generation loop without arena yet; None if this model must take a slower way."""
-        way = self._way()
+        way = self.way()
         if way.shape is not None:
             return PagedGeneration(self.modules, way.shape, self.device, self._limits)
         if self.group.size > 1:
@@ -160,9 +160,9 @@ class HybridEngine:
 
     def slow_generation(self) -> SlowGeneration:
         """The generation of a model that `paged_generation` has none for."""
-        return SlowGeneration(self.model, self._way().slow, batch_size=_PADDED_BATCH)
+        return SlowGeneration(self.model, self.way().slow, batch_size=_PADDED_BATCH)
 
-    def _way(self) -> Way:
+    def way(self) -> Way:
         """The way to generate, found when it is first asked for."""
         dtype = next(self.model.parameters()).dtype
         if dtype not in self._ways:

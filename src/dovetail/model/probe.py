@@ -79,8 +79,8 @@ def _probed(model: PreTrainedModel) -> Reading:
         raise
     except Exception as error:  # whatever a class asks for beyond tokens
         raise ModelError(
-            f"{name} does not read plain text as a causal language model does: {_first_line(error)}",
-            hint="take a text-only causal language model",
+            f"{name} is not supported: its backbone does not read the tokens of a text alone ({_first_line(error)})",
+            hint="take another causal language model of text",
         ) from error
     if not plain_TD.isfinite().all():
         return Reading("packed" if packing_obstacle(model) is None else "padded", packing_obstacle(model))
