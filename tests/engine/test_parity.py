@@ -36,7 +36,7 @@ PROMPTS = prompts_of(10, 200, 40)
 @pytest.fixture
 def past_the_probe(monkeypatch: pytest.MonkeyPatch) -> None:
     """The probe lets every engine pass, so that the gate alone judges."""
-    monkeypatch.setattr(probe, "_agrees", lambda *_: True)
+    monkeypatch.setattr(probe, "_fault", lambda *_: None)
     monkeypatch.setattr(probe, "is_probed", lambda _: True)
 
 

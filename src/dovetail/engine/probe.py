@@ -57,13 +57,13 @@ def find_way(modules: PackedModules, model: PreTrainedModel, device: torch.devic
     reason = why_not_packed(model)
     if reason is None:
         shape = modules.kv_shape()
-        if shape is not None and (
-            is_divided or _agrees(model, _paged(modules, shape, device), modules.our_attention)
-        ):
-            return Way(shape)
-        fault = "has layers that are not attention over plain keys"
+        fault: str | None = "has layers that are not attention over plain keys"
         if shape is not None:
-            fault = "does not answer over pages as its own forward does"
+            fault = (
+                None if is_divided else _fault(model, _paged(modules, shape, device), modules.our_attention)
+            )
+        if fault is None:
+            return Way(shape)
         reason = f"{type(model).__name__} {fault}"
     return Way(None, "padded" if is_divided else _slow_way(model), reason)
 
@@ -72,7 +72,7 @@ def _slow_way(model: PreTrainedModel) -> SlowWay:
     if rope_limit(model) is None:  # else the keys that a cache holds would be those of another length
         for way in _CACHED:
             slow = SlowGeneration(model, way, batch_size=_BATCH)
-            if _agrees(model, slow.run, slow.attention):
+            if _fault(model, slow.run, slow.attention) is None:
                 return way
     return "reread"
 
@@ -92,8 +92,10 @@ def _paged(modules: PackedModules, shape: KVShape, device: torch.device) -> Run:
 
 
 @torch.no_grad()
-def _agrees(model: PreTrainedModel, run: Run, attention: Callable[[], AbstractContextManager[None]]) -> bool:
-    """Whether greedy answers to three prompts are those of the plain forward, each alone."""
+def _fault(
+    model: PreTrainedModel, run: Run, attention: Callable[[], AbstractContextManager[None]]
+) -> str | None:
+    """What tells greedy answers to three prompts from those of the plain forward, each alone; None: nothing."""
     with evaluation_mode(model), attention_restored(model), short_limits(model):
         answers = _answers(model)
         try:
@@ -101,8 +103,8 @@ def _agrees(model: PreTrainedModel, run: Run, attention: Callable[[], AbstractCo
                 run(answers, Listener())
         except torch.OutOfMemoryError:
             raise
-        except Exception:  # any class may break in its own way; the next way is tried
-            return False
+        except Exception as error:  # any class may break in its own way; the next way is tried
+            return f"cannot answer over pages ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
         with plain_attention(model):
             plain = [_of_the_plain_forward(model, answer) for answer in answers]
             noise_A = None
@@ -111,7 +113,7 @@ def _agrees(model: PreTrainedModel, run: Run, attention: Callable[[], AbstractCo
                     nudged = [_of_the_plain_forward(model, answer)[0] for answer in answers]
                 noise_A = torch.cat([(a - b).abs() for a, (b, _) in zip(nudged, plain, strict=True)])
     if not all(logprob_A.isfinite().all() for logprob_A, _ in plain):
-        return True  # a model without numbers says nothing of the way
+        return None  # a model without numbers says nothing of the way
     found = [torch.tensor(answer.logprobs, device=plain[0][0].device) for answer in answers]
     gap_A = torch.cat(
         [
@@ -119,7 +121,9 @@ def _agrees(model: PreTrainedModel, run: Run, attention: Callable[[], AbstractCo
             for ours_A, (theirs_A, short_A) in zip(found, plain, strict=True)
         ]
     )
-    return first_beyond(gap_A, TOLERANCES[model.dtype].largest, noise_A) is None
+    if first_beyond(gap_A, TOLERANCES[model.dtype].largest, noise_A) is None:
+        return None
+    return f"does not answer over pages as its own forward does ({float(gap_A.max()):.2g} nats apart)"
 
 
 def _answers(model: PreTrainedModel) -> list[Answer]:

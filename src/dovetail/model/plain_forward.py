@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from dovetail.model.layers import layer_list
 from dovetail.model.reading import has_attention_switch
 from dovetail.model.shards import computing_device
 
@@ -109,7 +110,8 @@ def errors_T(rows_TD: Tensor, expected_TD: Tensor) -> Tensor:
 @contextmanager
 def layer_outputs(model: PreTrainedModel) -> Iterator[dict[str, list[Tensor]]]:
     """While it lasts: what the embeddings and each decoder layer put out, call after call."""
-    layers = _decoder_layers(model)
+    prefix, found = layer_list(model) or ("", nn.ModuleList())
+    layers = {f"{prefix}.{index}": layer for index, layer in enumerate(found)}
     calls: dict[str, list[Tensor]] = {name: [] for name in ["the embedding", *layers]}
 
     def remember_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -131,12 +133,3 @@ def layer_outputs(model: PreTrainedModel) -> Iterator[dict[str, list[Tensor]]]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _decoder_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """The decoder's layers, in order, by name."""
-    num_layers = model.config.get_text_config().num_hidden_layers
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == num_layers:
-            return {f"{name}.{index}": layer for index, layer in enumerate(module)}
-    return {}

@@ -14,7 +14,7 @@ Shapes: T tokens of all rows, D width.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from dovetail.batches import pack
 from dovetail.errors import DovetailError, ModelError
 from dovetail.model.forward import plain_model, read_by
+from dovetail.model.layers import few_layers
 from dovetail.model.modes import evaluation_mode
 from dovetail.model.plain_forward import attention_restored, errors_T, plain_attention, plain_hidden_states
 from dovetail.model.reading import Reading, ReadingWay, packing_obstacle, remember_reading
@@ -44,7 +45,7 @@ def probe(model: Any) -> Reading:
     Raises ModelError for a model that does not read text from left to right.
     """
     inner = plain_model(model)
-    with evaluation_mode(inner), attention_restored(inner), short_limits(inner):
+    with evaluation_mode(inner), attention_restored(inner), short_limits(inner), _few_layers(inner):
         reading = _probed(inner)
     remember_reading(inner, reading)
     return reading
@@ -53,7 +54,7 @@ def probe(model: Any) -> Reading:
 @torch.no_grad()
 def expect_no_noise(model: PreTrainedModel) -> None:
     """Raise ModelError if the model, its dropout switched off, gives other numbers in training than in evaluation."""
-    with evaluation_mode(model), plain_attention(model), short_limits(model):
+    with evaluation_mode(model), plain_attention(model), short_limits(model), _few_layers(model):
         row = probe_rows(model)[1]
         plain_TD = plain_hidden_states(model, row)
         within = _judge(model, [row], plain_TD)
@@ -67,6 +68,11 @@ def expect_no_noise(model: PreTrainedModel) -> None:
             "evaluation, though dropout is off",
             hint="switch the noise off in its config.json",
         )
+
+
+def _few_layers(model: PreTrainedModel) -> AbstractContextManager[None]:
+    """One layer of each kind says what all do, and costs little where a large model lies in host memory."""
+    return few_layers(model, lambda: plain_hidden_states(model, probe_rows(model)[-1]))
 
 
 def _probed(model: PreTrainedModel) -> Reading:
