@@ -85,7 +85,7 @@ $(VENV)/dev.stamp: requirements/dev.txt $(VENV)/runtime.stamp
 $(VENV)/system.stamp: requirements/system.txt $(VENV)/dev.stamp
 	@dpkg -s $(SYSTEM_PACKAGES) > /dev/null 2>&1 \
 	    || { $(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq --no-install-recommends $(SYSTEM_PACKAGES); }
-	@$(PIP) -r requirements/system.txt
+	@$(PIP) --no-deps -r requirements/system.txt
 	@touch $@
 
 $(VENV)/bench.stamp: requirements/bench.txt $(VENV)/runtime.stamp

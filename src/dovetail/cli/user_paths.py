@@ -6,6 +6,7 @@ Responsible for: `~`, which no shell replaces in `--output=~/answers.jsonl`. Not
 from pathlib import Path
 
 
-def path(typed: str) -> Path:
+def path(typed: str | Path) -> Path:
     """Replace a leading `~` or `~name` by that home folder; the `parser` of options and arguments that are paths."""
-    return Path(typed).expanduser()
+    found = Path(typed)
+    return found.expanduser() if str(typed).startswith("~") else found  # ./~ is a file of that name
