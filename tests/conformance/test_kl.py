@@ -57,12 +57,6 @@ def gradient_of_the_divergence(first, second):
     return gradient
 
 
-def test_k2_as_a_loss_has_the_gradient_of_the_divergence():
-    """On policy, E[grad k2] = grad KL(policy || reference)."""
-    gradient = gradient_of(lambda logprobs: maths.k2(logprobs, logs(REFERENCE)))
-    assert_near(gradient, gradient_of_the_divergence("policy", "reference"), dtype=torch.float32)
-
-
 def test_k1_as_a_loss_pushes_nowhere():
     """E[grad k1] = E[grad log p] = 0: the penalty belongs in the reward, not in the loss."""
     assert_near(gradient_of(lambda logprobs: maths.k1(logprobs, logs(REFERENCE))), [0.0] * 4)

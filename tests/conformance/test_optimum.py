@@ -55,7 +55,8 @@ def expected_loss(logits):
 
     def column(table_of_logits):
         zeros = torch.zeros(batch.num_tokens, dtype=torch.float64)
-        return zeros.masked_scatter(batch.mask_T, maths.logprobs_of(table_of_logits[rows], tokens))
+        logprobs = table_of_logits[rows].log_softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
+        return zeros.masked_scatter(batch.mask_T, logprobs)
 
     logprobs_T, reference_T = column(logits), column(REFERENCE)
     old_T, scores = logprobs_T.detach(), torch.tensor(REWARDS, dtype=torch.float64)

@@ -76,13 +76,6 @@ def test_the_value_after_an_end_is_zero():
     assert advantages.tolist() == [-0.125, -0.5, 0.0, 4.0]
 
 
-def test_a_cut_off_answer_may_bootstrap_from_the_state_it_was_cut_off_in():
-    """The same four tokens with V = 6 after the last, whose delta is then 7; only when asked for."""
-    after = torch.tensor([6.0])
-    advantages = maths.gae(REWARDS, VALUES, ONE_ANSWER, gamma=0.5, lam=0.5, bootstrap_values_S=after)
-    assert advantages.tolist() == [-0.078125, -0.3125, 0.75, 7.0]
-
-
 def test_tokens_between_two_actions_neither_decay_nor_interrupt():
     """Five tokens of tool output inside an answer leave the advantages of the model's own tokens alone."""
     rewards, values = [0.1, -0.2, 0.3, 1.0], [0.5, 0.4, -0.3, 0.2]

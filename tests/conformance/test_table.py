@@ -50,3 +50,21 @@ def test_every_conformance_test_says_in_words_what_it_holds():
         f"{path.name}::{t.name}" for path in OTHERS for t in list_tests(path) if not ast.get_docstring(t)
     ]
     assert silent == []
+
+
+def calls_of(folder: Path) -> set[str]:
+    """The names of the functions that a folder calls, or hands to another to be called."""
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in folder.rglob("*.py")]
+    calls = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    functions = [function for call in calls for function in (call.func, *call.args[:1])]
+    return {getattr(function, "id", getattr(function, "attr", "")) for function in functions}
+
+
+def test_every_function_that_is_judged_is_one_that_the_product_calls():
+    rows = [line for line in TABLE.read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
+    cells = [row.split(" | ")[2] for row in rows]
+    judged = {name for cell in cells for name in re.findall(r"`(\w+)`", cell)}
+    for path in OTHERS:
+        judged |= set(re.findall(r"\b(?:maths|forward)\.(\w+)\(", path.read_text(encoding="utf-8")))
+    assert len(judged) > 20
+    assert sorted(judged - calls_of(ROOT / "src" / "dovetail")) == []

@@ -1,16 +1,18 @@
 """Packed toy batches as every other part of the system makes them.
 
-Responsible for: `Experience` records with ragged prompts and answers, and policies that are plain tables, so
-that a gradient can be compared number by number.
+Responsible for: `Experience` records with ragged prompts and answers, and language models that are plain tables, so
+that each number of theirs can be written down.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from dovetail.batches import Experience, pack
 
@@ -67,3 +69,48 @@ def experience(seed: int = 0) -> Experience:
 def actions_of(column_T: Tensor, mask_T: Tensor) -> list[float]:
     """The marked entries of a column as Python floats."""
     return [x for x, counts in zip(column_T.tolist(), mask_T.tolist(), strict=True) if counts]
+
+
+def table_model(logits: Tensor) -> LlamaForCausalLM:
+    """A causal language model whose logits after token v are row v of a table [states, vocabulary].
+
+    It has no layers, and the hidden state of token v is the unit vector v.
+    """
+    num_states, vocabulary = logits.shape
+    model = LlamaForCausalLM(_without_layers(vocabulary, num_states)).to(logits.dtype)
+    _show_tokens(model.model, num_states)
+    model.lm_head.weight.data.zero_()[:, :num_states] = logits.T
+    return model.eval()
+
+
+def value_model(values: Tensor) -> LlamaForSequenceClassification:
+    """A scalar model whose value at token v is entry v of a row."""
+    config = _without_layers(len(values), len(values))
+    config.num_labels = 1
+    model = LlamaForSequenceClassification(config).to(values.dtype)
+    _show_tokens(model.model, len(values))
+    model.score.weight.data.zero_()[0, : len(values)] = values
+    return model.eval()
+
+
+def _without_layers(vocabulary: int, num_states: int) -> LlamaConfig:
+    width = num_states + num_states % 2
+    return LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=width,
+        num_hidden_layers=0,
+        num_attention_heads=1,
+        rms_norm_eps=0.0,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+
+
+def _show_tokens(backbone: Any, num_states: int) -> None:
+    """Unit vectors, which the norm stretches by the root of their width and its weight takes back."""
+    embedding, width = backbone.embed_tokens.weight.data, backbone.config.hidden_size
+    embedding.zero_()[range(num_states), range(num_states)] = 1.0
+    embedding[num_states:, 0] = 1.0
+    backbone.norm.weight.data.fill_(width**-0.5)

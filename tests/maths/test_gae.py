@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dovetail.maths.gae import gae
-from tests.maths.strategies import answers, numbers, property_test, tensor
+from tests.maths.strategies import answers, property_test, tensor
 from tests.tolerance import assert_near
 
 weights = st.sampled_from([0.0, 0.5, 0.95, 1.0])
@@ -41,19 +41,6 @@ def one_by_one(batch, **kwargs):
 @given(batch=answers(), gamma=weights, lam=weights)
 def test_packed_answers_equal_the_definition_one_by_one(batch, gamma, lam):
     assert_near(gae(*packed(batch), gamma=gamma, lam=lam), one_by_one(batch, gamma=gamma, lam=lam))
-
-
-@property_test
-@given(batch=answers(), gamma=weights, lam=weights, data=st.data())
-def test_bootstrapping_uses_the_value_of_the_state_after_the_last_action(batch, gamma, lam, data):
-    after = [data.draw(numbers()) for _ in batch]
-    advantages = gae(*packed(batch), gamma=gamma, lam=lam, bootstrap_values_S=tensor(after))
-    expected = [
-        a
-        for s, answer in enumerate(batch)
-        for a in one_by_one([answer], gamma=gamma, lam=lam, after=after[s])
-    ]
-    assert_near(advantages, expected)
 
 
 @property_test

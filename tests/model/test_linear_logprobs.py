@@ -1,5 +1,7 @@
 """The fused head against log-softmax of all logits."""
 
+import math
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, CohereConfig, GraniteConfig, PhiConfig
@@ -100,6 +102,11 @@ def test_cross_entropy_without_gradients_computes_none(monkeypatch):
     with torch.no_grad():
         found = linear_cross_entropy(hidden, head, ids)
     assert_near(found, -by_definition(hidden, head, ids, 1.0)[0].sum())
+
+
+def test_huge_logits_do_not_overflow():
+    logprobs, _ = linear_logprobs(torch.ones(1, 1), LMHead(torch.full((2, 1), 1e5)), torch.tensor([0]))
+    assert_near(logprobs, [-math.log(2)], dtype=torch.bfloat16)  # float32 knows 100,000 to 0.008
 
 
 def test_entropy_is_given_only_if_asked_for():

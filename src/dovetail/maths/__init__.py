@@ -4,8 +4,7 @@ Responsible for: every formula of the three stages, one concept a file, each wit
 Not responsible for: dividing sums by global counts (training/step.py); losses here return sums and counts.
 
     masked        sums, means and scales over the tokens that count
-    logprobs      log-probability and entropy from full logits (the reference form)
-    kl            k1, k2, k3 and the adaptive coefficient
+    kl            k1, k3 and the adaptive coefficient
     rewards       scores and KL penalty -> one reward per token
     actions, gae  actions of packed sequences -> advantages
     policy_loss   PPO's clipped surrogate
@@ -17,8 +16,7 @@ Not responsible for: dividing sums by global counts (training/step.py); losses h
 
 from dovetail.maths.actions import cu_actions
 from dovetail.maths.gae import gae
-from dovetail.maths.kl import adaptive_kl_coefficient, k1, k2, k3
-from dovetail.maths.logprobs import entropy_of, logprobs_of
+from dovetail.maths.kl import adaptive_kl_coefficient, k1, k3
 from dovetail.maths.masked import masked_mean, masked_sum, normalise, scale_to_unit_std, zero_outside
 from dovetail.maths.mismatch import Mismatch, importance_weights, mismatch
 from dovetail.maths.policy_loss import PolicyLoss, clipped_policy_loss
@@ -37,14 +35,11 @@ __all__ = [
     "clipped_policy_loss",
     "clipped_value_loss",
     "cu_actions",
-    "entropy_of",
     "explained_variance",
     "gae",
     "importance_weights",
     "k1",
-    "k2",
     "k3",
-    "logprobs_of",
     "masked_mean",
     "masked_sum",
     "mismatch",

@@ -21,7 +21,6 @@ def gae(
     *,
     gamma: float,
     lam: float,
-    bootstrap_values_S: Tensor | None = None,
     longest: int | None = None,
 ) -> Tensor:
     """A_t = sum_l (gamma lam)^l delta_{t+l},  delta_t = r_t + gamma V(s_{t+1}) - V(s_t); [A].
@@ -31,8 +30,8 @@ def gae(
 
     rewards_A: reward that followed action t. values_A: value of the state in which action t was chosen.
     cu_actions_S1: sequence s owns actions cu_actions_S1[s] to cu_actions_S1[s + 1] - 1; it may own none.
-    bootstrap_values_S: value of the state after each sequence's last action. None = 0 for all: the answer
-    ended there, or was cut off and the score (see `replace_missing_end`) already says what that is worth.
+    The value of the state after a sequence's last action is 0: the answer ended there, or was cut off and its score
+    (see `replace_missing_end`) already says what that is worth.
     longest: the most actions of one sequence, or more; None = the device is asked, and waited for.
     """
     rewards_A, values_A = at_least_float32(rewards_A), at_least_float32(values_A)
@@ -43,9 +42,6 @@ def gae(
     remaining_A = ends_A - torch.arange(num_actions, device=rewards_A.device)  # 1 at a sequence's last action
 
     next_values_A = _ahead(values_A, 1, remaining_A)
-    if bootstrap_values_S is not None:
-        bootstrap_A = bootstrap_values_S.repeat_interleave(lengths_S, output_size=num_actions).to(values_A)
-        next_values_A = torch.where(remaining_A == 1, bootstrap_A, next_values_A)
     deltas_A = rewards_A + gamma * next_values_A - values_A
     if longest is None:
         longest = max(lengths_S.tolist(), default=0)

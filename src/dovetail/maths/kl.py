@@ -10,7 +10,7 @@ wrong temperature).
 
 Shapes: T packed tokens. Excluded tokens are the caller's to leave out (maths/masked.py), before any gradient.
 
-Reference for the three: Schulman 2020, "Approximating KL Divergence" (joschu.net/blog/kl-approx.html).
+Reference for both: Schulman 2020, "Approximating KL Divergence" (joschu.net/blog/kl-approx.html).
 """
 
 import math
@@ -31,11 +31,6 @@ def k1(logprobs_T: Tensor, reference_logprobs_T: Tensor) -> Tensor:
     As a loss it is wrong: its expected gradient is 0 (E[grad log p] = 0).
     """
     return at_least_float32(logprobs_T) - at_least_float32(reference_logprobs_T)
-
-
-def k2(logprobs_T: Tensor, reference_logprobs_T: Tensor) -> Tensor:
-    """k2_t = d_t^2 / 2.  Biased in value, never negative; on policy its expected gradient is KL's own."""
-    return k1(logprobs_T, reference_logprobs_T).square() / 2
 
 
 def k3(logprobs_T: Tensor, reference_logprobs_T: Tensor) -> Tensor:
