@@ -8,6 +8,7 @@
 #   make mutants                 break the package on purpose, line by line: a fast test must fail each time
 #   make bench                   ratios to Hugging Face's generate and TRL's PPO on a CPU, into bench.json
 #   make check                   format, lint, types, imports, then test
+#   make docs-settings           write docs/settings.md anew from the settings' own descriptions
 #   make format                  rewrite the files as the formatter wants them
 
 PYTHON ?= python3
@@ -25,7 +26,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow test-system mutants bench check lint format clean
+.PHONY: help demo test test-slow test-system mutants bench check lint docs-settings format clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -55,6 +56,9 @@ lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs-settings: $(VENV)/runtime.stamp
+	$(BIN)/python -m dovetail.config.reference > docs/settings.md
 
 format: $(VENV)/dev.stamp
 	$(BIN)/ruff format .

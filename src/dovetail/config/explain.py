@@ -23,7 +23,7 @@ Model = type[BaseModel]
 def config_error(error: ValidationError, root: Model, origins: Mapping[Path, str]) -> ConfigError:
     """One error that lists every wrong setting of a configuration of type `root`; `origins` says who gave
     each."""
-    details = error.errors()
+    details = [detail | {"loc": _setting(detail["loc"], root)} for detail in error.errors()]
     messages = [_origin(origins, detail) + _message(detail) for detail in details]
     hints = list(dict.fromkeys(hint for detail in details if (hint := _hint(detail, root))))
     return ConfigError("\n".join(dict.fromkeys(messages)), hint="; ".join(hints) or None)
@@ -38,7 +38,7 @@ def setting_names(model: Model, prefix: Path = ()) -> Iterator[Path]:
     """The path of every setting below a model, depth first; groups of settings included."""
     for name, field in model.model_fields.items():
         yield (*prefix, name)
-        inner = _group(field.annotation)
+        inner = group_of(field.annotation)
         if inner is not None:
             yield from setting_names(inner, (*prefix, name))
 
@@ -109,6 +109,20 @@ def _initials(name: str) -> str:
     return "".join(word[:1] for word in words) if len(words) > 1 else ""
 
 
+def _setting(path: Path, root: Model) -> Path:
+    """The path of the setting itself: below one that takes several types, pydantic names each of them."""
+    kept: list[str | int] = []
+    group: Model | None = root
+    for part in path:
+        if isinstance(part, str):
+            if group is None:
+                break
+            field = group.model_fields.get(part)
+            group = group_of(field.annotation) if field else None
+        kept.append(part)
+    return tuple(kept)
+
+
 def _field(path: Path, root: Model) -> Any:
     group = _group_at(path[:-1], root)
     return group.model_fields.get(str(path[-1])) if group and path else None
@@ -120,14 +134,14 @@ def _group_at(path: Path, root: Model) -> Model | None:
         if isinstance(part, int):  # an item of a list has the list's item type
             continue
         field = group.model_fields.get(part) if group else None
-        group = _group(field.annotation) if field else None
+        group = group_of(field.annotation) if field else None
     return group
 
 
-def _group(annotation: Any) -> Model | None:
+def group_of(annotation: Any) -> Model | None:
     """The configuration model inside `Model`, `Model | None` or `tuple[Model, ...]`, if there is one."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     if typing.get_origin(annotation) in (typing.Union, types.UnionType, tuple):
-        return next((found for part in typing.get_args(annotation) if (found := _group(part))), None)
+        return next((found for part in typing.get_args(annotation) if (found := group_of(part))), None)
     return None
