@@ -9,18 +9,23 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     BartConfig,
+    Gemma3Config,
     LlavaConfig,
+    MixtralConfig,
     Qwen2AudioConfig,
     Qwen2VLConfig,
     T5Config,
     WhisperConfig,
 )
 
+from dovetail.batches import pack
 from dovetail.errors import ModelError
 from dovetail.model import load
+from dovetail.model.forward import last_scores
 from dovetail.model.load import load_causal_lm, load_scalar_model
 from dovetail.model.lora import add_lora
 from dovetail.model.save import save_model
@@ -282,4 +287,67 @@ def test_models_of_other_kinds_are_refused_in_plain_words_before_their_weights_a
         lambda: load.expect_supported(tmp_path),
     ):
         with pytest.raises(ModelError, match=told):
+            read()
+
+
+def test_a_router_s_own_loss_is_switched_off_and_said(tmp_path, capsys):
+    config = MixtralConfig(
+        vocab_size=258,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=2,
+        initializer_range=0.2,
+        output_router_logits=True,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    for read in (lambda: load_causal_lm(tmp_path, **HERE), lambda: load_scalar_model(tmp_path, **SCALAR)):
+        assert not read().config.output_router_logits
+        assert "output_router_logits is switched off" in capsys.readouterr().err
+
+
+def test_a_new_reward_model_of_a_model_that_also_sees_is_made_used_and_saved(tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = {**sizes, "vocab_size": 258, "num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.2}
+    vision = {**sizes, "num_hidden_layers": 1, "image_size": 28, "patch_size": 14}
+    config = Gemma3Config(text_config=text, vision_config=vision)
+    actor = AutoModelForCausalLM.from_config(config).eval()
+    actor.save_pretrained(tmp_path / "actor")
+    model = load_scalar_model(tmp_path / "actor", **SCALAR)
+    with torch.no_grad():
+        hidden = actor.base_model(input_ids=IDS).last_hidden_state[0, -1]
+        ours = last_scores(model, pack([IDS[0].tolist()], [[False] * 4]))
+    assert_near(ours, (hidden @ model.score.weight[0])[None])
+    save_model(model, byte_tokenizer(), tmp_path / "reward")
+    again = load_scalar_model(tmp_path / "reward", **SCALAR)
+    assert_near(last_scores(again, pack([IDS[0].tolist()], [[False] * 4])), ours)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ('{"temperature": 0.9,', "not a valid JSON"),
+        ('{"max_new_tokens": 0}', "must be greater than 0"),
+        ('{"early_stopping": "maybe"}', "must be a boolean or 'never'"),
+        ("[]", ""),
+    ],
+)
+def test_a_generation_config_that_cannot_be_read_is_named_and_not_passed_over(actor_folder, content, told):
+    (actor_folder / "generation_config.json").write_text(content)
+    with pytest.raises(ModelError, match=rf"actor/generation_config\.json cannot be used: .*{told}"):
+        load_causal_lm(actor_folder, **HERE)
+
+
+def test_a_missing_part_of_the_weights_is_named(actor_folder):
+    tiny_model().save_pretrained(actor_folder, max_shard_size="20KB")
+    (actor_folder / "model.safetensors").unlink()
+    lost = min(actor_folder.glob("model-*.safetensors"))
+    lost.unlink()
+    for read in (
+        lambda: load_causal_lm(actor_folder, **HERE),
+        lambda: load_scalar_model(actor_folder, **SCALAR),
+    ):
+        with pytest.raises(ModelError, match=lost.name):
             read()

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from transformers import GenerationConfig
 
+from dovetail.errors import ModelError
 from dovetail.model.padding import num_rows
+from dovetail.text.quiet import quiet
 
 _MODES = ("do_sample", "num_beams")
 """The values that say how tokens are chosen; most others are meant for one of these modes."""
@@ -46,6 +49,22 @@ def repaired(config: GenerationConfig) -> tuple[GenerationConfig, str | None]:
         if still_refused < refused:
             return sampling, _sentence(refused - still_refused, still_refused)
     return kept, _sentence(set(), refused)
+
+
+def expect_readable(folder: Path) -> None:
+    """Raise ModelError if the generation config of a local folder cannot be read: transformers would do without it."""
+    file = folder / "generation_config.json"
+    if not file.is_file():
+        return
+    try:
+        with quiet():
+            GenerationConfig.from_pretrained(folder)
+    except (OSError, ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise ModelError(
+            f"{file} cannot be used: {reason}",
+            hint="correct the file, or remove it and set eos_token_id in config.json",
+        ) from error
 
 
 def _accepted(values: Mapping[str, Any]) -> tuple[GenerationConfig, set[str]]:

@@ -29,7 +29,7 @@ from dovetail.model.deepspeed_chat import is_deepspeed_chat_reward, new_names
 from dovetail.model.dropout import disable_dropout
 from dovetail.model.finite import first_not_finite
 from dovetail.model.forward import plain_model
-from dovetail.model.generation_defaults import repaired
+from dovetail.model.generation_defaults import expect_readable, repaired
 from dovetail.model.linear_logprobs import head_of
 from dovetail.model.padding import num_rows
 from dovetail.model.place import existing, gguf_in
@@ -194,6 +194,7 @@ def _read_causal_lm(
     else:
         config = _read_config(name, options)
         expect_causal_lm(name, config)
+        expect_readable(Path(name))
         model = _read_weights(AutoModelForCausalLM, name, dtype, config, options)
     if model.generation_config is not None:
         model.generation_config, change = repaired(model.generation_config)
@@ -239,6 +240,13 @@ def _make_ready(name: str, model: PreTrainedModel, device: torch.device | str) -
     Raises ModelError if a weight is no number, or if the model cannot be trained or asked here.
     """
     disable_dropout(model)
+    text_config = model.config.get_text_config()
+    if getattr(text_config, "output_router_logits", False):
+        # It asks each forward for a loss that Dovetail does not train on, and that needs a mask of transformers' form.
+        text_config.output_router_logits = False
+        warn(
+            f"output_router_logits is switched off in the config of {name}: no load-balancing loss is trained"
+        )
     model.to(torch.device(device))  # type: ignore[arg-type]
     if (weight := first_not_finite(model.named_parameters())) is not None:
         raise ModelError(

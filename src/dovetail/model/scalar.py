@@ -50,10 +50,13 @@ def with_scalar_head(causal_lm: PreTrainedModel, *, seed: int, pad_token_id: int
             f"{type(causal_lm).__name__} on {type(backbone).__name__}: one cannot become the other"
         )
     setattr(model, model.base_model_prefix, backbone)
-    # The backbone's own config must be the model's: both say which attention runs.
+    # The configs of the backbone and its parts must be the model's: both say which attention runs.
+    theirs = [causal_lm.config, *(getattr(causal_lm.config, key) for key in config.sub_configs)]
+    ours = [config, *(getattr(config, key) for key in config.sub_configs)]
+    renewed = {id(old): new for old, new in zip(theirs, ours, strict=True)}
     for module in backbone.modules():
-        if getattr(module, "config", None) is causal_lm.config:
-            module.config = config  # type: ignore[assignment]
+        if id(getattr(module, "config", None)) in renewed:
+            module.config = renewed[id(module.config)]
     score: Any = model.score
     like = next(backbone.parameters())
     score.weight = nn.Parameter(
