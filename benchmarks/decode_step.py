@@ -85,7 +85,7 @@ def period(
     answers, arena = filled(shape, options, device)
     with modules.our_attention():
         decoder = graphs.GraphDecoder(
-            modules, shape, device, places=options.batch, pages=len(answers[0].pages)
+            modules, arena, device, places=options.batch, pages=len(answers[0].pages)
         )
         decoder.use(arena)
         decoder.place(answers, torch.zeros(len(answers), dtype=torch.long, device=device))

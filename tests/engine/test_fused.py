@@ -20,7 +20,7 @@ from transformers import (
 
 from dovetail.engine import Completion, HybridEngine, Sampling
 from dovetail.engine.decode import DecodeLayout, PageMap
-from dovetail.engine.fused import FusedStep, fused_step
+from dovetail.engine.fused import FusedStep, _probed_rows, fused_step
 from dovetail.engine.kv_cache import KVArena
 from dovetail.model.lora import adapter_disabled, add_lora
 from tests.fakes import TINY, tiny_model
@@ -63,10 +63,10 @@ def on_the_cpu(arena: KVArena, tables: list[list[int]], lengths: list[int]) -> D
     return DecodeLayout(arena, PageMap(tables, pages_B.device), rows_HB, torch.tensor(lengths) + 1)
 
 
-def step_of(engine: HybridEngine) -> tuple[FusedStep | None, str | None]:
+def step_of(engine: HybridEngine, num_pages: int = 8) -> tuple[FusedStep | None, str | None]:
     shape = engine.modules.kv_shape()
     assert shape is not None
-    return fused_step(engine.modules, shape, on_the_cpu)
+    return fused_step(engine.modules, KVArena(shape, num_pages, torch.device("cpu")), on_the_cpu)
 
 
 def decode_fused(engine: HybridEngine) -> list[int]:
@@ -180,6 +180,27 @@ def test_modules_that_compute_something_else_than_their_parameters_say_are_found
     forward = decoder[0].forward
     monkeypatch.setattr(decoder[0], "forward", lambda *args, **kwargs: 1.02 * forward(*args, **kwargs))
     assert str(why_not(model)).startswith("the fused step's logits differ from the modules' by ")
+
+
+def test_parameters_that_no_operation_here_can_read_are_left_to_the_modules() -> None:
+    class Packed(torch.nn.Linear):
+        """A layer that may store its weight in any way."""
+
+    packed = tiny_model()
+    packed.model.layers[1].mlp.down_proj = Packed(64, 32, bias=False)
+    assert str(why_not(packed)) == "one of its layers is a Packed, not plain linear"
+    mixed = tiny_model(dtype=torch.bfloat16)
+    mixed.model.norm.float()
+    mixed.lm_head.float()
+    assert "differ in precision" in str(why_not(mixed))
+
+
+@pytest.mark.parametrize(("num_pages", "lengths"), [(1, [3]), (3, [3, 70]), (9, [3, 70, 30, 0])])
+def test_the_comparison_takes_what_pages_and_context_there_are(num_pages: int, lengths: list[int]) -> None:
+    step, reason = step_of(HybridEngine(tiny_model("mistral")), num_pages)
+    assert (step is None, reason) == (False, None)
+    assert _probed_rows(num_pages, None)[0] == lengths
+    assert _probed_rows(9, 20)[0] == [3, 0]
 
 
 def test_numbers_that_are_none_prove_nothing() -> None:

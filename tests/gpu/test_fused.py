@@ -156,7 +156,8 @@ def logits_of(model: Any, past: list[Tensor], num_rows: int, *, is_fused: bool) 
     tables = [[row + num_rows * page for page in range(4)] for row in range(num_rows)]
     next_logits = modules.next_logits
     if is_fused:
-        step, why_not = fused_step(modules, shape, GraphLayout.of)
+        unused = KVArena(shape, 8, torch.device("cuda"), dense=False)
+        step, why_not = fused_step(modules, unused, GraphLayout.of)
         assert step is not None, why_not
         next_logits = step.next_logits  # type: ignore[assignment]
     ids = torch.arange(num_rows, device="cuda") * 7 % 250

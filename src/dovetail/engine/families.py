@@ -60,8 +60,11 @@ def architecture_of(modules: PackedModules) -> Architecture:
         raise UnreadableError(f"{name} is not among the families that it knows")
     if modules.group.size > 1:
         raise UnreadableError("several processes hold slices of the weights")
-    if any(type(parameter.data) is not Tensor for parameter in model.parameters()):
+    parameters = list(model.parameters())
+    if any(type(parameter.data) is not Tensor for parameter in parameters):
         raise UnreadableError("its parameters are not plain tensors")
+    if len({(parameter.dtype, parameter.device) for parameter in parameters}) != 1:
+        raise UnreadableError("its parameters differ in precision or lie on several devices")
     return _READERS[name](model, _recorded_calls(modules))
 
 

@@ -23,7 +23,7 @@ from dovetail.engine import fused_ops
 from dovetail.engine.architecture import Architecture, Layer, Rotary
 from dovetail.engine.families import architecture_of
 from dovetail.engine.fused_ops import Angles, Branch
-from dovetail.engine.kv_cache import KVArena, KVShape
+from dovetail.engine.kv_cache import KVArena, pages_for
 from dovetail.engine.modules import PackedModules, context_of
 from dovetail.engine.parameters import UnreadableError
 from dovetail.model.attention import Layout
@@ -31,8 +31,8 @@ from dovetail.model.linear_logprobs import head_of
 
 ROUNDING = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """The norm of the difference of centred logits, as a fraction of their norm, that rounding can explain."""
-_PROBED = (0, 3, 30, 70)
-"""The old tokens of the rows that are compared; the last row has two pages."""
+_PROBED = (3, 70, 30, 0)
+"""The old tokens of the rows that are compared, the most telling first; 70 fill a page and begin another."""
 
 
 class FusedStep:
@@ -114,34 +114,29 @@ LayoutOf = Callable[[KVArena, Sequence[Sequence[int]], Sequence[int]], Layout]
 
 @torch.no_grad()
 def fused_step(
-    modules: PackedModules, shape: KVShape, layout_of: LayoutOf
+    modules: PackedModules, arena: KVArena, layout_of: LayoutOf
 ) -> tuple[FusedStep | None, str | None]:
     """Build the fused step of a model, or say why the modules must decode.
 
-    The step is compared with the modules on tokens with random keys and values before them.
+    The step is compared with the modules on a few tokens with random keys and values before them, in an arena that
+    no sequence uses.
     """
     try:
         step = FusedStep(modules.model, architecture_of(modules))
     except UnreadableError as error:
         return None, str(error)
-    gap = _disagreement(step, modules, shape, layout_of)
-    if gap <= ROUNDING[shape.dtype]:  # NaN is not
+    gap = _disagreement(step, modules, arena, layout_of)
+    if gap <= ROUNDING[arena.shape.dtype]:  # NaN is not
         return step, None
     return None, f"the fused step's logits differ from the modules' by {gap:.1%}"
 
 
-def _disagreement(step: FusedStep, modules: PackedModules, shape: KVShape, layout_of: LayoutOf) -> float:
+def _disagreement(step: FusedStep, modules: PackedModules, arena: KVArena, layout_of: LayoutOf) -> float:
     """The mean over some rows of the norm of the difference of centred logits, as a fraction of their norm."""
-    device = next(modules.model.parameters()).device
-    lengths = [length for length in _PROBED if length + 1 < (context_of(modules.model) or 1 + length + 1)]
-    arena = KVArena(shape, len(lengths) + 1, device)
-    generator = torch.Generator(device).manual_seed(0)
-    for layer in arena._storage:
-        layer.normal_(generator=generator)
-    tables = [[row] for row in range(len(lengths))]
-    tables[-1].append(len(lengths))
-    ids_B = torch.arange(len(lengths), device=device) * 7 % modules.vocabulary
-    positions_B = torch.tensor(lengths, device=device)
+    lengths, tables = _probed_rows(arena.num_pages, context_of(modules.model))
+    arena.fill_randomly(sum(map(len, tables)))
+    ids_B = torch.arange(len(lengths), device=arena.device) * 7 % modules.vocabulary
+    positions_B = torch.tensor(lengths, device=arena.device)
     with modules.our_attention():
         expected, found = (
             next_logits(ids_B, positions_B, layout_of(arena, tables, lengths)).double()
@@ -149,6 +144,20 @@ def _disagreement(step: FusedStep, modules: PackedModules, shape: KVShape, layou
         )
     expected, found = (logits - logits.mean(dim=-1, keepdim=True) for logits in (expected, found))
     return float(((found - expected).norm(dim=-1) / expected.norm(dim=-1)).mean())
+
+
+def _probed_rows(num_pages: int, context: int | None) -> tuple[list[int], list[list[int]]]:
+    """Choose how many old tokens each row has, and its pages, as far as pages and context reach."""
+    lengths: list[int] = []
+    tables: list[list[int]] = []
+    used = 0
+    for length in _PROBED:
+        needed = pages_for(length + 1)
+        if used + needed <= num_pages and (context is None or length < context):
+            lengths.append(length)
+            tables.append(list(range(used, used + needed)))
+            used += needed
+    return lengths, tables
 
 
 def _operations(device: torch.device) -> Any:

@@ -32,7 +32,7 @@ from dovetail.engine.capture import captured
 from dovetail.engine.fused import fused_step
 from dovetail.engine.kernels.paged_attention import AS_THEY_ARE, Turn, paged_attention
 from dovetail.engine.kernels.sampling import draw_tokens
-from dovetail.engine.kv_cache import KVArena, KVShape
+from dovetail.engine.kv_cache import KVArena
 from dovetail.engine.modules import PackedModules
 from dovetail.engine.sampling import MOST_TOP_LOGPROBS, Sampling, SamplingRows, random_keys, uniforms
 from dovetail.engine.transfer import Draw, draw_next, to_device
@@ -122,12 +122,12 @@ class GraphDecoder:
     lag = 1
 
     def __init__(
-        self, modules: PackedModules, shape: KVShape, device: torch.device, *, places: int, pages: int
+        self, modules: PackedModules, arena: KVArena, device: torch.device, *, places: int, pages: int
     ) -> None:
-        """places: answers that run together; pages: of the longest."""
+        """places: answers that run together; pages: of the longest. No sequence uses the arena yet."""
         self._modules = modules
         self._device = device
-        self._next_logits = _step_of(modules, shape)
+        self._next_logits = _step_of(modules, arena)
         self._recorded = modules.recorded_state()
         self._bases: Tensor | None = None
         num_rows = _size_for(places)
@@ -335,9 +335,9 @@ def _dense_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _step_of(modules: PackedModules, shape: KVShape) -> Callable[..., Tensor]:
+def _step_of(modules: PackedModules, arena: KVArena) -> Callable[..., Tensor]:
     """Choose what computes a decode step's logits: the fused step, or the modules with the reason said once."""
-    step, why_not = fused_step(modules, shape, GraphLayout.of)
+    step, why_not = fused_step(modules, arena, GraphLayout.of)
     if step is not None:
         return step.next_logits
     if why_not != modules.why_not_fused and modules.group.size == 1:

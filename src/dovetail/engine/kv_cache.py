@@ -116,6 +116,12 @@ class KVArena:
             for layer in self._storage:
                 layer.index_fill_(1, index, 0)
 
+    def fill_randomly(self, num_pages: int) -> None:
+        """Fill the first pages with normal random numbers, the same each time."""
+        generator = torch.Generator(self.device).manual_seed(0)
+        for layer in self._storage:
+            layer[:, :num_pages].normal_(generator=generator)
+
     def move(self, moves: Sequence[tuple[int, int]]) -> None:
         """Copy pages (from, to)."""
         if moves:

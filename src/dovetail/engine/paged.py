@@ -140,7 +140,7 @@ class PagedGeneration:
         # Recording runs the step once, with what it sends: all processes of a group do it, or none.
         if not self._modules.group.least(int(fits), self._device):
             kept = self._modules.captured = None  # what it holds is freed first
-            kept = GraphDecoder(self._modules, self._shape, self._device, places=places, pages=pages)
+            kept = GraphDecoder(self._modules, arena, self._device, places=places, pages=pages)
             self._modules.captured = kept
         assert isinstance(kept, GraphDecoder)
         kept.use(arena)

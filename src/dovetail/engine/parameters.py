@@ -41,9 +41,9 @@ def linears(*modules: nn.Module) -> tuple[Linear, ...]:
 def linear(module: Any) -> Linear:
     """Read a linear layer, with the adapter around it."""
     adapter = _adapter(module) if isinstance(module, BaseTunerLayer) else None
-    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    if not isinstance(base, nn.Linear | Conv1D):
-        raise UnreadableError(f"a {type(base).__name__} is no linear layer")
+    base: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    if type(base) not in (nn.Linear, Conv1D):  # those derived from them may store their weight otherwise
+        raise UnreadableError(f"one of its layers is a {type(base).__name__}, not plain linear")
     weight = base.weight.data
     bias = None if base.bias is None else base.bias.data
     if adapter is not None and adapter.down_RI.dtype != weight.dtype:
