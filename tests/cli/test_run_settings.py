@@ -172,3 +172,13 @@ def test_zero_stages_become_settings() -> None:
     assert (config.zero_stage.actor, config.zero_stage.critic) == (0, 3)
     given = resolve(None, ("zero_stage.actor=2",), Flags(actor_model="350m", actor_zero_stage=3)).config
     assert given.zero_stage.actor == 2
+
+
+def test_data_of_one_s_own_is_not_split_as_the_picked_recipe_splits_its_own(tmp_path: Path) -> None:
+    flags = Flags(actor_model="facebook/opt-1.3b", data=["rows.jsonl"], step=["1"])
+    assert resolve(None, (), flags).config.data_of_stages().shares == (1, 0, 0)
+    assert resolve(None, ["data.stage_split=[1,1,1]"], flags).config.data_of_stages().shares == (1, 1, 1)
+    assert resolve("opt-1.3b", (), flags).config.data_of_stages().shares == (2, 4, 4)
+    (tmp_path / "data.yaml").write_text("blend: [a.jsonl]\nstage_split: [1, 2, 3]\n", encoding="utf-8")
+    own = Flags(actor_model="facebook/opt-1.3b", data=[str(tmp_path / "data.yaml")], step=["1"])
+    assert resolve(None, (), own).config.data_of_stages().shares == (1, 2, 3)

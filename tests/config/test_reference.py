@@ -51,7 +51,7 @@ def test_names_types_and_defaults_are_those_of_the_configuration() -> None:
     assert rows["reward.optimizer.learning_rate"] == ["number >= 0", "`2e-05`"]
     assert rows["actor.path"] == ["text", "required"]
     assert rows["reward.start_from"] == ["`model`, `sft`", '`"model"`']
-    assert rows["data.stage_split"][0] == "list: number >= 0, number >= 0, number >= 0"
+    assert rows["data.stage_split"][0] == "list: number >= 0, number >= 0, number >= 0 or null"
     assert "reward.optimizer.warmup_steps" not in rows  # as sft.optimizer's, which is said
     assert "As `sft.optimizer`, but for these defaults:" in settings_page()
 

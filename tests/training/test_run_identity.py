@@ -1,3 +1,4 @@
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,13 @@ import yaml
 from dovetail.config.model import ModelConfig
 from dovetail.config.run import RunConfig
 from dovetail.errors import CheckpointError
-from dovetail.training.run_identity import differences, expect_same_identity, fingerprint, write_identity
+from dovetail.training.run_identity import (
+    begun_at,
+    differences,
+    expect_same_identity,
+    fingerprint,
+    write_identity,
+)
 
 
 def config(**changes: Any) -> dict[str, Any]:
@@ -19,6 +26,18 @@ def test_the_file_is_a_configuration_that_can_be_given_again(tmp_path: Path) -> 
     write_identity(tmp_path / "config.yaml", config())
     loaded = yaml.safe_load((tmp_path / "config.yaml").read_text())
     assert RunConfig.model_validate(loaded) == RunConfig(actor=ModelConfig(path="gpt2"), output_dir="runs/a")
+
+
+def test_the_file_keeps_when_the_run_began(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    assert begun_at(file) is None
+    write_identity(file, config())
+    first = begun_at(file)
+    assert first is not None
+    file.write_text(file.read_text().replace(first.isoformat(), "2020-02-29T12:00:00"))
+    write_identity(file, config(device="cpu"))
+    assert begun_at(file) == datetime(2020, 2, 29, 12)
+    expect_same_identity(file, config())
 
 
 def test_the_same_configuration_is_accepted(tmp_path: Path) -> None:

@@ -41,5 +41,5 @@ def preview(
         chat_template=actor.chat_template,
     )
     console = Console(soft_wrap=True)
-    for shown in preview_rows(resolved.config.data, ChatFormat(tokenizer), stage, count):
+    for shown in preview_rows(resolved.config.data_of_stages(), ChatFormat(tokenizer), stage, count):
         console.print(shown)

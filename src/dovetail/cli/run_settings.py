@@ -65,7 +65,12 @@ def resolve(recipe: str | None, overrides: Sequence[str], flags: Flags) -> Resol
                 hint="dovetail train opt-1.3b, or my_recipe.yaml, or --actor-model facebook/opt-1.3b",
             )
         recipe, reason = recipe_for(actor)
-    config = load(recipe, overrides, _settings(flags, actor))
+    settings = _settings(flags, actor)
+    if (
+        reason and flags.data
+    ):  # the picked recipe splits data of its own; the user asked for no split of these
+        settings = {"data.stage_split": ("--data", None)} | settings
+    config = load(recipe, overrides, settings)
     return Resolved(config, [f"recipe {recipe} for {actor}: {reason}; {_choices(config)}"] if reason else [])
 
 

@@ -11,6 +11,8 @@ from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_
 
 from dovetail.config.frozen import FrozenModel
 
+Share = Annotated[float, Field(ge=0)]
+DEFAULT_SPLIT = (2.0, 4.0, 4.0)
 _FORM_COLUMNS = ("messages", "prompt", "chosen", "answers", "text")
 
 
@@ -150,11 +152,10 @@ class DataConfig(FrozenModel):
     blend: tuple[SourceConfig, ...] = ()
     """Sources of all three stages. In YAML and on the command line an item may be a short string,
     `name`, `file.jsonl` or `name:weight`."""
-    stage_split: tuple[
-        Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]
-    ] = (2, 4, 4)
-    """Shares of the prompts that supervised fine-tuning, reward model and PPO see, disjointly (DeepSpeed-Chat:
-    2,4,4). A prompt keeps its stage whatever its answers, its file or the other sources."""
+    stage_split: tuple[Share, Share, Share] | None = None
+    """Shares of the prompts that supervised fine-tuning, reward model and PPO see, disjointly; by default 2, 4, 4
+    (DeepSpeed-Chat's) where a run has several stages, and all prompts for a stage that runs alone. A prompt keeps its
+    stage whatever its answers, its file or the other sources."""
     pretraining: tuple[SourceConfig, ...] = ()
     """Plain text for mixture training (PPO-ptx), with a `text` column."""
     split_by: Literal["prompt", "row"] = "prompt"
@@ -181,9 +182,14 @@ class DataConfig(FrozenModel):
     cache_dir: str | None = None
     """Folder of the token cache; by default `dovetail` in the user's cache folder. Keyed by content."""
 
+    @property
+    def shares(self) -> tuple[float, float, float]:
+        """The split over the stages that is in force."""
+        return DEFAULT_SPLIT if self.stage_split is None else self.stage_split
+
     @model_validator(mode="after")
     def _some_stage_sees_rows(self) -> "DataConfig":
-        if sum(self.stage_split) <= 0:
+        if self.stage_split is not None and sum(self.stage_split) <= 0:
             raise ValueError("stage_split has no positive share; give at least one stage rows, such as 2,4,4")
         return self
 

@@ -75,6 +75,13 @@ class RunConfig(FrozenModel):
                 )
         return self
 
+    def data_of_stages(self) -> DataConfig:
+        """Return the data settings in which a stage that runs alone takes all rows, unless a split is asked for."""
+        if len(self.stages) > 1 or self.data.stage_split is not None:
+            return self.data
+        shares = tuple(float(stage in self.stages) for stage in ("sft", "reward", "ppo"))
+        return self.data.model_copy(update={"stage_split": shares})
+
     def reward_start(self) -> ModelConfig:
         """The model that stage 2 starts from when it does not start from the SFT model."""
         return self.reward_model or self.actor

@@ -6,6 +6,7 @@ Not responsible for: reading one source (sources.py), the split's hash (split.py
 
 from __future__ import annotations
 
+import hashlib
 import math
 from array import array
 from collections.abc import Callable, Sequence
@@ -60,6 +61,13 @@ class StageRows(Sequence[RecordT], Generic[RecordT]):
 
     def __len__(self) -> int:
         return len(self.order)
+
+    def fingerprint(self) -> str:
+        """Return a hash of the rows and their order: another one if a row is added, removed, moved or changed."""
+        content = hashlib.sha256(self.source_of.tobytes())
+        for record in self.records:
+            content.update(record.row_id.encode())
+        return content.hexdigest()
 
     @overload
     def __getitem__(self, index: int) -> RecordT: ...
@@ -132,7 +140,7 @@ def sources_of(config: DataConfig, kind: Kind) -> list[tuple[SourceConfig, Seque
     """The sources that a stage reads, registered names resolved, and how their rows are split over stages."""
     listed = config.pretraining if kind == "text" else config.blend
     found: list[tuple[SourceConfig, Sequence[float] | None]] = [
-        (part, config.stage_split if kind != "text" and source.stages is None else None)
+        (part, config.shares if kind != "text" and source.stages is None else None)
         for source in listed
         if source.stages is None or kind in source.stages
         for part in resolve(source)
@@ -266,5 +274,5 @@ def _nothing_to_learn_from(kind: Kind, report: DataReport) -> DataError:
     seen = "; ".join(counts.line() for counts in report.sources)
     return DataError(
         f"no row is left to train the stage {kind} on: {seen}",
-        hint=f"it needs {needs[kind]}, and a share in data.stage_split",
+        hint=f"it needs {needs[kind]}, and a share in data.stage_split; stages: [{kind}] gives it all rows of a source",
     )

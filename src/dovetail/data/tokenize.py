@@ -10,7 +10,6 @@ row, and it is tokenised anew. Tokens are memory-mapped int32; a row becomes a P
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -60,6 +59,8 @@ class TokenizedRows:
     order: NDArray[np.int64]
     """Indices of stored rows: the rows of one epoch, weights applied."""
     report: DataReport
+    fingerprint: str
+    """Changes with the rows before they were tokenised."""
 
     def __len__(self) -> int:
         return len(self.order)
@@ -84,6 +85,8 @@ class TokenizedComparisons:
     order: NDArray[np.int64]
     """Indices of stored rows: the rows of one epoch, weights applied."""
     report: DataReport
+    fingerprint: str
+    """Changes with the rows before they were tokenised."""
 
     def __len__(self) -> int:
         return len(self.order)
@@ -226,8 +229,8 @@ def _encode_texts(
 
 def _tokenized(
     kind: str, rows: StageRows[RecordT], chat: ChatFormat, config: DataConfig, encode: _Encode[RecordT]
-) -> tuple[Columns, NDArray[np.int64], DataReport]:
-    """Stored rows with the order of one epoch and the report, from the cache if they are there."""
+) -> tuple[Columns, NDArray[np.int64], DataReport, str]:
+    """Return stored rows with the order of one epoch, report and fingerprint, from the cache if they are there."""
 
     def write(writer: ColumnWriter) -> Facts:
         limit = _Limit(config.max_tokens, "max_tokens", config)
@@ -249,12 +252,15 @@ def _tokenized(
             "opening": dict(opening),
         }
 
-    columns, facts = stored(config.cache_dir, _key(kind, rows, chat, config), _DTYPES, write)
+    limits = (config.max_tokens, config.too_long, config.bad_rows)
+    key = key_of(kind, rows.fingerprint(), chat.fingerprint, *limits)
+    columns, facts = stored(config.cache_dir, key, _DTYPES, write)
     counts = [{int(source): n for source, n in facts[name].items()} for name in ("too_long", "truncated")]
     report = with_refused(rows, facts["refused"]).with_lengths(*counts)
     report = report.with_notes(opening_notes(facts["opening"], chat))
     _expect_some(len(columns["sources"]), report, f"max_tokens = {config.max_tokens}")
-    return columns, blend_order(columns["sources"], rows.weights, rows.seed), report
+    order = blend_order(columns["sources"], rows.weights, rows.seed)
+    return columns, order, report, rows.fingerprint()
 
 
 def _encoded(
@@ -297,16 +303,6 @@ def _sequences(columns: Columns, row: int) -> list[list[int]]:
     first, last = columns["rows"][row : row + 2]
     bounds = columns["starts"][first : last + 1]
     return [columns["tokens"][a:b].tolist() for a, b in pairwise(bounds)]
-
-
-def _key(kind: str, rows: StageRows[RecordT], chat: ChatFormat, config: DataConfig) -> str:
-    content = hashlib.sha256()
-    for record in rows.records:
-        content.update(record.row_id.encode())
-    content.update(rows.source_of.tobytes())
-    return key_of(
-        kind, content.hexdigest(), chat.fingerprint, config.max_tokens, config.too_long, config.bad_rows
-    )
 
 
 def _expect_some(kept: int, report: DataReport, limit: str) -> None:

@@ -135,7 +135,7 @@ def _expect_packages(config: RunConfig) -> None:
 
 def _look_at_rows(run: _Outlook, kind: Kind, look: _Look) -> None:
     """Look whether every source is there, and read what lies on this machine; of the hub only names are asked."""
-    data = run.config.data
+    data = run.config.data_of_stages()
     listed = look.at(partial(sources_of, data, kind)) or []
     before = len(look.found)
     on_hub = []

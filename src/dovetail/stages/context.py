@@ -7,6 +7,7 @@ Not responsible for: what a stage does with them.
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
 
 import torch
@@ -21,9 +22,11 @@ from dovetail.telemetry.log import say
 from dovetail.telemetry.metrics import Metrics
 from dovetail.telemetry.progress import Progress
 from dovetail.telemetry.sinks import JsonlSink, Sink, TensorBoardSink, WandbSink
+from dovetail.text.template import clock_stopped
 from dovetail.training.checkpoint import Checkpoints
 from dovetail.training.placement import resolve_device, resolve_dtype
 from dovetail.training.run_folder import RunFolder
+from dovetail.training.run_identity import begun_at
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +134,12 @@ def open_run(config: RunConfig) -> Iterator[Context]:
     """Join the run's processes, and create or reopen its folder, refusing another run's; locked against a second
     run. Within the block SIGTERM and SIGINT ask for an end (stopping.py)."""
     kind = resolve_device(config.device)
-    with joined(kind) as world, stop_request(world) as stop, _folder_of(config, world) as folder:
+    with (
+        joined(kind) as world,
+        stop_request(world) as stop,
+        _folder_of(config, world) as folder,
+        clock_stopped(_begun_at(folder, world)),
+    ):
         device = world.device(kind)
         dtype = resolve_dtype(config.precision, device)
         number = f"{world.size} processes, " if world.size > 1 else ""
@@ -155,6 +163,12 @@ def _folder_of(config: RunConfig, world: World) -> RunFolder:
     folder = RunFolder.open(config.output_dir, config.model_dump(mode="json"))
     world.wait()
     return folder
+
+
+def _begun_at(folder: RunFolder, world: World) -> datetime:
+    """Return when the run began, as the first process reads it."""
+    begun = begun_at(folder.config) if world.is_first else None
+    return datetime.fromisoformat(world.from_first((begun or datetime.now()).isoformat()))
 
 
 def resume(

@@ -39,6 +39,7 @@ from dovetail.rlhf.rollout import complete
 from dovetail.rlhf.update import language_model_loss
 from dovetail.stages.context import Context, open_run
 from dovetail.stages.pipeline import run_stages
+from dovetail.stages.same_data import SameData
 from dovetail.stages.saving import save_model
 from dovetail.stages.supervised import Task, fit
 from dovetail.telemetry.log import say
@@ -106,6 +107,7 @@ def make_base_model(rows: Dataset, settings: SftConfig, context: Context) -> Non
         batch_of=lambda index: pack_texts([texts[i] for i in index]),
         loss_of=partial(language_model_loss, model),
         evaluate=dict,
+        data=SameData(context.folder.path / "base", ChatFormat(tokenizer), *rows.documents),
     )
     fit(task, context)
     save_model(model, tokenizer, folder)

@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from dovetail.batches import PackedBatch, RankedBatch, pack, pack_ranked
+from dovetail.config.data import DataConfig
 from dovetail.config.model import ModelConfig
 from dovetail.config.stages import StageConfig
 from dovetail.data.blend import load_stage
@@ -180,26 +181,44 @@ def rlhf_engine(start: ModelConfig, chat: ChatFormat, context: Context, *, total
 
 def demonstration_rows(context: Context, chat: ChatFormat, part: Part) -> TokenizedRows:
     """Demonstrations of stage 1, tokenised; says what became of the rows."""
-    data = context.config.data
+    data = _data_of(context, part)
     with context.world.first_goes_first():
         return _reported(tokenize_demonstrations(load_stage(data, "sft", part), chat, data))
 
 
 def comparison_rows(context: Context, chat: ChatFormat, part: Part) -> TokenizedComparisons:
     """Comparisons of stage 2, tokenised; says what became of the rows."""
-    data = context.config.data
+    data = _data_of(context, part)
     with context.world.first_goes_first():
         return _reported(tokenize_comparisons(load_stage(data, "reward", part), chat, data))
 
 
 def prompts_of(context: Context, chat: ChatFormat, part: Part) -> list[Sequence[Message]]:
     """Prompts of stage 3 as messages, those that fit; says what became of the rows."""
-    data = context.config.data
+    data = _data_of(context, part)
     with context.world.first_goes_first():
         prompts = fitting_prompts(load_stage(data, "ppo", part), chat, data)
     for line in prompts.report.lines():
         say(line)
     return [prompt.messages for prompt in prompts]
+
+
+def _data_of(context: Context, part: Part) -> DataConfig:
+    """Return the data settings of the run's stages; says what a stage that runs alone takes of the rows."""
+    config = context.config
+    split = config.data.stage_split
+    if (
+        part == "train"
+        and len(config.stages) == 1
+        and any(source.stages is None for source in config.data.blend)
+    ):
+        takes = "all rows; data.stage_split=[2,4,4] would leave some to the others"
+        if split is not None:
+            takes = (
+                f"its share of data.stage_split = {list(split)}; data.stage_split=null would give it all rows"
+            )
+        say(f"the stage {config.stages[0]} runs alone and takes {takes}")
+    return config.data_of_stages()
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,6 +229,8 @@ class PlainText:
     """The texts that an optimiser step of the actor learns from beside PPO's loss; None: mixture training is off."""
     held_out: PackedBatch | None = None
     """Held-out texts, which show whether the actor forgets its language."""
+    fingerprint: str = ""
+    """Changes with the texts that are learnt from."""
 
 
 def plain_text(context: Context, chat: ChatFormat, actor: PreTrainedModel) -> PlainText:
@@ -228,7 +249,7 @@ def plain_text(context: Context, chat: ChatFormat, actor: PreTrainedModel) -> Pl
         return PlainText(held_out=judged)
     order = BatchOrder(len(train), min(config.ptx_batch_size, len(train)), context.config.seed)
     say(f"mixture training: on, {order.batch_size} texts a step, weight {config.ptx_coefficient:g}")
-    return PlainText(lambda step: pack_rows(train, order.batch(step)), judged)
+    return PlainText(lambda step: pack_rows(train, order.batch(step)), judged, train.fingerprint)
 
 
 def reward_start(context: Context) -> tuple[ModelConfig, ChatFormat]:

@@ -8,6 +8,7 @@ docs/a-ppo-step.md.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -25,10 +26,12 @@ from dovetail.stages.context import Context, StageReport, resume
 from dovetail.stages.guard import Best, Guard
 from dovetail.stages.parts import actor_start, plain_text, prompts_of, rlhf_engine
 from dovetail.stages.rescue import saved_on_error
+from dovetail.stages.same_data import SameData
 from dovetail.stages.samples import SampleLog
 from dovetail.stages.saving import save_model
 from dovetail.telemetry.log import say
 from dovetail.telemetry.timing import Stopwatch
+from dovetail.text.content_hash import content_hash
 from dovetail.training.run_folder import RunFolder
 
 
@@ -48,14 +51,10 @@ def run(context: Context, judge: Judge | None = None) -> StageReport:
     texts = plain_text(context, chat, engine.roles.actor)
     guard, best = Guard(config), Best(folder.model("best"), kl_limit=config.kl_limit)
     checkpoints = context.checkpoints("ppo", config)
-
-    def state() -> dict[str, Any]:
-        return {"trainer": trainer.state_dict(), "guard": guard.state_dict(), "best": best.state_dict()}
-
-    def load(state: Mapping[str, Any]) -> None:
-        trainer.load_state_dict(state["trainer"])
-        guard.load_state_dict(state["guard"])
-        best.load_state_dict(state["best"])
+    read = (*map(content_hash, (*prompts, *held_out)), texts.fingerprint)
+    data = SameData(folder.path / "ppo", chat, *read)
+    parts: dict[str, Any] = {"data": data, "trainer": trainer, "guard": guard, "best": best}
+    state, load = partial(state_of, parts), partial(load_into, parts)
 
     def judged(step: int) -> dict[str, float]:
         return judge_held_out(held_out, texts.held_out, engine, best, judge, step)
@@ -92,6 +91,17 @@ def run(context: Context, judge: Judge | None = None) -> StageReport:
     expect_learnt(engine)
     save_actor(engine, folder)
     return StageReport(iterations, results or judged(iterations))
+
+
+def state_of(parts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what each part wants saved."""
+    return {name: part.state_dict() for name, part in parts.items()}
+
+
+def load_into(parts: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+    """Give each part what it saved."""
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
 
 
 def rollouts_of(config: PpoConfig, num_prompts: int) -> int:

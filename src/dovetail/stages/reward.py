@@ -24,6 +24,7 @@ from dovetail.stages.parts import (
     reward_start,
     trainable_scalar_model,
 )
+from dovetail.stages.same_data import SameData
 from dovetail.stages.saving import expect_savable, save_model
 from dovetail.stages.supervised import Task, fit
 
@@ -46,6 +47,7 @@ def run(context: Context) -> StageReport:
         batch_of=partial(pack_comparisons, train),
         loss_of=partial(pairwise_loss, model),
         evaluate=lambda: reward_accuracy(model, judged, config.reward.micro_batch_tokens, context.device),
+        data=SameData(context.folder.path / "reward", chat, train.fingerprint, held_out.fingerprint),
     )
     folder, stops = context.folder.model("reward"), chat.stop_token_ids
     expect_savable(model, chat.tokenizer, folder, stop_token_ids=stops)

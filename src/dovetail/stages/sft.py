@@ -17,6 +17,7 @@ from dovetail.stages.parts import (
     pack_rows,
     trainable_causal_lm,
 )
+from dovetail.stages.same_data import SameData
 from dovetail.stages.saving import expect_savable, save_model
 from dovetail.stages.supervised import Task, fit
 
@@ -39,6 +40,7 @@ def run(context: Context) -> StageReport:
         batch_of=partial(pack_rows, train),
         loss_of=partial(language_model_loss, model),
         evaluate=lambda: language_model_quality(model, judged, config.sft.micro_batch_tokens, context.device),
+        data=SameData(context.folder.path / "sft", chat, train.fingerprint, held_out.fingerprint),
     )
     folder, stops = context.folder.model("sft"), chat.stop_token_ids
     expect_savable(model, chat.tokenizer, folder, stop_token_ids=stops)

@@ -20,6 +20,7 @@ from dovetail.parallel.shard import give_back, world_of
 from dovetail.rlhf.build import optimizer_for
 from dovetail.stages.context import Context, resume
 from dovetail.stages.rescue import saved_on_error
+from dovetail.stages.same_data import SameData
 from dovetail.stages.verdict import LossWatch
 from dovetail.telemetry.log import say
 from dovetail.training.memory import TokenBudget
@@ -43,6 +44,8 @@ class Task:
     evaluate: Callable[[], Mapping[str, float]]
     longest: Sequence[int] = ()
     """The tokens of the longest row, for the parity check."""
+    data: SameData
+    """Fingerprints of what is learnt: a stage goes on with the same alone."""
 
     @property
     def total_steps(self) -> int:
@@ -65,9 +68,11 @@ def fit(task: Task, context: Context) -> Mapping[str, float]:
             "model": trained_weights(task.model),
             "optimizer": optimizer.state_dict(),
             "budget": budget.state_dict(),
+            "data": task.data.state_dict(),
         }
 
     def load(state: Mapping[str, Any]) -> None:
+        task.data.load_state_dict(state["data"])
         load_trained(task.model, state["model"])
         optimizer.load_state_dict(state["optimizer"])
         budget.load_state_dict(state["budget"])

@@ -106,7 +106,8 @@ class ChatFormat:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         vocabulary = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
         specials = sorted(tokenizer.special_tokens_map.items())
-        parts = (vocabulary, repr(tokenizer.chat_template), repr(specials))
+        example = self._template.render([message("user", "u")])  # with the date, if the template prints it
+        parts = (vocabulary, repr(tokenizer.chat_template), repr(specials), example)
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
     def decode(self, ids: Sequence[int]) -> str:

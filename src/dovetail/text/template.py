@@ -6,7 +6,10 @@ Not responsible for: tokens (chat_format.py), what stands around an answer (turn
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from typing import Any
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
@@ -19,21 +22,43 @@ class RefusedByTemplateError(DataError):
     """A conversation that the chat template does not take, such as one that the assistant begins."""
 
 
+_stopped_at: datetime | None = None
+
+
+@contextmanager
+def clock_stopped(at: datetime) -> Iterator[None]:
+    """Let templates that print the date or the time print this one within the block, in all threads.
+
+    A run is then the same on whatever day it is resumed, and its prompts do not change at midnight.
+    """
+    global _stopped_at
+    before, _stopped_at = _stopped_at, at
+    try:
+        yield
+    finally:
+        _stopped_at = before
+
+
 class Template:
     """The chat template of one tokenizer."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
+        self._tells_time = "strftime_now" in str(tokenizer.chat_template)
         self._takes_system = self._renders([message("system", "s"), message("user", "u")])
 
     def render(self, turns: Sequence[Message], generation: bool = True) -> str:
         """Return the text of a conversation, with the generation prompt behind it if asked for."""
+        clock: dict[str, Any] = (
+            {"strftime_now": _stopped_at.strftime} if _stopped_at and self._tells_time else {}
+        )
         try:
             return str(
                 self._tokenizer.apply_chat_template(
                     [{"role": turn["role"], "content": turn["content"]} for turn in turns],
                     tokenize=False,
                     add_generation_prompt=generation,
+                    **clock,
                 )
             )
         except jinja2.TemplateSyntaxError as error:

@@ -9,7 +9,9 @@ them (but for rounding, in the case of `micro_batch_tokens`).
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -42,15 +44,24 @@ SHOWN = 8
 """Differences listed in an error; more are counted."""
 
 _FINGERPRINT = "# fingerprint: "
+_BEGUN = re.compile(r"^# begun: (\S+)$", re.MULTILINE)
 
 
 def write_identity(path: Path, config: Mapping[str, Any]) -> None:
-    """Write the resolved configuration with the fingerprint of what decides the result."""
+    """Write the resolved configuration with the fingerprint of what decides the result, and when the run began."""
     body = yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True, width=110)
-    head = (
-        f"# The resolved configuration of this run. Written by dovetail; edits are noticed.\n{_FINGERPRINT}"
-    )
-    write_atomically(path, f"{head}{fingerprint(config)}\n{body}")
+    begun = (begun_at(path) or datetime.now()).isoformat(timespec="seconds")
+    head = "# The resolved configuration of this run. Written by dovetail; edits are noticed.\n"
+    write_atomically(path, f"{head}# begun: {begun}\n{_FINGERPRINT}{fingerprint(config)}\n{body}")
+
+
+def begun_at(path: Path) -> datetime | None:
+    """Return when the run of this file began; None if there is no such file, or it does not say."""
+    try:
+        found = _BEGUN.search(path.read_text(encoding="utf-8"))
+        return datetime.fromisoformat(found[1]) if found else None
+    except (OSError, ValueError):
+        return None
 
 
 def is_identity(path: Path) -> bool:
