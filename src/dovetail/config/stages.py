@@ -1,4 +1,4 @@
-"""How each of the three stages trains.
+"""The settings with which the three stages train.
 
 Responsible for: the settings of supervised fine-tuning, reward model and PPO. Not responsible for: the loops.
 """
@@ -23,7 +23,7 @@ class OptimizerConfig(FrozenModel):
     warmup_steps: NonNegativeInt = 0
     """Optimiser steps over which the rate rises linearly from 0."""
     final_fraction: Fraction = 0.0
-    """Where the decay ends, as a fraction of the peak rate."""
+    """The rate at the end of the decay, as a fraction of the peak."""
     weight_decay: NonNegativeFloat = 0.0
     """Decoupled decay per step, times the rate. Norms, biases and the scalar head are exempt."""
     betas: tuple[Decay, Decay] = (0.9, 0.95)
@@ -35,7 +35,7 @@ class OptimizerConfig(FrozenModel):
 
 
 class StageConfig(FrozenModel):
-    """What all stages share."""
+    """The settings that all stages share."""
 
     batch_size: PositiveInt = 32
     """Sequences (SFT), prompts (reward model) or answers (PPO) per optimiser step or rollout."""
@@ -50,8 +50,8 @@ class StageConfig(FrozenModel):
     save_every: PositiveInt = 100
     """Steps or rollouts between checkpoints; the end of a stage is always saved."""
     keep_checkpoints: PositiveInt = 2
-    """How many of the newest checkpoints stay on disk, beside the best: that of least held-out loss, in PPO of the
-    highest held-out objective (as `ppo/best`), among those saved right after an evaluation."""
+    """The number of newest checkpoints that stay on disk beside the best one: that of least held-out loss, in PPO of
+    the highest held-out objective (as `ppo/best`), among those saved right after an evaluation."""
     max_steps: PositiveInt | None = None
     """Stop after this many optimiser steps (SFT, reward model) or rollouts (PPO). By default `epochs`
     decides; in PPO, one pass over the prompts."""
@@ -78,7 +78,7 @@ class RewardConfig(StageConfig):
 
 
 class SamplingConfig(FrozenModel):
-    """How answers are drawn in PPO. The same temperature divides the logits in every log-probability."""
+    """The sampling of answers in PPO. The same temperature divides the logits in every log-probability."""
 
     temperature: PositiveFloat = 1.0
     """Divides the logits, in sampling and in training alike."""
@@ -96,14 +96,14 @@ class PpoConfig(StageConfig):
     ppo_epochs: PositiveInt = 1
     """Passes over each rollout."""
     sampling: SamplingConfig = SamplingConfig()
-    """How answers are drawn."""
+    """The sampling of answers."""
     actor_optimizer: OptimizerConfig = OptimizerConfig(learning_rate=9.65e-6, warmup_steps=10, eps=1e-5)
     """Actor's optimiser; warm-up counts optimiser steps."""
     critic_optimizer: OptimizerConfig = OptimizerConfig(learning_rate=3e-5, warmup_steps=10, eps=1e-5)
     """Critic's optimiser. Its rate is about three times the actor's: the reward model was trained at the last token
     alone, so the critic must learn values everywhere else, and it must follow the actor as it moves."""
     critic_warmup_rollouts: NonNegativeInt = 20
-    """At most so many rollouts, and at most a tenth of the run, in which the critic learns alone. The actor starts as
+    """The most rollouts in which the critic learns alone, and never more than a tenth of the run. The actor starts as
     soon as the critic explains a fifth of the variance of the rewards to come; 0 = at once."""
     critic_warmup_learning_rate: PositiveFloat | None = None
     """Learning rate of the critic while it learns alone; null = three times the peak rate of `critic_optimizer`."""
@@ -122,7 +122,7 @@ class PpoConfig(StageConfig):
     value_clip: PositiveFloat | None = 0.2
     """The new value is clipped to within this of the old one in the value loss; null = no clipping."""
     old_logprobs: Literal["auto", "training", "generation"] = "auto"
-    """Where the actor's log-probabilities before the update come from. training: a forward pass of its own over
+    """The source of the actor's log-probabilities before the update. training: a forward pass of its own over
     each rollout. generation: the KL penalty takes the generator's, and the ratio's denominator is the update's
     own forward, so that no extra pass is needed; only with one epoch and one minibatch. auto: generation where
     that is possible."""
@@ -137,7 +137,7 @@ class PpoConfig(StageConfig):
     """Scores of a reward model are clipped to [-score_clip, score_clip] before anything is added to them; null = no
     clipping. A reward function's scores are never clipped."""
     cut_off_answers: Literal["penalise", "keep_score", "leave_out"] = "penalise"
-    """How an answer that reached `sampling.max_new_tokens` counts. penalise: with `missing_end_penalty` as its score.
+    """The rule for an answer that reached `sampling.max_new_tokens`. penalise: with `missing_end_penalty` as its score.
     keep_score: with its own score, as DeepSpeed-Chat does. leave_out: not at all; neither actor nor critic learns from
     it."""
     missing_end_penalty: float | None = None
