@@ -15,6 +15,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
+    MptConfig,
     NemotronConfig,
     PreTrainedConfig,
     Qwen2MoeConfig,
@@ -22,9 +23,11 @@ from transformers import (
 
 from dovetail.batches import pack
 from dovetail.engine import HybridEngine, Sampling
+from dovetail.engine.modules import context_of
 from dovetail.errors import ModelError
 from dovetail.model.dropout import disable_dropout
 from dovetail.model.forward import hidden_states
+from dovetail.model.linear_logprobs import head_of
 from dovetail.model.load import load_causal_lm, load_scalar_model
 from dovetail.model.probe import LONGEST_LIMIT, expect_no_noise, probe, short_limits
 from dovetail.model.reading import reading_of
@@ -195,3 +198,25 @@ def test_every_loader_probes(tmp_path: Any) -> None:
     loaded = load_causal_lm(str(tmp_path / "m"), dtype=torch.float32, device="cpu")
     scalar = load_scalar_model(str(tmp_path / "m"), dtype=torch.float32, device="cpu", seed=0, pad_token_id=0)
     assert (reading_of(loaded).way, reading_of(scalar).way) == ("padded", "padded")
+
+
+def test_what_a_config_asks_of_routers_is_left_out() -> None:
+    config = MixtralConfig(**SHAPE, num_local_experts=4, output_router_logits=True, sliding_window=None)
+    model = random_model(config)
+    engine = HybridEngine(model)
+    with engine.generating() as generate:  # a warning of a slow way would be an error
+        (found,) = generate([[5, 6, 7]], Sampling(max_new_tokens=3, temperature=0.0), seeds=[0])
+    ids = [5, 6, 7]
+    for _ in range(3):
+        logits = model(input_ids=torch.tensor([ids]), use_cache=False, output_router_logits=False).logits
+        ids.append(int(logits[0, -1].argmax()))
+    assert list(found.token_ids) == ids[3:]
+
+
+def test_a_scale_in_words_is_none() -> None:
+    config = MptConfig(
+        vocab_size=64, d_model=32, n_heads=4, n_layers=2, max_seq_len=64, logit_scale="inv_sqrt_d_model"
+    )
+    model = random_model(config)
+    assert head_of(model).logit_scale == 1.0
+    assert context_of(model) == 64

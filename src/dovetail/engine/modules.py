@@ -26,6 +26,7 @@ from dovetail.model.attention import ATTENTION_NAME, Layout, use_packed_attentio
 from dovetail.model.linear_logprobs import head_of
 from dovetail.model.lora import adapters_in_use
 from dovetail.model.modes import evaluation_mode
+from dovetail.model.plain_forward import without_extras
 from dovetail.model.rope import reread_at, rope_limit
 from dovetail.parallel.tensor_group import WHOLE, TensorGroup
 from dovetail.parallel.tensor_plan import Place
@@ -60,6 +61,7 @@ class PackedModules:
         """How many logits there are."""
         self._rows = [Place(rank, group.size).vocabulary(self.vocabulary)[1] for rank in range(group.size)]
         self.name = type(model).__name__
+        self._without_extras = without_extras(model)
         self.rope_limit = rope_limit(model)
         """The longest sequence read with the rope of short ones; None if all lengths are read alike."""
         self.cannot_be_captured = False
@@ -100,8 +102,8 @@ class PackedModules:
             hidden_TD = self._forward(self.model.base_model, ids_T, positions_T, layout).last_hidden_state[0]
             logits = head_of(self.model).logits(hidden_TD if last_S is None else hidden_TD[last_S])
         else:
-            keep = 0 if last_S is None else last_S
-            logits = self._forward(self.model, ids_T, positions_T, layout, logits_to_keep=keep).logits[0]
+            options = {"logits_to_keep": 0 if last_S is None else last_S, **self._without_extras}
+            logits = self._forward(self.model, ids_T, positions_T, layout, **options).logits[0]
         return self.group.columns(logits, self._rows)
 
     def agreed(self, ids_S: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,7 @@ from dovetail.engine.scheduler import Load
 from dovetail.engine.transfer import Draw, draw_next
 from dovetail.model.forward import read_by
 from dovetail.model.linear_logprobs import head_of
-from dovetail.model.plain_forward import plain_attention
+from dovetail.model.plain_forward import plain_attention, without_extras
 from dovetail.model.reading import reading_of
 
 SlowWay = Literal["padded", "equal", "reread"]
@@ -121,7 +121,7 @@ class SlowGeneration:
 def _forward(model: PreTrainedModel, ids_SL: Tensor, mask_SL: Tensor, cache: Any) -> tuple[Tensor, Any]:
     """Logits of each row's next token, and the cache with these tokens in it."""
     known = inspect.signature(model.forward).parameters
-    extra: dict[str, Any] = {}
+    extra: dict[str, Any] = dict(without_extras(model))
     if "position_ids" in known:
         extra["position_ids"] = (mask_SL.cumsum(dim=-1) - 1).clamp(min=0)[:, -ids_SL.shape[1] :]
     if "logits_to_keep" in known:

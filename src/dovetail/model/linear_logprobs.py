@@ -75,7 +75,9 @@ def head_of(model: Any) -> LMHead:
         raise ModelError(f"the head of {type(inner).__name__} is a {type(linear).__name__}, not plain linear")
     config = inner.config.get_text_config()
     softcap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
-    scale = getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0
+    named = getattr(config, "logit_scale", None)
+    scale = None if isinstance(named, str) else named  # MPT's, in words, which transformers does not apply
+    scale = scale or getattr(config, "lm_head_multiplier", None) or 1.0
     scale /= getattr(config, "logits_scaling", None) or 1.0
     shared = getattr(linear, "shared_vocabulary", None)
     return LMHead(linear.weight, getattr(linear, "bias", None), softcap, float(scale), shared)

@@ -46,11 +46,16 @@ def _plain_output(module: Any, ids: Ids, *, last: int | None = None) -> Any:
         extra["position_ids"] = torch.arange(ids_1T.shape[1], device=ids_1T.device)[None]
     if "use_cache" in known:
         extra["use_cache"] = False
-    if "output_router_logits" in known:
-        extra["output_router_logits"] = False  # what a config asks for is the loss of another training
+    extra |= without_extras(module)
     if last is not None and "logits_to_keep" in known:
         extra["logits_to_keep"] = last
     return module(input_ids=ids_1T, **extra)
+
+
+def without_extras(module: Any) -> dict[str, bool]:
+    """Arguments that leave out what a config may ask for beside logits: the loss of routers in another training."""
+    known = inspect.signature(module.forward).parameters
+    return {"output_router_logits": False} if "output_router_logits" in known else {}
 
 
 @contextmanager

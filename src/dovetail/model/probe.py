@@ -78,6 +78,11 @@ def _few_layers(model: PreTrainedModel) -> AbstractContextManager[None]:
 def _probed(model: PreTrainedModel) -> Reading:
     name = type(model).__name__
     rows = probe_rows(model)
+    if model.base_model is model:
+        raise ModelError(
+            f"{name} is not supported: its class has no backbone apart from its head",
+            hint="take another causal language model of text",
+        )
     try:
         with plain_attention(model):
             plain_TD = torch.cat([plain_hidden_states(model, row) for row in rows])
