@@ -8,12 +8,16 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 import uvicorn
 
+from dovetail.labelling.router import labelling_router
+from dovetail.labelling.server import labelling_app
+from dovetail.preferences.database import open_store
 from dovetail.web import connections
 from dovetail.web.listening import server_config
 from tests.serving.live import Live, live, until
@@ -153,22 +157,44 @@ def test_answers_cut_off_at_the_end_make_no_traceback(capfd: pytest.CaptureFixtu
     assert "Traceback" not in capfd.readouterr().err
 
 
+@contextmanager
+def running(app: Any) -> Iterator[tuple[uvicorn.Server, str]]:
+    """An application of somebody else behind such connections."""
+    server = uvicorn.Server(server_config(app, lifespan="off"))
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        try:
+            until(lambda: server.started)
+            yield server, f"http://127.0.0.1:{listening.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
 def test_a_client_that_does_not_read_is_left(impatient: None) -> None:
     async def endless(scope: Any, receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})
         for _ in range(1000):
             await send({"type": "http.response.body", "body": b"x" * (1 << 20), "more_body": True})
 
-    server = uvicorn.Server(server_config(endless, lifespan="off"))
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-        thread.start()
-        try:
-            until(lambda: server.started)
-            with connected(f"http://127.0.0.1:{listening.getsockname()[1]}") as connection:
-                connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
-                until(lambda: server.server_state.connections)
-                until(lambda: not server.server_state.connections)
-        finally:
-            server.should_exit = True
-            thread.join()
+    with running(endless) as (server, url), connected(url) as connection:
+        connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        until(lambda: server.server_state.connections)
+        until(lambda: not server.server_state.connections)
+
+
+@pytest.mark.parametrize("leaves", [True, False])
+def test_the_labelling_pages_are_as_patient_and_as_quiet(
+    impatient: None, capfd: pytest.CaptureFixture[str], tmp_path: Path, leaves: bool
+) -> None:
+    store = open_store(f"sqlite:///{tmp_path / 'labels.db'}")
+    with running(labelling_app(labelling_router(store, 1))) as (server, url):
+        with connected(url) as connection:
+            head = b"POST /label/api/login HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            connection.sendall(head + b'Content-Length: 99\r\n\r\n{"token"')
+            if not leaves:
+                assert problem(said(connection))[0] == 408
+        until(lambda: not server.server_state.connections and not server.server_state.tasks)
+    store.close()
+    assert capfd.readouterr().err == ""

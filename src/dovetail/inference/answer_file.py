@@ -17,6 +17,7 @@ from typing import Any
 
 from dovetail.errors import DataError
 from dovetail.inference.prompt_file import Prompt
+from dovetail.telemetry.log import warn
 
 try:
     import fcntl
@@ -83,6 +84,8 @@ class AnswerFile:
                 f"{self._file} is being written by another process",
                 hint="wait for it, or choose another --output",
             ) from error
+        except OSError as error:  # some file systems have no locks
+            warn(f"{self._file} cannot be locked ({error.strerror}): let one process alone write it")
 
     def _keep_whole_lines(self) -> int:
         """Count the answers that are there; half a line, left by a kill, is removed."""

@@ -38,10 +38,10 @@ class Section:
     path: str
     """Where they begin."""
     router: APIRouter
-    logins: Sequence[str] = ()
-    """Paths at which somebody logs in: they count towards the rate of their address."""
     while_serving: AbstractContextManager[object] = field(default_factory=nullcontext)
     """Entered when the engines have started, left before they end."""
+    logins: Sequence[str] = ()
+    """Paths at which somebody logs in: they count towards the rate of their address."""
 
 
 def create_app(
