@@ -311,3 +311,13 @@ def test_what_would_fail_at_the_end_fails_when_saving_is_tried(tmp_path, monkeyp
     with pytest.raises(CheckpointError, match="No such file"):
         save.expect_savable(tiny_model(), tokenizer, tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_nobody_may_write_into_is_named_with_what_helps(tmp_path, monkeypatch):
+    def denied(self, *_, **__):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "mkdir", denied)
+    with pytest.raises(CheckpointError, match="Permission denied") as caught:
+        save.expect_savable(tiny_model(), byte_tokenizer(), tmp_path / "model")
+    assert caught.value.hint.startswith(f"make {tmp_path} writable")

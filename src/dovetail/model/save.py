@@ -196,7 +196,9 @@ def _aside(folder: Path, write: Callable[[Path], None]) -> Path:
         is_full = any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT))
         what = "the disk is full" if is_full else " ".join(str(error).split()) or type(error).__name__
         hint = "what was there before, checkpoints too, is unharmed"
-        if is_full or isinstance(error, (OSError, SafetensorError)):
+        if isinstance(error, PermissionError):
+            hint = f"make {folder.parent} writable, then run the same command again: {hint}"
+        elif is_full or isinstance(error, (OSError, SafetensorError)):
             hint = f"free some space, then run the same command again: {hint}"
         raise CheckpointError(f"the model could not be written to {folder}: {what}", hint=hint) from error
     return aside
