@@ -1,4 +1,4 @@
-"""Where the rows come from, how they become records, and which stage sees which.
+"""The sources of rows, how they become records, and which stage sees which.
 
 Responsible for: the settings of the data layer. Not responsible for: reading (data/sources.py).
 """
@@ -66,7 +66,7 @@ class SourceConfig(FrozenModel):
     scores: tuple[str, ...] | str | None = None
     """Columns with one number per answer, or one column with a list: higher is better."""
     ranks: tuple[str, ...] | str | None = None
-    """As `scores`, lower is better."""
+    """Columns as for `scores`, where lower is better."""
     margin: str | None = None
     """Column with how much better the chosen answer is (Llama 2, section 3.2.2); used by the ranking loss."""
     text: str | None = None
@@ -91,11 +91,11 @@ class SourceConfig(FrozenModel):
     @model_validator(mode="before")
     @classmethod
     def _from_short_string(cls, value: Any) -> Any:
-        """As written in recipes and on the command line."""
+        """Return the source as written in recipes and on the command line."""
         return spelt_out(value) if isinstance(value, str) else value
 
     def names_columns(self) -> bool:
-        """Whether the source says what its columns hold; else they are guessed from common names."""
+        """Return whether the source says what its columns hold; else they are guessed from common names."""
         return any(getattr(self, name) is not None for name in (*_FORM_COLUMNS, "response", "rejected"))
 
     @model_validator(mode="after")
@@ -159,13 +159,13 @@ class DataConfig(FrozenModel):
     pretraining: tuple[SourceConfig, ...] = ()
     """Plain text for mixture training (PPO-ptx), with a `text` column."""
     split_by: Literal["prompt", "row"] = "prompt"
-    """What decides the stage of a row, and whether it is held out. prompt: a hash of the messages before the last
+    """The key of a row's stage, and of whether it is held out. prompt: a hash of the messages before the last
     answer, so that all answers to one prompt stay together and no prompt is held out and learnt from at once. row:
     a hash of prompt and answers, for a file whose rows answer only a few prompts."""
     held_out_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.02
     """Share of the prompts whose rows are kept from training and used for evaluation."""
     max_eval_rows: PositiveInt = 256
-    """At most this many held-out rows are used at each evaluation."""
+    """The most held-out rows that an evaluation uses."""
     max_tokens: PositiveInt = 512
     """Longest prompt + answer in tokens; longer rows are handled by `too_long`."""
     max_prompt_tokens: PositiveInt = 256
@@ -184,7 +184,7 @@ class DataConfig(FrozenModel):
 
     @property
     def shares(self) -> tuple[float, float, float]:
-        """The split over the stages that is in force."""
+        """Return the split over the stages that is in force."""
         return DEFAULT_SPLIT if self.stage_split is None else self.stage_split
 
     @model_validator(mode="after")
@@ -195,7 +195,7 @@ class DataConfig(FrozenModel):
 
 
 def spelt_out(source: str) -> dict[str, str]:
-    """The settings that `name`, `file.jsonl` or `name:weight` is short for."""
+    """Return the settings that `name`, `file.jsonl` or `name:weight` is short for."""
     path, _, weight = source.rpartition(":")
     return {"path": path, "weight": weight} if path and _is_number(weight) else {"path": source}
 

@@ -30,12 +30,12 @@ def config_error(error: ValidationError, root: Model, origins: Mapping[Path, str
 
 
 def dotted(path: Path) -> str:
-    """The path as one writes it on the command line."""
+    """Return the path as one writes it on the command line."""
     return ".".join(str(part) for part in path)
 
 
 def setting_names(model: Model, prefix: Path = ()) -> Iterator[Path]:
-    """The path of every setting below a model, depth first; groups of settings included."""
+    """Yield the path of every setting below a model, depth first; groups of settings included."""
     for name, field in model.model_fields.items():
         yield (*prefix, name)
         inner = group_of(field.annotation)
@@ -87,7 +87,7 @@ def _hint(detail: ErrorDetails, root: Model) -> str | None:
 
 
 def _nearest(path: Path, root: Model) -> str:
-    """The setting of this group with the nearest name, else the nearest anywhere, else what the group has."""
+    """Suggest the setting of this group with the nearest name, else the nearest anywhere, else what the group has."""
     wrong = str(path[-1])
     group = _group_at(path[:-1], root)
     siblings = list(group.model_fields) if group else []
@@ -104,13 +104,13 @@ def _nearest(path: Path, root: Model) -> str:
 
 
 def _initials(name: str) -> str:
-    """The short form of a name of several words: lr for learning_rate."""
+    """Return the short form of a name of several words: lr for learning_rate."""
     words = name.split("_")
     return "".join(word[:1] for word in words) if len(words) > 1 else ""
 
 
 def _setting(path: Path, root: Model) -> Path:
-    """The path of the setting itself: below one that takes several types, pydantic names each of them."""
+    """Return the path of the setting itself; below one of several types pydantic names each of them."""
     kept: list[str | int] = []
     group: Model | None = root
     for part in path:
@@ -139,7 +139,7 @@ def _group_at(path: Path, root: Model) -> Model | None:
 
 
 def group_of(annotation: Any) -> Model | None:
-    """The configuration model inside `Model`, `Model | None` or `tuple[Model, ...]`, if there is one."""
+    """Return the configuration model inside `Model`, `Model | None` or `tuple[Model, ...]`, if there is one."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     if typing.get_origin(annotation) in (typing.Union, types.UnionType, tuple):

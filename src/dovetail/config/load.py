@@ -30,7 +30,7 @@ _SOURCES: tuple[SettingPath, ...] = (("data", "blend"), ("data", "pretraining"))
 def load(
     recipe: str | None, overrides: Sequence[str] = (), flags: Mapping[str, tuple[str, Any]] | None = None
 ) -> RunConfig:
-    """The configuration of a run.
+    """Load the configuration of a run.
 
     `recipe` is a file or the name of a recipe that comes with the package; `flags` maps a setting's dotted
     name to (the flag that gave it, its value); an override is `setting=value` with the value in YAML.
@@ -62,7 +62,7 @@ def _leave_out_foreign_reward_model(values: dict[str, Any], origins: Origins, re
 
 
 def read_recipe(file: Path) -> tuple[dict[str, Any], Origins]:
-    """The settings in a file, unchecked, and the line of each."""
+    """Read the settings in a file, unchecked, and the line of each."""
     try:
         text = read_text(file)
     except (OSError, UnicodeDecodeError) as error:
@@ -77,7 +77,7 @@ def read_recipe(file: Path) -> tuple[dict[str, Any], Origins]:
 
 
 def check(values: Mapping[str, Any], origins: Mapping[SettingPath, str] | None = None) -> RunConfig:
-    """The configuration these values make; a ConfigError names each that is wrong and where it was given."""
+    """Make a configuration of these values; a ConfigError names each that is wrong and where it was given."""
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
@@ -95,7 +95,7 @@ def dump(config: RunConfig) -> str:
 
 
 def parse_value(text: str, source: str) -> Any:
-    """A value as written on the command line, in YAML: 3, 1e-5, true, null, [a, b:2], {path: x}, or plain
+    """Parse a value as written on the command line, in YAML: 3, 1e-5, true, null, [a, b:2], {path: x}, or plain
     words."""
     return read_yaml(text, source).values
 

@@ -1,4 +1,4 @@
-"""Which model, in which precision, with which adapter.
+"""The settings of a model: its place, its precision, its adapter.
 
 Responsible for: the settings of one model. Not responsible for: loading it (model/load.py).
 """

@@ -37,7 +37,7 @@ def recipe_names() -> tuple[str, ...]:
 
 
 def names_file(text: str) -> bool:
-    """Whether `text` is the path of a file; a text too long for any path is none."""
+    """Return whether `text` is the path of a file; a text too long for any path is none."""
     try:
         return Path(text).expanduser().is_file()
     except OSError:
@@ -45,7 +45,7 @@ def names_file(text: str) -> bool:
 
 
 def find_recipe(name: str) -> Path:
-    """The file of a recipe given as a path, or as the name of one that comes with the package."""
+    """Return the file of a recipe given as a path, or as the name of one that comes with the package."""
     given = Path(name).expanduser()
     if names_file(name):
         return given
@@ -61,7 +61,7 @@ def find_recipe(name: str) -> Path:
 
 
 def recipe_for(model: str) -> Choice:
-    """The recipe nearest in size; among those about as near, one of the model's own family."""
+    """Return the recipe nearest in size; among those about as near, one of the model's own family."""
     shape = _read_shape(model)
     size = _count_parameters(shape) or _size(Path(model).name)
     same = [name for name in recipe_names() if _family(name) == _family_of(model, shape)]
@@ -79,17 +79,17 @@ def recipe_for(model: str) -> Choice:
 
 
 def is_shipped(recipe: Path) -> bool:
-    """Whether this file comes with the package."""
+    """Return whether this file comes with the package."""
     return recipe.parent.resolve() == FOLDER.resolve()
 
 
 def is_kin(model: str, other: str) -> bool:
-    """Whether two models are of one family and generation, so that one can judge what the other writes."""
+    """Return whether two models are of one family and generation, so that one can judge what the other writes."""
     return _generation(model, _read_shape(model)) == _generation(other, _read_shape(other))
 
 
 def _family_of(model: str, shape: Mapping[str, Any]) -> str:
-    """The family that the config names, else the first known one in the name."""
+    """Return the family that the config names, else the first known one in the name."""
     if "model_type" in shape:
         return _family(str(shape["model_type"]))
     known = {_family(name) for name in recipe_names()}
@@ -98,7 +98,7 @@ def _family_of(model: str, shape: Mapping[str, Any]) -> str:
 
 
 def _generation(model: str, shape: Mapping[str, Any]) -> str:
-    """The family and the number behind it, which is no size: qwen3, llama3, opt."""
+    """Return the family and the number behind it, which is no size: qwen3, llama3, opt."""
     family = _family_of(model, shape)
     name = str(shape.get("model_type") or Path(model).name).lower().replace("smollm", "smol")
     number = re.search(rf"{family}[-_ ]?(\d+)(?![\d.]*[mb])", name)
@@ -106,7 +106,7 @@ def _generation(model: str, shape: Mapping[str, Any]) -> str:
 
 
 def _shown(size: float) -> str:
-    """The number of parameters, as people write it: 1.3 B, 0.1 M."""
+    """Format the number of parameters as people write it: 1.3 B, 0.1 M."""
     return f"{size / 1e9:.3g} B parameters" if size >= 1e9 else f"{size / 1e6:.3g} M parameters"
 
 

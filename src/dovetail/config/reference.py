@@ -43,13 +43,13 @@ class _Group:
     meaning: str = ""
 
     def defaults(self) -> dict[str, str]:
-        """The default of each of its own settings, which are no groups but may be lists of them."""
+        """Return the default of each of its own settings, which are no groups but may be lists of them."""
         fields = self.model.model_fields.items()
         own = [name for name, field in fields if group_of(field.annotation) is None or _is_list(field)]
         return {name: self._default(name) for name in own}
 
     def inner(self) -> Iterator["_Group"]:
-        """The group itself, then the groups within, depth first; the items of a list are one."""
+        """Yield the group itself, then the groups within, depth first; the items of a list are one."""
         yield self
         for name, field in self.model.model_fields.items():
             inside = group_of(field.annotation)

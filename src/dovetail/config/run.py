@@ -18,7 +18,7 @@ StageName = Literal["sft", "reward", "ppo"]
 
 
 class TrackingConfig(FrozenModel):
-    """Where metrics go beside `metrics.jsonl`."""
+    """The trackers that get metrics beside `metrics.jsonl`."""
 
     tensorboard: bool = True
     """Write TensorBoard event files to `RUN/tensorboard`."""
@@ -34,7 +34,7 @@ class RunConfig(FrozenModel):
     actor: ModelConfig
     """The model to be trained into an assistant."""
     reward_model: ModelConfig | None = None
-    """Where the reward model starts: a causal LM, or a finished reward model. Default: the actor's model."""
+    """The start of the reward model: a causal LM, or a finished reward model. Default: the actor's model."""
     data: DataConfig = DataConfig()
     """Sources, split and limits."""
     sft: SftConfig = SftConfig()
@@ -44,7 +44,7 @@ class RunConfig(FrozenModel):
     ppo: PpoConfig = PpoConfig()
     """Stage 3."""
     stages: Annotated[tuple[StageName, ...], Field(min_length=1)] = ("sft", "reward", "ppo")
-    """Which stages run. One that is left out must have finished before in the same output folder, or is
+    """The stages that run. One that is left out must have finished before in the same output folder, or is
     replaced by the pretrained model itself."""
     output_dir: Annotated[str, AfterValidator(expanduser)]
     """Folder of the run: resolved config, metrics, checkpoints, final models."""
@@ -55,15 +55,15 @@ class RunConfig(FrozenModel):
     device: str = "auto"
     """cuda, cpu, or auto = the first GPU if there is one."""
     zero_stage: ZeroStageConfig = ZeroStageConfig()
-    """What several processes divide of each model; nothing to divide for one."""
+    """The ZeRO stage of each model, where several processes train it."""
     tensor_parallel: TensorParallelConfig = TensorParallelConfig()
-    """How many processes compute each layer together."""
+    """The number of processes that compute each layer together."""
     offload: OffloadConfig = OffloadConfig()
-    """What lives in host memory of each sharded model."""
+    """The sharded models that live in host memory."""
     num_gpus: PositiveInt = 1
     """Processes that `dovetail train` starts on each machine, one per GPU. With a hostfile 1 means its slots."""
     tracking: TrackingConfig = TrackingConfig()
-    """Where metrics go."""
+    """The trackers that get the metrics."""
 
     @model_validator(mode="after")
     def _what_is_offloaded_is_sharded(self) -> Self:
@@ -83,5 +83,5 @@ class RunConfig(FrozenModel):
         return self.data.model_copy(update={"stage_split": shares})
 
     def reward_start(self) -> ModelConfig:
-        """The model that stage 2 starts from when it does not start from the SFT model."""
+        """Return the model that stage 2 starts from when it does not start from the SFT model."""
         return self.reward_model or self.actor

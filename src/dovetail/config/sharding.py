@@ -1,4 +1,4 @@
-"""How the weights of each model lie on several devices.
+"""The distribution of each model's weights over several devices.
 
 Responsible for: the ZeRO stages, how many devices share one copy, over how many each layer is divided, and whose
 weights wait in host memory.
@@ -14,7 +14,7 @@ from dovetail.errors import ConfigError
 
 
 class ZeroStageConfig(FrozenModel):
-    """What the processes of a run divide of each model (Rajbhandari et al. 2019, arXiv:1910.02054), through FSDP2.
+    """The ZeRO stage of each model (Rajbhandari et al. 2019, arXiv:1910.02054), which FSDP2 carries out.
 
     0: nothing, every process holds all. 1: weights, gradients and optimiser states at rest; gradients are reduced once
     per step. 2: the same, and gradients are reduced after each micro-batch. 3: the same, and weights are gathered layer
@@ -30,8 +30,8 @@ class ZeroStageConfig(FrozenModel):
     reward_model: Literal[0, 3] = 0
     """The frozen reward model of PPO."""
     shard_over: Literal["all", "node"] | PositiveInt = "all"
-    """Processes that hold one copy of what is sharded: all; those of each machine (node); or so many neighbours. Each
-    group of them has a copy, and gradients are summed over the groups once per step (HSDP)."""
+    """The processes that shard one copy: all; those of each machine (node); or so many neighbours. Each group has a
+    copy, and gradients are summed over the groups once per step (HSDP)."""
 
     @model_validator(mode="after")
     def _groups_need_something_to_shard(self) -> Self:
@@ -43,7 +43,7 @@ class ZeroStageConfig(FrozenModel):
         return self
 
     def shard_size(self, *, processes: int, per_machine: int) -> int:
-        """How many of the run's processes hold one copy of what is sharded; per_machine: 0 if machines differ.
+        """Return how many of the run's processes shard one copy. per_machine: 0 if machines differ.
 
         Raises ConfigError if they cannot be grouped as asked for.
         """
@@ -68,7 +68,7 @@ class ZeroStageConfig(FrozenModel):
 
 
 class OffloadConfig(FrozenModel):
-    """What lives in host memory of each sharded model: weights, gradients and optimiser states.
+    """The sharded models whose weights, gradients and optimiser states live in host memory.
 
     Weights come to the device when they are needed, gradients leave it, and AdamW steps on the CPU.
     """
@@ -84,18 +84,18 @@ class OffloadConfig(FrozenModel):
 
     @property
     def models(self) -> list[str]:
-        """Those that are offloaded."""
+        """Return the models that are offloaded."""
         return [name for name, is_offloaded in self if is_offloaded]
 
 
 class TensorParallelConfig(FrozenModel):
-    """How many processes compute each layer together (Shoeybi et al. 2019, arXiv:1909.08053)."""
+    """The number of processes that compute each layer together (Shoeybi et al. 2019, arXiv:1909.08053)."""
 
     training: PositiveInt = 1
     """Neighbouring processes that compute each layer of every model together while it scores and learns, each with a
     slice of the layer's weights; the other processes work on other sequences and shard the slices (`zero_stage`)."""
     generation: Literal["auto"] | PositiveInt = "auto"
-    """Processes that hold one copy of the actor while answers are generated; groups of so many share the prompts.
+    """The number of processes that hold one copy of the actor while answers are generated; groups share the prompts.
     auto: 1 if by an estimate the whole model fits on a GPU beside what stays there, else as few as fit; 1 on a CPU."""
 
     def expect_supported(self, zero_stage: ZeroStageConfig, offload: OffloadConfig) -> None:

@@ -12,7 +12,7 @@ import yaml
 from dovetail.errors import ConfigError
 
 Path = tuple[str | int, ...]
-"""Where a value stands: keys and list indices from the root."""
+"""The place of a value: keys and list indices from the root."""
 
 
 class Located(NamedTuple):
