@@ -97,7 +97,7 @@ def test_an_item_written_as_a_short_string_can_be_reached_into(recipe: str) -> N
         ("sft.epochs=.inf", r"sft\.epochs = inf: should be a finite number", "Passes over"),
         ("ppo.kl_coefficient=.nan", r"ppo\.kl_coefficient = nan: should be a finite number", "Weight of"),
         ("sft.optimizer.betas=[0.9, 1.0]", r"betas\.1 = 1\.0: should be less than 1", "decay rates"),
-        ("stages=[]", r"stages = \[\]: this is a list of at least 1", "Which stages run"),
+        ("stages=[]", r"stages = \[\]: this is a list of at least 1", "The stages that run"),
         ("epochs", "'epochs' is not an override", "setting=value"),
         ("data.blend=[a", "not valid YAML", "brackets"),
     ],
