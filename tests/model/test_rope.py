@@ -7,12 +7,20 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config, PreTrainedConfig, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    FalconConfig,
+    LlamaConfig,
+    Phi3Config,
+    PreTrainedConfig,
+    Qwen2Config,
+)
 
 from dovetail.batches import pack
 from dovetail.engine import HybridEngine, Sampling
 from dovetail.model.copies import copy_of
 from dovetail.model.forward import token_logprobs
+from dovetail.model.probe import probe
 from dovetail.model.rope import rope_limit
 
 LIMIT = 24
@@ -31,6 +39,18 @@ CONFIGS: dict[str, PreTrainedConfig] = {
         **SHAPE, max_position_embeddings=256, original_max_position_embeddings=LIMIT, rope_parameters=LONGROPE
     ),
     "longrope of another class": Qwen2Config(**SHAPE, max_position_embeddings=256, rope_parameters=LONGROPE),
+    "dynamic, in attention of its own": FalconConfig(
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        initializer_range=0.3,
+        alibi=False,
+        max_position_embeddings=LIMIT,
+        rope_parameters=DYNAMIC,
+        bos_token_id=1,
+        eos_token_id=2,
+    ),
     "dynamic": LlamaConfig(**SHAPE, max_position_embeddings=LIMIT, rope_parameters=DYNAMIC),
 }
 
@@ -52,11 +72,13 @@ def alone(rope: str, ids: list[int]) -> torch.Tensor:
         return model_with(rope)(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
 
 
+@pytest.mark.filterwarnings("ignore:.*one text at a time")
 @pytest.mark.parametrize("lengths", [(10, 40), (40, 10), (LIMIT, 60, 33, LIMIT + 1)])
 @pytest.mark.parametrize("rope", CONFIGS)
 def test_packed_sequences_have_the_logprobs_that_each_has_alone(rope: str, lengths: tuple[int, ...]) -> None:
     rows = rows_of(*lengths)
     model = copy_of(model_with(rope))
+    probe(model)
     for _ in range(2):  # what was read before must not matter either
         batch = pack(rows, [[False] + [True] * (len(row) - 1) for row in rows])
         with torch.no_grad():
@@ -68,6 +90,7 @@ def test_packed_sequences_have_the_logprobs_that_each_has_alone(rope: str, lengt
         rows, lengths = rows[::-1], lengths[::-1]
 
 
+@pytest.mark.filterwarnings("ignore:.*reads every sequence again")
 @pytest.mark.parametrize("options", [{}, {"max_prefill_tokens": 7}, {"max_running": 2}])
 @pytest.mark.parametrize("rope", CONFIGS)
 def test_answers_that_outgrow_the_limit_are_read_anew_and_do_not_depend_on_their_neighbours(

@@ -26,7 +26,7 @@ from dovetail.model.modes import evaluation_mode
 from dovetail.model.plain_forward import attention_restored, plain_attention, plain_logits
 from dovetail.model.probe import probe, probe_rows, short_limits
 from dovetail.model.reading import is_probed, why_not_packed
-from dovetail.model.rope import rope_limit
+from dovetail.model.rope import depends_on_length
 from dovetail.model.tolerance import TOLERANCES, first_beyond, is_exact, nudged_embeddings
 
 Run = Callable[[Sequence[Answer], Listener], object]
@@ -69,7 +69,7 @@ def find_way(modules: PackedModules, model: PreTrainedModel, device: torch.devic
 
 
 def _slow_way(model: PreTrainedModel) -> SlowWay:
-    if rope_limit(model) is None:  # else the keys that a cache holds would be those of another length
+    if not depends_on_length(model):  # else the keys that a cache holds would be those of another length
         for way in _CACHED:
             slow = SlowGeneration(model, way, batch_size=_BATCH)
             if _fault(model, slow.run, slow.attention) is None:

@@ -28,7 +28,7 @@ from dovetail.model.layers import few_layers
 from dovetail.model.modes import evaluation_mode
 from dovetail.model.plain_forward import attention_restored, errors_T, plain_attention, plain_hidden_states
 from dovetail.model.reading import Reading, ReadingWay, packing_obstacle, remember_reading
-from dovetail.model.rope import rope_limit, unknown_rope
+from dovetail.model.rope import depends_on_length, give_sequences_their_rope
 from dovetail.model.shards import computing_device
 from dovetail.model.tolerance import TOLERANCES, first_beyond, is_exact, nudged_embeddings
 
@@ -45,6 +45,7 @@ def probe(model: Any) -> Reading:
     Raises ModelError for a model that does not read text from left to right.
     """
     inner = plain_model(model)
+    give_sequences_their_rope(inner.base_model)
     with evaluation_mode(inner), attention_restored(inner), short_limits(inner), _few_layers(inner):
         reading = _probed(inner)
     remember_reading(inner, reading)
@@ -76,8 +77,28 @@ def _few_layers(model: PreTrainedModel) -> AbstractContextManager[None]:
 
 
 def _probed(model: PreTrainedModel) -> Reading:
-    name = type(model).__name__
     rows = probe_rows(model)
+    plain_TD = _plain_rows(model, rows)
+    obstacle = packing_obstacle(model)
+    if not plain_TD.isfinite().all():
+        return Reading("packed" if obstacle is None else "padded", obstacle)
+    within = _judge(model, rows, plain_TD)
+    _expect_causal(model, rows, plain_TD, within)
+    if obstacle is None:
+        obstacle = _difference("packed", model, rows, plain_TD, within)
+        if obstacle is None:
+            return Reading("packed")
+        obstacle = f"{type(model).__name__} is not itself over packed batches ({obstacle})"
+    if depends_on_length(model):
+        return Reading("alone", f"{obstacle}, and a rope whose frequencies depend on the length read")
+    if _difference("padded", model, rows, plain_TD, within) is None:
+        return Reading("padded", obstacle)
+    return Reading("alone", obstacle)
+
+
+def _plain_rows(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> Tensor:
+    """[T, D]: each row read alone; raises ModelError for a class that cannot."""
+    name = type(model).__name__
     if model.base_model is model:
         raise ModelError(
             f"{name} is not supported: its class has no backbone apart from its head",
@@ -85,7 +106,7 @@ def _probed(model: PreTrainedModel) -> Reading:
         )
     try:
         with plain_attention(model):
-            plain_TD = torch.cat([plain_hidden_states(model, row) for row in rows])
+            return torch.cat([plain_hidden_states(model, row) for row in rows])
     except DovetailError:
         raise
     except Exception as error:  # whatever a class asks for beyond tokens
@@ -93,19 +114,6 @@ def _probed(model: PreTrainedModel) -> Reading:
             f"{name} is not supported: its backbone does not read the tokens of a text alone ({_first_line(error)})",
             hint="take another causal language model of text",
         ) from error
-    if not plain_TD.isfinite().all():
-        return Reading("packed" if packing_obstacle(model) is None else "padded", packing_obstacle(model))
-    within = _judge(model, rows, plain_TD)
-    _expect_causal(model, rows, plain_TD, within)
-    obstacle = packing_obstacle(model)
-    if obstacle is None:
-        obstacle = _difference("packed", model, rows, plain_TD, within)
-        if obstacle is None:
-            return Reading("packed")
-        obstacle = f"{name} is not itself over packed batches ({obstacle})"
-    if _difference("padded", model, rows, plain_TD, within) is None:
-        return Reading("padded", obstacle)
-    return Reading("alone", obstacle)
 
 
 def probe_rows(model: PreTrainedModel) -> list[list[int]]:
@@ -179,7 +187,7 @@ def _expect_causal(
     row = rows[0]
     kept = len(row) * 3 // 4
     others = [[*row[:kept], *reversed(row[kept:])]]
-    if rope_limit(model) is None and unknown_rope(model) is None:  # else a shorter row is read in another way
+    if not depends_on_length(model):  # else a shorter row is read in another way
         others.append(row[:kept])
     with plain_attention(model):
         found = [plain_hidden_states(model, other) for other in others]

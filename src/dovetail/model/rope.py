@@ -77,6 +77,11 @@ def reread_at(model: Any, length: int) -> bool:
     return any(before != after for before, after in apart)
 
 
+def depends_on_length(model: Any) -> bool:
+    """Whether a longer text is read with other frequencies, in modules that are known here or not."""
+    return rope_limit(model) is not None or unknown_rope(model) is not None
+
+
 def rope_limit_in(config: Any) -> int | None:
     """`rope_limit` of a model with this config, as far as the config names it."""
     text = config.get_text_config()
