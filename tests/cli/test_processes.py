@@ -1,5 +1,6 @@
 """What `dovetail train` makes of flags about processes: a run, ranks, or commands for several machines."""
 
+import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -241,3 +242,28 @@ def test_the_exit_code_is_that_of_the_failure(
 def test_flags_about_machines_are_taken_out_in_both_spellings() -> None:
     given = ["train", "a=b", "--num-gpus=2", "--hostfile", "h", "--data", "x", "--rdzv-id=r", "--seed", "1"]
     assert without_launch_flags(given) == ["train", "a=b", "--data", "x", "--seed", "1"]
+
+
+class TorchLogLevel:
+    """A finder of modules that notes the log level which torch would read where a module imports it."""
+
+    def __init__(self, module: str) -> None:
+        self.module, self.found = module, list[str | None]()
+
+    def find_spec(self, name: str, *_: Any) -> None:
+        if name == self.module:
+            self.found.append(os.environ.get("TORCH_CPP_LOG_LEVEL"))
+
+
+def test_a_launcher_s_torch_keeps_quiet_of_lost_peers_and_its_processes_do_not(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("TORCH_CPP_LOG_LEVEL")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(tiny_run(tmp_path).model_dump(mode="json")))
+    finder = TorchLogLevel("dovetail.stages.checks")
+    monkeypatch.setattr(sys, "meta_path", [finder, *sys.meta_path])
+    monkeypatch.delitem(sys.modules, finder.module)
+    assert run("train", str(recipe), "device=mps", "--num-gpus", "2")[0] == 2  # before anything is started
+    assert finder.found == ["ERROR"]
+    assert "TORCH_CPP_LOG_LEVEL" not in os.environ

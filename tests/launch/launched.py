@@ -25,10 +25,13 @@ class Launched:
                 signal.signal(number, signal.SIG_IGN if number in ignores else signal.SIG_DFL)
 
         self.run = run
+        as_a_user_has_it = {
+            name: value for name, value in os.environ.items() if name != "TORCH_CPP_LOG_LEVEL"
+        }
         path = os.pathsep.join([str(STAND_IN), os.environ.get("PYTHONPATH", "")])
         self.process = subprocess.Popen(
             [sys.executable, "-m", "dovetail", "train", "opt-125m", f"output_dir={run}", *arguments],
-            env={**os.environ, "PYTHONPATH": path, "DEED": deed, **environment},
+            env={**as_a_user_has_it, "PYTHONPATH": path, "DEED": deed, **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

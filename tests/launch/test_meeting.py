@@ -3,8 +3,11 @@
 import socket
 import threading
 from collections.abc import Iterator
+from datetime import timedelta
+from threading import Timer
 
 import pytest
+import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.elastic.rendezvous import RendezvousInfo
 from torch.distributed.launcher.api import LaunchConfig
@@ -64,3 +67,16 @@ def test_a_machine_that_leaves_has_no_thread_left_and_does_not_end_the_run(meeti
     meeting.leave()
     assert not heartbeats()
     assert not meeting.is_closed()
+
+
+def test_a_store_whose_peer_ends_prints_nothing_of_torch_s(capfd: pytest.CaptureFixture[str]) -> None:
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=30))
+    client = TCPStore("127.0.0.1", store.port, is_master=False, timeout=timedelta(seconds=30))
+    held = [store]
+    del store
+    end = Timer(0.05, held.clear)
+    end.start()
+    with pytest.raises(dist.DistNetworkError):
+        client.get("never set")
+    end.join()
+    assert capfd.readouterr().err == ""
