@@ -145,6 +145,7 @@ def test_too_few_held_out_rows_are_told_with_the_remedy(tmp_path: Path) -> None:
         config(tmp_path, SourceConfig(path=path, stages=("sft",)), held_out_fraction=2 * fraction),
         config(tmp_path, SourceConfig(path=path, stages=("sft",)), held_out_fraction=0),
         config(tmp_path, SourceConfig(path=path, stages=("sft",), held_out=True)),
+        config(tmp_path, SourceConfig(path=path, stages=("sft",), held_out=False)),
     ):
         assert load_stage(settled, "sft", "held_out").report.notes == ()
 

@@ -102,11 +102,11 @@ def load_stage(config: DataConfig, kind: Kind, part: Part) -> StageRows[Any]:
         records += found
         source_of += [index] * len(found)
         counts.append(counted)
-    report = DataReport(
-        stage=kind, part=part, sources=tuple(counts), notes=_few_held_out(counts, part, config)
-    )
+    report = DataReport(stage=kind, part=part, sources=tuple(counts))
     owners = np.array(source_of, dtype=np.int32)
     if part == "held_out":
+        asked = [source for source, _ in shares]
+        report = report.with_notes(_few_held_out(counts, asked, config.held_out_fraction))
         return _capped(records, owners, report, config)
     if not records:
         raise _nothing_to_learn_from(kind, report)
@@ -245,16 +245,19 @@ def _capped(
     return StageRows([records[i] for i in kept], source_of, None, order, config.seed, report)
 
 
-def _few_held_out(counts: Sequence[SourceCounts], part: Part, config: DataConfig) -> tuple[str, ...]:
-    """Say that too few rows are held out, unless the configuration asks for none, and what to do."""
+def _few_held_out(
+    counts: Sequence[SourceCounts], asked: Sequence[SourceConfig], fraction: float
+) -> list[str]:
+    """Return a note if fewer rows are held out than one can judge by, although a source is to give some."""
     held_out, total = sum(c.rows for c in counts), sum(c.rows_of_stage for c in counts)
-    if part == "train" or held_out >= FEWEST_HELD_OUT or (held_out == 0 and not config.held_out_fraction):
-        return ()
-    fraction = min(LARGEST_FRACTION, math.ceil(200 * FEWEST_HELD_OUT / max(total, 1)) / 100)
-    return (
-        f"{held_out:,} of {total:,} rows are held out: too few to judge by. Set data.held_out_fraction={fraction:g}, "
-        "or list rows of your own for it with held_out: true",
-    )
+    is_wanted = any(fraction > 0 if source.held_out is None else source.held_out for source in asked)
+    if held_out >= FEWEST_HELD_OUT or not is_wanted:
+        return []
+    proposed = min(LARGEST_FRACTION, math.ceil(200 * FEWEST_HELD_OUT / max(total, 1)) / 100)
+    return [
+        f"{held_out:,} of {total:,} rows are held out: too few to judge by. Set data.held_out_fraction={proposed:g}, "
+        "or list more rows in a source with held_out: true"
+    ]
 
 
 def _weights(sources: Sequence[SourceConfig]) -> tuple[float, ...] | None:

@@ -20,6 +20,8 @@ from typing import Any
 _HALF_A_PAIR = re.compile("[\ud800-\udfff]")
 _LARGEST_EXACT = 2**53
 """From here on a float stands for several whole numbers."""
+_NOT_A_LITERAL = (ValueError, TypeError, SyntaxError, MemoryError, RecursionError)
+"""Whatever `ast.literal_eval` raises."""
 _STEP = re.compile(r"\.?([^.\[\]]+)|\[(\d*)\]")
 
 
@@ -67,8 +69,10 @@ def as_text(value: Any, column: str) -> str:
     """
     if isinstance(value, str):
         return expect_characters(value, column)
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-        return str(int(value) if value == int(value) and abs(value) < _LARGEST_EXACT else value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(value, float) and math.isfinite(value):
+        return str(int(value) if value.is_integer() and abs(value) < _LARGEST_EXACT else value)
     raise BadRowError(f"{column} should be text, but is {describe(value)}")
 
 
@@ -85,7 +89,7 @@ def number_of(value: Any, column: str) -> float:
     """The value as a finite number, or a BadRowError that says what it is."""
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise BadRowError(f"{column} should be a number, but is {describe(value)}") from None
     if not math.isfinite(number):
         raise BadRowError(f"{column} should be a finite number, but is {number}")
@@ -120,7 +124,7 @@ def parsed(value: Any) -> Any:
 def _literal(text: str) -> Any:
     with contextlib.suppress(ValueError):
         return json.loads(text)
-    with warnings.catch_warnings(), contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+    with warnings.catch_warnings(), contextlib.suppress(*_NOT_A_LITERAL):
         warnings.simplefilter("ignore")  # Python warns of escapes that it does not know
         return ast.literal_eval(text.strip())
     return text

@@ -99,7 +99,8 @@ def _expect_wanted(row: Row) -> None:
         if row.get(column) is False or row.get(column) in ("False", "false"):
             raise BadRowError(
                 f"{column} is false: people did not want this answer, and a demonstration is imitated",
-                hint="remove such rows, or pair them with wanted answers as chosen and rejected",
+                hint="remove such rows, or pair them with wanted answers as chosen and rejected; rename the column "
+                "if it means something else",
             )
 
 

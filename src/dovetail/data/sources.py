@@ -113,7 +113,7 @@ def _verdict(row: Mapping[str, Any], source: SourceConfig) -> Any:
     value = value_of(row, source.preference)
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return str(value)
 
 
