@@ -1,4 +1,4 @@
-"""How likely a model finds the tokens of a prompt.
+"""The probability that a model gives to the tokens of a prompt.
 
 Responsible for: log-probability and rank of each token of a given sequence, and the likeliest tokens at its place.
 Not responsible for: the tokens that are drawn (sampling.py).
@@ -23,12 +23,12 @@ from dovetail.model.forward import hidden_states
 from dovetail.model.linear_logprobs import head_of
 
 _CHUNK_BYTES = 256 * 2**20
-"""Of the logits that are held at once."""
+"""The size of the logits that are held at once."""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenScore:
-    """What a model says of one token of a sequence, from those before it."""
+    """The judgement of a model on one token of a sequence, from those before it."""
 
     logprob: float
     rank: int

@@ -25,7 +25,7 @@ except ImportError:  # Windows has no flock: there two processes can write one f
     fcntl = None  # type: ignore[assignment]
 
 Settings = Mapping[str, str | int | float | None]
-"""What decides the answers, by the names that the message about a difference shows."""
+"""All that decides the answers, by the names that the message about a difference shows."""
 
 _ANEW = "choose another --output, or remove this file to begin anew"
 

@@ -164,7 +164,7 @@ class ChatModel:
     def _encoded(
         self, conversations: Sequence[Conversation], refuse: OnRefusal
     ) -> list[tuple[int, list[int]]]:
-        """Place and tokens of each conversation that the chat template takes."""
+        """Encode each conversation that the chat template takes, and return its place and tokens."""
         try:
             return list(enumerate(self._prompts(conversations)))  # all at once is much faster
         except DataError:

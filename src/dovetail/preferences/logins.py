@@ -17,7 +17,7 @@ from dovetail.preferences.database import Store
 from dovetail.preferences.schema import Login
 
 LOGIN_SECONDS = 30 * 24 * 3600
-"""How long a browser stays logged in."""
+"""A browser stays logged in so long."""
 
 
 def begin_login(store: Store, token: str) -> str | None:

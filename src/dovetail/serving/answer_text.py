@@ -24,18 +24,18 @@ class Echo:
     text: str
     ids: Sequence[int]
     added: str
-    """What the tokenizer put in front of the text: its first token, or a space."""
+    """The text that the tokenizer put in front: its first token, or a space."""
 
     @classmethod
     def of(cls, prompt: str | Sequence[int], ids: Sequence[int], chat: ChatFormat) -> Echo:
-        """A prompt as it was given; one that the tokenizer changes, or that is tokens, as the model reads it."""
+        """Make the echo of a prompt: its text as given, or as the model reads it where the tokenizer changes it."""
         read = TokenTexts(chat).decode(ids)
         if isinstance(prompt, str) and read.endswith(prompt):
             return cls(prompt, ids, read.removesuffix(prompt))
         return cls(read, ids, "")
 
     def listed(self, texts: TokenTexts, scores: Sequence[TokenScore], count: int) -> list[ListedToken]:
-        """All its tokens beside its text, each with `count` of the likeliest at its place."""
+        """List all its tokens beside its text, each with `count` of the likeliest at its place."""
         listing = TokenListing(texts, TextStream(texts.decode), lists_all=True)
         listing.read([ScoredToken(self.ids[0], None)])
         for token_id, score in zip(self.ids[1:], scores, strict=True):
@@ -44,7 +44,7 @@ class Echo:
 
 
 class AnswerText:
-    """What is shown of one answer, piece by piece."""
+    """The text and tokens of one answer that are shown, piece by piece."""
 
     def __init__(
         self,
@@ -87,7 +87,7 @@ class AnswerText:
         return before + text, listed
 
     def _prompt(self, scores: Sequence[TokenScore]) -> tuple[str, list[ListedToken]]:
-        """The prompt and its tokens, once."""
+        """Return the prompt and its tokens, the first time."""
         echo, self._echo = self._echo, None
         if echo is None:
             return "", []
@@ -96,7 +96,7 @@ class AnswerText:
         return echo.text, echo.listed(self._texts, scores, self._num_top)
 
     def _drawn(self, progress: Progress) -> Iterable[ScoredToken]:
-        """The drawn tokens; the one that ended the answer is listed only where all of them are."""
+        """Yield the drawn tokens; the one that ended the answer only where all of them are listed."""
         tops: Sequence[TopLogprobs] = progress.top_logprobs or [()] * len(progress.token_ids)
         assert self._listing is not None
         for token_id, logprob, top in zip(progress.token_ids, progress.logprobs, tops, strict=True):

@@ -46,7 +46,7 @@ class Wanted:
     num_choices: int
     """Answers to each prompt."""
     num_prompt_top: int | None = None
-    """Score the prompts' own tokens, with so many of the likeliest at each place; None: do not score them."""
+    """The number of likeliest tokens to list at each place of the prompts; None: they are not scored."""
 
 
 class Answering:
@@ -62,7 +62,7 @@ class Answering:
         self._news: asyncio.Queue[tuple[int, Progress]] = asyncio.Queue()
         indices = range(len(wanted.prompts) * wanted.num_choices)
         self.prompts = [wanted.prompts[index // wanted.num_choices] for index in indices]
-        """Of each answer."""
+        """The prompt of each answer."""
         self._tickets = [
             Ticket(
                 self.prompts[index],
@@ -75,7 +75,7 @@ class Answering:
         ]
         self._texts = [new_text(index // wanted.num_choices) for index in indices]
         self.prompt_scores: list[Sequence[TokenScore]] = [() for _ in indices]
-        """Of the prompt of each answer, from its first piece on, where they are asked for."""
+        """The scores of each answer's prompt, from its first piece on, where they are asked for."""
         self.num_prompt_tokens = sum(map(len, wanted.prompts))
         self.num_tokens = 0
         """Drawn so far, in all answers, the tokens that ended them included."""

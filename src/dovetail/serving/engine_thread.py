@@ -47,7 +47,7 @@ class Progress:
     top_logprobs: Sequence[TopLogprobs] = ()
     """Of each token, where they were asked for."""
     prompt_scores: Sequence[TokenScore] = ()
-    """Of each token of the prompt but the first, once, where they were asked for."""
+    """The scores of the prompt's tokens but the first, told once where they were asked for."""
     finish_reason: FinishReason | None = None
     error: Exception | None = None
     """The engine failed; nothing more will come."""
@@ -62,7 +62,7 @@ class Ticket:
     seed: int
     on_progress: Callable[[Progress], None]
     num_prompt_top: int | None = None
-    """Score the prompt's own tokens, and list so many of the likeliest at each place; None: do not score."""
+    """The number of likeliest tokens to list at each place of the prompt; None: it is not scored."""
     prompt_scores: Sequence[TokenScore] = ()
     num_told: int = 0
     is_cancelled: bool = False
@@ -135,7 +135,7 @@ class EngineThread:
 
     @property
     def can_answer(self) -> bool:
-        """Whether the engine runs, and has not failed again and again since it drew its last token."""
+        """Return whether the engine runs and has not failed again and again since it drew its last token."""
         is_alive = self._thread is not None and self._thread.is_alive()
         return is_alive and self._num_failures < _FAILURES_IN_A_ROW
 
@@ -235,7 +235,7 @@ class EngineThread:
         return [ticket.answer for ticket in arrived if self._score_prompt(ticket, scored)]
 
     def _score_prompt(self, ticket: Ticket, scored: PromptScores) -> bool:
-        """Score the prompt where that is asked for; False: it failed, and was told."""
+        """Score the prompt where that is asked for; return False where that failed, which the listener is told."""
         try:
             scored.give(ticket)
         except Exception as error:  # most often memory; the others' answers go on

@@ -37,7 +37,9 @@ class RequestLimits:
     max_choices: int = 16
     """Answers that one request may ask for, all its prompts together."""
     requests_per_minute: float | None = None
-    """Of one key, or of one address where no keys are asked for. Of one address also wrong keys and logins."""
+    """The rate of one key, or of one address where no keys are asked for; wrong keys and logins count for
+    their address.
+    """
 
 
 class Rate:

@@ -88,7 +88,7 @@ class SamplingRequest(Request):
         dict[str, Any] | None, AfterValidator(_only_empty), Field(json_schema_extra={"maxProperties": 0})
     ] = None
     prompt_logprobs: Annotated[int, Field(ge=0, le=20), _WHOLE] | None = None
-    """vLLM's: how likely the prompt's own tokens are, with so many of the likeliest at each place."""
+    """The number of likeliest tokens to list at each place of the prompt, beside its own token; from vLLM."""
     user: str | None = None
     """Taken for compatibility; changes nothing and is not stored. So are the next two."""
     safety_identifier: str | None = None
@@ -172,7 +172,7 @@ class PromptToken(BaseModel):
 
 
 PromptLogprobs = list[dict[str, PromptToken] | None]
-"""Of each place the tokens by id: the prompt's own and the likeliest. None for the first, before which is nothing."""
+"""One entry for each place: tokens by id, the prompt's own and the likeliest; None for the first."""
 
 
 class TopLogprob(BaseModel):
@@ -231,7 +231,7 @@ class TextLogprobs(BaseModel):
     """None for the first token of a prompt that is repeated: there is nothing before it."""
     top_logprobs: list[dict[str, float] | None] | None
     text_offset: list[int]
-    """Where each token begins in the text."""
+    """The place at which each token begins in the text."""
 
 
 class TextChoice(BaseModel):

@@ -68,11 +68,11 @@ class _Named:
         return {"id": self._name, "object": kind, "created": self._created, "model": self._model}
 
     def response(self, answering: Answering, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        """The whole response."""
+        """Return the whole response."""
         return {**self.envelope(is_chunk=False), "choices": choices, "usage": _usage(answering)}
 
     def _prompt_logprobs(self, answering: Answering, index: int) -> list[dict[str, Any] | None]:
-        """Of the prompt of one answer, in vLLM's form: by token id, the token itself and the likeliest."""
+        """List the log-probabilities of an answer's prompt as vLLM does: by id, the token and the likeliest."""
         assert self._num_prompt_logprobs is not None
         texts, count = TokenTexts(self._chat), self._num_prompt_logprobs
 
@@ -133,7 +133,7 @@ class ChatForm(_Named):
         }
 
     def response(self, answering: Answering, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        """The whole response; all its answers have one prompt."""
+        """Return the whole response; all its answers have one prompt."""
         whole = super().response(answering, choices)
         if self._num_prompt_logprobs is not None:
             whole["prompt_logprobs"] = self._prompt_logprobs(answering, 0)
@@ -167,7 +167,7 @@ class TextForm(_Named):
         }
 
     def response(self, answering: Answering, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        """The whole response; each choice has its own prompt."""
+        """Return the whole response; each choice has its own prompt."""
         if self._num_prompt_logprobs is not None:
             for index, choice in enumerate(choices):
                 choice["prompt_logprobs"] = self._prompt_logprobs(answering, index)

@@ -37,13 +37,13 @@ class ListedToken:
 
     text: str
     offset: int
-    """Where it begins in the text."""
+    """The place at which it begins in the text."""
     logprob: float | None
     top_logprobs: Sequence[tuple[str, float]]
 
 
 class TokenTexts:
-    """How the single tokens of one tokenizer read."""
+    """The texts of the single tokens of one tokenizer."""
 
     def __init__(self, chat: ChatFormat) -> None:
         self._tokenizer = chat.tokenizer

@@ -27,7 +27,7 @@ SAMPLING: Mapping[str, tuple[Any, ...]] = {
     "return_tokens_as_token_ids": (False,),
     "priority": (0,),
 }
-"""Of chat and text completions alike."""
+"""Parameters of chat and text completions alike."""
 
 CHAT: Mapping[str, tuple[Any, ...]] = {
     **SAMPLING,

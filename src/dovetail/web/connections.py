@@ -22,7 +22,7 @@ PATIENCE_SECONDS = 30.0
 
 
 class PatientProtocol(H11Protocol):
-    """HTTP/1.1 that ends with who does not go on."""
+    """A connection that closes when its client does not go on."""
 
     _patience: TimerHandle | None = None
     _has_begun = False
