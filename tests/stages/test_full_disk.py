@@ -44,7 +44,9 @@ def disk_full_at(folder: Path, before: dict[str, bytes]) -> Any:
     save = PreTrainedModel.save_pretrained
 
     def save_pretrained(model: PreTrainedModel, place: str | Path, **options: Any) -> None:
-        if Path(place).name != f".{folder.name}.unfinished" or Path(place).parent != folder.parent:
+        is_trial = not options["state_dict"]  # before the first step everything but the weights is written
+        is_other = Path(place).name != f".{folder.name}.unfinished" or Path(place).parent != folder.parent
+        if is_trial or is_other:
             save(model, place, **options)
             return
         before.update(contents(Path(folder).parents[1]))
