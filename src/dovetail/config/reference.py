@@ -39,7 +39,7 @@ class _Group:
     path: str
     model: type[BaseModel]
     default: BaseModel | None
-    """What the group is where nothing is set; None for the run itself, and for a group that is absent then."""
+    """The group where nothing is set; None for the run itself, and for a group that is absent then."""
     meaning: str = ""
 
     def defaults(self) -> dict[str, str]:

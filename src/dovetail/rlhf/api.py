@@ -89,7 +89,7 @@ class RLHFEngine:
         )
 
     def _reach(self, prompts: Sequence[Conversation]) -> int:
-        """The most tokens of a prompt, by the longest text, with its answer."""
+        """Estimate the most tokens of a prompt with its answer, from the longest text."""
         longest = max(
             map(as_messages, prompts), key=lambda turns: sum(len(turn["content"]) for turn in turns)
         )

@@ -63,8 +63,10 @@ class Context:
         )
 
     def is_done(self, stage: StageName) -> bool:
-        """Whether the stage has finished, as the first process sees it: what others see of a shared folder may be a
-        minute old. A collective."""
+        """Return whether the stage has finished, as the first process sees it. A collective.
+
+        The other processes' view of a shared folder may be a minute old.
+        """
         return self.world.from_first(self.folder.is_done(stage))
 
     def checkpoints(self, stage: str, settings: StageConfig) -> Checkpoints:

@@ -290,7 +290,7 @@ def centre_on_demonstrations(
 
 
 def longest_row(rows: TokenizedRows | TokenizedComparisons) -> list[int]:
-    """The tokens of the longest row, or of the longest answer with its prompt."""
+    """Return the tokens of the longest row, or of the longest answer with its prompt."""
     starts = rows.columns["starts"]
     longest = int(np.diff(starts).argmax())
     tokens: list[int] = rows.columns["tokens"][starts[longest] : starts[longest + 1]].tolist()

@@ -13,10 +13,10 @@ from dovetail.text.content_hash import content_hash
 
 
 class SameData:
-    """What a stage learns from, as a part of its state."""
+    """The fingerprints of what a stage learns from, as a part of its state."""
 
     def __init__(self, stage: Path, chat: ChatFormat, *rows: str) -> None:
-        """stage: its folder. rows: fingerprints of what it learns from and is judged on."""
+        """Take the stage's folder, its chat format, and fingerprints of the rows it learns from and is judged on."""
         self._stage = stage
         self._now = {"rows": content_hash(*rows), "tokenizer or chat template": chat.fingerprint}
 

@@ -22,7 +22,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopRequest:
-    """Whether a signal has asked any process of `world` to end."""
+    """The request of a signal that the processes of `world` end."""
 
     def __init__(self, world: World, pace: Pace | None = None) -> None:
         self.pace = pace or Pace(world)

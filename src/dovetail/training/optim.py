@@ -47,8 +47,8 @@ class _Slot:
     exp_avg_sq: Tensor
     has_master: bool
     master_gradient: Tensor | None = None
-    """Of the micro-batches so far; only with a master. In the parameter's precision while there is one, float32
-    once there are several."""
+    """The gradient of the micro-batches so far, where there is a master: in the parameter's precision after one
+    micro-batch, in float32 after several."""
 
     def gradient(self) -> Tensor | None:
         if self.has_master:

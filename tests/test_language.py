@@ -1,0 +1,69 @@
+"""Docstrings are sentences that a reader from another country understands: they begin with a verb or a noun phrase."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+SOURCE = Path(__file__).parent.parent / "src" / "dovetail"
+STILL_TO_REWRITE = {
+    *("cli", "compat", "data", "engine", "inference", "labelling", "launch", "model", "preferences"),
+    *("serving", "text", "web"),
+}
+"""Packages whose docstrings were written before the rule. The list only shrinks."""
+FRAGMENTS = {
+    *("As", "At", "Between", "By", "For", "From", "How", "In", "Of", "On", "To", "What", "When", "Where"),
+    *("Which", "Who", "Whoever", "Whose", "With", "Within", "Nobody", "Somebody", "Everybody", "Whether"),
+}
+"""First words of sentences without a subject. A class, a module or a predicate may not begin with one either, but a
+boolean field or property may begin with Whether."""
+
+
+def files() -> list[Path]:
+    parts = [path for path in sorted(SOURCE.iterdir()) if path.name not in STILL_TO_REWRITE]
+    return [file for path in parts for file in ([path] if path.is_file() else sorted(path.rglob("*.py")))]
+
+
+def docstrings(tree: ast.Module) -> Iterator[tuple[int, str, bool]]:
+    """Yield (line, text, whether it may begin with Whether) of all docstrings, those of fields included."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            text = ast.get_docstring(node)
+            is_property = any(
+                isinstance(mark, ast.Name) and mark.id == "property"
+                for mark in getattr(node, "decorator_list", ())
+            )
+            if text:
+                yield getattr(node, "lineno", 1), text, is_property
+        if isinstance(node, ast.Module | ast.ClassDef):
+            for field, after in zip(node.body, node.body[1:], strict=False):
+                is_text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+                if (
+                    isinstance(field, ast.AnnAssign | ast.Assign)
+                    and is_text
+                    and isinstance(after.value.value, str)
+                ):
+                    yield after.lineno, after.value.value, True
+
+
+def test_no_docstring_begins_without_a_subject_or_a_verb() -> None:
+    found = [
+        f"{file.relative_to(SOURCE)}:{line}: {text.splitlines()[0]}"
+        for file in files()
+        if file.suffix == ".py"
+        for line, text, may_ask in docstrings(ast.parse(file.read_text(encoding="utf-8")))
+        if (word := text.split()[0].strip("`,.:")) in FRAGMENTS and not (may_ask and word == "Whether")
+    ]
+    assert found == []
+
+
+def test_the_docstrings_of_functions_are_imperative_and_end_like_sentences() -> None:
+    paths = [str(file) for file in files() if file.suffix == ".py"]
+    command = [sys.executable, "-m", "ruff", "check", "--select", "D401,D415", "--output-format", "concise"]
+    done = subprocess.run([*command, *paths], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def test_a_package_that_is_not_rewritten_yet_still_needs_it() -> None:
+    assert {name for name in STILL_TO_REWRITE if not (SOURCE / name).is_dir()} == set()
