@@ -78,7 +78,7 @@ def floor_ms(model: PreTrainedModel, options: argparse.Namespace, dtype: torch.d
 def period(
     model: PreTrainedModel, options: argparse.Namespace, device: torch.device
 ) -> tuple[list[float], dict[str, tuple[float, float]]]:
-    """Milliseconds from each step to the next, and the kernels of a step if they are asked for."""
+    """Measure milliseconds from each step to the next, and the kernels of a step if they are asked for."""
     modules = HybridEngine(model).modules
     shape = modules.kv_shape()
     assert shape is not None
@@ -100,7 +100,7 @@ def period(
 
 
 def filled(shape: KVShape, options: argparse.Namespace, device: torch.device) -> tuple[list[Answer], KVArena]:
-    """Answers whose prompts are as good as read."""
+    """Make answers whose prompts are as good as read, and their arena."""
     pages = pages_for(options.prompt + options.new + 8)
     arena = KVArena(shape, pages * options.batch, device, dense=False)
     for layer in arena._storage:
@@ -133,7 +133,7 @@ def steps(decoder: graphs.GraphDecoder, answers: Sequence[Answer], count: int) -
 
 
 def kernels_of(trace: Any, count: int) -> dict[str, tuple[float, float]]:
-    """Calls and milliseconds a step of every kernel, the longest first."""
+    """Sum up calls and milliseconds a step of every kernel, the longest first."""
     found: dict[str, list[float]] = defaultdict(lambda: [0, 0.0])
     for event in trace.events():
         if event.device_type == torch.autograd.DeviceType.CUDA:

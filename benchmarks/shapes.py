@@ -25,7 +25,7 @@ from transformers import (
 
 
 class Ceiling(NamedTuple):
-    """What a card reaches at best."""
+    """The rates that a card reaches at best."""
 
     bytes_per_second: float
     """Reading device memory."""
@@ -38,7 +38,7 @@ CEILINGS = {"H200": Ceiling(4.455e12, 717e12), "H100": Ceiling(3.02e12, 811e12)}
 
 
 def ceiling() -> Ceiling:
-    """Return that of the card that runs, or an H100's on other machines."""
+    """Return the rates of the card that runs, or an H100's on other machines."""
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     return next((found for part, found in CEILINGS.items() if part in name), CEILINGS["H100"])
 

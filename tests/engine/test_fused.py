@@ -11,9 +11,13 @@ import torch
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    GPT2Config,
+    GPTNeoXConfig,
     GraniteConfig,
     LlamaConfig,
     Olmo2Config,
+    OPTConfig,
+    Phi3Config,
     PretrainedConfig,
     Qwen2Config,
 )
@@ -38,6 +42,23 @@ RELATIVES: dict[str, Callable[[], PretrainedConfig]] = {
         **_SHAPE, attention_bias=True, mlp_bias=True, tie_word_embeddings=True,
         rope_parameters={"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0,
                          "original_max_position_embeddings": 128},
+    ),
+    "gpt-neox, one branch after the other": lambda: GPTNeoXConfig(
+        **_SHAPE, use_parallel_residual=False, rope_parameters={"rope_type": "default", "rope_theta": 10000.0,
+                                                                "partial_rotary_factor": 0.5},
+    ),
+    "gpt2 with scores scaled by layer": lambda: GPT2Config(
+        vocab_size=258, bos_token_id=None, eos_token_id=256, n_embd=32, n_layer=2, n_head=4, n_positions=512,
+        initializer_range=0.2,
+        scale_attn_by_inverse_layer_idx=True, activation_function="relu",
+    ),
+    "opt without biases or a last norm": lambda: OPTConfig(
+        vocab_size=258, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4,
+        word_embed_proj_dim=32, max_position_embeddings=512, init_std=0.2, enable_bias=False,
+        _remove_final_layer_norm=True, activation_function="gelu",
+    ),
+    "phi3 that turns half of each head": lambda: Phi3Config(
+        **_SHAPE, rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
     ),
     "qwen2 with one window": lambda: Qwen2Config(
         **_SHAPE, use_sliding_window=True, sliding_window=5, max_window_layers=1

@@ -13,7 +13,7 @@ from dovetail.engine import HybridEngine, fused_ops
 from dovetail.engine.architecture import Architecture, FeedForward, Join, Linear, Norm, NormKind
 from dovetail.engine.fused import fused_step
 from dovetail.engine.fused_ops import Branch
-from dovetail.engine.kv_cache import KVArena, KVShape
+from dovetail.engine.kv_cache import KVArena
 from dovetail.model.lora import add_lora
 from tests.engine.test_fused import RELATIVES, model_of, run
 from tests.fakes import TINY
@@ -170,12 +170,10 @@ def logits_of(model: Any, past: list[Tensor], num_rows: int, *, is_fused: bool) 
 @pytest.mark.parametrize("name", [*TINY, *RELATIVES])
 def test_the_step_is_as_near_to_float32_as_the_modules(name: str, dtype: torch.dtype, num_rows: int) -> None:
     model = model_of(name, dtype).cuda()
-    config = model.config
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    shape = KVShape(config.num_hidden_layers, heads, width, dtype)
+    shape = HybridEngine(model).modules.kv_shape()
+    assert shape is not None
     generator = torch.Generator("cuda").manual_seed(1)
-    size = (2, 4 * num_rows, heads, 64, width)
+    size = (2, 4 * num_rows, shape.num_heads, 64, shape.head_width)
     past = [torch.randn(size, device="cuda", generator=generator).to(dtype) for _ in range(shape.num_layers)]
     exact = logits_of(
         model_of(name, dtype).float().cuda(), [x.float() for x in past], num_rows, is_fused=False

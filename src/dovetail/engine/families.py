@@ -43,7 +43,7 @@ from dovetail.engine.parameters import (
 
 @dataclass(frozen=True, slots=True)
 class AttentionCall:
-    """What a layer hands to attention beside its queries, keys and values."""
+    """The options and sizes with which a layer calls attention."""
 
     num_heads: int
     num_key_heads: int
@@ -85,7 +85,7 @@ class _Recorder:
         sliding_window: int | None,
         softcap: float | None,
     ) -> Tensor:
-        """Attention of a token to itself alone is its value."""
+        """Note the call, and return the value: that is attention of a token to itself alone."""
         num_heads, num_key_heads, width = query.shape[1], key.shape[1], query.shape[-1]
         scaling = width**-0.5 if scaling is None else scaling
         self.calls[module.layer_idx] = AttentionCall(
@@ -125,24 +125,10 @@ def _opt(model: Any, calls: Sequence[AttentionCall]) -> Architecture:
         (norm_of(layer.self_attn_layer_norm), norm_of(layer.final_layer_norm)) for layer in decoder.layers
     ]
     last = () if decoder.final_layer_norm is None else (norm_of(decoder.final_layer_norm),)
-    is_before = decoder.layers[0].do_layer_norm_before
-    if is_before:
+    if decoder.layers[0].do_layer_norm_before:
         first, joined = _norms_before(layers, norms, last)
     else:
-        first, joined = (
-            Join(),
-            tuple(
-                Layer(
-                    attention=attention,
-                    attention_join=Join(norms=(one,), keeps_normed=True),
-                    feed_forward=feed_forward,
-                    feed_forward_join=Join(norms=(two,), keeps_normed=True),
-                )
-                for (attention, feed_forward), (one, two) in zip(layers, norms, strict=True)
-            ),
-        )
-        if last:
-            raise UnreadableError("its norms stand both after and before the branches")
+        first, joined = _norms_after(layers, norms)
     return Architecture(
         embedding_VD=decoder.embed_tokens.weight.data,
         positions_PD=decoder.embed_positions.weight.data,
@@ -209,19 +195,7 @@ def _gpt_neox(model: Any, calls: Sequence[AttentionCall]) -> Architecture:
     ]
     last = (norm_of(decoder.final_layer_norm),)
     if decoder.layers[0].use_parallel_residual:
-        followed = [*norms[1:], last]
-        first, joined = (
-            Join(norms=norms[0]),
-            tuple(
-                Layer(
-                    attention=attention,
-                    attention_join=None,
-                    feed_forward=feed_forward,
-                    feed_forward_join=Join(norms=following),
-                )
-                for (attention, feed_forward), following in zip(layers, followed, strict=True)
-            ),
-        )
+        first, joined = _in_parallel(layers, norms, last)
     else:
         first, joined = _norms_before(layers, norms, last)
     return Architecture(
@@ -280,7 +254,7 @@ def _llama_like(model: Any, calls: Sequence[AttentionCall]) -> Architecture:
 
 
 def _embedding_scale(decoder: Any) -> float:
-    """Gemma rounds its factor to the weights' precision, Granite does not."""
+    """Read the factor of embeddings; Gemma rounds it to the weights' precision, Granite does not."""
     embedding = decoder.embed_tokens
     if hasattr(embedding, "scalar_embed_scale"):
         return rounded(embedding.scalar_embed_scale, embedding.weight.dtype)
@@ -303,13 +277,13 @@ _READERS: dict[str, Callable[[Any, Sequence[AttentionCall]], Architecture]] = {
 
 
 def _norms_before(
-    layers: Sequence[tuple[Attention, FeedForward]],
+    branches: Sequence[tuple[Attention, FeedForward]],
     norms: Sequence[tuple[Norm, Norm]],
     last: tuple[Norm, ...],
 ) -> tuple[Join, tuple[Layer, ...]]:
-    """The usual order: a norm before each branch (`norms`, two a layer), and one at the end."""
+    """Arrange the usual order: a norm before each branch (`norms`, two a layer), and one at the end."""
     followed = [*((before,) for before, _ in norms[1:]), last]
-    joined = tuple(
+    layers = tuple(
         Layer(
             attention=attention,
             attention_join=Join(norms=(before_feed_forward,)),
@@ -317,10 +291,46 @@ def _norms_before(
             feed_forward_join=Join(norms=following),
         )
         for (attention, feed_forward), (_, before_feed_forward), following in zip(
-            layers, norms, followed, strict=True
+            branches, norms, followed, strict=True
         )
     )
-    return Join(norms=norms[0][:1]), joined
+    return Join(norms=norms[0][:1]), layers
+
+
+def _norms_after(
+    branches: Sequence[tuple[Attention, FeedForward]], norms: Sequence[tuple[Norm, Norm]]
+) -> tuple[Join, tuple[Layer, ...]]:
+    """Arrange OPT-350M's order: a norm of the stream after each branch is added."""
+    layers = tuple(
+        Layer(
+            attention=attention,
+            attention_join=Join(norms=(after_attention,), keeps_normed=True),
+            feed_forward=feed_forward,
+            feed_forward_join=Join(norms=(after_feed_forward,), keeps_normed=True),
+        )
+        for (attention, feed_forward), (after_attention, after_feed_forward) in zip(
+            branches, norms, strict=True
+        )
+    )
+    return Join(), layers
+
+
+def _in_parallel(
+    branches: Sequence[tuple[Attention, FeedForward]],
+    norms: Sequence[tuple[Norm, Norm]],
+    last: tuple[Norm, ...],
+) -> tuple[Join, tuple[Layer, ...]]:
+    """Arrange GPT-NeoX's order: both branches read the same stream, through a norm each."""
+    layers = tuple(
+        Layer(
+            attention=attention,
+            attention_join=None,
+            feed_forward=feed_forward,
+            feed_forward_join=Join(norms=following),
+        )
+        for (attention, feed_forward), following in zip(branches, [*norms[1:], last], strict=True)
+    )
+    return Join(norms=norms[0]), layers
 
 
 def _attention(

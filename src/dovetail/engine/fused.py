@@ -1,4 +1,4 @@
-"""A decode step in about seven kernels a layer, on the modules' own parameters, and the proof that it may be used.
+"""A decode step in six or seven kernels a layer, on the modules' own parameters, and the proof that it may be used.
 
 Responsible for: the order of a step's operations for every family, and comparing its logits with the modules'.
 Not responsible for: the families (families.py), the operations (fused_ops.py, kernels/fused_ops.py), prompts, which
@@ -36,7 +36,7 @@ _PROBED = (3, 70, 30, 0)
 
 
 class FusedStep:
-    """What one decode step computes, for one model whose parameters stay where they are."""
+    """The computation of one decode step, for one model whose parameters stay where they are."""
 
     def __init__(self, model: PreTrainedModel, architecture: Architecture) -> None:
         self._head = head_of(model)
@@ -44,7 +44,7 @@ class FusedStep:
         self._ops: Any = _operations(architecture.embedding_VD.device)
 
     def next_logits(self, ids_B: Tensor, positions_B: Tensor, layout: Layout) -> Tensor:
-        """Logits [B, V], as `PackedModules.next_logits` computes them for one new token a row."""
+        """Compute logits [B, V] as `PackedModules.next_logits` does, for one new token a row."""
         ops, architecture = self._ops, self._architecture
         angles = _Angles(positions_B, architecture.embedding_VD.dtype)
         stream_BD, inputs = self._joined(ops.embed(ids_B, positions_B, architecture), (), architecture.first)
@@ -95,7 +95,7 @@ class _Angles:
         self._known: dict[int, Angles] = {}
 
     def of(self, rotary: Rotary | None) -> Angles | None:
-        """Cosines and sines, rounded to the model's precision as the modules do."""
+        """Return cosines and sines, rounded to the model's precision as the modules do."""
         if rotary is None:
             return None
         key = id(rotary.inverse_frequencies)
@@ -132,7 +132,7 @@ def fused_step(
 
 
 def _disagreement(step: FusedStep, modules: PackedModules, arena: KVArena, layout_of: LayoutOf) -> float:
-    """The mean over some rows of the norm of the difference of centred logits, as a fraction of their norm."""
+    """Return the norm of the difference of centred logits as a fraction of their norm, the mean over some rows."""
     lengths, tables = _probed_rows(arena.num_pages, context_of(modules.model))
     arena.fill_randomly(sum(map(len, tables)))
     ids_B = torch.arange(len(lengths), device=arena.device) * 7 % modules.vocabulary
@@ -161,7 +161,7 @@ def _probed_rows(num_pages: int, context: int | None) -> tuple[list[int], list[l
 
 
 def _operations(device: torch.device) -> Any:
-    """The kernels where there is a GPU, else torch."""
+    """Return the kernels where there is a GPU, else the plain operations."""
     if device.type != "cuda":
         return fused_ops
     from dovetail.engine.kernels import fused_ops as kernels  # Triton is there on GPUs only

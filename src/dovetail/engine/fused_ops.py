@@ -32,7 +32,7 @@ class Branch:
 
 @dataclass(frozen=True, slots=True)
 class Angles:
-    """Cosine and sine of a step's rotary positions, [B, half of the rotated width] each."""
+    """The cosines and sines of a step's rotary positions, [B, half of the rotated width] each."""
 
     cosine: Tensor
     sine: Tensor
@@ -94,7 +94,7 @@ def join(
 
 
 def normed(x: Tensor, norm: Norm, kind: NormKind) -> Tensor:
-    """LayerNorm (arXiv:1607.06450) or RMSNorm (arXiv:1910.07467) over the last dimension, in the precision of x."""
+    """Apply LayerNorm (arXiv:1607.06450) or RMSNorm (arXiv:1910.07467) over the last dimension, in x's precision."""
     if kind.is_centred:
         x = x - x.mean(dim=-1, keepdim=True)
     x = x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + kind.eps)

@@ -206,7 +206,7 @@ def _combine(
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What happens to queries and keys before they meet: a norm of each head, then rotary positions."""
+    """The change of queries and keys before they meet: a norm of each head, then rotary positions."""
 
     query_weight_K: Tensor | None = None
     """Weights of the RMSNorms, where there are any."""
@@ -214,7 +214,7 @@ class Turn:
     eps: float = 0.0
     offset: float = 0.0
     cosine: Tensor | None = None
-    """Of the angles, [B, half of the turned width], contiguous."""
+    """The cosines of the angles, [B, half of the turned width], contiguous; `sine` likewise."""
     sine: Tensor | None = None
 
 

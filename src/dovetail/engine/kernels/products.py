@@ -221,7 +221,7 @@ def _split(programs: int, steps: int) -> int:
 
 
 _PROCESSORS = 132
-"""Of an H100 or H200."""
+"""The number of an H100 or H200, which work in step where a kernel has one program for each."""
 _MOST_ROWS = 256
 """More rows are many enough for cuBLAS."""
 _MOST_WEIGHTS = 20_000_000
