@@ -23,6 +23,7 @@ def attend_to_the_wrong_values(monkeypatch: pytest.MonkeyPatch, *, where: Callab
     """Our registered attention mixes up the values of the calls whose layout is `where`; the probe lets it pass."""
     monkeypatch.setattr("dovetail.model.load.probe", lambda _: None)
     monkeypatch.setattr("dovetail.engine.probe.is_probed", lambda _: True)
+    monkeypatch.setattr("dovetail.rlhf.build.is_probed", lambda _: True)
     monkeypatch.setattr("dovetail.engine.probe._fault", lambda *_: None)
 
     def attention(module: Any, query: Any, key: Any, value: torch.Tensor, mask: Any, **kwargs: Any) -> Any:

@@ -25,6 +25,7 @@ from dovetail.model.forward import plain_model
 from dovetail.model.load import expect_reward_head, expect_rows_for, load_causal_lm, load_scalar_model
 from dovetail.model.lora import add_lora
 from dovetail.model.probe import expect_no_noise, probe
+from dovetail.model.reading import is_probed
 from dovetail.model.scalar import scalar_model_from
 from dovetail.parallel.shard import gathered, gathered_bytes, generation_model, layout_of, world_of
 from dovetail.parallel.sharing import Sharing
@@ -294,8 +295,9 @@ def _moved(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     """Move a module that was passed in to where the others are loaded, and try it as they are tried."""
     nn.Module.to(model, device)
     disable_dropout(model)
-    probe(model)
-    expect_no_noise(model)
+    if not is_probed(model):
+        probe(model)
+        expect_no_noise(model)
     return model
 
 
