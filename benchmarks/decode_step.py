@@ -31,7 +31,7 @@ def main() -> None:
     options = arguments()
     device, dtype = torch.device("cuda"), torch.bfloat16
     model = shapes.causal_lm(options.model, device, dtype)
-    floor = floor_ms(model, options, dtype)
+    floor = 1000 * shapes.decode_floor(model, options.batch, options.prompt + options.new / 2, dtype)
     found: dict[str, float] = {}
     for system in options.systems:
         shapes.fresh(device)
@@ -61,17 +61,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--systems", nargs="+", default=["fused", "modules"])
     parser.add_argument("--profile", action="store_true")
     return parser.parse_args()
-
-
-def floor_ms(model: PreTrainedModel, options: argparse.Namespace, dtype: torch.dtype) -> float:
-    weights = shapes.num_parameters(model)
-    embedding: Any = model.get_input_embeddings()  # type: ignore[no-untyped-call]
-    if not model.config.tie_word_embeddings:
-        weights -= embedding.weight.numel()
-    cached = (
-        options.batch * (options.prompt + options.new / 2) * shapes.kv_bytes_per_token(model.config, dtype)
-    )
-    return 1000 * (weights * dtype.itemsize + cached) / shapes.ceiling().bytes_per_second
 
 
 @torch.no_grad()

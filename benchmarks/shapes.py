@@ -139,6 +139,16 @@ def generation_floor(
     return prefill + (weights + cached * kv_bytes_per_token(model.config, dtype)) / ceiling().bytes_per_second
 
 
+def decode_floor(model: PreTrainedModel, batch: int, context: float, dtype: torch.dtype) -> float:
+    """Return the seconds in which one step reads all weights and the cache once; of untied embeddings only the head."""
+    weights = num_parameters(model)
+    if not model.config.tie_word_embeddings:
+        embedding: Any = model.get_input_embeddings()  # type: ignore[no-untyped-call]
+        weights -= embedding.weight.numel()
+    cached = batch * context * kv_bytes_per_token(model.config, dtype)
+    return (weights * dtype.itemsize + cached) / ceiling().bytes_per_second
+
+
 def predecessor_generation_flop(config: PretrainedConfig, sequences: int, length: int) -> float:
     """DeepSpeed-Chat's perf.py: 24 B s L h^2 (1 + s / 6h + V / 16Lh), forward over whole sequences of length s."""
     h, layers, vocabulary = config.hidden_size, config.num_hidden_layers, config.vocab_size

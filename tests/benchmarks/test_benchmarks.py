@@ -66,6 +66,18 @@ def test_the_floor_reads_weights_once_a_step_and_each_answer_s_cache_once_a_toke
     assert shapes.generation_floor(model, 8, [4, 10], batch, torch.float32) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_a_decode_step_reads_every_weight_it_multiplies_by_and_the_cache(is_tied: bool) -> None:
+    config = shapes.small_llama(100)
+    config.tie_word_embeddings = is_tied
+    model = shapes.causal_lm(config, torch.device("cpu"), torch.float32)
+    # Width 256, 8 heads and 4 of keys of 32 each, 688 inner, 6 layers, two norms a layer and one at the end.
+    layer = 256 * 256 * 2 + 256 * 128 * 2 + 3 * 256 * 688 + 2 * 256
+    read = 4 * (6 * layer + 256 + 100 * 256)
+    cached = 3 * 40 * 6 * 2 * 4 * 32 * 4  # rows x tokens x layers x (k, v) x heads x width x bytes
+    assert shapes.decode_floor(model, 3, 40, torch.float32) == pytest.approx((read + cached) / 3.02e12)
+
+
 def test_ragged_lengths_stay_in_bounds_and_have_a_long_tail() -> None:
     lengths = sorted(shapes.ragged_lengths(512))
     assert (lengths[0], lengths[-1]) == (16, 512)
