@@ -138,11 +138,10 @@ def main() -> int:
             print(f"{len(mutants)} mutations are chosen; without any of them their tests say:\n{output}")
             return 1
         verdicts = []
+        widths = [max(len(getattr(mutant, column)) for mutant in mutants) for column in ("file", "name")]
         for mutant, (is_caught, verdict) in zip(mutants, pool.imap(judge, mutants), strict=True):
-            print(
-                f"{'caught' if is_caught else 'FAILS':6}  {mutant.file:22}  {mutant.name:66}  {verdict}",
-                flush=True,
-            )
+            place = f"{mutant.file:{widths[0]}}  {mutant.name:{widths[1]}}"
+            print(f"{'caught' if is_caught else 'FAILS':6}  {place}  {verdict}", flush=True)
             verdicts.append(is_caught)
     print(f"{sum(verdicts)} of {len(mutants)} mutations were caught")
     return 0 if all(verdicts) else 1

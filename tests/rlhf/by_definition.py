@@ -148,6 +148,20 @@ class Ppo:
         ]
         return experience, float32(sum(map(sum, gaps)) / len(answers))
 
+    @torch.no_grad()
+    def objective(self, answers: Sequence[Answer]) -> float:
+        """What training raises, of these answers: the score as it counts, less the penalty of the setting."""
+        sequences = [[*answer.prompt_ids, *answer.answer_ids] for answer in answers]
+        own, reference = (
+            [sum(row[len(a.prompt_ids) - 1 :]) for a, row in zip(answers, found, strict=True)]
+            for found in (
+                who.logprobs(sequences, self.config.sampling.temperature)
+                for who in (self.actor, self.reference)
+            )
+        )
+        kl = sum(float(p - q) for p, q in zip(own, reference, strict=True)) / len(answers)
+        return sum(self.final_scores(answers)) / len(answers) - self.config.kl_coefficient * kl
+
     def values(self, sequences: list[list[int]], starts: list[int]) -> Table:
         """The critic at the token before each token of the answers, shifted as the first rollout asked for."""
         found = self.critic.numbers(sequences)

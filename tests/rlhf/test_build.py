@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from dovetail.config.stages import SftConfig
+from dovetail.config.stages import OptimizerConfig, SftConfig
 from dovetail.rlhf import build, critic_warmup
 from dovetail.rlhf.api import PPOTrainer
 from dovetail.rlhf.build import checkpoint_activations, same_tokens
@@ -114,3 +114,14 @@ def test_what_is_parked_comes_back_when_drawing_fails() -> None:
     with pytest.raises(RuntimeError, match="no"), learners.parked():
         raise RuntimeError("no")
     assert not any(part._parking.is_parked for part in (learners.actor, learners.critic, learners.ema))
+
+
+def test_the_average_of_a_half_precision_actor_is_of_its_full_precision_weights() -> None:
+    slow = OptimizerConfig(learning_rate=1e-5, schedule="constant")
+    config = tiny_config(actor_optimizer=slow, ema_decay=0.0)
+    trainer = PPOTrainer(tiny_engine("llama", config, torch.bfloat16))
+    trainer.train_rlhf(trainer.generate_experience(PROMPTS))
+    learners, actor = trainer.engine.learners, trainer.engine.roles.actor
+    average = learners.ema.averages()
+    assert all(torch.equal(average[name], weight) for name, weight in learners.actor.weights().items())
+    assert any(not torch.equal(average[name], weight.float()) for name, weight in actor.named_parameters())

@@ -16,12 +16,15 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from dovetail.config.run import RunConfig
+from dovetail.config.stages import PpoConfig
+from dovetail.evaluation.answers import Judged
 from dovetail.model.save import save_model
 from dovetail.rlhf.api import PPOTrainer
 from dovetail.rlhf.rewards import Answer
 from dovetail.rlhf.rollout import Collected
-from dovetail.stages import pipeline
+from dovetail.stages import pipeline, ppo
 from dovetail.stages.context import Context
+from dovetail.stages.guard import MEASURES, Guard
 from dovetail.training import placement
 from dovetail.training.weights import trained_weights
 from tests.by_definition import Learner, Row, float32
@@ -65,6 +68,8 @@ class Run:
         self.rollouts: list[list[Answer]] = []
         self.first: dict[str, dict[str, Tensor]] = {}
         self.trainer: Any = None
+        self.judged: list[Judged] = []
+        self.guards: list[Guard] = []
         self.ends_after = list(ends_after)
         self.watch(monkeypatch)
         monkeypatch.setitem(placement._DTYPES, "fp32", torch.float64)
@@ -75,6 +80,7 @@ class Run:
 
     def watch(self, monkeypatch: pytest.MonkeyPatch) -> None:
         generate, save = PPOTrainer.generate_experience, Context.save_if_due
+        judge = ppo.evaluate_answers
 
         def generate_experience(trainer: PPOTrainer, prompts: Any) -> Collected:
             self.trainer = trainer
@@ -93,6 +99,16 @@ class Run:
                 checkpoints.finish()
                 raise Ended
 
+        def evaluate_answers(*rest: Any) -> Judged:
+            self.judged.append(judge(*rest))
+            return self.judged[-1]
+
+        def guard(config: PpoConfig) -> Guard:
+            self.guards.append(Guard(config))
+            return self.guards[-1]
+
+        monkeypatch.setattr(ppo, "Guard", guard)
+        monkeypatch.setattr(ppo, "evaluate_answers", evaluate_answers)
         monkeypatch.setattr(PPOTrainer, "generate_experience", generate_experience)
         monkeypatch.setattr(Context, "save_if_due", save_if_due)
 
@@ -130,9 +146,16 @@ class Run:
             num_rollouts=len(self.rollouts),
             seed=SEED,
         )
+        self.expect_objective(self.judged[0], expected)
         for answers in self.rollouts:
             expected.learn(answers, self.texts_of)
+        self.expect_objective(self.judged[-1], expected)
         return expected
+
+    def expect_objective(self, judged: Judged, expected: Ppo) -> None:
+        """The held-out objective is the one that is trained."""
+        found = judged.stats["ppo/held_out_objective"]
+        assert found == pytest.approx(expected.objective(judged.answers), rel=1e-6)
 
     def texts_of(self, step: int) -> list[Row]:
         """The texts of an optimiser step; every token of them is learnt but the first."""
@@ -147,7 +170,7 @@ class Run:
         return [prompts[i] for i in shuffled(len(prompts), BATCH, rollout)]
 
 
-def rows_of(path: str) -> list[dict[str, str]]:
+def rows_of(path: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
@@ -176,6 +199,8 @@ def test_stage_3_gives_the_weights_average_and_coefficient_of_the_equations(
     assert_all_near(trained_weights(roles.critic), expected.critic.trained)
     assert_all_near(learners.ema.averages(), expected.average)
     assert run.trainer.kl_coefficient == pytest.approx(expected.beta, rel=1e-6)
+    rows = [row for row in rows_of(str(run.folder / "metrics.jsonl")) if "ppo/score_mean" in row]
+    assert run.guards[-1].first == {name: rows[0][f"ppo/{name}"] for name in MEASURES}
     assert_all_near(run.saved("ppo/model"), expected.actor.weights())
     average = run.saved("ppo/model_ema")
     assert {weight.dtype for weight in average.values()} == {torch.float32}
