@@ -15,6 +15,8 @@ from dovetail.maths.masked import masked_mean, masked_sum, zero_outside
 
 ROUNDING = 1e-11
 """A variance below this share of the mean square is rounding of float32 returns."""
+LEAST = -10.0
+"""The lowest explained variance that is reported: where returns hardly vary, a lower one is rounding enlarged."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +57,7 @@ def clipped_value_loss(
 
 
 def explained_variance(values_T: Tensor, returns_T: Tensor, mask_T: Tensor) -> Tensor:
-    """1 - Var(R - V) / Var(R) over the mask: 1 = perfect, 0 = as good as a constant, below 0 = worse.
+    """max(1 - Var(R - V) / Var(R), -10) over the mask: 1 = perfect, 0 = as good as a constant, below 0 = worse.
 
     A scalar, float64; 0 when the returns vary by rounding alone. For whole rollouts: it is no sum over micro-batches.
     """
@@ -63,9 +65,8 @@ def explained_variance(values_T: Tensor, returns_T: Tensor, mask_T: Tensor) -> T
     left_over = _variance(returns_T - zero_outside(values_T, mask_T).double(), mask_T)
     variance = _variance(returns_T, mask_T)
     rounding = ROUNDING * masked_mean(returns_T.square(), mask_T)
-    return torch.where(
-        variance > rounding, 1 - left_over / variance.clamp(min=torch.finfo(torch.float64).tiny), 0.0
-    )
+    explained = 1 - left_over / variance.clamp(min=torch.finfo(torch.float64).tiny)
+    return torch.where(variance > rounding, explained.clamp(min=LEAST), 0.0)
 
 
 def _variance(x_T: Tensor, mask_T: Tensor) -> Tensor:
