@@ -165,6 +165,21 @@ def test_a_stage_gives_the_weights_that_its_settings_say(
     assert_all_near(load_file(tmp_path / "run" / stage / "model" / "model.safetensors"), learner.weights())
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_adapters_of_a_stage_follow_from_the_seed_of_the_run(
+    stage: str, tmp_path: Path, first_weights: dict[str, Tensor]
+) -> None:
+    drawn = []
+    for seed in (SEED, SEED + 1, SEED):
+        folder = tmp_path / f"run{len(drawn)}"
+        config = run_of(tmp_path, stage, ADAPTERS)
+        pipeline.run(config.model_copy(update={"seed": seed, "output_dir": str(folder)}))
+        drawn.append({name: weight for name, weight in first_weights.items() if ".lora_A." in name})
+    first, other, again = drawn
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not any(torch.equal(first[name], other[name]) for name in first)
+
+
 def test_dropout_of_adapters_acts_in_training(tmp_path: Path) -> None:
     weights = []
     for dropout in (0.0, 0.5):
