@@ -1,5 +1,5 @@
-"""Finished models for everyone: an OpenAI-compatible server with a web chat.
+"""Serve finished models through an OpenAI-compatible API and a web chat.
 
-Responsible for: the package's names being where they are; it imports nothing itself.
-Not responsible for: generation (engine/), or what a conversation looks like in tokens (text/).
+This module imports nothing; import each name from the module that defines it.
+Not responsible for: generation (engine/), the tokens of a conversation (text/).
 """

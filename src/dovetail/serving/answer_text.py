@@ -1,7 +1,7 @@
-"""The text of one answer as it grows, with its tokens beside it, and its prompt before it, where these are asked for.
+"""Turn the tokens of one answer into the text that is shown, and list its tokens and its prompt if requested.
 
-Responsible for: what of an answer is shown when. Not responsible for: which part of a text is whose token
-(token_listing.py), JSON (responses.py).
+Responsible for: which part of an answer is shown when. Not responsible for: the part of the text that belongs to each
+token (token_listing.py), JSON (responses.py).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Echo:
     text: str
     ids: Sequence[int]
     added: str
-    """The text that the tokenizer put in front: its first token, or a space."""
+    """The text that the tokenizer added in front: its first token, or a space."""
 
     @classmethod
     def of(cls, prompt: str | Sequence[int], ids: Sequence[int], chat: ChatFormat) -> Echo:
@@ -35,7 +35,7 @@ class Echo:
         return cls(read, ids, "")
 
     def listed(self, texts: TokenTexts, scores: Sequence[TokenScore], count: int) -> list[ListedToken]:
-        """List all its tokens beside its text, each with `count` of the likeliest at its place."""
+        """List all tokens of the prompt, each with the `count` likeliest tokens at its place."""
         listing = TokenListing(texts, TextStream(texts.decode), lists_all=True)
         listing.read([ScoredToken(self.ids[0], None)])
         for token_id, score in zip(self.ids[1:], scores, strict=True):
@@ -55,8 +55,10 @@ class AnswerText:
         echo: Echo | None = None,
         num_top: int | None = None,
     ) -> None:
-        """behind: tokens whose text the answer goes on. num_top: list the tokens, with so many of the likeliest at
-        each place; None: do not list them.
+        """Prepare to show one answer.
+
+        behind: tokens whose text the answer continues. num_top: list the answer's tokens, each with this many of the
+        likeliest at its place; None: do not list them.
         """
         self._stream = stream
         self._stop_token_ids = frozenset(chat.stop_token_ids)
@@ -73,7 +75,7 @@ class AnswerText:
             )
 
     def read(self, progress: Progress) -> tuple[str, list[ListedToken]]:
-        """Return the text and the tokens that come with `progress`."""
+        """Return the text and the listed tokens that `progress` adds."""
         before, listed = self._prompt(progress.prompt_scores)
         text = self._stream.add(progress.token_ids)
         if progress.finish_reason is not None:
@@ -87,7 +89,7 @@ class AnswerText:
         return before + text, listed
 
     def _prompt(self, scores: Sequence[TokenScore]) -> tuple[str, list[ListedToken]]:
-        """Return the prompt and its tokens, the first time."""
+        """Return the echoed prompt and its tokens on the first call, nothing on later ones."""
         echo, self._echo = self._echo, None
         if echo is None:
             return "", []
@@ -96,7 +98,7 @@ class AnswerText:
         return echo.text, echo.listed(self._texts, scores, self._num_top)
 
     def _drawn(self, progress: Progress) -> Iterable[ScoredToken]:
-        """Yield the drawn tokens; the one that ended the answer only where all of them are listed."""
+        """Yield the sampled tokens; the stop token only if all tokens are listed."""
         tops: Sequence[TopLogprobs] = progress.top_logprobs or [()] * len(progress.token_ids)
         assert self._listing is not None
         for token_id, logprob, top in zip(progress.token_ids, progress.logprobs, tops, strict=True):

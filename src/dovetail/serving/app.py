@@ -1,6 +1,6 @@
-"""The application: routes, gate and pages in one.
+"""Build the application from routes, gate and pages.
 
-Responsible for: putting it together. Not responsible for: sockets and signals (server.py).
+Responsible for: joining these parts. Not responsible for: sockets and signals (server.py).
 
     app = create_app(load_models(["runs/demo"], EngineSettings()), sections=[Section("Mine", "/mine", router)])
 """
@@ -31,17 +31,17 @@ from dovetail.web.host_names import HostNames
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """Further pages on the same port. They see bodies within the size limit and do their own logins."""
+    """Further pages on the same port. They receive bodies within the size limit and have their own logins."""
 
     title: str
-    """What the chat page calls them."""
+    """The name of the link on the chat page."""
     path: str
-    """Where they begin."""
+    """The path under which the pages lie."""
     router: APIRouter
     while_serving: AbstractContextManager[object] = field(default_factory=nullcontext)
-    """Entered when the engines have started, left before they end."""
+    """A context that is entered after the engines have started, and left before they end."""
     logins: Sequence[str] = ()
-    """Paths at which somebody logs in: they count towards the rate of their address."""
+    """Paths of login requests, which count towards the rate limit of their address."""
 
 
 def create_app(
@@ -53,11 +53,12 @@ def create_app(
     host_names: Sequence[str] = (),
     sections: Sequence[Section] = (),
 ) -> FastAPI:
-    """The API, the chat page, health and figures, and whatever `sections` add.
+    """Build the application: the API, the chat page, health checks and metrics, and the pages of `sections`.
 
-    keys: None asks for none. cors_origins: web pages of other origins that may call the API; none by default.
-    host_names: names of this server beside those that it finds itself; see `HostNames`.
-    The engines start and end with the application. `app.state.drain` says how it is to stop.
+    keys: the keys that are accepted; None: requests need no key. cors_origins: other origins whose web pages may call
+    the API; none by default. host_names: names of this server besides those that it finds itself; see `HostNames`.
+    The engines start and end with the application. `app.state.drain` is the `Drain` that lets the server stop without
+    breaking off answers.
     """
     limits = limits or RequestLimits()
     meters, drain = Meters(models), Drain()
@@ -81,7 +82,7 @@ def create_app(
         title="Dovetail",
         version=__version__,
         lifespan=engines,
-        docs_url=None,  # these pages load their scripts from elsewhere
+        docs_url=None,  # these pages load their scripts from other servers
         redoc_url=None,
     )
     app.state.drain = drain
@@ -105,17 +106,17 @@ def create_app(
 
 
 def _operations(models: Sequence[ServedModel], meters: Meters, drain: Drain) -> APIRouter:
-    """What those who run the server ask."""
+    """Build the routes for the operators of the server: health, readiness and metrics."""
     router = APIRouter()
 
     @router.get("/health")
     async def health() -> dict[str, str]:
-        """The process answers."""
+        """Report that the process answers."""
         return {"status": "ok"}
 
     @router.get("/ready", responses={503: {"description": "starting, stopping or failed"}})
     async def ready() -> JSONResponse:
-        """Requests can come."""
+        """Report whether the server can take requests: status 200, or 503 with the reason."""
         failing = [model.name for model in models if not model.thread.can_answer]
         status = f"the engine of {', '.join(failing)} has failed" if failing else "ready"
         if drain.has_begun:

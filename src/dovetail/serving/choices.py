@@ -1,7 +1,7 @@
-"""From tickets to text: the answers to one request, piece by piece.
+"""Produce the answers to one request as text, piece by piece.
 
-Responsible for: submitting, and cancelling what nobody reads. Not responsible for: text and tokens of one answer
-(answer_text.py), the shape of responses (routes.py).
+Responsible for: submitting tickets, and cancelling answers that are no longer read. Not responsible for: text and
+tokens of one answer (answer_text.py), the shape of responses (responses.py).
 """
 
 from __future__ import annotations
@@ -22,40 +22,43 @@ from dovetail.serving.served_model import ServedModel
 from dovetail.serving.token_listing import ListedToken
 
 _SEED_STRIDE = 1_000_003
-"""Between the answers to one request; the first takes the request's own seed."""
+"""The distance between the seeds of the answers to one request; the first takes the request's own seed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What one answer has got since its last piece."""
+    """The part of one answer that is new since its last piece."""
 
     index: int
     text: str
     tokens: Sequence[ListedToken]
-    """Those of the text, if they are listed."""
+    """The tokens of the text, if they are listed."""
     finish_reason: Literal["stop", "length"] | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
-    """What one request asks of a model."""
+    """The prompts of one request, and the settings for answering them."""
 
     prompts: Sequence[Sequence[int]]
     sampling: Sampling
     seed: int
     num_choices: int
-    """Answers to each prompt."""
+    """The number of answers to each prompt."""
     num_prompt_top: int | None = None
     """The number of likeliest tokens to list at each place of the prompts; None: they are not scored."""
 
 
 class Answering:
-    """The answers to one request: iterate over their pieces, then close, or close early to cancel."""
+    """The answers to one request. Iterate over their pieces, then close it; closing it early cancels the rest."""
 
     def __init__(
         self, model: ServedModel, wanted: Wanted, new_text: Callable[[int], AnswerText], meters: Meters
     ) -> None:
-        """new_text: what shows an answer to the prompt of this index. Raises what `EngineThread.submit` raises."""
+        """Submit the request to the model's engine. Raises what `EngineThread.submit` raises.
+
+        new_text: makes the `AnswerText` of an answer to the prompt with this index.
+        """
         self._model = model
         self._meters = meters
         self._began = time.perf_counter()
@@ -75,10 +78,10 @@ class Answering:
         ]
         self._texts = [new_text(index // wanted.num_choices) for index in indices]
         self.prompt_scores: list[Sequence[TokenScore]] = [() for _ in indices]
-        """The scores of each answer's prompt, from its first piece on, where they are asked for."""
+        """The scores of each answer's prompt, from its first piece on, if they were requested."""
         self.num_prompt_tokens = sum(map(len, wanted.prompts))
         self.num_tokens = 0
-        """Drawn so far, in all answers, the tokens that ended them included."""
+        """The number of tokens sampled so far in all answers, stop tokens included."""
         model.thread.submit(self._tickets)
         meters.prompt(model.name, self.num_prompt_tokens)
 
@@ -86,7 +89,7 @@ class Answering:
         return len(self._tickets)
 
     async def __aiter__(self) -> AsyncIterator[Piece]:
-        """Raises what the engine failed with."""
+        """Yield the pieces as they arrive. Raises the error that the engine failed with."""
         num_unfinished = len(self._tickets)
         while num_unfinished:
             index, progress = await self._news.get()
@@ -99,7 +102,7 @@ class Answering:
             yield self._piece(index, progress)
 
     def close(self) -> None:
-        """Cancel what is not finished."""
+        """Cancel the answers that are not finished."""
         self._model.thread.cancel(self._tickets)
         self._meters.drawn(self._model.name, self.num_tokens)
 

@@ -1,6 +1,6 @@
-"""One thread that owns one model and answers whatever is handed to it, all at once.
+"""Run one model in a thread of its own, which answers all submitted requests in one batch.
 
-Responsible for: the way of requests into the running batch, of tokens out of it, and of cancellations.
+Responsible for: adding requests to the running batch, passing on their tokens, and cancelling requests.
 Not responsible for: the batch (engine/), text (choices.py), HTTP (routes.py).
 """
 
@@ -24,38 +24,38 @@ from dovetail.telemetry.log import warn
 
 _LOOK_EVERY_SECONDS = 0.1
 _FAILURES_IN_A_ROW = 3
-"""Batches that failed one after the other: the fault lies in none of them."""
+"""The number of batches that fail in a row before the fault is taken to lie in the engine, not in a batch."""
 
 Post = Callable[[Callable[[], None]], object]
-"""Runs a function where the listeners live, such as an event loop's `call_soon_threadsafe`."""
+"""A callable that runs a function in the listeners' thread, such as an event loop's `call_soon_threadsafe`."""
 
 
 class QueueFull(DovetailError):
-    """More requests wait already than may."""
+    """The error of a request that comes when the queue is full."""
 
 
 class EngineFailed(DovetailError):
-    """The model failed while it answered; not the request's fault."""
+    """The error of a request whose engine failed, through no fault of the request."""
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """What a request has got since it was last told."""
+    """The tokens that a request has got since its last progress, and whether it has ended."""
 
     token_ids: Sequence[int] = ()
     logprobs: Sequence[float] = ()
     top_logprobs: Sequence[TopLogprobs] = ()
-    """Of each token, where they were asked for."""
+    """The likeliest tokens at the place of each token, if they were requested."""
     prompt_scores: Sequence[TokenScore] = ()
-    """The scores of the prompt's tokens but the first, told once where they were asked for."""
+    """The scores of the prompt's tokens except the first, sent once if they were requested."""
     finish_reason: FinishReason | None = None
     error: Exception | None = None
-    """The engine failed; nothing more will come."""
+    """The error that the engine failed with; no more progress follows it."""
 
 
 @dataclass(slots=True, eq=False)
 class Ticket:
-    """One request under way."""
+    """One running or waiting request."""
 
     prompt_ids: Sequence[int]
     sampling: Sampling
@@ -74,7 +74,7 @@ class Ticket:
         )
 
     def news(self) -> Progress | None:
-        """What has come since the last call; None: nothing."""
+        """Return the progress since the last call, or None if there is none."""
         ids, answer = self.answer.token_ids, self.answer
         if len(ids) == self.num_told and answer.finish_reason is None:
             return None
@@ -87,7 +87,7 @@ class Ticket:
 
 
 class PromptScores:
-    """Scores of the prompts that arrived together: each is computed once, however many answers are drawn to it."""
+    """The scores of prompts that arrived together. Each prompt is scored once, also if it gets several answers."""
 
     def __init__(self, serve: Serve | None) -> None:
         assert serve is not None
@@ -95,7 +95,7 @@ class PromptScores:
         self._scores: dict[tuple[Sequence[int], int], Sequence[TokenScore]] = {}
 
     def give(self, ticket: Ticket) -> None:
-        """Put the scores on the ticket if it asks for them. Raises what the model fails with."""
+        """Put the scores on the ticket if it asks for them. Raises the error that the model fails with."""
         if ticket.num_prompt_top is None:
             return
         key = (ticket.answer.prompt, ticket.num_prompt_top)
@@ -105,7 +105,7 @@ class PromptScores:
 
 
 class EngineThread:
-    """Start it, submit tickets from any thread, close it. Listeners are called through `post`."""
+    """The thread of one engine. Tickets are submitted from any thread, and listeners are called through `post`."""
 
     def __init__(
         self, engine: HybridEngine, decode_text: DecodeText, *, max_running: int, max_waiting: int
@@ -119,28 +119,28 @@ class EngineThread:
         self._is_closing = False
         self._serve: Serve | None = None
         self._failure: Exception | None = None
-        """What ended the thread for good."""
+        """The error that ended the thread."""
         self._num_failures = 0
-        """Of batches, since the last token was drawn."""
+        """The number of batches that failed since the last token was sampled."""
         self._post: Post | None = None
         self._thread: threading.Thread | None = None
         self.load = Load(0, 0, 0)
-        """As of the last step."""
+        """The load at the last step."""
 
     @property
     def max_tokens(self) -> int:
-        """The most tokens of prompt and answer together."""
+        """The largest number of tokens of prompt and answer together."""
         assert self._serve is not None
         return self._serve.max_tokens
 
     @property
     def can_answer(self) -> bool:
-        """Return whether the engine runs and has not failed again and again since it drew its last token."""
+        """Whether the engine runs and has not failed repeatedly since it sampled its last token."""
         is_alive = self._thread is not None and self._thread.is_alive()
         return is_alive and self._num_failures < _FAILURES_IN_A_ROW
 
     def start(self, post: Post) -> None:
-        """Begin; returns when requests can come. Raises what keeps the model from being served."""
+        """Start the thread, and wait until it takes requests. Raises the error that keeps it from serving the model."""
         self._post = post
         ready = threading.Event()
         self._thread = threading.Thread(target=self._run, args=(ready,), name="engine", daemon=True)
@@ -150,8 +150,8 @@ class EngineThread:
             raise self._failure
 
     def submit(self, tickets: Sequence[Ticket]) -> None:
-        """Let these join the batch, all or none. Raises GenerationError for what cannot be generated, QueueFull
-        when too many wait.
+        """Add all tickets to the batch, or none. Raises GenerationError for a ticket that cannot be answered, QueueFull
+        when too many wait, EngineFailed when the engine has ended or is ending.
         """
         assert self._serve is not None
         for ticket in tickets:
@@ -171,7 +171,7 @@ class EngineThread:
             self._changed.notify()
 
     def cancel(self, tickets: Sequence[Ticket]) -> None:
-        """Nobody wants these any more: their pages are free before the next step."""
+        """Cancel these tickets; their pages of the KV cache are freed before the next step."""
         with self._changed:
             for ticket in tickets:
                 ticket.is_cancelled = True
@@ -183,9 +183,9 @@ class EngineThread:
         seeds: Sequence[int],
         is_cancelled: Callable[[], bool],
     ) -> list[Completion]:
-        """Answer every prompt, for a thread that can wait: where no more requests may wait, it does.
+        """Answer every prompt, and block the calling thread until all are answered, also while the queue is full.
 
-        Once `is_cancelled` says so the rest ends early. Raises what the engine fails with.
+        The rest ends early once `is_cancelled` returns true. Raises the error that the engine fails with.
         """
         heard: queue.SimpleQueue[Progress] = queue.SimpleQueue()
         tickets = [Ticket(ids, sampling, seed, heard.put) for ids, seed in zip(prompts, seeds, strict=True)]
@@ -209,7 +209,7 @@ class EngineThread:
         ]
 
     def close(self) -> None:
-        """Leave what is under way, and end the thread."""
+        """End the thread, and abandon the requests that it has."""
         with self._changed:
             self._is_closing = True
             self._changed.notify()
@@ -217,7 +217,7 @@ class EngineThread:
             self._thread.join()
 
     def poll(self, load: Load) -> Sequence[Answer] | None:
-        """Called by the engine between two steps."""
+        """Return the answers that join the batch, or None to end it; the engine calls this between two steps."""
         self.load = load
         self._report()
         with self._changed:
@@ -235,10 +235,10 @@ class EngineThread:
         return [ticket.answer for ticket in arrived if self._score_prompt(ticket, scored)]
 
     def _score_prompt(self, ticket: Ticket, scored: PromptScores) -> bool:
-        """Score the prompt where that is asked for; return False where that failed, which the listener is told."""
+        """Score the prompt if that is requested; return False, and send the listener the error, if that fails."""
         try:
             scored.give(ticket)
-        except Exception as error:  # most often memory; the others' answers go on
+        except Exception as error:  # most often too little memory; the other answers go on
             warn(f"a prompt could not be scored: {error}\n{traceback.format_exc()}")
             with self._changed:
                 self._under_way.remove(ticket)
@@ -261,7 +261,7 @@ class EngineThread:
                 ready.set()
                 while not self._is_closing:
                     self._answer()
-        except Exception as error:  # whatever it is, start() or submit() raises it where somebody sees it
+        except Exception as error:  # start() or submit() raises it in the thread of its caller
             with self._changed:
                 self._failure = error
                 left, self._arrived, self._under_way = [*self._under_way, *self._arrived], [], []
@@ -269,7 +269,7 @@ class EngineThread:
             self._tell([(ticket, Progress(error=_ended(error))) for ticket in left])
 
     def _answer(self) -> None:
-        """Until the thread is to end, or the engine fails; then it can be tried again."""
+        """Answer requests until the thread is to end or a batch fails; after a failure it can be called again."""
         assert self._serve is not None
         try:
             self._serve(self, decode_text=self._decode_text)
@@ -283,10 +283,10 @@ class EngineThread:
             self._num_failures += 1
             self._tell([(ticket, Progress(error=reason)) for ticket in failed])
             if isinstance(error, torch.AcceleratorError):
-                raise  # the process has lost the device: nothing it computes there is right any more
+                raise  # the process has lost the device, and later results from there would be wrong
 
     def _report(self) -> None:
-        """Tell everybody what they got; let go who has all."""
+        """Send the listeners their progress, and remove the tickets that are finished."""
         news = [(ticket, progress) for ticket in self._under_way if (progress := ticket.news()) is not None]
         if not news:
             return
@@ -296,7 +296,7 @@ class EngineThread:
         self._tell(news)
 
     def _tell(self, news: Sequence[tuple[Ticket, Progress]]) -> None:
-        """One message a step, however many answers."""
+        """Send the progress of all tickets of a step in one call of `post`."""
         assert self._post is not None
 
         def deliver() -> None:

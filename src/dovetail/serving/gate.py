@@ -1,10 +1,10 @@
-"""What every request passes before anything reads it.
+"""Check every request before a route reads it.
 
-Responsible for: drain, key, rate and body size, in this order, and counting what comes and goes.
-Not responsible for: what a request means (routes.py).
+Responsible for: draining, API key, rate and body size, in this order, and counting requests and responses.
+Not responsible for: the content of a request (routes.py).
 
-Plain ASGI: streams pass through untouched, and a disconnected client is seen by the route that waits for it.
-Only the paths of the API need a key; pages of other parts of the server have logins of their own.
+The gate is plain ASGI: it passes streams through unchanged, and a route that waits for a disconnect sees it.
+Only the paths of the API and its metrics need a key; pages of other parts of the server have logins of their own.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ _MANY_CALLERS = 10_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestLimits:
-    """What one request, or one caller, may ask for."""
+    """The limits of one request, and the rate of one caller."""
 
     max_body_bytes: int = 1 << 20
     max_prompt_tokens: int | None = None
-    """None: what the model's context has room for."""
+    """The most tokens of a prompt; None: as many as the model's context holds."""
     max_new_tokens: int | None = None
-    """Of one answer; None: what is left of the context."""
+    """The most tokens of one answer; None: as many as the context has left."""
     max_choices: int = 16
-    """Answers that one request may ask for, all its prompts together."""
+    """The most answers that one request may ask for, over all its prompts."""
     requests_per_minute: float | None = None
-    """The rate of one key, or of one address where no keys are asked for; wrong keys and logins count for
-    their address.
+    """The rate of one key, or of one address if the server needs no keys. Wrong keys and logins count for their
+    address.
     """
 
 
 class Rate:
-    """A bucket for each caller: a minute's requests at once, refilled steadily."""
+    """A token bucket for each caller. It holds the requests of one minute, and refills steadily."""
 
     def __init__(self, per_minute: float, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._most = max(1.0, per_minute)
@@ -53,7 +53,7 @@ class Rate:
         """Caller -> (requests left, at this time)."""
 
     def wait(self, caller: str) -> float:
-        """Seconds until this caller may ask again; 0: now, and that is counted."""
+        """Return the seconds until this caller may send a request; 0 means now, and counts the request."""
         now = self._clock()
         if len(self._buckets) >= _MANY_CALLERS:
             self._forget_the_idle(now)
@@ -74,7 +74,7 @@ class Rate:
 
 
 class Gate:
-    """The outermost layer of the application."""
+    """The middleware that admits or refuses each request."""
 
     def __init__(
         self,
@@ -86,7 +86,7 @@ class Gate:
         drain: Drain,
         logins: Collection[str] = (),
     ) -> None:
-        """logins: paths beside the API at which somebody logs in."""
+        """Wrap `app`. logins: paths outside the API that take login requests."""
         self._app = app
         self._logins = logins
         self._limits = limits
@@ -108,15 +108,15 @@ class Gate:
 
         try:
             body = await self._admit(scope, receive)
-            with self._drain.holding():  # not before: whoever does not finish a request holds nothing up
+            with self._drain.holding():  # not before: a request that is never complete must not delay the end
                 await self._app(scope, _replay(body, receive) if body is not None else receive, noting)
-        except Problem as problem:  # of the gate; the application answers its own
+        except Problem as problem:  # raised by the gate; the application answers its own
             await problem.response()(scope, receive, noting)
         finally:
             self._meters.request_done(scope, statuses[0], time.perf_counter() - began)
 
     async def _admit(self, scope: Scope, receive: Receive) -> bytes | None:
-        """The body, None for methods without one. Raises Problem for requests that may not pass."""
+        """Return the body, or None for methods without one. Raises Problem for a request that may not pass."""
         headers = Headers(scope=scope)
         has_body = scope["method"] in ("POST", "PUT", "PATCH", "DELETE")
         if has_body and self._drain.has_begun:
@@ -130,7 +130,7 @@ class Gate:
         return await self._body(headers, receive) if has_body else None
 
     def _count(self, caller: str) -> None:
-        """Count a request of this caller. Raises Problem if there were too many."""
+        """Count a request of this caller. Raises Problem if the caller has sent too many."""
         if self._rate is not None and (seconds := self._rate.wait(caller)):
             raise Problem(
                 429,
@@ -141,7 +141,7 @@ class Gate:
             )
 
     def _caller(self, scope: Scope, headers: Headers) -> str:
-        """Whose request it is: a key's owner, or an address. Raises Problem for a wrong or missing key."""
+        """Return the caller, a key's owner or an address. Raises Problem for a wrong or missing key."""
         if self._keys is None:
             return _address(scope)
         scheme, _, key = headers.get("authorization", "").partition(" ")
@@ -182,7 +182,7 @@ class Gate:
 
 
 class Drain:
-    """Whether the server is stopping, and how many requests it still has."""
+    """The state of a server that may be stopping, with the number of its open requests."""
 
     def __init__(self) -> None:
         self.has_begun = False
@@ -204,7 +204,7 @@ def _address(scope: Scope) -> str:
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """A `receive` that gives the body first, and then what comes after it."""
+    """Return a `receive` that first returns the whole body, and then passes on later messages."""
     is_given = False
 
     async def again() -> Message:

@@ -1,9 +1,9 @@
-"""API keys: made here, stored as hashes, compared without telling how far a guess was right.
+"""Create API keys, store them as hashes, and check them in constant time.
 
-Responsible for: the key file and the check. Not responsible for: where a key stands in a request (gate.py).
+Responsible for: the key file and the check. Not responsible for: finding the key in a request (gate.py).
 
-A key is 256 random bits, so one round of SHA-256 keeps it: there is nothing to guess. A file has one line a
-key, `NAME sha256:HEX`; what follows `#` is a comment.
+A key is 256 random bits, too many to guess, so one round of SHA-256 protects it. A file has one line for each key,
+`NAME sha256:HEX`; text after `#` is a comment.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ _LINE = re.compile(r"([\w.@-]{1,64}) sha256:([0-9a-f]{64})", re.ASCII)
 
 
 class ApiKeys:
-    """The keys a server accepts."""
+    """The keys that a server accepts."""
 
     def __init__(self, hashes: dict[str, str]) -> None:
-        """hashes: name -> SHA-256 of the key, in hexadecimal."""
+        """Hold keys by their hashes. hashes: name -> SHA-256 of the key, in hexadecimal."""
         self._hashes = hashes
 
     def has(self, name: str) -> bool:
         return name in self._hashes
 
     def owner(self, key: str) -> str | None:
-        """Whose key this is; None: nobody's. Takes as long for one as for the other."""
+        """Return the name of this key's owner, or None for an unknown key. Both take the same time."""
         given = hash_of(key)
         found = None
         for name, stored in self._hashes.items():
@@ -46,7 +46,7 @@ def hash_of(key: str) -> str:
 
 
 def read_keys(file: Path) -> ApiKeys:
-    """The keys of a file. Raises ConfigError for a file that is not there, has none, or a line that is no hash."""
+    """Read the keys of a file. Raises ConfigError if it is missing, has no keys, or has a line that is not a hash."""
     try:
         lines = read_text(file).splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -75,7 +75,7 @@ def read_keys(file: Path) -> ApiKeys:
 
 
 def add_key(file: Path, name: str) -> str:
-    """Make a key and append its hash; returns the key, which is nowhere else. Raises ConfigError if that fails."""
+    """Make a key, append its hash, and return the key, which is stored nowhere. Raises ConfigError if that fails."""
     line = f"{name} sha256:"
     if not _LINE.fullmatch(line + "0" * 64):
         raise ConfigError(
@@ -89,7 +89,7 @@ def add_key(file: Path, name: str) -> str:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         content = file.read_bytes() if file.exists() else b""
-        # An editor may have left the last line open.
+        # The last line may lack its line break, for instance after an edit.
         start = "\n" if content and not content.endswith(b"\n") else ""
         with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "a") as lines:
             lines.write(f"{start}{line}{hash_of(key)}\n")

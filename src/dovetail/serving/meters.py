@@ -1,7 +1,7 @@
-"""Figures for Prometheus.
+"""Collect the server's metrics for Prometheus.
 
-Responsible for: what is counted and how it is called. Not responsible for: when (gate.py, routes.py).
-No prompt, answer or key is ever part of a figure.
+Responsible for: the metrics and their names. Not responsible for: when they change (gate.py, choices.py).
+No metric ever contains a prompt, an answer or a key.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
 
 
 class Meters:
-    """The figures of one application."""
+    """The metrics of one application."""
 
     def __init__(self, models: Iterable[ServedModel]) -> None:
         self._registry = CollectorRegistry()
@@ -48,7 +48,7 @@ class Meters:
         )
 
     def request_done(self, scope: Scope, status: int, seconds: float) -> None:
-        """One request is over. Its route is the pattern, so that there are few."""
+        """Count a finished request. Its label is the pattern of its route, so that there are few labels."""
         route = getattr(scope.get("route"), "path", "unknown")
         self._requests.labels(route, str(status)).inc()
         self._seconds.labels(route).observe(seconds)
@@ -63,18 +63,18 @@ class Meters:
         self._tokens.labels(model).inc(num_tokens)
 
     def text(self) -> bytes:
-        """All figures in Prometheus' text format."""
+        """Return all metrics in Prometheus' text format."""
         return generate_latest(self._registry)
 
 
 class _Engines:
-    """Reads the load of the engines when somebody asks."""
+    """A collector that reads the load of the engines when the metrics are requested."""
 
     def __init__(self, models: list[ServedModel]) -> None:
         self._models = models
 
     def collect(self) -> Iterator[Metric]:
-        """One gauge a figure, one value a model."""
+        """Yield one gauge for each figure of the load, with one value for each model."""
         figures = {
             "running_answers": ("Answers being decoded", "num_running"),
             "waiting_answers": ("Answers waiting for a place", "num_waiting"),

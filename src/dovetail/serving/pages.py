@@ -1,6 +1,6 @@
-"""The web chat: a few files of this package, and nothing from anywhere else.
+"""Serve the web chat, which consists of a few files of this package and loads nothing from other servers.
 
-Responsible for: handing them out. Not responsible for: what they do (web/), answers (routes.py).
+Responsible for: the routes of these files. Not responsible for: their content (web/), answers (routes.py).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _KINDS = {
     "icon.svg": "image/svg+xml",
 }
 _HEADERS = {
-    # Text of a model or a user can never become a script, a frame or a request to elsewhere.
+    # Text of a model or a user can never become a script, a frame or a request to another server.
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "img-src 'self'; form-action 'none'; frame-ancestors 'none'; base-uri 'none'",
     "X-Content-Type-Options": "nosniff",
@@ -27,7 +27,7 @@ _HEADERS = {
 
 
 def chat_pages(links: Mapping[str, str]) -> APIRouter:
-    """/ and its style, script and icon, each at a fixed path. links: title -> path of the pages that `/` names."""
+    """Build the routes of `/` and its style, script and icon. links: title -> path of the pages that `/` links to."""
     router = APIRouter(include_in_schema=False)
     for file, kind in _KINDS.items():
         content = files("dovetail.serving").joinpath("web", file).read_bytes()

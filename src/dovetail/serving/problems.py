@@ -1,6 +1,6 @@
-"""What goes wrong, in OpenAI's form: {"error": {"message", "type", "param", "code"}}.
+"""Answer errors in OpenAI's form: {"error": {"message", "type", "param", "code"}}.
 
-Responsible for: every error response of the server. Not responsible for: noticing (gate.py, routes.py).
+Responsible for: every error response of the server. Not responsible for: finding the errors (gate.py, routes.py).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dovetail.serving.engine_thread import EngineFailed, QueueFull
 
 
 class ErrorDetail(BaseModel):
-    """What went wrong, and where."""
+    """The error: its message, its kind and the parameter that caused it."""
 
     message: str
     type: str
@@ -29,13 +29,13 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """Every error response."""
+    """The body of every error response."""
 
     error: ErrorDetail
 
 
 class Problem(Exception):
-    """An error response, raised from anywhere in a route."""
+    """An error response that any part of a route can raise."""
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class Problem(Exception):
 
 
 def problem_of(error: Exception) -> Problem:
-    """The response to an error of ours; hints are part of the message."""
+    """Return the error response for an exception; a hint becomes part of the message."""
     if isinstance(error, Problem):
         return error
     hint = getattr(error, "hint", None)
@@ -83,7 +83,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_request: Request, error: RequestValidationError) -> JSONResponse:
-        # Of a value that fits none of several types, what its own type finds wrong says most.
+        # A value that fits none of several types has an error for each; the one of its own type says most.
         first: Mapping[str, Any] = min(error.errors(), key=lambda found: found["type"].endswith("_type"))
         if first["type"] == "json_invalid":
             reason = first.get("ctx", {}).get("error", "")
@@ -107,14 +107,14 @@ def install(app: FastAPI) -> None:
 
 
 def _is_place(part: object) -> bool:
-    """A field or an index, and not the name of a type that was tried."""
+    """Return whether this part is a field or an index, not the name of a type that was tried."""
     return isinstance(part, int) or (
         part not in ("str", "int") and re.fullmatch(r"\w+", str(part)) is not None
     )
 
 
 def _encodable(text: str) -> str:
-    """A message may quote what no response can hold."""
+    """Escape characters that UTF-8 cannot encode, which a message may quote from a request."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 

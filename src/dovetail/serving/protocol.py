@@ -1,7 +1,7 @@
-"""The requests and responses of OpenAI's API, as far as this server has them.
+"""Define the requests and responses of OpenAI's API that this server supports.
 
-Responsible for: names, types and bounds. Not responsible for: what depends on the model (routes.py), parameters that
-this server lacks (unsupported.py): they are errors, never ignored, unless their value asks for nothing.
+Responsible for: names, types and bounds. Not responsible for: checks that depend on the model (routes.py), parameters
+that this server lacks (unsupported.py), which are errors, never ignored, unless their value asks for nothing.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ def _encodable(text: str) -> str:
 
 
 def _whole(value: Any) -> Any:
-    """1.0 is an integer in JSON."""
+    """Turn a float without a fraction into an int, because 1.0 is an integer in JSON."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _all_tokens(value: Any) -> Any:
-    """Other servers write 0 or -1 for no limit."""
+    """Turn 0 and -1, which other servers use for no limit, into None."""
     return None if not isinstance(value, bool) and value in (0, -1) else value
 
 
@@ -58,15 +58,15 @@ _TokenId = Annotated[int, Field(ge=0, lt=2**31), _WHOLE]
 
 
 class StreamOptions(Request):
-    """What a stream tells beside the answer."""
+    """The parts of a stream besides the answer."""
 
     neutral: ClassVar = unsupported.STREAM_OPTIONS
     include_usage: bool = False
-    """End with a chunk that holds the token counts and no choice."""
+    """Whether the stream ends with a chunk that holds the token counts and no choice."""
 
 
 class SamplingRequest(Request):
-    """What chat and text completions have in common."""
+    """The parameters that chat and text completions share."""
 
     model: _Text
     stream: bool | None = False
@@ -88,15 +88,15 @@ class SamplingRequest(Request):
         dict[str, Any] | None, AfterValidator(_only_empty), Field(json_schema_extra={"maxProperties": 0})
     ] = None
     prompt_logprobs: Annotated[int, Field(ge=0, le=20), _WHOLE] | None = None
-    """The number of likeliest tokens to list at each place of the prompt, beside its own token; from vLLM."""
+    """The number of likeliest tokens to list at each place of the prompt, besides its own token; from vLLM."""
     user: str | None = None
-    """Taken for compatibility; changes nothing and is not stored. So are the next two."""
+    """A name that is accepted for compatibility, but neither used nor stored, like the next two fields."""
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
 
     @property
     def stops(self) -> tuple[str, ...]:
-        """The stop strings, one or several."""
+        """The stop strings as a tuple."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
 
@@ -108,7 +108,7 @@ class TextPart(Request):
 
 
 class ResponseFormat(Request):
-    """Plain text is the only one."""
+    """The form of an answer, which can only be plain text."""
 
     type: Literal["text"]
 
@@ -119,16 +119,16 @@ class ChatMessage(Request):
     role: Literal["system", "developer", "user", "assistant"]
     content: _Text | Annotated[list[TextPart], Field(min_length=1)]
     name: str | None = None
-    """Who speaks, among several of one role; chat templates have no place for it."""
+    """The name of one of several speakers with the same role; chat templates have no place for it."""
 
     def plain(self) -> Message:
-        """As a chat template takes it."""
+        """Return the message in the form that chat templates take."""
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         return message("system" if self.role == "developer" else self.role, text)
 
 
 class ChatRequest(SamplingRequest):
-    """POST /v1/chat/completions."""
+    """The body of POST /v1/chat/completions."""
 
     neutral: ClassVar = unsupported.CHAT
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
@@ -139,7 +139,7 @@ class ChatRequest(SamplingRequest):
 
 
 class CompletionRequest(SamplingRequest):
-    """POST /v1/completions."""
+    """The body of POST /v1/completions."""
 
     neutral: ClassVar = unsupported.TEXT
     prompt: _Text | list[_TokenId] | list[_Text] | list[list[_TokenId]]
@@ -147,7 +147,7 @@ class CompletionRequest(SamplingRequest):
     echo: bool | None = False
 
     def prompts(self) -> Sequence[str | Sequence[int]]:
-        """The prompts, one or several."""
+        """Return the prompts as a sequence, also if there is one."""
         if isinstance(self.prompt, str):
             return [self.prompt]
         if self.prompt and isinstance(self.prompt[0], int):
@@ -156,7 +156,7 @@ class CompletionRequest(SamplingRequest):
 
 
 class Usage(BaseModel):
-    """How many tokens."""
+    """The token counts of one response."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -172,11 +172,11 @@ class PromptToken(BaseModel):
 
 
 PromptLogprobs = list[dict[str, PromptToken] | None]
-"""One entry for each place: tokens by id, the prompt's own and the likeliest; None for the first."""
+"""One entry for each place of the prompt: its own token and the likeliest ones, by id; None for the first place."""
 
 
 class TopLogprob(BaseModel):
-    """A token and how likely it was under the distribution that was drawn from."""
+    """A token and its log-probability under the distribution that was sampled from."""
 
     token: str
     logprob: float
@@ -184,13 +184,13 @@ class TopLogprob(BaseModel):
 
 
 class TokenLogprob(TopLogprob):
-    """The drawn token, and the likeliest ones at its place."""
+    """The sampled token, and the likeliest ones at its place."""
 
     top_logprobs: list[TopLogprob]
 
 
 class ChatLogprobs(BaseModel):
-    """Of an answer's tokens."""
+    """The log-probabilities of an answer's tokens."""
 
     content: list[TokenLogprob]
 
@@ -203,7 +203,7 @@ class AnswerMessage(BaseModel):
 
 
 class ChatChoice(BaseModel):
-    """One answer."""
+    """One answer to a chat request."""
 
     index: int
     message: AnswerMessage
@@ -212,7 +212,7 @@ class ChatChoice(BaseModel):
 
 
 class ChatCompletion(BaseModel):
-    """Response of POST /v1/chat/completions."""
+    """The response of POST /v1/chat/completions."""
 
     id: str
     object: Literal["chat.completion"]
@@ -224,18 +224,18 @@ class ChatCompletion(BaseModel):
 
 
 class TextLogprobs(BaseModel):
-    """Of a text's tokens."""
+    """The tokens of a text, with their log-probabilities and offsets."""
 
     tokens: list[str]
     token_logprobs: list[float | None]
-    """None for the first token of a prompt that is repeated: there is nothing before it."""
+    """The log-probability of each token; None for the first token of an echoed prompt, which has no context."""
     top_logprobs: list[dict[str, float] | None] | None
     text_offset: list[int]
     """The place at which each token begins in the text."""
 
 
 class TextChoice(BaseModel):
-    """One continuation."""
+    """One continuation of a prompt."""
 
     index: int
     text: str
@@ -245,7 +245,7 @@ class TextChoice(BaseModel):
 
 
 class Completion(BaseModel):
-    """Response of POST /v1/completions."""
+    """The response of POST /v1/completions."""
 
     id: str
     object: Literal["text_completion"]
@@ -263,11 +263,11 @@ class Model(BaseModel):
     created: int
     owned_by: str
     max_model_len: int
-    """The most tokens of prompt and answer together."""
+    """The largest number of tokens of prompt and answer together."""
 
 
 class ModelList(BaseModel):
-    """Response of GET /v1/models."""
+    """The response of GET /v1/models."""
 
     object: Literal["list"]
     data: list[Model]

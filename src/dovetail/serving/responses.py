@@ -1,7 +1,7 @@
-"""Answers in the forms of OpenAI's API, whole and as server-sent events.
+"""Write answers in the forms of OpenAI's API, whole or as server-sent events.
 
-Responsible for: the JSON of chat and text completions, and letting go when the client does.
-Not responsible for: what was asked (routes.py), text from tokens (choices.py).
+Responsible for: the JSON of chat and text completions, and cancelling answers when the client disconnects.
+Not responsible for: reading requests (routes.py), text from tokens (choices.py).
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from dovetail.serving.token_listing import ListedToken, TokenTexts
 from dovetail.text.chat_format import ChatFormat
 
 _LEAST_LOGPROB = -9999.0
-"""In place of numbers that JSON has not."""
+"""The smallest log-probability in a response, because JSON has no infinity."""
 
 
 class Form(Protocol):
-    """How one request's answers are written."""
+    """The form in which one request's answers are written."""
 
     def envelope(self, *, is_chunk: bool) -> dict[str, Any]: ...
 
@@ -41,7 +41,7 @@ class Form(Protocol):
 
 
 class _Named:
-    """What both forms share."""
+    """The parts that both forms share."""
 
     kind: str
     chunk_kind: str
@@ -63,7 +63,7 @@ class _Named:
         self._created = int(time.time())
 
     def envelope(self, *, is_chunk: bool) -> dict[str, Any]:
-        """Everything but the choices."""
+        """Return the fields that identify a response or chunk, without its choices."""
         kind = self.chunk_kind if is_chunk else self.kind
         return {"id": self._name, "object": kind, "created": self._created, "model": self._model}
 
@@ -72,7 +72,7 @@ class _Named:
         return {**self.envelope(is_chunk=False), "choices": choices, "usage": _usage(answering)}
 
     def _prompt_logprobs(self, answering: Answering, index: int) -> list[dict[str, Any] | None]:
-        """List the log-probabilities of an answer's prompt as vLLM does: by id, the token and the likeliest."""
+        """List the log-probabilities of an answer's prompt as vLLM does: its token and the likeliest ones, by id."""
         assert self._num_prompt_logprobs is not None
         texts, count = TokenTexts(self._chat), self._num_prompt_logprobs
 
@@ -94,17 +94,17 @@ class _Named:
 
 
 class ChatForm(_Named):
-    """Chat completions."""
+    """The form of chat completions."""
 
     kind = "chat.completion"
     chunk_kind = "chat.completion.chunk"
 
     def opening(self, index: int) -> dict[str, Any] | None:
-        """Who speaks."""
+        """Return the first chunk of an answer, which names the role of the speaker."""
         return {"index": index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
 
     def chunk(self, piece: Piece) -> dict[str, Any]:
-        """A piece of a stream."""
+        """Return the choice of one chunk of a stream."""
         delta = {"content": piece.text} if piece.text else {}
         chunk: dict[str, Any] = {"index": piece.index, "delta": delta, "finish_reason": piece.finish_reason}
         if self._has_logprobs:
@@ -112,7 +112,7 @@ class ChatForm(_Named):
         return chunk
 
     def choice(self, index: int, pieces: Sequence[Piece]) -> dict[str, Any]:
-        """A whole answer."""
+        """Return the choice of a whole answer."""
         return {
             "index": index,
             "message": {"role": "assistant", "content": "".join(piece.text for piece in pieces)},
@@ -145,20 +145,20 @@ class ChatForm(_Named):
 
 
 class TextForm(_Named):
-    """Text completions."""
+    """The form of text completions."""
 
     kind = chunk_kind = "text_completion"
 
     def opening(self, index: int) -> dict[str, Any] | None:
-        """A text has no speaker."""
+        """Return None, because a text has no speaker to name."""
         return None
 
     def chunk(self, piece: Piece) -> dict[str, Any]:
-        """A piece of a stream: a short text."""
+        """Return the choice of one chunk of a stream, which has the form of a short text."""
         return self.choice(piece.index, [piece])
 
     def choice(self, index: int, pieces: Sequence[Piece]) -> dict[str, Any]:
-        """A whole text."""
+        """Return the choice of a whole text."""
         return {
             "index": index,
             "text": "".join(piece.text for piece in pieces),
@@ -184,7 +184,7 @@ class TextForm(_Named):
         }
 
     def _top(self, token: ListedToken) -> dict[str, float] | None:
-        """By text; of two tokens that read alike the likelier. The token itself is always there."""
+        """Map texts to log-probabilities, the token's own included. The likelier of two equal texts counts."""
         if token.logprob is None:
             return None
         texts: dict[str, float] = {}
@@ -198,7 +198,7 @@ def _in_json(logprob: float | None) -> float | None:
 
 
 async def whole(answering: Answering, form: Form, request: Request) -> dict[str, Any]:
-    """The response when all answers are there; none, and nothing generated further, when the client leaves."""
+    """Return the response when all answers are finished. Cancels them and raises Problem if the client disconnects."""
     collecting = asyncio.ensure_future(_collect(answering))
     leaving = asyncio.ensure_future(_until_gone(request))
     try:
@@ -214,7 +214,7 @@ async def whole(answering: Answering, form: Form, request: Request) -> dict[str,
 
 
 class EventStream(StreamingResponse):
-    """The answers as server-sent events; whatever ends the response, ended or not, cancels the rest of them."""
+    """The answers as server-sent events. Unfinished answers are cancelled when the response ends for any reason."""
 
     def __init__(self, answering: Answering, form: Form, *, has_usage: bool) -> None:
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
@@ -238,7 +238,7 @@ async def _events(answering: Answering, form: Form, has_usage: bool) -> AsyncIte
     try:
         async for piece in answering:
             yield _event({**envelope, "choices": [form.chunk(piece)]})
-    except Exception as error:  # the status is sent already: the stream itself has to say it
+    except Exception as error:  # the status is sent already, so the stream itself reports the error
         yield _event(problem_of(error).body)
         return
     if has_usage:

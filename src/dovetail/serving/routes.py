@@ -1,7 +1,7 @@
-"""The routes of OpenAI's API.
+"""Define the routes of OpenAI's API.
 
-Responsible for: what a request asks of which model, checked against model and limits, and the two kinds of
-response, whole and streamed. Not responsible for: keys, rates, sizes (gate.py), generation (choices.py).
+Responsible for: checking a request against its model and the limits, and the two kinds of response, whole and
+streamed. Not responsible for: keys, rates, sizes (gate.py), generation (choices.py).
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from dovetail.serving.responses import ChatForm, EventStream, Form, TextForm, wh
 from dovetail.serving.served_model import ServedModel
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
-    "4XX": {"model": ErrorBody, "description": "what the caller can put right"},
-    "5XX": {"model": ErrorBody, "description": "what the server has to put right"},
+    "4XX": {"model": ErrorBody, "description": "an error that the caller can correct"},
+    "5XX": {"model": ErrorBody, "description": "an error of the server"},
 }
 
 _LEAST_TEMPERATURE = 1e-3
@@ -42,16 +42,16 @@ _LEAST_TEMPERATURE = 1e-3
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """What the routes work with."""
+    """The models, limits and metrics that the routes use."""
 
     models: dict[str, ServedModel]
     limits: RequestLimits
     meters: Meters
     started: int
-    """Unix time, in seconds."""
+    """The Unix time of the start, in seconds."""
 
     def model(self, name: str) -> ServedModel:
-        """Raises Problem if there is none of that name."""
+        """Return the model of this name. Raises Problem if there is none."""
         if name not in self.models:
             known = ", ".join(self.models)
             raise Problem(
@@ -60,7 +60,7 @@ class Service:
         return self.models[name]
 
     def described(self, model: ServedModel) -> dict[str, Any]:
-        """A model as /v1/models lists it."""
+        """Describe a model as /v1/models lists it."""
         return {
             "id": model.name,
             "object": "model",
@@ -71,7 +71,7 @@ class Service:
 
 
 def api_routes(service: Service) -> APIRouter:
-    """/v1/models, /v1/chat/completions and /v1/completions."""
+    """Build the routes /v1/models, /v1/chat/completions and /v1/completions."""
     router = APIRouter(prefix="/v1", responses=_ERRORS)
     event = {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}}
     streams: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": event}}}}
@@ -242,8 +242,9 @@ def _sampling(
 
 
 def _temperature(wanted: SamplingRequest) -> float:
-    """Divided by less than the least, logits leave float32; the distribution is a single token long before, as it is
-    where top_p is 0.
+    """Return the temperature, or 0 if it is below the least one or top_p is 0.
+
+    Logits divided by a smaller temperature overflow float32, and the distribution is a single token long before that.
     """
     temperature = 1.0 if wanted.temperature is None else wanted.temperature
     return 0.0 if wanted.top_p == 0 or temperature < _LEAST_TEMPERATURE else temperature
@@ -257,9 +258,9 @@ def _room_for_answers(
     *,
     cuts: bool = False,
 ) -> int:
-    """The most new tokens. Raises Problem where prompt, limits and context leave no room for what is wanted.
+    """Return the most new tokens. Raises Problem if prompt, limits and context leave no room for the wanted ones.
 
-    cuts: give fewer than wanted where the context ends sooner; without it the caller is to shorten the prompt.
+    cuts: allow fewer tokens than wanted if the context ends sooner; without it that is a Problem too.
     """
     context, longest = model.thread.max_tokens, max(map(len, prompts))
     if limits.max_prompt_tokens is not None and longest > limits.max_prompt_tokens:

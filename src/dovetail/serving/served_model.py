@@ -1,6 +1,6 @@
-"""A model by its name on the server: loaded, with its chat format and its thread.
+"""Load the models that the server offers, each with a name, a chat format and an engine thread.
 
-Responsible for: what the paths on the command line stand for, and what the models are called.
+Responsible for: the models that the paths on the command line stand for, and their names.
 Not responsible for: loading (inference/loading.py), HTTP (routes.py), the batch (engine_thread.py).
 """
 
@@ -20,24 +20,24 @@ from dovetail.text.message import Message
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSettings:
-    """How much of the machine each model may take."""
+    """The device of each model, and the limits of its engine."""
 
     device: str = "auto"
     max_running: int = 64
-    """Answers decoded together."""
+    """The most answers that are decoded together."""
     max_waiting: int = 256
-    """Answers that may wait for a place."""
+    """The most answers that may wait in the queue."""
     cache_tokens: int = 32768
-    """Tokens of prompts and answers that the KV cache holds."""
+    """The number of tokens of prompts and answers that the KV cache holds."""
 
 
 class ServedModel:
-    """What the routes need of a model."""
+    """A model with its name, its chat format and its engine thread."""
 
     def __init__(self, name: str, loaded: LoadedChat, settings: EngineSettings) -> None:
         self.name = name
         self.path = loaded.path
-        """Where it is from."""
+        """The path or hub name that the model was loaded from."""
         self.chat = loaded.chat
         self.thread = EngineThread(
             loaded.engine(max_running=settings.max_running, max_cache_tokens=settings.cache_tokens),
@@ -47,17 +47,19 @@ class ServedModel:
         )
 
     def chat_ids(self, messages: Sequence[Message]) -> list[int]:
-        """The conversation as the model reads it, ready for an answer."""
+        """Return the token ids of a conversation, ready for the model's answer."""
         return self.chat.prompt_ids(messages)
 
     def text_ids(self, text: str) -> list[int]:
-        """Plain text, its special tokens recognised."""
+        """Return the token ids of plain text, in which special tokens are recognised."""
         return self.chat.text_ids(text)
 
 
 def load_models(paths: Sequence[str], settings: EngineSettings) -> list[ServedModel]:
-    """Every model that `paths` name, each path once: `PATH`, or `NAME=PATH`. A run folder stands for all its finished
-    chat models. Raises ConfigError for a name taken twice, ModelError for what cannot be loaded.
+    """Load every model that `paths` name, each as `PATH` or `NAME=PATH`.
+
+    A run folder stands for all its finished chat models. Raises ConfigError if two models have the same name,
+    ModelError for a model that cannot be loaded.
     """
     places: dict[str, str] = {}
     for given in paths:
@@ -76,7 +78,7 @@ def load_models(paths: Sequence[str], settings: EngineSettings) -> list[ServedMo
 
 
 def _named(given: str, *, is_alone: bool) -> list[tuple[str, str]]:
-    """Names and places of what one argument stands for."""
+    """Return the names and places of the models that one argument stands for."""
     name, equals, path = given.partition("=")
     if equals and not Path(given).exists():
         found = chat_models(path)

@@ -1,10 +1,10 @@
-"""The process: signals, and an end that breaks nobody's answer off.
+"""Run the server process, and stop it on a signal without breaking off answers.
 
-Responsible for: running an application until it is told to stop.
+Responsible for: running an application until a signal stops it.
 Not responsible for: the application (app.py), the socket (web/listening.py).
 
-On SIGTERM or SIGINT new requests get 503, those under way are finished, and the process ends; a second signal, or
-the end of the patience, ends it at once.
+On SIGTERM or SIGINT new requests get 503, open requests are finished, and then the process ends. A second signal, or
+the end of `drain_seconds`, ends it at once.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from dovetail.web.listening import Listening
 
 
 class DrainingServer(uvicorn.Server):
-    """A uvicorn server that goes on listening, to say 503, while it finishes what it has."""
+    """A uvicorn server that keeps listening while it finishes open requests, and answers new ones with 503."""
 
     def __init__(self, config: uvicorn.Config, drain: Drain, *, drain_seconds: float) -> None:
         super().__init__(config)
@@ -31,14 +31,14 @@ class DrainingServer(uvicorn.Server):
         self._until: float | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The first signal begins the end, the second is the end."""
+        """Begin to drain on the first signal, and end at once on the second."""
         if self._until is not None:
             self.should_exit = self.force_exit = True
         self._until = time.monotonic() + self._drain_seconds
         self._drain.has_begun = True
 
     async def on_tick(self, counter: int) -> bool:
-        """Ten times a second: whether to leave the loop."""
+        """Return whether to leave the main loop; uvicorn calls this ten times a second."""
         if self._until is not None:
             self.should_exit |= time.monotonic() > self._until or not self._drain.num_open
         return await super().on_tick(counter)

@@ -1,10 +1,10 @@
-"""The tokens of a text beside it, so that joined they are the text.
+"""List the tokens of a text with the part of the text that each one writes, so that the parts joined are the text.
 
-Responsible for: which part of the text is whose token, where it begins, and which tokens the text does not show.
-Not responsible for: the text (text/text_stream.py), the JSON of the list (responses.py).
+Responsible for: the part of the text that belongs to each token, its offset, and the tokens that the text does not
+show. Not responsible for: the text (text/text_stream.py), the JSON of the list (responses.py).
 
-A token alone does not say how it reads: SentencePiece writes its space only behind another token. Of a token that is
-a part of a character, U+FFFD stands for its share.
+The text of a token depends on its place: SentencePiece writes its space only behind another token. A token that is
+only part of a character is listed as U+FFFD.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ _HALF = "\ufffd"
 
 @dataclass(frozen=True, slots=True)
 class ScoredToken:
-    """A token and how likely it was at its place."""
+    """A token and its log-probability at its place."""
 
     id: int
     logprob: float | None
-    """None: it is the first of a text, before which there is nothing."""
+    """The log-probability; None for the first token of a text, which has no context."""
     top_logprobs: TopLogprobs = ()
-    """The likeliest at its place, if they were asked for."""
+    """The likeliest tokens at its place, if they were requested."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,21 +51,21 @@ class TokenTexts:
         self._num_front = len(self.decode(self._front))
 
     def alone(self, token_id: int) -> str:
-        """Return its text at the beginning of a text."""
+        """Return the token's text at the beginning of a text."""
         return self.decode([token_id])
 
     def behind(self, token_id: int) -> str:
-        """Return its text behind another token."""
+        """Return the token's text behind another token."""
         return self.decode([*self._front, token_id])[self._num_front :]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of some tokens, special ones as they are written."""
+        """Return the text of these tokens, special tokens included."""
         return str(self._tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
 
 
 @dataclass(frozen=True, slots=True)
 class _Read:
-    """A token and its part of the text, before anything is taken off."""
+    """A token and its part of the text, before the text is cut at either end."""
 
     token: ScoredToken
     start: int
@@ -77,13 +77,15 @@ class _Read:
 
 
 class TokenListing:
-    """The tokens of one text: read them, say what of the text is shown, and get those that are shown with it."""
+    """The tokens of one text. `read` takes them in; `show` and `rest` return those that belong to the shown text."""
 
     def __init__(
         self, texts: TokenTexts, stream: TextStream, *, offset: int = 0, lists_all: bool = False
     ) -> None:
-        """stream: writes the text, of which nothing is taken off. offset: of its beginning. lists_all: tokens that are
-        not shown are listed too, as nothing.
+        """Begin with no tokens.
+
+        stream: decodes the text without cutting it. offset: where the text begins. lists_all: tokens that are not shown
+        are listed too, with empty texts.
         """
         self._texts = texts
         self._stream = stream
@@ -105,14 +107,14 @@ class TokenListing:
                 and _HALF not in own
                 and text.endswith(own)
             ):
-                # The parts before it never became a character; their U+FFFD is theirs.
+                # The tokens before it never became a character, so their U+FFFD belongs to them.
                 self._lengthen_last(text.removesuffix(own))
                 text = own
             self._pending.append(_Read(token, self._length, text))
             self._length += len(text)
 
     def show(self, text: str, lead: str) -> list[ListedToken]:
-        """Return the tokens that are whole in the text once `text` is shown too. lead: what its beginning lost."""
+        """Return the tokens that are complete once `text` is shown too. lead: the text cut off at the beginning."""
         self._num_shown += len(text)
         end = len(lead) + self._num_shown
         listed = []
@@ -121,7 +123,7 @@ class TokenListing:
         return listed
 
     def rest(self, lead: str) -> list[ListedToken]:
-        """Return the other tokens at the end of the text, without those that it does not show."""
+        """Return the remaining tokens at the end of the text; hidden ones only if all are listed."""
         if self._pending:
             self._lengthen_last(self._stream.finish())
         end = len(lead) + self._num_shown

@@ -1,8 +1,7 @@
-"""Parameters of other servers of OpenAI's API that this one lacks, with the values that ask for nothing.
+"""List parameters of OpenAI's API and of other servers that this server lacks, with the values that ask for nothing.
 
-Responsible for: telling a parameter that clients send by habit (`tools: []`, `store: false`) from one that asks for
-something. The first kind is taken, the second refused. Not responsible for: the parameters that there are
-(protocol.py).
+Responsible for: accepting a parameter whose value asks for nothing (`tools: []`, `store: false`), because clients often
+send it, and refusing one that asks for something. Not responsible for: the supported parameters (protocol.py).
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, ConfigDict, model_validator
 
 _NOTHING: tuple[Any, ...] = (None, [], {})
-"""Values that ask for nothing whatever they are the value of."""
+"""Values that ask for nothing, whichever parameter has them."""
 
 SAMPLING: Mapping[str, tuple[Any, ...]] = {
     "best_of": (1,),
@@ -27,7 +26,7 @@ SAMPLING: Mapping[str, tuple[Any, ...]] = {
     "return_tokens_as_token_ids": (False,),
     "priority": (0,),
 }
-"""Parameters of chat and text completions alike."""
+"""Parameters of both chat and text completions."""
 
 CHAT: Mapping[str, tuple[Any, ...]] = {
     **SAMPLING,
@@ -51,7 +50,7 @@ STREAM_OPTIONS: Mapping[str, tuple[Any, ...]] = {
 
 
 def _describe(schema: dict[str, Any], model: type[Request]) -> None:
-    """Say in the JSON schema what is taken beyond the fields."""
+    """Add the values that are accepted beyond the fields to the JSON schema."""
     schema["additionalProperties"] = {"enum": [*_NOTHING]}
     properties = schema.setdefault("properties", {})
     for name, values in model.neutral.items():
@@ -63,7 +62,7 @@ class Request(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, json_schema_extra=_describe)
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
-    """Field that this server lacks -> values of it that ask for nothing, beside null and empty ones."""
+    """A map from each field that this server lacks to its values that ask for nothing, besides null and empty ones."""
 
     @model_validator(mode="before")
     @classmethod
@@ -78,7 +77,7 @@ class Request(BaseModel):
 
     @classmethod
     def _asks_for_nothing(cls, name: str, value: Any) -> bool:
-        # In Python 1 == True: a truth value and a number are two things here.
+        # In Python 1 == True, but a boolean and a number are different values here.
         return any(
             value == nothing and isinstance(value, bool) == isinstance(nothing, bool)
             for nothing in (*_NOTHING, *cls.neutral.get(name, ()))
