@@ -81,7 +81,7 @@ def test_a_revoked_invitation_lets_nobody_in_and_another_one_does(run: Run) -> N
     assert run("revoke", "ann")[1] == "ann: 2 invitations revoked\n"
     code, _, errors = run("revoke", "ben")
     assert code == 2
-    assert "nobody is called 'ben' here" in errors
+    assert "there is no annotator 'ben'" in errors
     assert "there are: ann" in errors
     third = run("invite", "ann")[1].strip()
     store = open_store("sqlite:///labels.db")

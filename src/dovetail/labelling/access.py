@@ -1,11 +1,11 @@
-"""Who is asking, and whether a page of ours asks for them.
+"""Identify the person behind a request, and check that one of the server's own pages sent it.
 
 Responsible for: the login cookie and the write token. Not responsible for: invitations and logins (preferences/).
 
 The cookie holds the secret of a login; scripts cannot read it, and other sites cannot make a browser send it
-(SameSite=Strict). Its name has the server's port: browsers keep one set of cookies for all ports of a host. Requests
-that change something also need a header with a keyed hash of it, which only our own page is told: a second lock for
-browsers that leave the first one open.
+(SameSite=Strict). Its name has the server's port, because browsers keep one set of cookies for all ports of a host.
+Requests that change something also need a header with a keyed hash of the secret, which only the server's own page
+receives. This protects people whose browser ignores SameSite.
 """
 
 import hashlib
@@ -25,22 +25,22 @@ Guard = Callable[..., Person]
 
 
 def write_token(secret: str) -> str:
-    """What a request that changes something must show beside the cookie."""
+    """Return the token that a request needs besides the cookie if it changes something."""
     return hmac.new(secret.encode(), b"dovetail label", hashlib.sha256).hexdigest()
 
 
 def cookie_name(request: Request) -> str:
-    """Return the name under which this server's cookie is kept."""
+    """Return the name of this server's cookie."""
     return f"dovetail_label_{request.url.port or (443 if request.url.scheme == 'https' else 80)}"
 
 
 def shown_secret(request: Request) -> str | None:
-    """Return the secret of the login that the browser shows, if it shows one."""
+    """Return the secret of the login in the request's cookie, or None without one."""
     return request.cookies.get(cookie_name(request))
 
 
 def log_in(request: Request, response: Response, secret: str) -> None:
-    """Let the browser remember the secret of its login."""
+    """Set the cookie with the secret of the login."""
     response.set_cookie(
         cookie_name(request),
         secret,
@@ -53,12 +53,12 @@ def log_in(request: Request, response: Response, secret: str) -> None:
 
 
 def log_out(request: Request, response: Response) -> None:
-    """Let the browser forget it."""
+    """Delete the cookie."""
     response.delete_cookie(cookie_name(request), path=request.url.path.rsplit("/api/", 1)[0])
 
 
 class Access:
-    """The guards of routes, as dependencies: each gives the person, or ends the request."""
+    """The guards of routes, as dependencies. Each returns the person, or ends the request."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -68,7 +68,7 @@ class Access:
         self.writing_admin: Guard = _admin_after(self.writer)
 
     def _reader(self, request: Request) -> Person:
-        """Whoever is logged in; else 401."""
+        """Return the person who is logged in. Raises HTTPException 401 if there is none."""
         secret = shown_secret(request)
         person = person_logged_in(self._store, secret) if secret else None
         if person is None:
@@ -82,7 +82,7 @@ def _writer_after(reader: Guard) -> Guard:
         person: Annotated[Person, Depends(reader)],
         x_dovetail_token: Annotated[str, Header(include_in_schema=False)] = "",
     ) -> Person:
-        """The same, if the request comes from our page; else 403."""
+        """Return the person. Raises HTTPException 403 unless the request has the write token of the page."""
         expected = write_token(shown_secret(request) or "")
         if not hmac.compare_digest(x_dovetail_token.encode(), expected.encode()):
             raise HTTPException(403, "the header X-Dovetail-Token is missing or wrong: reload the page")
@@ -93,7 +93,7 @@ def _writer_after(reader: Guard) -> Guard:
 
 def _admin_after(guard: Guard) -> Guard:
     def admin(person: Annotated[Person, Depends(guard)]) -> Person:
-        """The same, if it is an admin; else 403."""
+        """Return the person. Raises HTTPException 403 unless the person is an admin."""
         if not person.is_admin:
             raise HTTPException(403, "only an admin may see this: ask for an invitation as one")
         return person

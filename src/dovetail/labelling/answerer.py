@@ -1,7 +1,7 @@
-"""A checkpoint that answers prompts, for people to compare.
+"""Answer prompts with a checkpoint, so that people can compare the answers.
 
-Responsible for: prompts in, answers out, by whatever completes them; scoring answers. Not responsible for: loading
-(inference/loading.py), which prompts and when (supply.py).
+Responsible for: turning prompts into answers through a given `Complete`; scoring answers. Not responsible for: loading
+(inference/loading.py), the choice of prompts and the time (supply.py).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _SCORED_TOKENS = 8192
 Complete = Callable[
     [Sequence[Sequence[int]], Sampling, Sequence[int], Callable[[], bool]], Sequence[Completion]
 ]
-"""complete(prompt_ids, sampling, seeds, is_cancelled): a completion of each; cancelled, the rest ends early."""
+"""A function that completes each prompt. The rest ends early once its last argument, `is_cancelled`, returns true."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class ModelAnswerer:
     chat: ChatFormat
     complete: Complete
     context: Callable[[], int | None]
-    """The most tokens of prompt and answer together; None: no limit."""
+    """A function that returns the largest number of tokens of prompt and answer together, or None without a limit."""
 
     def answers(
         self,
@@ -46,9 +46,9 @@ class ModelAnswerer:
         sampling: Sampling,
         is_cancelled: Callable[[], bool],
     ) -> list[Answer | None]:
-        """An answer to each prompt, None where prompt and longest answer outgrow the context.
+        """Answer each prompt, with None where the prompt and the longest answer exceed the context.
 
-        Once `is_cancelled` says so the rest ends early, and what is returned is not to be used.
+        The rest ends early once `is_cancelled` returns true; the result must not be used then.
         """
         prompt_ids, context = self.chat.encode_prompts(prompts), self.context()
         fitting = [
@@ -69,7 +69,7 @@ class ModelAnswerer:
 
 
 def load_answerer(path: str, *, device: str) -> ModelAnswerer:
-    """A model by folder, .gguf file or hub name, in a place of its own. Raises ModelError if it cannot be loaded."""
+    """Load a model by folder, .gguf file or hub name, with an engine of its own. Raises ModelError if that fails."""
     loaded = load_chat(path, device=device)
     engine = loaded.engine()
 
@@ -86,7 +86,7 @@ def load_answerer(path: str, *, device: str) -> ModelAnswerer:
 
 
 def reward_scorer(path: str, *, device: str) -> Scorer:
-    """A finished reward model, which reads answers as text in its own chat format. Raises ModelError."""
+    """Load a finished reward model, which reads answers in its own chat format. Raises ModelError if that fails."""
     expect_reward_head(path)
     where = resolve_device(device)
     model = load_scalar_model(

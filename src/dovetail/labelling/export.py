@@ -1,6 +1,6 @@
-"""Labels as a file of comparisons.
+"""Write labels to a file of comparisons.
 
-Responsible for: writing it whole or not at all. Not responsible for: what is in it (preferences/comparisons.py).
+Responsible for: writing the file as a whole or not at all. Not responsible for: its rows (preferences/comparisons.py).
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from dovetail.preferences.database import Store
 
 
 def export(store: Store, output: Path, project: str | None = None) -> int:
-    """Write one JSON line for each pair, of one project or of all; how many. An existing file is replaced at the end.
+    """Write one JSON line for each pair, of one project or of all, and return the number of lines.
 
-    Raises LabelError if it cannot be written.
+    An existing file is replaced at the end. Raises LabelError if the file cannot be written.
     """
     rows = [row for _, row in comparison_rows(store, project)]
     part = output.with_name(output.name + ".part")

@@ -1,7 +1,7 @@
-"""What every route of the labelling pages has in common, whichever server mounts them.
+"""Guard every route of the labelling pages in the same way, whichever server mounts them.
 
-Responsible for: errors as JSON with a hint, the largest body, headers that keep the browser to this server.
-Not responsible for: who may do what (access.py).
+Responsible for: errors as JSON with a hint, the largest body, headers that restrict the browser to this server.
+Not responsible for: permissions (access.py).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dovetail.errors import DovetailError
 from dovetail.preferences.database import ConflictError, NotFoundError
 
 LARGEST_BODY = 512 * 1024
-"""Bytes of a request's body."""
+"""The largest body of a request, in bytes."""
 HEADERS = {
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self'; "
@@ -36,7 +36,7 @@ class GuardedRoute(APIRoute):
     """A route whose errors are `{"error": {"message", "hint"}}`."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """The handler, guarded."""
+        """Return the handler, wrapped so that it limits bodies, answers errors and adds headers."""
         handle = super().get_route_handler()
 
         async def guarded(request: Request) -> Response:
@@ -57,10 +57,10 @@ class GuardedRoute(APIRoute):
 
 
 class _LimitedRequest(Request):
-    """A request whose body is not read further than is allowed."""
+    """A request whose body is read up to the limit."""
 
     async def body(self) -> bytes:
-        """The whole body; status 413 if it is too large."""
+        """Read the whole body. Raises HTTPException 413 if it is too large."""
         if not hasattr(self, "_body"):
             read = bytearray()
             async for part in self.stream():
@@ -72,7 +72,7 @@ class _LimitedRequest(Request):
 
 
 def problem(status: int, message: str, hint: str | None) -> JSONResponse:
-    """An error as the pages read it."""
+    """Return an error response in the form that the pages read."""
     # A message may quote half a surrogate pair that the request held, and UTF-8 has no bytes for that.
     texts = {"message": message, "hint": hint}
     content = {name: text and text.encode(errors="replace").decode() for name, text in texts.items()}

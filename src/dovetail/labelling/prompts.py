@@ -1,6 +1,6 @@
-"""Prompts to label, from any source of the data layer.
+"""Read prompts to label from any source of the data layer.
 
-Responsible for: reading them, each once, in an order that a seed decides. Not responsible for: sources (data/).
+Responsible for: reading each prompt once, in an order that a seed decides. Not responsible for: sources (data/).
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from dovetail.text.message import Message
 
 
 def read_prompts(text: str, *, seed: int) -> list[Sequence[Message]]:
-    """The prompts of a source as it is written on the command line: a file, a registered name, or `{path: ...}`.
+    """Read the prompts of a source from the command line: a file, a registered name, or `{path: ...}`.
 
-    Raises ConfigError for what is no source, DataError for rows that cannot be used or hold no prompts.
+    Raises ConfigError for a text that is not a source, DataError for rows that cannot be used or hold no prompts.
     """
     found: dict[str, Sequence[Message]] = {}
     for source in resolve(_source(text)):

@@ -1,8 +1,8 @@
-"""What the labelling pages and the server say to each other.
+"""Define the messages between the labelling pages and the server.
 
-Responsible for: the shape and range of each body. Not responsible for: what is done with it (router.py).
+Responsible for: the shape and range of each body. Not responsible for: its use (router.py).
 
-Answers are counted as they are shown, from 0; models, seeds and scores never leave the server here.
+Answers are numbered from 0 in the order shown. Models, seeds and scores are in no message.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ Text = Annotated[StrictStr, Field(max_length=100_000)]
 
 
 class Problem(FrozenModel):
-    """What went wrong, and what to do."""
+    """An error, with a hint on what to do."""
 
     message: str
     hint: str | None
 
 
 class Refusal(FrozenModel):
-    """Every response that is an error."""
+    """The body of every error response."""
 
     error: Problem
 
@@ -37,13 +37,13 @@ class Login(FrozenModel):
 
 
 class Skip(FrozenModel):
-    """A task to give back."""
+    """The assignment to skip."""
 
     assignment_id: Id
 
 
 class NewLabel(FrozenModel):
-    """What an annotator says of a task: see `preferences.labels.Submission`."""
+    """An annotator's judgement of a task; see `preferences.labels.Submission`."""
 
     assignment_id: Id
     verdict: Literal["answer", "tie", "both_bad"]
@@ -57,32 +57,32 @@ class NewLabel(FrozenModel):
 
 
 class Reason(FrozenModel):
-    """Why a label is voided."""
+    """The reason for voiding a label."""
 
     reason: Annotated[StrictStr, Field(min_length=1, max_length=1000)]
 
 
 class Invitation(FrozenModel):
-    """Who is to be invited, or is to be invited no more."""
+    """The name of an annotator to invite, or whose invitations to revoke."""
 
     name: Annotated[StrictStr, Field(min_length=1, max_length=100)]
 
 
 class Invited(FrozenModel):
-    """A new annotator's token, shown this once."""
+    """An annotator's new token, which is shown only once."""
 
     name: str
     token: str
 
 
 class Revoked(FrozenModel):
-    """How many invitations have ended."""
+    """The number of invitations that were revoked."""
 
     links: int
 
 
 class Progress(FrozenModel):
-    """What is done: by oneself, by all, and what is wanted of the tasks there are."""
+    """The number of labels of the annotator, of all annotators, and wanted for the existing tasks."""
 
     own_labels: int
     labels: int
@@ -90,12 +90,12 @@ class Progress(FrozenModel):
 
 
 class Me(FrozenModel):
-    """Who is logged in, and to what."""
+    """The person who is logged in, and the project."""
 
     name: str
     is_admin: bool
     write_token: str
-    """To be sent as X-Dovetail-Token with every request that changes something."""
+    """The value of the header X-Dovetail-Token in every request that changes something."""
     project: str
     guidelines: str
     progress: Progress
@@ -109,13 +109,13 @@ class Turn(FrozenModel):
 
 
 class ShownTask(FrozenModel):
-    """A task as its annotator sees it."""
+    """A task in the form that its annotator sees."""
 
     assignment_id: int
     messages: tuple[Turn, ...]
     answers: tuple[str, ...]
     seconds_left: float
-    """Until somebody else may be given it."""
+    """The seconds until another annotator may get the place."""
 
 
 class Next(FrozenModel):
@@ -123,20 +123,20 @@ class Next(FrozenModel):
 
     task: ShownTask | None
     is_waiting: bool = False
-    """Answers are being sampled: ask again."""
+    """Whether answers are being sampled, so that the page should ask again."""
     problem: str | None = None
-    """Why no more answers are sampled."""
+    """The reason why no more answers are sampled; None without a problem."""
     progress: Progress
 
 
 class Kept(FrozenModel):
-    """A label that is on the disk."""
+    """The id of a label that is stored on the disk."""
 
     label_id: int
 
 
 class Line(FrozenModel):
-    """A label in a list: see `preferences.labels.LabelLine`."""
+    """A label in a list; see `preferences.labels.LabelLine`."""
 
     id: int
     task_id: int
@@ -152,7 +152,7 @@ class Line(FrozenModel):
 
 
 class PairLine(FrozenModel):
-    """Two annotators beside each other: see `preferences.statistics.Pair`."""
+    """The agreement of two annotators; see `preferences.statistics.Pair`."""
 
     first: str
     second: str
@@ -162,7 +162,7 @@ class PairLine(FrozenModel):
 
 
 class SpeedLine(FrozenModel):
-    """One annotator's work: see `preferences.statistics.Speed`."""
+    """One annotator's work; see `preferences.statistics.Speed`."""
 
     name: str
     is_admin: bool
@@ -172,7 +172,7 @@ class SpeedLine(FrozenModel):
 
 
 class Overview(FrozenModel):
-    """The admin's figures: see `preferences.statistics.Statistics`."""
+    """The admin's figures; see `preferences.statistics.Statistics`."""
 
     progress: Progress
     verdicts: dict[str, int]
@@ -183,6 +183,6 @@ class Overview(FrozenModel):
 
 
 class Done(FrozenModel):
-    """It is done, and there is nothing to say of it."""
+    """The response to a successful request that has no result."""
 
     done: Literal[True] = True

@@ -1,7 +1,7 @@
-"""The labelling pages and their API, for any FastAPI app to mount.
+"""Build the routes of the labelling pages and their API, which any FastAPI app can mount.
 
-Responsible for: routes. Not responsible for: who may use them (access.py), bodies (protocol.py), errors and
-headers (guard.py), what is kept (preferences/), the pages themselves (pages/).
+Responsible for: routes. Not responsible for: permissions (access.py), bodies (protocol.py), errors and headers
+(guard.py), the database (preferences/), the pages themselves (pages/).
 
     app.include_router(labelling_router(store, project_id))        # pages under /label/
 """
@@ -37,17 +37,17 @@ _KINDS = {
 }
 _MOST_LINES = 200
 _ERRORS: dict[int | str, dict[str, Any]] = {
-    "4XX": {"model": protocol.Refusal, "description": "what the caller can put right"}
+    "4XX": {"model": protocol.Refusal, "description": "an error that the caller can correct"}
 }
 
 
 @dataclass(frozen=True, slots=True)
 class SupplyState:
-    """Whether more tasks will come."""
+    """The state of the sampling of more tasks."""
 
     is_sampling: bool = False
     problem: str | None = None
-    """Why sampling ended before its prompts did."""
+    """The reason why sampling ended before all prompts were used; None without a problem."""
 
 
 LabelId = Annotated[int, Path(ge=1, le=2**31 - 1)]
@@ -57,7 +57,7 @@ Before = Annotated[int | None, Query(ge=1, le=2**31 - 1)]
 def labelling_router(
     store: Store, project_id: int, *, supply: Callable[[], SupplyState] = SupplyState
 ) -> APIRouter:
-    """All routes, under /label. supply: tells whether somebody is making more tasks; by default nobody is."""
+    """Build all routes, under /label. supply: returns the state of the sampling; by default no tasks are added."""
     router = APIRouter(prefix="/label", route_class=GuardedRoute, responses=_ERRORS)
     access = Access(store)
     _add_pages(router)
@@ -133,7 +133,7 @@ def _add_work(
 
     @router.post("/api/next")
     def next_task(person: Writer) -> protocol.Next:
-        state = supply()  # before the search: what is made in between is then not missed for good
+        state = supply()  # read before the search, so that a task made in between is found on the next call
         found = queue.next_task(store, project_id, person.id)
         return protocol.Next(
             task=None if found is None else _shown(found, store),
@@ -200,7 +200,8 @@ def _add_administration(router: APIRouter, access: Access, store: Store, project
     def end_invitations(body: protocol.Invitation, person: Writer) -> protocol.Revoked:
         if body.name.strip() == person.name:
             raise HTTPException(
-                409, "these invitations are yours: somebody else ends them, or `dovetail label revoke` does"
+                409,
+                "these invitations are yours: another admin can revoke them, or `dovetail label revoke` can",
             )
         return protocol.Revoked(links=revoke(store, body.name))
 

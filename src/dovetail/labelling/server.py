@@ -1,6 +1,6 @@
-"""A small server for labelling alone.
+"""Run a small server for labelling alone.
 
-Responsible for: an app with the labelling pages, and running it until it is told to stop.
+Responsible for: an app with the labelling pages, and running it until a signal stops it.
 Not responsible for: routes (router.py), making tasks (supply.py), the socket (web/listening.py).
 """
 
@@ -20,9 +20,10 @@ from dovetail.web.listening import Listening
 
 
 def labelling_app(router: APIRouter, *, host_names: Sequence[str] = ()) -> FastAPI:
-    """The pages under /label/, and / leads there. The interactive API pages are off: they load scripts from afar.
+    """Build an app with the pages under /label/, to which / redirects.
 
-    host_names: names of this server beside those that it finds itself; see `HostNames`.
+    The interactive API pages are off, because they load scripts from other servers.
+    host_names: names of this server besides those that it finds itself; see `HostNames`.
     """
     app = FastAPI(title="Dovetail labelling", docs_url=None, redoc_url=None)
     app.add_middleware(HostNames, names=host_names)
@@ -41,10 +42,10 @@ def labelling_app(router: APIRouter, *, host_names: Sequence[str] = ()) -> FastA
 
 
 def serve(app: FastAPI, listening: Listening) -> None:
-    """Answer requests until SIGINT or SIGTERM; those under way are finished first. SIGTERM then ends in SystemExit(0).
+    """Answer requests until SIGINT or SIGTERM, and finish open ones first. SIGTERM then raises SystemExit(0).
 
-    uvicorn hands the signal on when it has finished. By default that ends the process at once, before the
-    caller's `finally`.
+    uvicorn raises the signal again when it has finished. By default that would end the process at once, before the
+    caller's `finally` runs.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     uvicorn.Server(listening.config(app)).run(sockets=[listening.socket])

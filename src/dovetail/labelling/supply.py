@@ -1,7 +1,7 @@
-"""Sample answers ahead of need, beside a server that hands them out.
+"""Sample answers in advance, in a thread beside the server that shows them.
 
-Responsible for: batches of new tasks, made while few are left, in a thread of its own.
-Not responsible for: models (answerer.py), prompts (prompts.py), what is kept (preferences/).
+Responsible for: making batches of new tasks while few are left.
+Not responsible for: models (answerer.py), prompts (prompts.py), the database (preferences/).
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ Prompt = Sequence[Message]
 
 
 class Answerer(Protocol):
-    """A model that answers; see ModelAnswerer."""
+    """A model that answers prompts; see ModelAnswerer."""
 
     @property
     def name(self) -> str:
-        """What the database calls it."""
+        """The name of the model in the database."""
         ...
 
     def answers(
@@ -43,27 +43,27 @@ class Answerer(Protocol):
         sampling: Sampling,
         is_cancelled: Callable[[], bool],
     ) -> list[Answer | None]:
-        """An answer to each prompt, None where it does not fit."""
+        """Answer each prompt, with None where it does not fit."""
         ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """How answers are made."""
+    """The settings for sampling answers."""
 
     sampling: Sampling
     answers_per_prompt: int = 2
-    """Of two models, each gives every other one."""
+    """The number of answers to each prompt; several models take turns."""
     batch_size: int = 16
-    """Prompts sampled at once."""
+    """The number of prompts that are answered together."""
     ahead: int = 64
-    """Tasks that each annotator should still find; fewer, and a batch is made."""
+    """The number of tasks that each annotator should still find; with fewer, a batch is made."""
     seed: int = 0
 
 
 @dataclass(slots=True)
 class Supply:
-    """Makes tasks of prompts, in a thread once started."""
+    """A maker of tasks from prompts, which runs in a thread of its own."""
 
     store: Store
     project_id: int
@@ -71,23 +71,23 @@ class Supply:
     models: Sequence[Answerer]
     plan: Plan
     scorer: Scorer | None = None
-    """Its scores decide which tasks are offered first: those with the smallest margin."""
+    """The reward model whose scores order the tasks: those with the smallest margin come first."""
     _problem: str | None = None
     _is_done: bool = False
     _stop: threading.Event = field(default_factory=threading.Event)
     _thread: threading.Thread | None = None
 
     def state(self) -> SupplyState:
-        """For the pages; may be asked by any thread."""
+        """Return the state for the pages. Any thread may call this."""
         return SupplyState(is_sampling=not self._is_done, problem=self._problem)
 
     def start(self) -> None:
-        """Begin, in a thread."""
+        """Start the thread."""
         self._thread = threading.Thread(target=self._run, name="supply", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
-        """End soon, in the middle of a batch if need be, and wait for that."""
+        """Stop the thread, also in the middle of a batch, and wait until it has ended."""
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
@@ -107,14 +107,14 @@ class Supply:
         except DovetailError as error:
             self._problem = error.message
             warn(f"no more answers are sampled: {error.message}", hint=error.hint)
-        except Exception as error:  # a thread's last chance to say what ended it; labelling goes on
+        except Exception as error:  # only the thread can report what ended it; labelling goes on
             self._problem = f"{type(error).__name__}: {error}"
             warn(f"no more answers are sampled: {self._problem}")
         finally:
             self._is_done = True
 
     def work(self) -> None:
-        """Make tasks of all prompts that have none in this project, never many more than are needed."""
+        """Make tasks of all prompts that have none in this project, never far ahead of the annotators."""
         used = used_prompts(self.store, self.project_id)
         waiting = [prompt for prompt in self.prompts if prompt_key(prompt) not in used]
         made = asked = 0
@@ -132,7 +132,7 @@ class Supply:
         say(f"sampled {made} tasks from {asked} prompts{left_out}")
 
     def tasks_of(self, prompts: Sequence[Prompt]) -> list[NewTask]:
-        """Sampled and scored tasks; prompts that do not fit a model are left out."""
+        """Sample and score tasks; prompts that do not fit a model are left out."""
         count = self.plan.answers_per_prompt
         columns = [self._sample(prompts, position) for position in range(count)]
         rows = [[one for one in row if one is not None] for row in zip(*columns, strict=True)]
@@ -146,7 +146,7 @@ class Supply:
         return tasks
 
     def _sample(self, prompts: Sequence[Prompt], position: int) -> list[tuple[Answer, Sampled] | None]:
-        """The answers at one position of every prompt."""
+        """Sample the answers at one position of every prompt."""
         model = self.models[position % len(self.models)]
         seeds = [answer_seed(self.plan.seed, prompt, position) for prompt in prompts]
         answers = model.answers(prompts, seeds, self.plan.sampling, self._stop.is_set)
@@ -165,5 +165,5 @@ class Supply:
 
 
 def answer_seed(seed: int, prompt: Prompt, position: int) -> int:
-    """The seed of one answer: whatever else is sampled with it, the same prompt gives the same answer."""
+    """Return the seed of one answer, so that the answer to a prompt does not depend on the rest of its batch."""
     return int(content_hash(seed, prompt_key(prompt), position)[:15], 16)

@@ -1,9 +1,9 @@
-"""How far annotators agree beyond chance.
+"""Measure how far annotators agree beyond chance.
 
 Responsible for: Cohen's kappa of two annotators, Fleiss' kappa of any number.
-Not responsible for: which labels enter (statistics.py).
+Not responsible for: the choice of labels (statistics.py).
 
-Counts go in and fractions come out, so nothing is rounded.
+The functions compute exact fractions from counts, so nothing is rounded.
 """
 
 from collections import Counter
@@ -12,10 +12,10 @@ from fractions import Fraction
 
 
 def cohen_kappa(first: Sequence[Hashable], second: Sequence[Hashable]) -> Fraction | None:
-    """(p_o - p_e) / (1 - p_e) of two annotators' categories for the same items.  Cohen 1960, eq. 1.
+    """Return (p_o - p_e) / (1 - p_e) of two annotators' categories for the same items.  Cohen 1960, eq. 1.
 
-    p_o: share of items with equal categories; p_e: what independent annotators with these marginals would share.
-    None where it is undefined: without items, or if both always chose one and the same category.
+    p_o: share of items with equal categories; p_e: the share expected of independent annotators with these marginals.
+    Returns None where it is undefined: without items, or if both always chose one and the same category.
     """
     count = len(first)
     if count != len(second):
@@ -29,12 +29,12 @@ def cohen_kappa(first: Sequence[Hashable], second: Sequence[Hashable]) -> Fracti
 
 
 def fleiss_kappa(items: Sequence[Mapping[str, int]]) -> Fraction | None:
-    """(P - P_e) / (1 - P_e) of items with, for each category, how many annotators chose it.  Fleiss 1971, eq. 7.
+    """Return (P - P_e) / (1 - P_e) of items, each category -> number of annotators that chose it.  Fleiss 1971, eq. 7.
 
     P: the mean over items of the share of agreeing pairs of annotators; P_e: the sum of squares of the
-    categories' shares in all choices. Fleiss has n annotators for every item. Items of fewer or more are
-    allowed here and weigh alike in P; those of fewer than two say nothing and are left out.
-    None where it is undefined: without items, or if only one category was ever chosen.
+    categories' shares in all choices. Fleiss has n annotators for every item. Here their
+    number may differ, and all items have equal weight in P; items with fewer than two annotators are left out.
+    Returns None where it is undefined: without items, or if only one category was ever chosen.
     """
     judged = [item for item in items if sum(item.values()) >= 2]
     if not judged:

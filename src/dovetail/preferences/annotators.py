@@ -1,9 +1,9 @@
-"""Who labels: people invited by token.
+"""Invite annotators by token, and find the annotator of a token.
 
-Responsible for: invitations and their end, and telling who shows a token.
+Responsible for: invitations, revoking them, and identifying annotators.
 Not responsible for: cookies (labelling/access.py).
 
-A token is 256 random bits, so a plain hash of it is as good as a slow one, and nobody can try them all.
+A token is 256 random bits, too many to try, so a fast hash protects it as well as a slow one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _LONGEST_NAME = 100
 
 @dataclass(frozen=True, slots=True)
 class Person:
-    """An annotator who has shown a token."""
+    """An annotator, identified by a token or login."""
 
     id: int
     name: str
@@ -33,10 +33,10 @@ class Person:
 
 
 def invite(store: Store, name: str, *, is_admin: bool = False, lasts_seconds: float | None = None) -> str:
-    """A new token for an annotator, who is added if there is none of that name. It cannot be shown again.
+    """Make a token for the annotator of this name, who is added if missing. The token cannot be shown again.
 
-    lasts_seconds: after these nobody can log in with it; None: it stays good until it is revoked. Earlier tokens stay
-    good. An annotator who is no admin does not become one this way: LabelError.
+    lasts_seconds: the time after which the token expires; None: it stays valid until it is revoked. Earlier tokens stay
+    valid. Raises LabelError for a bad name, or if the annotator exists and `is_admin` differs.
     """
     name = expect_text("name", name).strip()
     if not 1 <= len(name) <= _LONGEST_NAME:
@@ -68,15 +68,15 @@ def invite(store: Store, name: str, *, is_admin: bool = False, lasts_seconds: fl
 
 
 def revoke(store: Store, name: str) -> int:
-    """End all tokens and logins of an annotator, whoever holds them; how many tokens there were. Labels stay.
+    """End all tokens and logins of an annotator, and return the number of tokens. Labels stay.
 
-    NotFoundError if there is nobody of that name.
+    Raises NotFoundError if there is no annotator of that name.
     """
     with store.writing() as session:
         annotator = session.scalar(select(Annotator).where(Annotator.name == name.strip()))
         if annotator is None:
-            known = ", ".join(session.scalars(select(Annotator.name).order_by(Annotator.name))) or "nobody"
-            raise NotFoundError(f"nobody is called {name!r} here", hint=f"there are: {known}")
+            known = ", ".join(session.scalars(select(Annotator.name).order_by(Annotator.name))) or "none"
+            raise NotFoundError(f"there is no annotator {name!r}", hint=f"there are: {known}")
         session.execute(delete(Login).where(Login.annotator_id == annotator.id))
         tokens = session.scalars(
             delete(Token).where(Token.annotator_id == annotator.id).returning(Token.digest)
@@ -85,12 +85,12 @@ def revoke(store: Store, name: str) -> int:
 
 
 def person_of(store: Store, token: str) -> Person | None:
-    """Whose token it is; None if nobody's, or if it is good no more."""
+    """Return the annotator of a token, or None if it is unknown or has expired."""
     return person_with(store, Token, token)
 
 
 def person_with(store: Store, table: type[Token] | type[Login], secret: str) -> Person | None:
-    """Return whom a table of secrets knows this one of."""
+    """Return the annotator of a secret in this table, or None if it is unknown or has expired."""
     digest = digest_of(secret)
     is_good = or_(table.expires_at.is_(None), table.expires_at > store.clock())
     with store.reading() as session:
@@ -104,5 +104,5 @@ def person_with(store: Store, table: type[Token] | type[Login], secret: str) -> 
 
 
 def digest_of(token: str) -> str:
-    """Return the hash by which a token is kept."""
+    """Return the hash under which a token is stored."""
     return hashlib.sha256(token.encode("utf-8", "surrogatepass")).hexdigest()

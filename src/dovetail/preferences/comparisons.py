@@ -1,6 +1,6 @@
-"""Labels as rows to learn from.
+"""Turn labels into comparisons for training.
 
-Responsible for: which pairs a label says, and where they are from; reading the newest state of a database.
+Responsible for: the pairs that follow from a label, and their origin; reading the newest state of a database.
 Not responsible for: records of the data layer (data/forms.py), files (labelling/export.py).
 
     verdict answer        the chosen answer is better than each other one
@@ -22,13 +22,13 @@ from dovetail.preferences.labels import counting_labels
 from dovetail.preferences.schema import Answer, Label, Project
 
 HUMAN = "human"
-"""Stands for the model of an answer that an annotator wrote."""
+"""The model name of an answer that an annotator wrote."""
 
 
 def comparison_rows(store: Store, project: str | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(label id, row) for each pair, oldest label first, of one project or of all.
+    """Yield (label id, row) for each pair, oldest label first, of one project or of all.
 
-    A row has `prompt` (messages), `chosen` and `rejected`, and where they are from: project, label, annotator, models,
+    A row has `prompt` (messages), `chosen` and `rejected`, and their origin: project, label, annotator, models,
     seeds, ratings, note, seconds, created_at (Unix seconds).
     """
     with store.reading() as session:

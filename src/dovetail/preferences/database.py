@@ -1,7 +1,7 @@
 """Open a database of preferences: SQLite by default, PostgreSQL by URL.
 
 Responsible for: URLs, connections, migrations at the start, transactions that many processes can hold at once.
-Not responsible for: tables (schema.py) and what is done with them (the other modules here).
+Not responsible for: tables (schema.py) and their use (the other modules here).
 """
 
 from __future__ import annotations
@@ -28,42 +28,42 @@ from dovetail.preferences.schema import Project
 
 _WAIT_SECONDS = 60
 _LOCK = text("SELECT pg_advisory_xact_lock(:key)")
-"""Wait for a lock of PostgreSQL's and hold it until the transaction ends."""
+"""The statement that waits for an advisory lock of PostgreSQL and holds it until the transaction ends."""
 _MIGRATION_LOCK = 0x646F7665
-"""Key of the PostgreSQL advisory lock that one migration at a time holds."""
+"""The key of the PostgreSQL advisory lock that one migration at a time holds."""
 _WRITING_LOCK = _MIGRATION_LOCK + 1
-"""Key of the one that a transaction holds which writes to no project in particular."""
+"""The key of the lock for transactions that write outside of any single project."""
 
 
 class NotFoundError(LabelError):
-    """What was asked for is not there, or belongs to somebody else."""
+    """The error of a request for something that does not exist, or that belongs to another annotator."""
 
 
 class ConflictError(LabelError):
-    """What was asked for cannot be done any more, such as labelling what is labelled."""
+    """The error of a request that comes too late, such as a second label for the same assignment."""
 
 
 @dataclass(frozen=True, slots=True)
 class Store:
-    """An open database at the newest version of its tables. May be used by many threads and processes."""
+    """An open database at the newest version of its tables. Many threads and processes may use it."""
 
     engine: Engine
     clock: Callable[[], float] = time.time
-    """The time in Unix seconds."""
+    """A function that returns the time in Unix seconds."""
 
     @contextmanager
     def reading(self) -> Iterator[Session]:
-        """A transaction that changes nothing."""
+        """Open a transaction that changes nothing."""
         with Session(self.engine, expire_on_commit=False) as session, session.begin():
             yield session
 
     @contextmanager
     def writing(self, project_id: int | None = None) -> Iterator[Session]:
-        """A transaction that is committed at the end of the block, or not at all if it raises.
+        """Open a transaction that is committed at the end of the block, or rolled back if the block raises.
 
-        SQLite has one writer at a time. On PostgreSQL those of one project wait for each other, so what they
-        count (free places of a task) still holds when they commit; so do those of none, so that what was not
-        there (a project, an annotator) is made once.
+        SQLite has one writer at a time. On PostgreSQL the writers of one project wait for each other, so that their
+        counts (free places of a task) still hold when they commit. Writers without a project wait for each other too,
+        so that a missing row (a project, an annotator) is made once.
         """
         engine = self.engine.execution_options(writes=True)
         with Session(engine, expire_on_commit=False) as session, session.begin():
@@ -74,15 +74,15 @@ class Store:
             yield session
 
     def close(self) -> None:
-        """Give all connections back."""
+        """Close all connections."""
         self.engine.dispose()
 
 
 def open_store(url: str, *, must_exist: bool = False, clock: Callable[[], float] = time.time) -> Store:
     """Connect, and bring the tables to the newest version; safe when many processes start at once.
 
-    must_exist: a SQLite file that is not there is an error instead of being made.
-    Raises LabelError for a URL that is none, or a database that cannot be reached or is newer than this package.
+    must_exist: a missing SQLite file is an error, and is not created.
+    Raises LabelError for a bad URL, or a database that cannot be reached or is newer than this package.
     """
     parsed = _checked(url, must_exist=must_exist)
     engine: Engine | None = None
@@ -102,7 +102,7 @@ def open_store(url: str, *, must_exist: bool = False, clock: Callable[[], float]
 
 
 def shown(url: str) -> str:
-    """The URL without its password."""
+    """Return the URL without its password."""
     try:
         return make_url(url).render_as_string(hide_password=True)
     except ArgumentError:
@@ -129,10 +129,8 @@ def _checked(url: str, *, must_exist: bool) -> URL:
         )
     if not file.absolute().parent.is_dir():
         raise LabelError(f"{url}: there is no folder {file.parent}", hint="make it first")
-    with suppress(OSError):  # connecting tells why it cannot be made
-        file.touch(
-            mode=0o600
-        )  # what people wrote is for its owner; SQLite gives its other files the same mode
+    with suppress(OSError):  # if it cannot be made, connecting reports why
+        file.touch(mode=0o600)  # only the owner may read labels; SQLite gives its other files the same mode
     return parsed.set(database=str(file))
 
 
@@ -144,7 +142,7 @@ def _engine(url: URL) -> Engine:
             raise LabelError(
                 "PostgreSQL needs the package psycopg", hint="pip install 'dovetail-rlhf[postgresql]'"
             ) from error
-    # No pool limit that requests would wait for: a connection to a file costs nothing, and SQLite queues writers.
+    # The pool has no limit, so no request waits for it: a connection to a file is cheap, and SQLite queues writers.
     engine = create_engine(url, connect_args={"timeout": _WAIT_SECONDS}, max_overflow=-1)
     event.listen(engine, "connect", _set_up_sqlite)
     event.listen(engine, "begin", _begin_sqlite)
@@ -160,8 +158,8 @@ def _set_up_sqlite(connection: Any, _record: object) -> None:
 
 
 def _begin_sqlite(connection: Connection) -> None:
-    # A transaction that reads first and writes later fails when another wrote in between; one that says at
-    # the beginning that it will write waits for its turn.
+    # A transaction that reads first and writes later fails if another one wrote in between. One that begins as a
+    # writer waits for its turn.
     writes = connection.get_execution_options().get("writes", False)
     connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
@@ -195,7 +193,7 @@ def _version(connection: Connection) -> str | None:
 
 
 def _use_write_ahead_log(engine: Engine) -> None:
-    """Readers and the writer do not wait for each other. Kept in the file, so done once."""
+    """Let readers and the writer run without waiting for each other. The file keeps this mode, so it is set once."""
     connection = engine.raw_connection()
     deadline = time.monotonic() + _WAIT_SECONDS
     try:

@@ -1,7 +1,7 @@
-"""What annotators say, and its history.
+"""Store the labels of annotators, with their history.
 
-Responsible for: taking a label, undoing, voiding, listing. Nothing is overwritten: a label that no longer counts
-has a Void beside it. Not responsible for: who gets what (queue.py), what is learnt from it (comparisons.py).
+Responsible for: storing, undoing, voiding and listing labels. Nothing is overwritten: a label that no longer counts
+has a Void. Not responsible for: serving tasks (queue.py), comparisons for training (comparisons.py).
 """
 
 from __future__ import annotations
@@ -29,58 +29,59 @@ from dovetail.preferences.schema import Assignment, Label, Task, Void
 
 Verdict = Literal["answer", "tie", "both_bad"]
 UNDONE = "undone"
-"""The reason of a Void that the annotator made."""
+"""The reason in a Void of a label that its annotator has undone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Submission:
-    """What an annotator says of an assignment, in the order in which its answers were shown."""
+    """An annotator's judgement of an assignment. Its answers are numbered in the order in which they were shown."""
 
     assignment_id: int
     verdict: Verdict
     chosen: int | None = None
-    """Index of the better answer as shown, for the verdict `answer` alone."""
+    """The index of the better answer as shown, only for the verdict `answer`."""
     ratings: Sequence[int | None] = ()
-    """1 (bad) to 5 (excellent) for each answer as shown, None where not given; empty: none given."""
+    """The rating of each answer as shown, 1 (bad) to 5 (excellent), or None; empty if there are no ratings."""
     edited: str | None = None
-    """An answer better than all shown."""
+    """An answer by the annotator that is better than all shown."""
     note: str | None = None
     seconds: float = 0.0
-    """How long it was looked at."""
+    """The time that the annotator took."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LabelLine:
-    """A label as lists show it."""
+    """A label in the form that lists show."""
 
     id: int
     task_id: int
     annotator: str
     prompt: str
-    """The last user's turn."""
+    """The last message of the prompt."""
     verdict: str
     chosen: str | None
-    """Text of the better answer."""
+    """The text of the better answer."""
     edited: str | None
     note: str | None
     seconds: float
     created_at: float
     void: str | None
-    """Why it no longer counts."""
+    """The reason why the label no longer counts; None if it counts."""
 
 
 def submit(store: Store, project_id: int, annotator_id: int, said: Submission) -> int:
-    """Keep a label; its id. When this returns, the label is on the disk.
+    """Store a label and return its id. When this returns, the label is on the disk.
 
-    Raises LabelError for what makes no sense, NotFoundError for a task of somebody else, ConflictError if it was
-    labelled before, or if its lease ended and others took the place.
+    Raises LabelError for a submission with invalid values, NotFoundError for an assignment of another annotator,
+    ConflictError if it is not open any more, or if its lease ended and other annotators took its place.
     """
     with store.writing(project_id) as session:
         assignment = own_assignment(session, project_id, annotator_id, said.assignment_id)
         expect_open(assignment)
         if not has_place(session, assignment, store.clock()):
             raise ConflictError(
-                "your time for this task ran out, and somebody else has it now", hint="ask for the next one"
+                "your time for this task ran out, and another annotator has it now",
+                hint="ask for the next one",
             )
         label = _label(said, assignment, store.clock())
         session.add(label)
@@ -90,7 +91,7 @@ def submit(store: Store, project_id: int, annotator_id: int, said: Submission) -
 
 
 def undo(store: Store, project_id: int, annotator_id: int) -> Assigned:
-    """Take the annotator's newest label back; its task is open again. ConflictError if there is none."""
+    """Undo the annotator's newest label, and open its assignment again. Raises ConflictError if there is none."""
     with store.writing(project_id) as session:
         label = session.scalar(
             _counting(project_id)
@@ -109,7 +110,7 @@ def undo(store: Store, project_id: int, annotator_id: int) -> Assigned:
 
 
 def void(store: Store, project_id: int, admin_id: int, label_id: int, reason: str) -> None:
-    """Let a label count no more. Its task gets a free place, which its annotator is not given again."""
+    """Void a label, which then no longer counts. Its task gets a free place, which goes to another annotator."""
     if not expect_text("the reason", reason).strip():
         raise LabelError("a label is voided for a reason", hint="say why, for those who read the history")
     with store.writing(project_id) as session:
@@ -135,7 +136,7 @@ def list_labels(
     limit: int = 100,
     before: int | None = None,
 ) -> list[LabelLine]:
-    """Labels, newest first, those that count no more included; of one annotator, and older than label `before`."""
+    """List labels, newest first, void ones included; of one annotator, or older than `before`, if given."""
     query = (
         select(Label)
         .join(Assignment)
@@ -158,7 +159,7 @@ def list_labels(
 
 
 def counting_labels(session: Session, project_id: int | None) -> Sequence[Label]:
-    """The labels that count, oldest first, with tasks and answers; of all projects if None."""
+    """Return the labels that count, oldest first, with tasks and answers. project_id: None for all projects."""
     query = _counting(project_id).order_by(Label.id).options(
         joinedload(Label.assignment).joinedload(Assignment.annotator),
         joinedload(Label.assignment).joinedload(Assignment.task).options(
@@ -169,7 +170,7 @@ def counting_labels(session: Session, project_id: int | None) -> Sequence[Label]
 
 
 def num_labels(session: Session, project_id: int, annotator_id: int | None = None) -> int:
-    """How many labels count, of one annotator or of all."""
+    """Return the number of labels that count, of one annotator or of all."""
     query = select(func.count()).select_from(_counting(project_id).subquery())
     if annotator_id is not None:
         own = _counting(project_id).where(Assignment.annotator_id == annotator_id)

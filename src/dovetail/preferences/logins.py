@@ -1,9 +1,9 @@
-"""Browsers that are logged in.
+"""Keep the logins of browsers.
 
-Responsible for: beginning and ending a login, and telling who is logged in. Not responsible for: invitations
+Responsible for: beginning and ending a login, and finding its annotator. Not responsible for: invitations
 (annotators.py), cookies (labelling/access.py).
 
-A login has a secret of its own: it can end while the invitation that it came from stays good.
+A login has a secret of its own, so it can end while its invitation stays valid.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from dovetail.preferences.database import Store
 from dovetail.preferences.schema import Login
 
 LOGIN_SECONDS = 30 * 24 * 3600
-"""A browser stays logged in so long."""
+"""The time for which a browser stays logged in."""
 
 
 def begin_login(store: Store, token: str) -> str | None:
-    """Log in with an invitation; returns the secret that the browser is to show, None for a token that is not good."""
+    """Log in with an invitation, and return the secret for the browser, or None for an unknown or expired token."""
     person = person_of(store, token)
     if person is None:
         return None
@@ -33,11 +33,11 @@ def begin_login(store: Store, token: str) -> str | None:
 
 
 def end_login(store: Store, secret: str) -> None:
-    """Let nobody in any more who shows this secret."""
+    """End the login that has this secret."""
     with store.writing() as session:
         session.execute(delete(Login).where(Login.digest == digest_of(secret)))
 
 
 def person_logged_in(store: Store, secret: str) -> Person | None:
-    """Return who shows this secret; None if nobody is logged in with it."""
+    """Return the annotator of the login that has this secret, or None if there is none."""
     return person_with(store, Login, secret)

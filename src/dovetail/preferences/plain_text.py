@@ -1,18 +1,18 @@
-"""Which texts every database takes.
+"""Refuse texts that a database cannot store.
 
-Responsible for: refusing the few it does not. Not responsible for: what a text says: SQL and HTML are text.
+Responsible for: the few characters that fail. Not responsible for: the content of a text; SQL and HTML are text too.
 """
 
 from dovetail.errors import LabelError
 
 
 def is_storable(text: str) -> bool:
-    """Whether UTF-8 can write it and PostgreSQL can hold it, which has no NUL."""
+    """Return whether UTF-8 can encode the text and PostgreSQL can store it, which takes no NUL."""
     return "\0" not in text and not any("\ud800" <= char <= "\udfff" for char in text)
 
 
 def expect_text(what: str, text: str) -> str:
-    """The text; LabelError if it cannot be stored."""
+    """Return the text. Raises LabelError if it cannot be stored."""
     if is_storable(text):
         return text
     raise LabelError(

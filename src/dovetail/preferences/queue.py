@@ -1,7 +1,7 @@
-"""Who gets which task.
+"""Serve tasks to annotators.
 
-Responsible for: leases, so that no task has more labels and open leases than its project's overlap, and none
-is served twice to one annotator; skipping. Not responsible for: labels (labels.py), transactions (database.py).
+Responsible for: leases, so that no task has more labels and open leases than its project's overlap, and no annotator
+gets a task twice; skipping. Not responsible for: labels (labels.py), transactions (database.py).
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from dovetail.preferences.schema import Assignment, Project, Task
 from dovetail.text.message import Message
 
 LEASE_SECONDS = 1800.0
-"""How long an annotator may look at a task before somebody else can be given the place."""
+"""The time after which an annotator's place in a task can go to another one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Assigned:
-    """A task as its annotator sees it: without models, in an order of its own."""
+    """A task as its annotator sees it: without models, and with the answers in an order of its own."""
 
     id: int
     messages: tuple[Message, ...]
     answers: tuple[str, ...]
-    """As shown: the first is on the left or on top."""
+    """The answers in the order shown; the first is on the left or on top."""
     leased_until: float
 
 
 def next_task(
     store: Store, project_id: int, annotator_id: int, *, lease_seconds: float = LEASE_SECONDS
 ) -> Assigned | None:
-    """The task that the annotator has open, else a free one, leased; None if there is none.
+    """Lease the annotator's open task, or else a free one, and return it; None if there is none.
 
-    Tasks with a small margin come first, those without one last, each in the order they were made.
+    Tasks with a small margin come first and those without one last; equal ones come in the order of their creation.
     """
     with store.writing(project_id) as session:
         now = store.clock()
@@ -51,7 +51,7 @@ def next_task(
 
 
 def skip(store: Store, project_id: int, annotator_id: int, assignment_id: int) -> None:
-    """Give a task back unlabelled; its annotator is not asked again."""
+    """Skip a task without a label. The annotator does not get it again."""
     with store.writing(project_id) as session:
         assignment = own_assignment(session, project_id, annotator_id, assignment_id)
         expect_open(assignment)
@@ -59,7 +59,7 @@ def skip(store: Store, project_id: int, annotator_id: int, assignment_id: int) -
 
 
 def as_shown(assignment: Assignment) -> Assigned:
-    """What of an assignment may be shown to its annotator."""
+    """Return the part of an assignment that its annotator may see."""
     task = assignment.task
     return Assigned(
         id=assignment.id,
@@ -70,7 +70,7 @@ def as_shown(assignment: Assignment) -> Assigned:
 
 
 def own_assignment(session: Session, project_id: int, annotator_id: int, assignment_id: int) -> Assignment:
-    """An assignment of this annotator; NotFoundError if it is not theirs, as if it were not there."""
+    """Return an assignment of this annotator. Raises NotFoundError if it is missing or belongs to another one."""
     found = session.scalar(
         select(Assignment)
         .join(Task)
@@ -86,13 +86,13 @@ def own_assignment(session: Session, project_id: int, annotator_id: int, assignm
 
 
 def expect_open(assignment: Assignment) -> None:
-    """ConflictError if it was labelled or given back."""
+    """Raise ConflictError unless the assignment is open."""
     if assignment.state != "open":
         raise ConflictError(f"this task was {assignment.state} before", hint="ask for the next one")
 
 
 def has_place(session: Session, assignment: Assignment, now: float) -> bool:
-    """Whether an open assignment may still be labelled: its lease lasts, or nobody else took its place."""
+    """Return whether an open assignment may still be labelled: its lease lasts, or its place is still free."""
     if assignment.leased_until > now:
         return True
     taken = session.scalar(select(num_taken(now)).where(Task.id == assignment.task_id)) or 0
@@ -100,7 +100,7 @@ def has_place(session: Session, assignment: Assignment, now: float) -> bool:
 
 
 def num_taken(now: float) -> ColumnElement[int]:
-    """SQL: how many places of a task are taken, by labels or by leases that last."""
+    """Return the SQL expression for the number of a task's places that labels or lasting leases take."""
     holds = or_(
         Assignment.state == "labelled", and_(Assignment.state == "open", Assignment.leased_until > now)
     )
@@ -113,7 +113,7 @@ def num_taken(now: float) -> ColumnElement[int]:
 
 
 def _own_open(session: Session, project_id: int, annotator_id: int, now: float) -> Assignment | None:
-    """The one leased longest of those that can still be labelled; after an undo that is the undone one."""
+    """Return the open assignment with the latest lease that may still be labelled; after an undo, the undone one."""
     found = session.scalars(
         select(Assignment)
         .join(Task)

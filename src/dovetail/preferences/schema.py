@@ -1,7 +1,7 @@
-"""The tables of people's preferences.
+"""Define the tables of human preferences.
 
-Responsible for: what is kept, and what the database itself refuses. Not responsible for: opening it
-(database.py), how tables come to be (migrations/), or who may do what (queue.py, labels.py).
+Responsible for: the columns, and the constraints that the database enforces. Not responsible for: opening it
+(database.py), creating the tables (migrations/), the rules for annotators (queue.py, labels.py).
 
     Project 1 - n Task 1 - n Answer
                   Task 1 - n Assignment n - 1 Annotator 1 - n Token
@@ -29,9 +29,9 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 from dovetail.text.message import Message
 
 VERDICTS = ("answer", "tie", "both_bad")
-"""One answer is best; they are equally good; none of them is any good."""
+"""The verdicts: one answer is best, the answers are equally good, or all of them are bad."""
 STATES = ("open", "labelled", "skipped", "voided")
-"""Of an assignment. Open ones hold their task while the lease lasts; skipped and voided ones hold nothing."""
+"""The states of an assignment. Labelled ones take a place of their task, open ones do while the lease lasts."""
 _NAMES = {
     "ix": "ix_%(table_name)s_%(column_0_N_name)s",
     "uq": "uq_%(table_name)s_%(column_0_N_name)s",
@@ -42,20 +42,20 @@ _NAMES = {
 
 
 class Table(DeclarativeBase):
-    """What all tables share: how their constraints are called."""
+    """The base of all tables, which names their constraints."""
 
     metadata = MetaData(naming_convention=_NAMES)
 
 
 class Project(Table):
-    """Tasks that are labelled under the same guidelines."""
+    """A set of tasks that are labelled under the same guidelines."""
 
     __tablename__ = "projects"
     __table_args__ = (CheckConstraint("overlap >= 1", name="overlap"),)
     id: Mapped[int] = mapped_column(primary_key=True)
     name: Mapped[str] = mapped_column(String(200), unique=True)
     overlap: Mapped[int]
-    """How many annotators label each task."""
+    """The number of annotators that label each task."""
     guidelines: Mapped[str]
     created_at: Mapped[float] = mapped_column(Double)
 
@@ -68,26 +68,26 @@ class Task(Table):
     id: Mapped[int] = mapped_column(primary_key=True)
     project_id: Mapped[int] = mapped_column(ForeignKey("projects.id"), index=True)
     key: Mapped[str] = mapped_column(String(64))
-    """Hash of the prompt and its answers."""
+    """The hash of the prompt and its answers."""
     prompt_key: Mapped[str] = mapped_column(String(64), index=True)
-    """Hash of the prompt alone."""
+    """The hash of the prompt alone."""
     messages: Mapped[list[Message]] = mapped_column(JSON)
     margin: Mapped[float | None] = mapped_column(Double)
-    """Between the two best scores of a reward model; the smallest are offered first. None: not scored."""
+    """The distance between the two best scores of a reward model; the smallest come first. None: not scored."""
     created_at: Mapped[float] = mapped_column(Double)
     answers: Mapped[list[Answer]] = relationship(order_by="Answer.position", back_populates="task")
     project: Mapped[Project] = relationship()
 
 
 class Answer(Table):
-    """One sampled answer and where it is from."""
+    """One sampled answer and its origin."""
 
     __tablename__ = "answers"
     __table_args__ = (UniqueConstraint("task_id", "position"),)
     id: Mapped[int] = mapped_column(primary_key=True)
     task_id: Mapped[int] = mapped_column(ForeignKey("tasks.id"))
     position: Mapped[int]
-    """0, 1, ...; not the place where an annotator sees it."""
+    """The number of the answer, 0, 1, ...; not the place at which an annotator sees it."""
     text: Mapped[str]
     model: Mapped[str]
     seed: Mapped[int] = mapped_column(BigInteger)
@@ -97,7 +97,7 @@ class Answer(Table):
 
 
 class Annotator(Table):
-    """A person who labels, or looks after those who do."""
+    """A person who labels, or who administers the labelling."""
 
     __tablename__ = "annotators"
     id: Mapped[int] = mapped_column(primary_key=True)
@@ -107,18 +107,18 @@ class Annotator(Table):
 
 
 class Token(Table):
-    """An invitation. Only its hash is kept, so a copy of the database lets nobody in."""
+    """An invitation. Only its hash is stored, so a copy of the database does not allow a login."""
 
     __tablename__ = "tokens"
     digest: Mapped[str] = mapped_column(String(64), primary_key=True)
     annotator_id: Mapped[int] = mapped_column(ForeignKey("annotators.id"), index=True)
     created_at: Mapped[float] = mapped_column(Double)
     expires_at: Mapped[float | None] = mapped_column(Double)
-    """None: it stays good until it is revoked."""
+    """The time at which it expires; None: it stays valid until it is revoked."""
 
 
 class Login(Table):
-    """A browser that is logged in. Only the hash of its secret is kept."""
+    """A browser that is logged in. Only the hash of its secret is stored."""
 
     __tablename__ = "logins"
     digest: Mapped[str] = mapped_column(String(64), primary_key=True)
@@ -127,7 +127,7 @@ class Login(Table):
 
 
 class Assignment(Table):
-    """A task served to an annotator, at most once."""
+    """A task that an annotator got; each annotator gets it at most once."""
 
     __tablename__ = "assignments"
     __table_args__ = (
@@ -138,17 +138,17 @@ class Assignment(Table):
     task_id: Mapped[int] = mapped_column(ForeignKey("tasks.id"))
     annotator_id: Mapped[int] = mapped_column(ForeignKey("annotators.id"), index=True)
     shown_order: Mapped[list[int]] = mapped_column(JSON)
-    """The position of the answer shown first, second, ..."""
+    """The positions of the answers in the order shown."""
     state: Mapped[str] = mapped_column(String(10))
     leased_until: Mapped[float] = mapped_column(Double)
-    """While open: until then nobody else is given its place."""
+    """The end of the lease; an open assignment keeps its place until then."""
     created_at: Mapped[float] = mapped_column(Double)
     task: Mapped[Task] = relationship()
     annotator: Mapped[Annotator] = relationship()
 
 
 class Label(Table):
-    """What an annotator said of a task. Never changed: see Void."""
+    """An annotator's judgement of a task. It is never changed; see Void."""
 
     __tablename__ = "labels"
     __table_args__ = (
@@ -160,14 +160,14 @@ class Label(Table):
     assignment_id: Mapped[int] = mapped_column(ForeignKey("assignments.id"), index=True)
     verdict: Mapped[str] = mapped_column(String(10))
     chosen: Mapped[int | None]
-    """Position of the better answer, if the verdict names one."""
+    """The position of the better answer, if the verdict names one."""
     ratings: Mapped[list[int | None]] = mapped_column(JSON)
-    """Of each answer by position, 1 (bad) to 5 (excellent); None where none was given."""
+    """The rating of each answer by position, 1 (bad) to 5 (excellent), or None."""
     edited: Mapped[str | None]
-    """An answer better than all that were shown."""
+    """An answer by the annotator that is better than all shown."""
     note: Mapped[str | None]
     seconds: Mapped[float] = mapped_column(Double)
-    """How long the task was looked at."""
+    """The time that the annotator took."""
     shown_order: Mapped[list[int]] = mapped_column(JSON)
     created_at: Mapped[float] = mapped_column(Double)
     assignment: Mapped[Assignment] = relationship()
@@ -175,12 +175,12 @@ class Label(Table):
 
 
 class Void(Table):
-    """A label that no longer counts: undone by its annotator, or voided by an admin."""
+    """The mark of a label that no longer counts: undone by its annotator, or voided by an admin."""
 
     __tablename__ = "voids"
     label_id: Mapped[int] = mapped_column(ForeignKey("labels.id"), primary_key=True)
     annotator_id: Mapped[int] = mapped_column(ForeignKey("annotators.id"))
-    """Who did it."""
+    """The annotator or admin who made it."""
     reason: Mapped[str]
     created_at: Mapped[float] = mapped_column(Double)
     label: Mapped[Label] = relationship(back_populates="void")

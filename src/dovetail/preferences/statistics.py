@@ -1,6 +1,6 @@
-"""How the labelling goes: progress, agreement, speed.
+"""Report the progress, agreement and speed of the labelling.
 
-Responsible for: which labels enter the figures. Not responsible for: kappa itself (agreement.py).
+Responsible for: the labels that the figures count. Not responsible for: kappa itself (agreement.py).
 
 Annotators agree on a task when they chose the same answer, both said tie, or both said that all are bad.
 """
@@ -24,26 +24,26 @@ from dovetail.preferences.tasks import project_of
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """What is done and what is there."""
+    """The numbers of labels that exist and that are wanted."""
 
     own_labels: int
     labels: int
-    """Of all annotators."""
+    """The number of labels of all annotators."""
     wanted: int
-    """Tasks times overlap, so far: more tasks may come."""
+    """The number of tasks so far times overlap; more tasks may come."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pair:
-    """How far two annotators agree on the tasks that both labelled."""
+    """The agreement of two annotators on the tasks that both labelled."""
 
     first: str
     second: str
     tasks: int
     agreement: float
-    """Share of the tasks with the same verdict."""
+    """The share of these tasks with the same verdict."""
     kappa: float | None
-    """Cohen's; None where it is undefined."""
+    """Cohen's kappa; None where it is undefined."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,17 +55,17 @@ class Speed:
     labels: int
     median_seconds: float | None
     links: int
-    """Invitations with which they can log in."""
+    """The number of invitations that are valid for a login."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Statistics:
-    """All of it."""
+    """The figures that an admin sees."""
 
     progress: Progress
     verdicts: dict[str, int]
     shared_tasks: int
-    """Tasks with two labels or more."""
+    """The number of tasks with two labels or more."""
     fleiss: float | None
     """Fleiss' kappa over the shared tasks; None where it is undefined."""
     pairs: tuple[Pair, ...]
@@ -73,7 +73,7 @@ class Statistics:
 
 
 def progress(store: Store, project_id: int, annotator_id: int) -> Progress:
-    """What an annotator may know."""
+    """Return the figures that an annotator may see."""
     with store.reading() as session:
         project = project_of(session, project_id)
         tasks = session.scalar(select(func.count(Task.id)).where(Task.project_id == project_id)) or 0
@@ -85,7 +85,7 @@ def progress(store: Store, project_id: int, annotator_id: int) -> Progress:
 
 
 def statistics(store: Store, project_id: int, annotator_id: int) -> Statistics:
-    """What an admin may know; `annotator_id` is theirs."""
+    """Return the figures that an admin may see; `annotator_id` is the admin's."""
     with store.reading() as session:
         labels = counting_labels(session, project_id)
         people = session.scalars(select(Annotator).order_by(Annotator.name)).all()
@@ -108,7 +108,7 @@ def statistics(store: Store, project_id: int, annotator_id: int) -> Statistics:
 
 
 def category(label: Label) -> str:
-    """What counts as the same verdict: the answer itself, not where it was shown."""
+    """Return the verdict for comparing annotators. It names the chosen answer itself, not its place on the screen."""
     return label.verdict if label.chosen is None else f"answer {label.chosen}"
 
 

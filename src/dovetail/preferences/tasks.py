@@ -1,7 +1,7 @@
-"""What there is to label.
+"""Open projects, and add tasks to them.
 
-Responsible for: projects, and adding tasks to them. Not responsible for: sampling answers
-(labelling/supply.py), or who gets which task (queue.py).
+Responsible for: projects and new tasks. Not responsible for: sampling answers (labelling/supply.py), serving tasks to
+annotators (queue.py).
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from dovetail.text.message import Message
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampled:
-    """One answer and where it is from."""
+    """One answer and its origin."""
 
     text: str
     model: str
     seed: int
     sampling: Mapping[str, Any]
-    """The settings it was drawn with."""
+    """The settings that the answer was sampled with."""
     score: float | None = None
-    """Of a reward model."""
+    """The score of a reward model."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,12 +44,12 @@ class NewTask:
     answers: Sequence[Sampled]
 
     def is_comparable(self) -> bool:
-        """Whether there are two or more answers, all different, that a database can hold."""
+        """Return whether there are two or more answers, all different, that a database can store."""
         texts = [answer.text for answer in self.answers]
         return len(set(texts)) == len(texts) >= 2 and all(map(is_storable, texts))
 
     def margin(self) -> float | None:
-        """Between the two best scores; None unless all answers are scored."""
+        """Return the distance between the two best scores, or None unless all answers are scored."""
         scores = sorted(answer.score for answer in self.answers if answer.score is not None)
         return scores[-1] - scores[-2] if len(scores) == len(self.answers) else None
 
@@ -57,9 +57,9 @@ class NewTask:
 def open_project(
     store: Store, name: str, *, overlap: int | None = None, guidelines: str | None = None
 ) -> int:
-    """The id of a project, made if there is none. Overlap (1 for a new one) and guidelines are set where given."""
+    """Return the id of a project, made if missing. Overlap (1 for a new one) and guidelines are set if given."""
     if not 1 <= len(expect_text("the project's name", name).strip()) <= 200:
-        raise LabelError(f"{name!r} is no name of a project", hint="give 1 to 200 characters")
+        raise LabelError(f"{name!r} is not a valid project name", hint="give 1 to 200 characters")
     if overlap is not None and overlap < 1:
         raise LabelError(f"overlap = {overlap}", hint="each pair is labelled by 1 annotator or more")
     with store.writing() as session:
@@ -78,7 +78,7 @@ def open_project(
 
 
 def project_of(session: Session, project_id: int) -> Project:
-    """The project; NotFoundError if there is none."""
+    """Return the project. Raises NotFoundError if there is none."""
     project = session.get(Project, project_id)
     if project is None:
         raise NotFoundError(f"there is no project {project_id}", hint="open it by name")
@@ -86,7 +86,7 @@ def project_of(session: Session, project_id: int) -> Project:
 
 
 def add_tasks(store: Store, project_id: int, tasks: Sequence[NewTask]) -> int:
-    """Add those that can be compared and are not there yet; how many these were."""
+    """Add the tasks that can be compared and are new, and return their number."""
     added = 0
     with store.writing(project_id) as session:
         for task in tasks:
@@ -100,8 +100,10 @@ def add_tasks(store: Store, project_id: int, tasks: Sequence[NewTask]) -> int:
 
 
 def num_ready(store: Store, project_id: int) -> int:
-    """How many tasks each annotator can still be given: those with a free place, less what the busiest one has
-    been served of them. Before anybody begins, all with a free place."""
+    """Return the number of tasks that each annotator can still get.
+
+    It is the number of tasks with a free place, less those of them that the busiest annotator has already got.
+    """
     with store.reading() as session:
         free = num_taken(store.clock()) < project_of(session, project_id).overlap
         here = select(func.count()).select_from(Task).where(Task.project_id == project_id, free)
@@ -110,13 +112,13 @@ def num_ready(store: Store, project_id: int) -> int:
 
 
 def used_prompts(store: Store, project_id: int) -> frozenset[str]:
-    """The keys (see `prompt_key`) of all prompts that have a task."""
+    """Return the keys (see `prompt_key`) of all prompts that have a task."""
     with store.reading() as session:
         return frozenset(session.scalars(select(Task.prompt_key).where(Task.project_id == project_id)))
 
 
 def prompt_key(messages: Sequence[Message]) -> str:
-    """Hash of a prompt."""
+    """Return the hash of a prompt."""
     return content_hash(messages)
 
 

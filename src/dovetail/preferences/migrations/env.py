@@ -1,6 +1,6 @@
-"""What Alembic runs: migrations in the transaction that the caller has begun (database.py).
+"""Run Alembic's migrations in the transaction that the caller has begun (database.py).
 
-Responsible for: handing the caller's connection on. Not responsible for: the steps (versions/).
+Responsible for: passing on the caller's connection. Not responsible for: the steps (versions/).
 """
 
 from alembic import context
