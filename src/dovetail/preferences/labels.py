@@ -136,7 +136,7 @@ def list_labels(
     limit: int = 100,
     before: int | None = None,
 ) -> list[LabelLine]:
-    """List labels, newest first, void ones included; of one annotator, or older than `before`, if given."""
+    """List labels, newest first, void ones included; of one annotator, and older than `before`, if given."""
     query = (
         select(Label)
         .join(Assignment)
