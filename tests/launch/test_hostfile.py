@@ -26,7 +26,7 @@ def test_machines_come_in_their_order_and_comments_are_left_out(tmp_path: Path) 
         ("a slots=8 max=9\n", 1, "max=9"),
         ("a slots=-1\n", 1, "slots=-1"),
         ("a slots=0\n", 1, "a has 0 slots"),
-        ("#\na slots=8\n\na slots=8\n", 4, "a stands in line 2 already"),
+        ("#\na slots=8\n\na slots=8\n", 4, "a is already in line 2"),
     ],
 )
 def test_a_typo_is_named_with_file_and_line(tmp_path: Path, text: str, line: int, found: str) -> None:
@@ -39,7 +39,7 @@ def test_a_typo_is_named_with_file_and_line(tmp_path: Path, text: str, line: int
 
 
 def test_a_file_without_machines_or_none_at_all_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no machine in it"):
+    with pytest.raises(ConfigError, match="names no machine"):
         read_hostfile(written(tmp_path, "# nobody\n"))
     with pytest.raises(ConfigError, match="cannot be read"):
         read_hostfile(tmp_path / "absent")

@@ -87,7 +87,7 @@ def test_other_settings_or_files_on_a_rank_are_named(
 
 
 def test_a_wrong_sum_is_named(said: list[dict[str, str]]) -> None:
-    message = "adding 1 to 2 up over all ranks on cpu gave 7 and not 3"
+    message = "the all-reduce of 1 to 2 on cpu gave 7 and not 3"
     assert [of_rank["sum"] for of_rank in said] == [message] * 2
 
 

@@ -75,7 +75,7 @@ def test_another_program_at_the_port_of_node_0_is_not_waited_for(deserted: Topol
         message = failure(replace(deserted, node_rank=1)).message
         for connection in connections:
             connection.close()
-    assert message == (f"what answers at {deserted.endpoint} did not do so as node 0 of a run within 1 s")
+    assert message == (f"the program at {deserted.endpoint} did not answer as node 0 of a run within 1 s")
 
 
 def test_a_node_0_that_is_elsewhere_is_told(deserted: Topology) -> None:
@@ -123,7 +123,7 @@ def test_a_second_machine_of_one_number_is_told_that_it_waits(
     other.join(60)
     del store
     assert capsys.readouterr().err == (
-        "a machine came as node 1 before; this one takes its place once that has left\n"
+        "another machine was node 1 before; this one takes its place once the other has left\n"
     )
 
 
@@ -134,7 +134,7 @@ def test_another_run_at_the_same_place_is_not_taken_for_this_one(deserted: Topol
 
 def test_machines_with_different_numbers_of_processes_are_refused(topology: Topology) -> None:
     told = both(topology, replace(topology, node_rank=1, num_gpus=4))
-    assert any("takes 4 processes, this node (0) 2" in message for message in told)
+    assert any("takes 4 processes, but this node (0) takes 2" in message for message in told)
 
 
 def test_a_machine_is_known_by_its_address_on_the_way_to_node_0(topology: Topology) -> None:

@@ -74,7 +74,7 @@ def test_a_signal_lets_every_process_save_and_leads_to_no_restart(tmp_path: Path
         code, _, err = command.ended()
     assert code == 75
     assert [line for line in err.splitlines()[1:] if line] == [
-        "SIGTERM: the run saves a checkpoint after this step and ends; once more ends it now",
+        "SIGTERM: the run saves a checkpoint after this step and ends; a second one ends it now",
         "ppo: ended by SIGTERM after step 3 of 9, which is saved; the same command goes on from there",
     ]
     expect_gone(pids)
@@ -252,7 +252,7 @@ def test_a_machine_too_many_is_told_that_the_run_has_ended(
     monkeypatch.setattr(module, "_agent", lambda *_: SimpleNamespace(run=lambda: None))  # what torch's does
     with pytest.raises(LaunchError, match="the run has ended on the other machines") as caught:
         module._run(*a_run(tmp_path))
-    assert caught.value.hint == "is the same --node-rank given to two machines?"
+    assert caught.value.hint == "check whether two machines have the same --node-rank"
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ def test_deployment_types_mean_what_they_did(kind: str, flags: dict[str, int], s
         (LaunchFlags(deployment_type="multi_node"), "nothing names more than one machine"),
         (LaunchFlags(num_nodes=2, node_rank=2, master_addr="a"), "with 2 nodes it is 0 to 1"),
         (LaunchFlags(node_rank=1), "with 1 node it is 0"),
-        (LaunchFlags(num_nodes=2, node_rank=1), "nobody says where node 0 is"),
+        (LaunchFlags(num_nodes=2, node_rank=1), "the address of node 0 is missing"),
     ],
 )
 def test_flags_that_contradict_each_other_are_refused(flags: LaunchFlags, message: str) -> None:

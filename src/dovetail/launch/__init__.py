@@ -1,5 +1,5 @@
-"""Several processes on one machine or many: who takes part, starting them, and what to say when one fails.
+"""Start the processes of a run on one machine or several, watch them, and report a failure.
 
-Torch's elastic agent, the machinery of torchrun, starts and restarts the processes; this package decides how
-many, where they meet, where their output goes, and turns a failure into one message.
+Torch's elastic agent, on which torchrun is built, starts and restarts the processes. This package decides how many
+there are, where they meet and where their output goes, and turns a failure into one message.
 """

@@ -1,7 +1,8 @@
-"""Torch's elastic agent, with two habits of its own: a signal lets the processes save, a failure ends them at once.
+"""Extend torch's elastic agent: a signal lets the processes save, and a failure ends all of them at once.
 
-Responsible for: what processes are told on a signal and on a failure, and that neither a signal nor a run that saved
-itself leads to a restart. Not responsible for: its settings and what its end means (start.py).
+Responsible for: the signals that processes get when the run is to end and when one fails, and for no restart after
+a signal or after a run that saved its state. Not responsible for: the agent's settings, the meaning of its result
+(start.py).
 """
 
 import os
@@ -22,23 +23,23 @@ from dovetail.errors import DovetailError, RunInterrupted
 from dovetail.launch.early_signals import STOPS
 
 END_NOW = signal.SIGUSR2
-"""Ends a process that does not expect it, also one that waits for a GPU; SIGTERM would let it save."""
+"""Signal that ends a process at once, even one that waits for a GPU; SIGTERM would let it save."""
 SAVED = RunInterrupted.exit_code
 _OTHERS_SAVE_S = 60
-"""Seconds for which a machine whose processes have saved waits for the others': the meeting place must outlive them."""
+"""Seconds for which a machine that has saved waits for the others: the rendezvous must last until they have saved."""
 _LASTING = DovetailError.exit_code
-"""Of errors that another start would meet again."""
+"""Exit code of errors that would happen again after a restart."""
 
 
 class Agent(LocalElasticAgent):
-    """Starts the processes of this machine, watches them, and starts them anew when one was lost."""
+    """The agent that starts the processes of this machine, watches them, and restarts them when one is lost."""
 
     asked: signal.Signals | None = None
     """The signal that asked for the end of the run."""
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         heard = [n for n in (*STOPS, signal.SIGQUIT) if signal.getsignal(n) is not signal.SIG_IGN]
-        # Torch takes these for itself at each start; left to itself, also those that are ignored.
+        # Torch handles these signals itself after each start; by default it would also handle those that are ignored.
         os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ",".join(number.name for number in heard)
         ids: dict[int, Any] = super()._start_workers(worker_group)
         for number in set(heard).intersection(STOPS):
@@ -52,7 +53,7 @@ class Agent(LocalElasticAgent):
         codes = {_code(failure) for failure in result.failures.values()}
         if self.asked or codes & {SAVED, _LASTING}:
             self._remaining_restarts = 0
-        if SAVED in codes:  # torch waits for the other machines only where all ended with 0
+        if SAVED in codes:  # torch waits for the other machines only if all processes ended with 0
             self._exit_barrier_timeout = _OTHERS_SAVE_S
             self._exit_barrier()  # type: ignore[no-untyped-call]
         return result
@@ -62,9 +63,9 @@ class Agent(LocalElasticAgent):
         super()._stop_workers(worker_group, *more, **named)
 
     def _pass_on(self, number: int, _: FrameType | None) -> None:
-        """The first signal goes to the processes as SIGTERM, and they are watched on; the second kills them.
+        """Send the first signal to the processes as SIGTERM and go on watching them; let the second one kill them.
 
-        Not so a second SIGHUP: of one terminal that closes both the kernel and the shell tell.
+        A second SIGHUP does nothing: when a terminal closes, the kernel and the shell both send one.
         """
         if self.asked and number == signal.SIGHUP:
             return
@@ -73,9 +74,9 @@ class Agent(LocalElasticAgent):
             raise SignalException(f"{self.asked.name} ends the run", signal.SIGKILL)
         for process in self._processes():
             process.send_signal(signal.SIGTERM)
-        text = f"\n{self.asked.name}: the run saves a checkpoint after this step and ends; once more ends it now\n"
+        text = f"\n{self.asked.name}: the run saves a checkpoint after this step and ends; a second one ends it now\n"
         if sys.__stderr__:
-            with suppress(OSError):  # the terminal may have gone
+            with suppress(OSError):  # the terminal may be gone
                 # without locks, which the main thread may hold at this moment
                 os.write(sys.__stderr__.fileno(), text.encode())
 
@@ -84,12 +85,12 @@ class Agent(LocalElasticAgent):
             process.send_signal(END_NOW)
 
     def _processes(self) -> Iterator[Popen[bytes]]:
-        """Those that were started last; a signal to one that has ended goes nowhere."""
+        """Yield the processes that were started last; a signal to one that has ended does nothing."""
         if isinstance(self._pcontext, SubprocessContext):
             for handler in self._pcontext.subprocess_handlers.values():
                 yield handler.proc
 
 
 def _code(failure: ProcessFailure) -> int:
-    """With which a process ended, or would have: it may be killed on its way out, its error told."""
+    """Return the exit code in a process's error file, because it may be killed after writing it; else its own."""
     return int(failure.error_file_data.get("exit_code", failure.exitcode))

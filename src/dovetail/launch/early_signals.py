@@ -1,7 +1,7 @@
-"""Signals that come before a run can answer them: while modules are imported, and while its inputs are checked.
+"""Handle signals that come before a run can: while modules are imported, and while the inputs are checked.
 
-Responsible for: ending in order then. Not responsible for: signals to the processes of a run (agent.py), and to one
-that trains (stages/stopping.py). Imports no torch.
+Responsible for: an orderly end at that time. Not responsible for: signals to the processes of a run (agent.py), signals
+to a process that trains (stages/stopping.py). Imports no torch.
 """
 
 import signal
@@ -11,13 +11,13 @@ from contextlib import contextmanager
 from types import FrameType
 
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-"""Ask a run to end. One that is ignored when the launcher starts stays ignored: so does `nohup` with SIGHUP."""
+"""Signals that ask a run to end. One that is ignored at the start stays ignored, such as SIGHUP under `nohup`."""
 
 Handler = Callable[[int, FrameType | None], None]
 
 
 class Stopped(Exception):
-    """A signal ended the run before it saved; all processes are gone. `number` is the signal's."""
+    """The end of a run by a signal, before it saved; all processes are gone. `number` is the signal's."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -30,8 +30,8 @@ def stop(number: int, _: FrameType | None = None) -> None:
 
 
 def handle_stops(handler: Handler) -> dict[int, object]:
-    """Let `handler` answer all of STOPS that are not ignored; return the handlers before, by number."""
-    if threading.current_thread() is not threading.main_thread():  # which alone takes signals in Python
+    """Let `handler` handle all of STOPS that are not ignored; return the earlier handlers by signal number."""
+    if threading.current_thread() is not threading.main_thread():  # Python allows handlers there alone
         return {}
     heard = [number for number in STOPS if signal.getsignal(number) is not signal.SIG_IGN]
     return {number: signal.signal(number, handler) for number in heard}
@@ -39,14 +39,14 @@ def handle_stops(handler: Handler) -> dict[int, object]:
 
 @contextmanager
 def stopped_by_signals() -> Iterator[None]:
-    """Raise Stopped in the block on a signal. Without a handler the first process of a container would not get it."""
+    """Raise Stopped in the block on a signal. A container's first process would not get one without a handler."""
     with _handled(stop):
         yield
 
 
 @contextmanager
 def signals_kept() -> Iterator[None]:
-    """Raise Stopped behind the block if a signal came in it. A module that is half imported may swallow an error."""
+    """Raise Stopped after the block if a signal came in it, because a half-imported module may hide an error."""
     came: list[int] = []
     with _handled(lambda number, _: came.append(number)):
         yield

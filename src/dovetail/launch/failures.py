@@ -1,6 +1,6 @@
-"""Which of several dead processes died first, and what to say about it.
+"""Find the process that failed first among several, and describe the failure.
 
-Responsible for: one error out of error files and exit codes. Not responsible for: writing error files
+Responsible for: making one error from error files and exit codes. Not responsible for: writing error files
 (rank.py), showing the message (cli/).
 """
 
@@ -16,18 +16,18 @@ from dovetail.errors import ProcessFailed, RunInterrupted
 from dovetail.launch.agent import END_NOW
 from dovetail.launch.logs import RankLogs
 
-# What gloo, NCCL and torch's stores say in a process whose peer has gone. Such an error follows from another.
+# Errors of gloo, NCCL and torch's stores in a process whose peer is gone. Such an error follows from another one.
 _LOST_PEER = re.compile(
     r"Connection (closed|reset) by peer|Broken pipe|remote process exited|Socket (Timeout|closed)"
     r"|DistNetworkError|DistBackendError",
     re.IGNORECASE,
 )
-_PEER_HINT = "another process was lost; the log of the other ranks or nodes says why"
+_PEER_HINT = "another process was lost; the logs of the other ranks or nodes say why"
 
 
 @dataclass(frozen=True, slots=True)
 class Death:
-    """How one process ended: `exit_code` as Python's subprocess gives it, and its error file, if it wrote one."""
+    """The end of one process: `exit_code` as Python's subprocess gives it, and its error file, if it wrote one."""
 
     rank: int
     exit_code: int
@@ -35,8 +35,11 @@ class Death:
 
     @property
     def order(self) -> tuple[int, int]:
-        """Smaller is nearer to the cause: killed from outside, then errors of its own, then lost peers and those
-        that left without a word because another had failed, then those that the agent itself ended."""
+        """The distance from the cause, for sorting.
+
+        Processes killed from outside come first, then those with an error of their own, then those that lost a peer or
+        left without a message because another had failed, then those that the agent itself ended.
+        """
         if self.exit_code < 0 and -self.exit_code not in (signal.SIGTERM, signal.SIGABRT, END_NOW):
             return 0, 0
         if self.report is None:
@@ -46,7 +49,7 @@ class Death:
 
     @property
     def lost_peer(self) -> bool:
-        """Whether the error says no more than that another process has gone."""
+        """Whether the error says only that another process is gone."""
         return (
             self.report is not None
             and not self.report.get("known")
@@ -55,7 +58,7 @@ class Death:
 
 
 def read_report(file: Path) -> Mapping[str, Any] | None:
-    """What a process wrote before it died; None if it wrote nothing, or died while writing."""
+    """Read what a process wrote before it died; None if it wrote nothing or died while writing."""
     try:
         report = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -64,9 +67,9 @@ def read_report(file: Path) -> Mapping[str, Any] | None:
 
 
 def first_failure(exit_codes: Mapping[int, int], logs: RankLogs) -> ProcessFailed:
-    """The failure to tell the user of, and every recorded traceback appended to the log of its process.
+    """Return the failure to report, and append every recorded traceback to the log of its process.
 
-    exit_codes: by rank, of the processes of this machine that did not end well.
+    exit_codes: the exit codes, by rank, of the processes of this machine that failed.
     """
     deaths = []
     for rank in logs.ranks.values():
@@ -80,7 +83,7 @@ def first_failure(exit_codes: Mapping[int, int], logs: RankLogs) -> ProcessFaile
 
 
 def interruption(logs: RankLogs) -> RunInterrupted:
-    """What rank 0 said when it had saved; from a machine where it is not, no more than that it did."""
+    """Return what rank 0 said when it had saved; on a machine without rank 0, only that the state is saved."""
     reports = (read_report(logs.error_file(rank)) for rank in logs.ranks.values())
     said = [r["message"]["message"] for r in reports if r and r.get("exit_code") == RunInterrupted.exit_code]
     return RunInterrupted(said[0] if said else "ended by a signal to one of the machines; the state is saved")
@@ -94,14 +97,16 @@ def _describe(death: Death, logs: RankLogs) -> ProcessFailed:
         if death.report.get("known"):
             return ProcessFailed(message, hint=death.report.get("hint"), exit_code=code)
         if death.lost_peer:
-            return ProcessFailed(message.splitlines()[0], hint=f"{_PEER_HINT}; its own: {log}", exit_code=3)
+            return ProcessFailed(
+                message.splitlines()[0], hint=f"{_PEER_HINT}; the log of this rank: {log}", exit_code=3
+            )
         return ProcessFailed(message, hint=f"the traceback is at the end of {log}", exit_code=code)
     if death.exit_code < 0:
         number = -death.exit_code
-        cause = "; the kernel does so when memory runs out (dmesg tells)" if number == signal.SIGKILL else ""
+        cause = "; the kernel does so when memory runs out (see dmesg)" if number == signal.SIGKILL else ""
         return ProcessFailed(
             f"rank {death.rank} was killed by {signal.Signals(number).name}{cause}",
-            hint=f"the same command goes on from the last checkpoint; the last it said is in {log}",
+            hint=f"the same command continues from the last checkpoint; the last output is in {log}",
             exit_code=3,
         )
     return ProcessFailed(

@@ -1,6 +1,6 @@
-"""A hostfile as DeepSpeed and MPI users know it: one machine a line, `worker-0 slots=8`.
+"""Read a hostfile in the format of DeepSpeed and MPI: one machine per line, `worker-0 slots=8`.
 
-Responsible for: reading it, and naming file and line of what is wrong. Not responsible for: reaching the
+Responsible for: reading it, and naming the file and line of a mistake. Not responsible for: reaching the
 machines.
 """
 
@@ -16,19 +16,19 @@ _LINE = re.compile(r"(?P<name>[A-Za-z0-9]([A-Za-z0-9._:-]*[A-Za-z0-9])?)\s+slots
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """One machine of a hostfile; `slots` is how many processes it takes, one per GPU."""
+    """One machine of a hostfile; `slots` is the number of processes it takes, one per GPU."""
 
     name: str
     slots: int
 
 
 def read_hostfile(path: str | Path) -> list[Host]:
-    """The machines in their order; `#` begins a comment. Raises ConfigError that names file and line."""
+    """Read the machines in their order; `#` begins a comment. Raises ConfigError that names file and line."""
     try:
         lines = read_text(Path(path)).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
-            f"--hostfile {path}: cannot be read: {error}", hint="one machine a line: worker-0 slots=8"
+            f"--hostfile {path}: cannot be read: {error}", hint="write one machine per line: worker-0 slots=8"
         ) from error
     hosts: dict[str, Host] = {}
     line_of: dict[str, int] = {}
@@ -39,12 +39,14 @@ def read_hostfile(path: str | Path) -> list[Host]:
         host = _host(text, f"{path} line {number}")
         if host.name in hosts:
             raise ConfigError(
-                f"{path} line {number}: {host.name} stands in line {line_of[host.name]} already",
+                f"{path} line {number}: {host.name} is already in line {line_of[host.name]}",
                 hint="give each machine one line with all its slots",
             )
         hosts[host.name], line_of[host.name] = host, number
     if not hosts:
-        raise ConfigError(f"{path}: no machine in it", hint="one machine a line: worker-0 slots=8")
+        raise ConfigError(
+            f"{path}: the file names no machine", hint="write one machine per line: worker-0 slots=8"
+        )
     return list(hosts.values())
 
 

@@ -1,7 +1,7 @@
-"""What a process would train on: its settings, and the files of its machine that they name.
+"""Describe what a process would train on: its settings, and the files of its machine that they name.
 
-Responsible for: describing both in few words, and saying in what two processes differ. Not responsible for: telling
-each other (preflight.py), what comes from the hub, whether a file is any good.
+Responsible for: a short description of both, and the difference between two processes. Not responsible for: the
+exchange of descriptions (preflight.py), models and data from the hub, whether a file is valid.
 """
 
 import os
@@ -15,20 +15,20 @@ from dovetail.config.run import RunConfig
 from dovetail.training.run_identity import flat_settings
 
 MAY_DIFFER = ("output_dir", "data.cache_dir", "tracking.*")
-"""Patterns of settings that are a machine's own. That all write to one folder is looked at by itself."""
+"""Patterns of settings that may differ between machines. A check of its own finds folders that are not shared."""
 _ABSENT = "no such file"
-_ENDS = 1 << 16  # bytes that are read at each end of a file: whole models would take as long as loading them
+_ENDS = 1 << 16  # bytes read at each end of a file: reading a whole model takes as long as loading it
 
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """Settings by dotted name, and what there is to say of each file; None for those who did not look."""
+    """The settings by dotted name, and a description of each file; `files` is None where a process did not look."""
 
     settings: Mapping[str, str]
     files: Mapping[str, str] | None = None
 
     def difference(self, first: "Inputs") -> str | None:
-        """What of these is not as those of rank 0; None if all is."""
+        """Return the first difference from the inputs of rank 0; None if there is none."""
         for name in dict.fromkeys([*first.settings, *self.settings]):
             mine, wanted = (each.settings.get(name, "not set") for each in (self, first))
             if mine != wanted:
@@ -43,7 +43,10 @@ class Inputs:
 
 
 def inputs_of(config: RunConfig, *, look_at_files: bool | None = None) -> Inputs:
-    """Of this process. look_at_files: by default in the first of each machine; they all see the same."""
+    """Describe the inputs of this process.
+
+    look_at_files: by default only in the first process of each machine, because all of them see the same files.
+    """
     if look_at_files is None:
         look_at_files = os.environ.get("LOCAL_RANK") == "0"
     flat = flat_settings(config.model_dump(mode="json"))
@@ -56,11 +59,11 @@ def inputs_of(config: RunConfig, *, look_at_files: bool | None = None) -> Inputs
 
 
 def _paths(config: RunConfig) -> Iterator[str]:
-    """Of models, data and code; among them names that mean something on the hub."""
+    """Yield the paths of models, data and code; some of them may be names on the hub."""
     models = (config.actor, config.reward_model)
     for model in filter(None, models):
         yield model.path
-        if model.chat_template and "{" not in model.chat_template:  # the name of a file with one
+        if model.chat_template and "{" not in model.chat_template:  # the name of a file with the template
             yield model.chat_template
     yield from (source.path for source in (*config.data.blend, *config.data.pretraining))
     if config.ppo.reward_function is not None:
@@ -68,7 +71,7 @@ def _paths(config: RunConfig) -> Iterator[str]:
 
 
 def _described(path: Path) -> Iterator[tuple[str, str]]:
-    """A file, or those of a folder, each under its name as given; nothing for what is not there."""
+    """Yield name and identity of a file, or of each file in a folder; nothing if the path does not exist."""
     place = path.expanduser()
     if place.is_file():
         yield str(path), _identity(place)
@@ -80,7 +83,7 @@ def _described(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _identity(file: Path) -> str:
-    """Its size, and a hash of both ends."""
+    """Return the size of a file and a hash of both ends."""
     try:
         size = file.stat().st_size
         with file.open("rb") as content:

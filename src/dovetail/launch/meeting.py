@@ -1,4 +1,4 @@
-"""Where the agents of all machines agree on who has which ranks, and the store by which their processes then meet.
+"""Let the agents of all machines agree on the ranks, and open the store through which their processes then meet.
 
 Responsible for: torch's dynamic rendezvous, with a store of its own for the processes of each start. Not responsible
 for: machines that do not arrive at all (rendezvous.py), starting and watching (start.py).
@@ -16,11 +16,11 @@ from torch.distributed.launcher.api import LaunchConfig
 
 
 class Meeting(RendezvousHandler):
-    """Torch's rendezvous, but the agent of rank 0 opens the processes' store itself, anew for each start.
+    """Torch's rendezvous, but the agent of rank 0 opens the processes' store itself, a new one for each start.
 
-    Torch has two ways. Its agents keep one store over all restarts: processes then find the addresses of the dead in
-    it, and a machine that joins again waits for one that is told only once. Or an agent looks for a free port, closes
-    it and leaves it to rank 0 to open: any connection may have taken it by then.
+    Torch offers two ways. In one, its agents keep one store over all restarts: processes then find the addresses of
+    dead processes in it, and a machine that joins again waits for an address that is published only once. In the other,
+    an agent looks for a free port, closes it and lets rank 0 open it: a connection may have taken it by then.
     """
 
     def __init__(self, settings: LaunchConfig) -> None:
@@ -40,50 +40,50 @@ class Meeting(RendezvousHandler):
 
     @property
     def use_agent_store(self) -> bool:
-        """Whether also the process of rank 0 joins a store that an agent hosts."""
+        """Whether an agent hosts the store, which the process of rank 0 then only joins."""
         return True
 
     def next_rendezvous(self) -> RendezvousInfo:
-        """Wait for all machines; the store of the last start goes, and with it its port."""
+        """Close the store of the last start with its port, and wait for all machines."""
         self._store = None
         met = self._agents.next_rendezvous()
         port = 0
         if met.rank == 0:
             self._store = TCPStore(str(self._address), 0, is_master=True, wait_for_workers=False)
             port = self._store.port
-        # Apart from torch's keys of the same names, which say where it would have had the store.
-        told = PrefixStore("dovetail", met.store)
-        place = RendezvousStoreInfo.build(met.rank, told, self._address, server_port=port)
+        # The prefix keeps these keys apart from torch's of the same names, which give its own address of the store.
+        keys = PrefixStore("dovetail", met.store)
+        place = RendezvousStoreInfo.build(met.rank, keys, self._address, server_port=port)
         return RendezvousInfo(met.store, met.rank, met.world_size, place)
 
     def get_backend(self) -> str:
-        """Of torch's rendezvous."""
+        """Return the backend of torch's rendezvous."""
         return self._agents.get_backend()
 
     def get_run_id(self) -> str:
-        """Of this run."""
+        """Return the id of this run."""
         return self._agents.get_run_id()
 
     def is_closed(self) -> bool:
-        """Whether the run has ended on some machine."""
+        """Return whether the run has ended on some machine."""
         return self._agents.is_closed()
 
     def set_closed(self) -> None:
-        """The run has ended."""
+        """Mark the run as ended."""
         self._agents.set_closed()  # type: ignore[no-untyped-call]
 
     def num_nodes_waiting(self) -> int:
-        """Machines that came back and wait for the next start."""
+        """Return the number of machines that came back and wait for the next start."""
         return self._agents.num_nodes_waiting()
 
     def leave(self) -> None:
-        """This machine goes, and the run may go on: the others are told nothing.
+        """Leave a run that may go on: the other machines get no message.
 
-        Ends the thread by which the others know that this machine is there: found in the midst of a call at the end of
-        the interpreter, it would make that an abort().
+        It ends the heartbeat thread, by which the others know that this machine is there. A thread that is inside a
+        call when the interpreter ends would turn the end into an abort().
         """
         self._agents._stop_heartbeats()  # type: ignore[attr-defined]
 
     def shutdown(self) -> bool:
-        """The run has ended, and this machine leaves."""
+        """Mark the run as ended, and leave it."""
         return self._agents.shutdown()

@@ -1,7 +1,7 @@
-"""What is checked with all processes before weights are loaded: minutes of loading are a dear way to find out.
+"""Check that all processes fit together before they load weights, because loading may take minutes.
 
-Responsible for: equal versions, settings and input files, one shared output folder, a GPU for every process, one right
-all-reduce. Not responsible for: what is compared of settings and files (inputs.py), ports and missing machines
+Responsible for: equal versions, settings and input files, one shared output folder, a GPU for every process, one
+correct all-reduce. Not responsible for: which settings and files are compared (inputs.py), ports and missing machines
 (rendezvous.py), the run's own process group.
 """
 
@@ -27,7 +27,7 @@ from dovetail.launch.inputs import Inputs
 from dovetail.parallel.world import shared_store
 
 TIMEOUT_S = 300
-"""Seconds that processes wait for one another."""
+"""Seconds for which processes wait for one another."""
 
 
 def preflight(
@@ -35,9 +35,9 @@ def preflight(
 ) -> None:
     """Check that the processes fit together; all of them call it, and all raise the same LaunchError or ConfigError.
 
-    Uses the process group if this process has joined one, else one of its own for the time of the checks.
-    device: cpu, cuda or auto, as in the recipe. patience_s: how long a file of
-    rank 0 may take to appear to the others, as on network file systems.
+    It uses the process group if this process has joined one, else a group of its own during the checks.
+    device: cpu, cuda or auto, as in the recipe. patience_s: seconds until the other ranks must see a file of rank 0,
+    which takes time on network file systems.
     """
     on_gpu = device != "cpu" and torch.cuda.is_available()
     with _group(on_gpu) as where:
@@ -57,7 +57,7 @@ def _group(on_gpu: bool) -> Iterator[torch.device]:
     try:
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-            # Apart from the keys of the run's own group, which has the same name.
+            # The prefix keeps the keys apart from those of the run's own group, which has the same name.
             store=PrefixStore("preflight", shared_store(timeout)),
             rank=int(os.environ["RANK"]),
             world_size=int(os.environ["WORLD_SIZE"]),
@@ -126,7 +126,7 @@ def _expect_equal_inputs(of_ranks: Sequence[tuple[Inputs, str]]) -> None:
 
 
 def _expect_shared(folder: Path, patience_s: float) -> None:
-    """Rank 0 writes a file into the folder, and the others must read it."""
+    """Raise LaunchError unless all ranks see a file that rank 0 writes into the folder."""
     token = folder.absolute() / f".preflight-{uuid.uuid4().hex}"
     problem = _write(token) if dist.get_rank() == 0 else None
     name, problem, writer = _gathered((token.name, problem, socket.gethostname()))[0]
@@ -167,21 +167,21 @@ def _appears(file: Path, patience_s: float) -> bool:
 
 
 def _expect_right_sum(device: torch.device) -> None:
-    """1 + 2 + ... + n over the device that training will use."""
+    """Raise LaunchError unless an all-reduce of 1, 2, ... n is right on the device that training will use."""
     number = torch.tensor([float(dist.get_rank() + 1)], device=device)
     try:
         dist.all_reduce(number)
         found = float(number.item())
     except RuntimeError as error:
         raise LaunchError(
-            f"rank {dist.get_rank()} on {socket.gethostname()} could not add a number up over all ranks on {device}: "
+            f"rank {dist.get_rank()} on {socket.gethostname()} could not all-reduce a number on {device}: "
             f"{_first_line(error)}",
             hint="NCCL_DEBUG=INFO in the environment makes NCCL say what it tries",
         ) from error
     expected = dist.get_world_size() * (dist.get_world_size() + 1) / 2
     if found != expected:
         raise LaunchError(
-            f"adding 1 to {dist.get_world_size()} up over all ranks on {device} gave {found:g} and not {expected:g}",
+            f"the all-reduce of 1 to {dist.get_world_size()} on {device} gave {found:g} and not {expected:g}",
             hint="do not train on this: check the GPUs, their links and the NCCL version",
         )
 

@@ -1,6 +1,6 @@
-"""One process among several: what it died of reaches the launcher, and it does not outlive it.
+"""Make a process of a run report its error to the launcher, and end when the launcher ends.
 
-Responsible for: the error file of a process, its exit code, and its end with the launcher's.
+Responsible for: the error file of a process, its exit code, and its end when the launcher is gone.
 Not responsible for: joining the process group, training.
 """
 
@@ -19,18 +19,18 @@ from typing import Any
 from dovetail.errors import DovetailError
 
 LAUNCHER = "DOVETAIL_LAUNCHER"
-"""Environment variable by which a launcher of ours gives its processes its own process id."""
+"""Environment variable with the process id of Dovetail's launcher, in the processes that it starts."""
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
-"""Environment variable that names the file a process writes its error to: torch's convention."""
+"""Environment variable that names the file a process writes its error to, by torch's convention."""
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @contextmanager
 def as_rank() -> Iterator[None]:
-    """Around the work of one process among several.
+    """Run the block as the work of one process among several.
 
-    An error goes to the error file that the elastic agent named. Under a launcher of ours, which shows it, the
-    process then leaves without a word; under any other the error is raised again.
+    An error goes to the error file that the elastic agent named. Dovetail's launcher shows it, so that under it the
+    process then ends without a message; under any other launcher the error is raised again.
     """
     launcher = os.environ.get(LAUNCHER)
     if launcher is not None:
@@ -51,7 +51,7 @@ def as_rank() -> Iterator[None]:
 def record(error: BaseException) -> None:
     """Write the error where the elastic agent looks for it, in torch's form with our hint beside it.
 
-    The first error of a process stays: later ones follow from it.
+    The first error of a process is kept, because later ones follow from it.
     """
     name = os.environ.get(ERROR_FILE)
     if not name or Path(name).exists():
@@ -72,9 +72,9 @@ def record(error: BaseException) -> None:
 
 
 def _end_with(launcher: int) -> None:
-    """Let the kernel kill this process when the launcher is gone, however it went. Linux only."""
+    """Let the kernel kill this process when the launcher ends, for whatever reason. Linux only."""
     if sys.platform != "linux":
         return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != launcher:  # it went before we asked
+    if os.getppid() != launcher:  # it ended before this request
         os.kill(os.getpid(), signal.SIGKILL)

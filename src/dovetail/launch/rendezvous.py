@@ -1,8 +1,8 @@
-"""Machines of a run find one another before anything is started on them.
+"""Bring the machines of a run together before any process is started on them.
 
-Responsible for: the port on node 0, reaching it from the others, saying by number which machine did not arrive, and
-by which interface they talk. Not responsible for: the processes (start.py); torch's own rendezvous uses the same store
-afterwards (meeting.py).
+Responsible for: the port on node 0, connecting to it from the others, naming the machines that did not arrive, and
+the interface by which they talk. Not responsible for: the processes (start.py), torch's own rendezvous, which uses the
+same store afterwards (meeting.py).
 """
 
 import errno
@@ -22,17 +22,17 @@ from dovetail.launch.network import address_towards, interface_towards
 from dovetail.launch.topology import Topology
 from dovetail.telemetry.log import say
 
-_PAUSE = 0.2  # seconds between two looks
+_PAUSE = 0.2  # seconds between two attempts
 _LEAVES_S = 3.0
-"""Seconds for a thread to come back from a call, which at the end of the interpreter would be an abort()."""
+"""Seconds to wait for a thread inside a call, which would turn the interpreter's end into an abort()."""
 
 
 def roll_call(topology: Topology) -> Store:
     """Wait until every machine has reported at node 0; the store must be kept while the run lives.
 
     Node 0 hosts the store at `topology.endpoint`. A machine that comes back after a failure reports again and
-    finds the others' reports still there. Raises LaunchError: the port is in use, node 0 is out of reach, something
-    else answers there, or after `topology.rdzv_timeout` seconds some machine is missing.
+    finds the others' reports still there. Raises LaunchError if the port is in use, node 0 is out of reach, another
+    program answers there, or some machine is missing after `topology.rdzv_timeout` seconds.
     """
     assert topology.node_rank is not None
     deadline = time.monotonic() + topology.rdzv_timeout
@@ -49,7 +49,7 @@ def roll_call(topology: Topology) -> Store:
     }
     if roll.check([f"node-{topology.node_rank}"]):
         say(
-            f"a machine came as node {topology.node_rank} before; this one takes its place once that has left"
+            f"another machine was node {topology.node_rank} before; this one takes its place once the other has left"
         )
     roll.set(f"node-{topology.node_rank}", json.dumps(report))
     _expect_all_present(roll, topology, deadline)
@@ -64,7 +64,7 @@ def expect_port_free(port: int) -> None:
         try:
             probe.bind(("", port))
         except OSError as error:
-            reason = "in use" if error.errno == errno.EADDRINUSE else f"not to be had ({error.strerror})"
+            reason = "in use" if error.errno == errno.EADDRINUSE else f"not available ({error.strerror})"
             raise LaunchError(
                 f"port {port} of this machine is {reason}",
                 hint=f"stop what uses it (ss -ltnp 'sport = :{port}'), or give all nodes another --master-port",
@@ -72,16 +72,16 @@ def expect_port_free(port: int) -> None:
 
 
 def local_address(topology: Topology) -> str:
-    """An address by which the others reach this machine: of node 0 the given one, else that on the way there."""
+    """Return an address by which the others reach this machine: the given one on node 0, else one on the way there."""
     if topology.node_rank == 0:  # many systems resolve a machine's own name to a loopback address
         return str(topology.master_addr)
     return address_towards(str(topology.master_addr), topology.master_port)
 
 
 def interface(topology: Topology, store: Store) -> str | None:
-    """The network interface by which this machine reaches the others: on the way to node 0, from there to node 1.
+    """Return the network interface by which this machine reaches node 0; on node 0, the one by which it reaches node 1.
 
-    store: of the roll call.
+    store: the store of the roll call.
     """
     peer = str(topology.master_addr)
     if topology.node_rank == 0:
@@ -112,7 +112,7 @@ def _reach_node_0(topology: Topology, deadline: float) -> None:
 
 
 def _store(topology: Topology, deadline: float) -> Store:
-    """The store at node 0, opened in a thread: where no store answers torch may wait for ever, and hears no Ctrl-C."""
+    """Open the store at node 0 in a thread: without an answer, torch may wait forever and ignores Ctrl-C."""
     opened: queue.SimpleQueue[Store | dist.DistError] = queue.SimpleQueue()
 
     def open_store() -> None:
@@ -124,7 +124,7 @@ def _store(topology: Topology, deadline: float) -> Store:
                     is_master=topology.node_rank == 0,
                     timeout=timedelta(seconds=topology.rdzv_timeout),
                     wait_for_workers=False,
-                    multi_tenant=True,  # torch's rendezvous opens the same port here and is given this server
+                    multi_tenant=True,  # torch's rendezvous opens the same port here and gets this server
                 )
             )
         except dist.DistError as error:
@@ -147,11 +147,11 @@ def _no_store(topology: Topology) -> LaunchError:
     if topology.node_rank == 0:
         return LaunchError(
             f"node 0 does not reach itself at {topology.endpoint} within {topology.rdzv_timeout} s",
-            hint="--master-addr is this machine's own name or address, as all others can reach it",
+            hint="set --master-addr to a name or address of this machine that all others can reach",
         )
     return LaunchError(
-        f"what answers at {topology.endpoint} did not do so as node 0 of a run within {topology.rdzv_timeout} s",
-        hint="is that node 0, and does another program have the port? Give all nodes another --master-port",
+        f"the program at {topology.endpoint} did not answer as node 0 of a run within {topology.rdzv_timeout} s",
+        hint="check that this is node 0; if another program uses the port, give all nodes another --master-port",
     )
 
 
@@ -170,7 +170,7 @@ def _expect_all_present(roll: Store, topology: Topology, deadline: float) -> Non
 
 def _arrives(roll: Store, rank: int, topology: Topology, deadline: float) -> bool:
     try:
-        while not roll.check([f"node-{rank}"]):  # and not wait(), which writes to the screen when time is up
+        while not roll.check([f"node-{rank}"]):  # not wait(), which prints when time is up
             if time.monotonic() > deadline:
                 return False
             time.sleep(_PAUSE)
@@ -186,8 +186,8 @@ def _expect_equal_counts(roll: Store, topology: Topology) -> None:
     for rank, report in _reports(roll, topology):
         if report["gpus"] != topology.num_gpus:
             raise LaunchError(
-                f"node {rank} ({report['host']}) takes {report['gpus']} processes, this node "
-                f"({topology.node_rank}) {topology.num_gpus}",
+                f"node {rank} ({report['host']}) takes {report['gpus']} processes, but this node "
+                f"({topology.node_rank}) takes {topology.num_gpus}",
                 hint="give the same --num-gpus on all machines",
             )
 

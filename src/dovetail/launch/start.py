@@ -1,7 +1,7 @@
-"""Start the processes of this machine under torch's elastic agent and see them to their end.
+"""Start the processes of this machine under torch's elastic agent, and wait until they end.
 
-Responsible for: the agent's settings, restarts, and one error for whatever went wrong.
-Not responsible for: which processes (topology.py), what they are told on a signal (agent.py), what they do.
+Responsible for: the agent's settings, restarts, and one error for every kind of failure.
+Not responsible for: the number of processes (topology.py), the signals that they get (agent.py), their work.
 """
 
 import os
@@ -32,17 +32,18 @@ from dovetail.launch.topology import Topology
 from dovetail.telemetry.log import say
 from dovetail.training.lock import FolderLock
 
-# One stream a process, so that its log has its lines in their order; exec keeps the process id.
+# Each process has one stream, so that the lines of its log are in order; exec keeps the process id.
 _ONE_STREAM = ("/bin/sh", "-c", 'exec "$@" 2>&1', "sh")
 
 
 def start(topology: Topology, command: Sequence[str], output_dir: str | Path) -> None:
-    """Run `command` in every process of this machine; returns when all have ended well.
+    """Run `command` in every process of this machine; returns when all have ended without an error.
 
-    Each finds RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT in its environment. The first SIGTERM or
-    Ctrl-C is passed on to all, the second kills them; before they run, the first ends it all. Raises LaunchError
-    (the machines did not meet), ProcessFailed (the first failure, after `topology.max_restarts` restarts),
-    RunInterrupted (a signal came, and all saved), CheckpointError (another launcher is at work there), Stopped.
+    Each process finds RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT in its environment. The first SIGTERM
+    or Ctrl-C is passed on to all processes, the second kills them; before they run, the first one ends the command.
+    Raises LaunchError (the machines did not meet), ProcessFailed (the first failure, after `topology.max_restarts`
+    restarts), RunInterrupted (a signal came, and all saved), CheckpointError (another launcher uses the folder),
+    Stopped.
     """
     folder = Path(output_dir) / "logs"
     with _claimed(folder, topology):
@@ -50,9 +51,7 @@ def start(topology: Topology, command: Sequence[str], output_dir: str | Path) ->
         send_agent_log_to(log)
         handle_stops(stop)  # until the processes run (agent.py)
         os.environ[LAUNCHER] = str(os.getpid())
-        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = (
-            "1"  # each start has a store of its own: meeting.py
-        )
+        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # each start has its own store: meeting.py
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // topology.num_gpus)))
         try:
             _meet_and_run(topology, command, folder)
@@ -62,10 +61,10 @@ def start(topology: Topology, command: Sequence[str], output_dir: str | Path) ->
 
 @contextmanager
 def _claimed(folder: Path, topology: Topology) -> Iterator[None]:
-    """No second launcher puts the logs of a run aside while the block runs. Raises CheckpointError if one has them.
+    """Keep other launchers from renaming the logs of a run while the block runs.
 
-    Among several machines it is the port of node 0 that keeps others out. A lock of a machine that was lost might
-    outlive it on a shared file system, and keep out the one that takes its place.
+    Raises CheckpointError if another launcher uses them. With several machines, the port of node 0 keeps other
+    launchers out: the lock of a lost machine might remain on a shared file system and keep out its replacement.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -104,7 +103,7 @@ def _run(settings: LaunchConfig, command: Sequence[str], logs: RankLogs) -> None
     try:
         result = agent.run()
     except SignalException as error:
-        meeting.leave()  # and stays open: the other machines may go on
+        meeting.leave()  # the run stays open, because the other machines may go on
         raise Stopped(agent.asked or error.sigval) from None
     except Stopped:
         meeting.leave()
@@ -113,21 +112,21 @@ def _run(settings: LaunchConfig, command: Sequence[str], logs: RankLogs) -> None
         meeting.shutdown()
         raise
     meeting.shutdown()
-    if result is None:  # this machine waited for a place to the end
+    if result is None:  # this machine waited for a free place until the run ended
         raise LaunchError(
-            "the run has ended on the other machines, which were enough",
-            hint="is the same --node-rank given to two machines?",
+            "the run has ended on the other machines, which were enough without this one",
+            hint="check whether two machines have the same --node-rank",
         )
     if result.is_failed():
         raise _ending(agent, {rank: failure.exitcode for rank, failure in result.failures.items()}, logs)
 
 
 def _ending(agent: Agent, exit_codes: Mapping[int, int], logs: RankLogs) -> DovetailError | Stopped:
-    """What to say of processes that did not all end with 0."""
+    """Return the error to raise when some processes did not end with 0."""
     if SAVED in exit_codes.values():
         return interruption(logs)
     if agent.asked and not any(read_report(logs.error_file(rank)) for rank in exit_codes):
-        return Stopped(agent.asked)  # it came before anything could be saved
+        return Stopped(agent.asked)  # the signal came before anything could be saved
     return first_failure(exit_codes, logs)
 
 
@@ -156,7 +155,7 @@ def _settings(topology: Topology, logs: RankLogs) -> LaunchConfig:
         nproc_per_node=topology.num_gpus,
         logs_specs=logs,
         run_id=topology.rdzv_id,
-        role="",  # the name before each line on screen: there is one kind of process, so none is needed
+        role="",  # shown before each line; one kind of process needs no name
         rdzv_backend="c10d",
         rdzv_endpoint=topology.endpoint if several else "localhost:0",
         rdzv_configs={
@@ -188,7 +187,7 @@ def _agent(settings: LaunchConfig, meeting: Meeting, command: Sequence[str]) -> 
 
 def _say_restart(logs: RankLogs, ranks: dict[int, int], number: int) -> None:
     reports = {rank: read_report(logs.error_file(rank)) for rank in ranks.values()}
-    told = "; ".join(
+    causes = "; ".join(
         f"rank {rank}: {report['message']['message']}" for rank, report in reports.items() if report
     )
-    say(f"restart {number}: a process was lost{f' ({told})' if told else ''}")
+    say(f"restart {number}: a process was lost{f' ({causes})' if causes else ''}")

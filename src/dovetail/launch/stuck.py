@@ -1,10 +1,11 @@
-"""A run in which nobody moves ends with the names of those who are waited for, and not in silence.
+"""End a run in which no process moves any more, and name the ranks that the others wait for.
 
-Responsible for: where each process stands, and telling a deadlock from a slow rank. Needs no help from the
-training loop: a thread of each process looks at the stack of the main thread, or of the one that writes a checkpoint
-while the main one waits for it, and takes it for moving when the stack differs from the last look, or when it worked
-outside of a collective (there, waiting too may keep a processor busy).
-Not responsible for: what is work (activity.py), time limits of single collectives (the process group has its own).
+Responsible for: the position of each process, and telling a deadlock from a slow rank. Not responsible for: what counts
+as work (activity.py), time limits of single collectives (the process group has its own).
+
+The training loop takes no part in it. A thread of each process looks at the stack of the main thread or, while the main
+thread waits for a checkpoint, of the thread that writes it. That thread counts as moving if its stack differs from the
+last look, or if it worked outside of a collective (inside one, waiting may keep a processor busy too).
 """
 
 import json
@@ -29,30 +30,31 @@ from dovetail.telemetry.log import warn
 from dovetail.training.checkpoint import WRITER, Checkpoints
 
 STUCK_AFTER_S = 480
-"""Seconds without a step of any main thread. Less than the 600 s after which NCCL gives up without a diagnosis where
-nobody gave it another limit, as within the sub-meshes that torch makes."""
+"""Seconds without a move of any process. They are less than the 600 s after which NCCL gives up without a diagnosis
+where no other limit is set, as within the sub-meshes that torch makes."""
 _LOOKS = 4
-"""A process whose thread has not looked while another looked so often is frozen, and not only short of a processor."""
+"""A process is frozen, and not only short of a processor, if it has not looked while another looked this often."""
 
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """Where the main thread of one process stands. `still_s`: seconds since it moved; `looks`: how often its
-    watching thread has looked, which stops when the process is frozen or gone."""
+    """The place where the main thread of one process stands."""
 
     host: str
     place: str
     collective: str | None
     still_s: float
+    """Seconds since it moved."""
     looks: int
+    """Number of looks of its watching thread, which stops when the process is frozen or gone."""
 
 
 @contextmanager
 def watched(store: Store, *, stuck_after_s: float = STUCK_AFTER_S) -> Iterator[None]:
-    """While the block runs, a thread tells the other processes where the main thread of this one stands.
+    """Share the position of this process's main thread with the other processes while the block runs.
 
-    Once no process has moved for `stuck_after_s`, it records a LaunchError that says where each stands and
-    ends this process with exit code 3; as long as another still moves, it warns once.
+    A thread does it. Once no process has moved for `stuck_after_s`, that thread records a LaunchError with all
+    positions and ends this process with exit code 3; as long as another process still moves, it warns once.
     """
     watch = _Watch(store, stuck_after_s)
     watch.start()
@@ -80,8 +82,8 @@ class _Watch(threading.Thread):
         try:
             while not self.done.wait(self._period):
                 self._look()
-        except DistError as error:  # the store went with rank 0: the process group will say the same
-            warn(f"where the other ranks stand is no longer known: {str(error).splitlines()[0]}")
+        except DistError as error:  # the store ended with rank 0: the process group will say the same
+            warn(f"the positions of the other ranks are no longer known: {str(error).splitlines()[0]}")
 
     def _look(self) -> None:
         thread = _thread()
@@ -109,26 +111,26 @@ class _Watch(threading.Thread):
             return
         earlier = self._history[-_LOOKS]
         silent = {rank for rank, position in earlier.items() if now[rank].looks == position.looks}
-        told = diagnosis(now, silent)
+        text = diagnosis(now, silent)
         if all(rank in silent or now[rank].still_s >= self._stuck_after_s for rank in now):
             error = LaunchError(
-                f"nothing has moved for {self._stuck_after_s:g} s: {told}",
+                f"nothing has moved for {self._stuck_after_s:g} s: {text}",
                 hint="the rank named first is waited for; its log says what it did last",
             )
             record(error)
             os._exit(error.exit_code)  # the main thread waits in a call that nothing else ends
         if len(self._history) == _LOOKS:
-            warn(f"has not moved for {self._stuck_after_s:g} s: {told}")
+            warn(f"has not moved for {self._stuck_after_s:g} s: {text}")
 
 
 def diagnosis(positions: Mapping[int, Position], silent: set[int]) -> str:
-    """Who is waited for, and where the others wait."""
+    """Say which ranks are waited for, and where the others wait."""
     lines = [f"rank {rank} on {positions[rank].host} shows no sign of life" for rank in sorted(silent)]
     groups: dict[tuple[str, str | None], list[int]] = defaultdict(list)
     for rank, position in positions.items():
         if rank not in silent:
             groups[position.place, position.collective].append(rank)
-    # Those outside of a collective are waited for; among those inside, the fewest went astray.
+    # Ranks outside of a collective are waited for; among those inside, the smallest group is in the wrong place.
     for (place, collective), ranks in sorted(groups.items(), key=lambda g: (g[0][1] is not None, len(g[1]))):
         who = f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
         verb = "wait" if len(ranks) > 1 else "waits"
@@ -145,7 +147,7 @@ def _positions(store: Store) -> dict[int, Position]:
 
 
 def _thread() -> threading.Thread:
-    """The main one; where that waits for a checkpoint, the one that writes it."""
+    """Return the main thread or, while it waits for a checkpoint, the thread that writes it."""
     main = threading.main_thread()
     if any(frame.f_code is Checkpoints.finish.__code__ for frame in frames_of(main)):
         return next((t for t in threading.enumerate() if t.name.startswith(WRITER)), main)

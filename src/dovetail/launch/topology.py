@@ -1,6 +1,6 @@
-"""How many processes a run has, on which machines, and where they meet.
+"""Decide how many processes a run has, on which machines, and where they meet.
 
-Responsible for: making one `Topology` of flags, hostfile and environment, and refusing counts that cannot work.
+Responsible for: making one `Topology` from flags, hostfile and recipe, and refusing counts that cannot work.
 Not responsible for: starting processes (start.py), finding the other machines (rendezvous.py).
 """
 
@@ -12,12 +12,12 @@ from dovetail.errors import ConfigError
 from dovetail.launch.hostfile import Host, read_hostfile
 
 DEFAULT_PORT = 29500
-"""The port torchrun and DeepSpeed use too."""
+"""The port that torchrun and DeepSpeed use too."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LaunchFlags:
-    """What the flags about processes and machines were set to; None where one was left out."""
+    """The values of the flags about processes and machines; None where one was left out."""
 
     num_gpus: int | None = None
     num_nodes: int | None = None
@@ -35,7 +35,7 @@ class LaunchFlags:
 class Topology:
     """The processes of a run: `num_gpus` on each of `num_nodes` machines.
 
-    `node_rank` is this machine's number, None where nobody said which one it is; machine 0 is at
+    `node_rank` is this machine's number, None where it was not given; machine 0 is at
     `master_addr`. `rdzv_id` keeps two runs apart that meet at the same address; `rdzv_timeout` is in seconds.
     """
 
@@ -52,22 +52,22 @@ class Topology:
 
     @property
     def size(self) -> int:
-        """All processes of the run."""
+        """The number of processes of the run."""
         return self.num_gpus * self.num_nodes
 
     @property
     def endpoint(self) -> str:
-        """Where the machines meet."""
+        """The address where the machines meet."""
         return f"{self.master_addr}:{self.master_port}"
 
 
 def topology_of(
     flags: LaunchFlags, *, num_gpus: int, run_name: str, count_gpus: Callable[[], int]
 ) -> Topology:
-    """The topology that flags and recipe describe.
+    """Return the topology that flags and recipe describe.
 
-    num_gpus: the recipe's, with the flag already applied, 1 if nobody said; run_name: by default the rendezvous id;
-    count_gpus: asked only where the number of this machine's GPUs decides. Raises ConfigError.
+    num_gpus: the recipe's, with the flag already applied, 1 if neither has it; run_name: the default rendezvous id;
+    count_gpus: called only where the number of this machine's GPUs decides. Raises ConfigError.
     """
     hosts = _hosts(flags)
     num_nodes = flags.num_nodes or (len(hosts) if hosts else 1)
@@ -78,8 +78,8 @@ def topology_of(
     _expect_node_rank(flags.node_rank, num_nodes)
     if flags.node_rank is not None and num_nodes > 1 and not (flags.master_addr or hosts):
         raise ConfigError(
-            f"--node-rank {flags.node_rank}, but nobody says where node 0 is",
-            hint="--master-addr HOST with the name of node 0 that all others can reach, or --hostfile FILE",
+            f"--node-rank {flags.node_rank}: the address of node 0 is missing",
+            hint="give --master-addr HOST with the name of node 0 that all others can reach, or --hostfile FILE",
         )
     return Topology(
         num_gpus=num_gpus,
@@ -95,7 +95,7 @@ def topology_of(
 
 
 def is_rank(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether torchrun or the like has started this process as one of a run."""
+    """Return whether torchrun or a similar launcher has started this process as one of a run."""
     return {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= set(environment)
 
 
@@ -158,14 +158,14 @@ def _equal_slots(hosts: list[Host], file: str) -> int:
 def _by_deployment_type(
     flags: LaunchFlags, num_gpus: int, num_nodes: int, count_gpus: Callable[[], int]
 ) -> int:
-    """Processes per machine, after DeepSpeed-Chat's three types."""
+    """Return the number of processes per machine, by DeepSpeed-Chat's three deployment types."""
     match flags.deployment_type:
         case None:
             return num_gpus
         case "single_gpu" if num_gpus > 1 or num_nodes > 1:
             raise ConfigError(
                 f"--deployment-type single_gpu, but {num_gpus * num_nodes} processes are asked for",
-                hint="leave out --deployment-type: --num-gpus and --num-nodes say it all",
+                hint="leave out --deployment-type: --num-gpus and --num-nodes are enough",
             )
         case "single_gpu":
             return 1
@@ -192,7 +192,7 @@ def _all_gpus(count_gpus: Callable[[], int]) -> int:
     if found == 0:
         raise ConfigError(
             "--deployment-type takes all GPUs of a machine, and this one has none",
-            hint="say how many processes to run on the CPU: --num-gpus N",
+            hint="give the number of processes to run on the CPU: --num-gpus N",
         )
     return found
 

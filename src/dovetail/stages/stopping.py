@@ -93,7 +93,7 @@ def _taking_signals(request: StopRequest, world: World) -> Iterator[None]:
 def _tell(number: int) -> None:
     """Print without buffers and locks, which the main thread may hold at this moment; the terminal may be gone."""
     name = signal.Signals(number).name
-    text = f"\n{name}: the run saves a checkpoint after this step and ends; once more ends it now\n"
+    text = f"\n{name}: the run saves a checkpoint after this step and ends; a second one ends it now\n"
     if sys.__stderr__:
         with suppress(OSError):
             os.write(sys.__stderr__.fileno(), text.encode())

@@ -1,5 +1,5 @@
-"""What both servers need of the network: an address to listen at, certificates, and which names they answer to.
+"""The network side of both servers: the address to listen at, certificates, and the names that they answer to.
 
-Responsible for: the package's names being where they are; it imports nothing itself.
+Responsible for: being the package of these modules; it imports nothing itself.
 Not responsible for: what is answered (serving/, labelling/).
 """

@@ -1,9 +1,9 @@
-"""Connections whose clients are slow, silent or speak no HTTP.
+"""Close connections whose clients are slow, silent or do not speak HTTP.
 
-Responsible for: closing what a client leaves unfinished, and errors of the protocol in the form of the servers' own.
-Not responsible for: requests that are whole (serving/, labelling/).
+Responsible for: closing what a client leaves unfinished, and protocol errors in the same form as the servers' errors.
+Not responsible for: complete requests (serving/, labelling/).
 
-uvicorn itself waits without end for a request that was begun, and for a client that does not read.
+uvicorn itself waits forever for the rest of a request, and for a client that does not read.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from starlette.requests import ClientDisconnect
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
 PATIENCE_SECONDS = 30.0
-"""A request has to be whole so long after its connection, or the response before it; a client has to read on."""
+"""Longest wait for a complete request, from its connection or the response before it, or for a client to read on."""
 
 
 class PatientProtocol(H11Protocol):
@@ -26,7 +26,7 @@ class PatientProtocol(H11Protocol):
 
     _patience: TimerHandle | None = None
     _has_begun = False
-    """The client has sent a part of its next request."""
+    """Whether the client has sent a part of its next request."""
 
     def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
         """Wait for the first request."""
@@ -34,12 +34,12 @@ class PatientProtocol(H11Protocol):
         self._wait()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Wait no more."""
+        """Stop waiting for the client."""
         self._stop_waiting()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Take in a part of a request; once it is whole, nobody waits for the client."""
+        """Take in a part of a request; stop waiting for the client once it is complete."""
         self._has_begun = True
         super().data_received(data)
         if not self._is_unfinished():
@@ -59,20 +59,20 @@ class PatientProtocol(H11Protocol):
         self._patience = self.loop.call_later(PATIENCE_SECONDS, self.transport.abort)
 
     def resume_writing(self) -> None:
-        """Wait no more."""
+        """Stop waiting for the client."""
         super().resume_writing()
         self._stop_waiting()
 
     def shutdown(self) -> None:
-        """Close the connection, after the response under way; a request that is not whole gets none."""
+        """Close the connection after the response under way; refuse a request whose body is not complete."""
         if self.cycle is not None and not self.cycle.response_started and self._is_unfinished():
             self._end_with(503, "the server is stopping", "stopping")
         else:
             super().shutdown()
 
     def send_400_response(self, msg: str) -> None:
-        """Refuse what is no HTTP."""
-        self._end_with(400, f"this is no HTTP request: {msg}", "invalid_http")
+        """Refuse what is not HTTP."""
+        self._end_with(400, f"this is not an HTTP request: {msg}", "invalid_http")
 
     def _is_unfinished(self) -> bool:
         return self.conn.their_state in (h11.IDLE, h11.SEND_BODY)
@@ -89,7 +89,7 @@ class PatientProtocol(H11Protocol):
 
     def _give_up(self) -> None:
         if self._has_begun:
-            message = f"the request was not whole after {PATIENCE_SECONDS:g} s"
+            message = f"the request was not complete after {PATIENCE_SECONDS:g} s"
             self._end_with(408, message, "request_timeout")
         else:
             self.transport.close()
@@ -124,6 +124,6 @@ def is_worth_telling(record: logging.LogRecord) -> bool:
     if record.exc_info and isinstance(record.exc_info[1], ClientDisconnect | asyncio.CancelledError):
         return False
     message = record.getMessage()
-    if message.rstrip().endswith(asyncio.CancelledError.__name__):  # a second signal, told as text
+    if message.rstrip().endswith(asyncio.CancelledError.__name__):  # a second signal, logged as text
         return False
     return not message.startswith(("Invalid HTTP request", "Unsupported upgrade", "No supported WebSocket"))

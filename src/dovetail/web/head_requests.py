@@ -1,6 +1,6 @@
-"""HEAD, which monitors send, wherever GET is answered.
+"""Answer HEAD, which monitors send, wherever GET is answered.
 
-Responsible for: letting the application see a GET. Not responsible for: leaving the body out, which uvicorn does.
+Responsible for: showing the application a GET. Not responsible for: leaving out the body, which uvicorn does.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 
 class HeadRequests:
-    """A layer around an application that knows GET alone."""
+    """A layer around an application that answers GET but not HEAD."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

@@ -1,11 +1,11 @@
-"""Which names a server answers to, so that no page of another site can reach it by giving itself a new address.
+"""Refuse requests under names that are not this server's, as a defence against DNS rebinding.
 
-Responsible for: refusing requests whose Host header is somebody else's name (DNS rebinding).
-Not responsible for: who may ask what (keys, invitations).
+Responsible for: comparing the Host header with the names of this server.
+Not responsible for: the rights of clients (keys, invitations).
 
-A rebinding site reaches a server of this machine or its network through a name of the site's own, so the name is what
-gives it away: a number, `localhost`, this machine's own names and those that were named at the start can be nobody
-else's.
+In DNS rebinding, a web site lets its own name lead to a server on this machine or its network, so that its pages can
+reach that server. The site's name in the Host header shows it: an IP address, `localhost`, this machine's own names and
+the names given at the start cannot belong to another site.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 
 class HostNames:
-    """The outermost layer of an application: 421 for requests to a name that is not this server's."""
+    """The outermost layer of an application, which answers 421 to requests under a name that is not this server's."""
 
     def __init__(self, app: ASGIApp, *, names: Sequence[str] = ()) -> None:
-        """names: those beside numbers, localhost and the machine's own."""
+        """Accept IP addresses, localhost, the machine's own names, and `names`."""
         self._app = app
         self._names = {name.casefold() for name in ("localhost", *_own_names(), *names)}
 
@@ -42,7 +42,7 @@ def _own_names() -> tuple[str, ...]:
 
 
 def _name_in(host: str) -> str:
-    """The header without its port, and without the brackets of an IPv6 address."""
+    """Return the header without its port, and without the brackets of an IPv6 address."""
     if host.startswith("["):
         return host[1:].partition("]")[0]
     return host.partition(":")[0].casefold().removesuffix(".")
@@ -59,7 +59,7 @@ def _is_number(name: str) -> bool:
 def _refusal(name: str) -> JSONResponse:
     detail = {
         "message": f"this server is not called {name!r}",
-        "hint": f"whoever runs it can let it answer to this name: --allow-host {name or 'NAME'}",
+        "hint": f"to allow this name, start the server with --allow-host {name or 'NAME'}",
         "type": "invalid_request_error",
         "param": None,
         "code": "unknown_host",

@@ -1,7 +1,7 @@
-"""The address a server listens at, plain or with TLS.
+"""Listen at an address, plain or with TLS.
 
-Responsible for: opening the socket, checking the certificate before anything slow begins, and the URL people open.
-Not responsible for: what is answered there (serving/, labelling/), which names are answered to (host_names.py).
+Responsible for: opening the socket, checking the certificate before anything slow begins, and the URL that people open.
+Not responsible for: the answers (serving/, labelling/), the names that are answered to (host_names.py).
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from dovetail.web.connections import PatientProtocol, is_worth_telling
 
 @dataclass(frozen=True, slots=True)
 class Certificate:
-    """What a server shows its clients: PEM files."""
+    """The PEM files with which a server proves who it is."""
 
     chain: Path
-    """The certificate, and those that signed it."""
+    """The certificate, and the certificates that signed it."""
     key: Path | None = None
-    """Its private key; None: it is in the file of the chain."""
+    """Its private key; None if it is in the file of the chain."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,14 +40,14 @@ class Listening:
 
     @property
     def url(self) -> str:
-        """Where a browser of this machine finds it."""
+        """The URL at which a browser of this machine finds it."""
         host, port = self.socket.getsockname()[:2]
         named = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
         scheme = "https" if self.certificate else "http"
         return f"{scheme}://[{named}]:{port}" if ":" in named else f"{scheme}://{named}:{port}"
 
     def config(self, app: Any, **options: Any) -> uvicorn.Config:
-        """uvicorn's settings for an application behind this socket."""
+        """Make uvicorn's settings for an application behind this socket."""
         if self.certificate is not None:
             options |= {"ssl_certfile": self.certificate.chain, "ssl_keyfile": self.certificate.key}
         return server_config(app, **options)
@@ -82,18 +82,18 @@ def listen(host: str, port: int, certificate: Certificate | None = None) -> Iter
     except OSError as error:
         raise ConfigError(
             f"cannot listen on {host}:{port}: {error.strerror}",
-            hint="choose another --port or --host, or end what listens there",
+            hint="choose another --port or --host, or stop the program that listens there",
         ) from error
     with opened:
         yield Listening(opened, certificate)
 
 
 def certificate_of(chain: Path | None, key: Path | None) -> Certificate | None:
-    """From two flags; None without any. Raises ConfigError for a key without its certificate."""
+    """Make a Certificate from two flags; None if neither is set. Raises ConfigError for a key without a certificate."""
     if chain is None:
         if key is not None:
             raise ConfigError(
-                f"--tls-key {key} has no certificate", hint="give its certificate too: --tls-certificate FILE"
+                f"--tls-key {key} has no certificate", hint="give the certificate too: --tls-certificate FILE"
             )
         return None
     return Certificate(chain, key)
@@ -116,5 +116,5 @@ def _expect_usable(certificate: Certificate) -> None:
     except (OSError, ssl.SSLError) as error:
         raise ConfigError(
             f"{shown} cannot be used: {error.strerror or error}",
-            hint="give PEM files: the certificate, those that signed it, and the key that belongs to it",
+            hint="give PEM files: the certificate, the certificates that signed it, and its key",
         ) from error
