@@ -96,7 +96,7 @@ def test_help_lists_the_commands_and_unknown_ones_are_told() -> None:
     shown, conversation = talk("/help", "/sing", "/save", "", "   ")
     for command in ("/reset", "/undo", "/system", "/save", "/quit"):
         assert command in shown
-    assert "/sing is no command" in shown
+    assert "unknown command /sing" in shown
     assert "say where" in shown
     assert conversation.messages() == []
 

@@ -224,8 +224,8 @@ def test_a_dry_run_tells_finished_and_begun_stages(run: Run, tmp_path: Path) -> 
     _, out, _ = run("train", "opt-125m", "--output-dir", str(tmp_path), "--step", "2", "--dry-run")
     lines = [line for line in out.splitlines() if line.startswith("# stage")]
     assert lines[0].endswith("finished before: skipped")
-    assert lines[1].endswith("goes on from its last checkpoint")
-    assert lines[2].endswith("not asked for")
+    assert lines[1].endswith("continues from its last checkpoint")
+    assert lines[2].endswith("not requested")
 
 
 def test_an_error_is_message_and_hint_without_a_traceback(run: Run) -> None:
@@ -274,7 +274,7 @@ def test_ctrl_c_leaves_without_a_traceback(
     code, _, err = run("train", "opt-125m")
     assert code == 130
     assert "Traceback" not in err
-    assert "goes on from the last checkpoint" in err
+    assert "continues from the last checkpoint" in err
 
 
 def test_a_flag_that_does_not_exist_is_refused(run: Run) -> None:

@@ -101,7 +101,7 @@ def test_the_answers_come_from_the_served_weights_and_no_others() -> None:
     assert [answerer.complete for answerer in served_answerers(models, [])] == [models[0].thread.complete]  # type: ignore[attr-defined]
     both = served_answerers(models, ["ppo", "sft"])
     assert [answerer.complete for answerer in both] == [models[1].thread.complete, models[0].thread.complete]  # type: ignore[attr-defined]
-    with pytest.raises(ConfigError, match="--label-model rm: no model of that name is served") as caught:
+    with pytest.raises(ConfigError, match="--label-model rm: no served model has that name") as caught:
         served_answerers(models, ["rm"])
     assert caught.value.hint == "there are: sft, ppo"
     with pytest.raises(ConfigError, match="was given 3 times"):

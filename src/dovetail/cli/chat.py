@@ -1,7 +1,7 @@
 """`dovetail chat`: a conversation with a finished model in the terminal.
 
 Responsible for: turns, commands, fitting a long conversation into the context and saying so, showing an
-answer while it is drawn. Not responsible for: drawing tokens (engine/), role markers (text/chat_format.py),
+answer while it is sampled. Not responsible for: sampling tokens (engine/), role markers (text/chat_format.py),
 loading (inference/).
 """
 
@@ -26,33 +26,33 @@ COMMANDS = """/reset         forget the conversation
 
 
 class Speaker(Protocol):
-    """What a conversation needs of a model; tests give one that needs no weights."""
+    """The parts of a model that a conversation needs; tests use one that has no weights."""
 
     context: int
-    """The most tokens of prompt and answer together."""
+    """The largest number of tokens of prompt and answer together."""
     max_new_tokens: int
 
     def num_tokens(self, messages: Sequence[Message]) -> int:
-        """Of the conversation as the model reads it, ready for an answer."""
+        """Return the number of tokens of the conversation as the model reads it before an answer."""
         ...
 
     def speak(self, messages: Sequence[Message], *, turn: int, on_text: Callable[[str], None]) -> str:
-        """Draw an answer, showing its pieces as they come; the whole of it is returned."""
+        """Sample an answer, show its pieces as they come, and return all of it."""
         ...
 
 
 @dataclass(slots=True)
 class Conversation:
-    """What has been said, and by whom."""
+    """The messages so far, and the model that answers."""
 
     speaker: Speaker
     system: str | None = None
     turns: list[Message] = field(default_factory=list)
     num_forgotten: int = 0
-    """How many of the oldest messages the model no longer sees."""
+    """Number of the oldest messages that the model no longer sees."""
 
     def ask(self, question: str, on_text: Callable[[str], None], notice: Callable[[str], None]) -> str:
-        """Put a question and draw its answer. When that fails the conversation is as it was before."""
+        """Ask a question and return the answer. If that fails, the conversation stays as it was."""
         self.turns.append({"role": "user", "content": question})
         try:
             messages = self._fitting_messages(notice)
@@ -76,7 +76,7 @@ class Conversation:
         self.num_forgotten = 0
 
     def messages(self, *, start: int = 0) -> list[Message]:
-        """System prompt and turns from `start` on."""
+        """Return the system prompt and the turns from `start` on."""
         system: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
         return system + self.turns[start:]
 
@@ -92,7 +92,7 @@ class Conversation:
             ) from error
 
     def _fitting_messages(self, notice: Callable[[str], None]) -> list[Message]:
-        """The newest turns that leave room for an answer; whole exchanges are left out, oldest first."""
+        """Return the newest turns that leave room for an answer; whole exchanges are left out, oldest first."""
         room = self.speaker.context - self.speaker.max_new_tokens
         start = self.num_forgotten
         while (num_tokens := self.speaker.num_tokens(self.messages(start=start))) > room:
@@ -111,13 +111,13 @@ class Conversation:
 
 @dataclass(slots=True)
 class Terminal:
-    """The outside of a conversation; tests give their own."""
+    """The input and output of a conversation; tests use their own."""
 
     read: Callable[[str], str] = input
     write: Callable[[str], None] = field(default=lambda text: typer.echo(text, nl=False))
 
     def line(self, text: str = "") -> None:
-        """One line of output."""
+        """Write one line of output."""
         self.write(text + "\n")
 
 
@@ -146,7 +146,7 @@ def converse(conversation: Conversation, terminal: Terminal) -> None:
 
 
 def show_answer(question: str, conversation: Conversation, terminal: Terminal) -> None:
-    """Put a question and show its answer as it comes; notices stand on lines of their own before it."""
+    """Ask a question and show the answer as it comes; notices are printed on lines of their own before it."""
     has_begun = False
 
     def show(text: str) -> None:
@@ -179,7 +179,7 @@ def obey(text: str, conversation: Conversation, terminal: Terminal) -> None:
         case "/help":
             terminal.line(COMMANDS)
         case _:
-            terminal.line(f"({command} is no command; /help lists them)")
+            terminal.line(f"(unknown command {command}; /help lists the commands)")
 
 
 def chat(
@@ -228,7 +228,7 @@ def chat(
 
 
 def _edit_lines() -> None:
-    """Arrow keys and history at the prompt, where the platform has them."""
+    """Switch on arrow keys and history at the prompt, where the platform has them."""
     try:
         import readline  # noqa: F401 (importing it is what switches it on)
     except ImportError:

@@ -1,6 +1,6 @@
-"""A loaded model as a partner in conversation.
+"""Answer in a conversation with a loaded model.
 
-Responsible for: settings that stay for a whole conversation. Not responsible for: loading and drawing
+Responsible for: settings that stay the same for a conversation. Not responsible for: loading and sampling
 (inference/chat_model.py), the conversation (chat.py).
 """
 
@@ -16,7 +16,7 @@ _NO_LIMIT = 8192
 
 
 class ModelSpeaker:
-    """Answers with a `ChatModel`."""
+    """A speaker that answers with a `ChatModel`."""
 
     def __init__(self, path: str, sampling: Sampling, *, seed: int, device: str) -> None:
         self._model = ChatModel(path, device=device)
@@ -26,11 +26,11 @@ class ModelSpeaker:
         self._seed = seed
 
     def num_tokens(self, messages: Sequence[Message]) -> int:
-        """Of the conversation as the model reads it, ready for an answer."""
+        """Return the number of tokens of the conversation as the model reads it before an answer."""
         return self._model.num_tokens(messages)
 
     def speak(self, messages: Sequence[Message], *, turn: int, on_text: Callable[[str], None]) -> str:
-        """Draw an answer, showing its pieces as they come."""
+        """Sample an answer, show its pieces as they come, and return all of it."""
         shown = ShownText(on_text)
         for piece in self._model.stream(
             messages, sampling=self._sampling, seed=self._seed * 1_000_003 + turn

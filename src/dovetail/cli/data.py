@@ -1,6 +1,6 @@
 """`dovetail data preview`: rows as the model will see them.
 
-Responsible for: the command. Not responsible for: reading and drawing rows (data/preview.py).
+Responsible for: the command. Not responsible for: reading and showing rows (data/preview.py).
 """
 
 from typing import Annotated, Literal
@@ -16,18 +16,20 @@ def preview(
     overrides: Overrides = None,
     actor_model: ActorModel = None,
     data: Data = None,
-    stage: Annotated[Literal["sft", "reward", "ppo", "text"], typer.Option(help="Whose rows.")] = "sft",
+    stage: Annotated[
+        Literal["sft", "reward", "ppo", "text"], typer.Option(help="Stage that reads the rows.")
+    ] = "sft",
     count: Annotated[int, typer.Option("-n", "--count", min=1, help="How many rows.")] = 3,
 ) -> None:
-    """Show rows of a stage as the model reads them: chat markers in place, what is learnt from coloured.
+    """Show rows of a stage as the model reads them: with chat markers; the tokens to learn are coloured.
 
-    Where the output is not a terminal, what is learnt from stands in [[ ]].
+    If the output is not a terminal, the tokens to learn stand in [[ ]].
 
       dovetail data preview opt-1.3b --stage reward
       dovetail data preview --actor-model gpt2 --data my_pairs.jsonl -n 5
     """
     resolved = resolve(recipe, overrides or (), Flags(actor_model=actor_model, data=data or ()))
-    from rich.console import Console  # here and not above: help need not wait for these
+    from rich.console import Console  # here and not above: help must not wait for these
 
     from dovetail.data.preview import preview as preview_rows
     from dovetail.text.chat_format import ChatFormat

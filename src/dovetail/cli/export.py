@@ -46,8 +46,7 @@ def export(
         Literal["bf16", "fp16", "fp32"], typer.Option(help="Precision of the written weights.")
     ] = "bf16",
 ) -> None:
-    """Write a model that any Hugging Face program can load: adapters merged, tokenizer and chat template
-    beside it.
+    """Write a model that any Hugging Face program can load, with adapters merged, tokenizer and chat template.
 
     dovetail export runs/opt-13b my-chat-model
     dovetail export runs/opt-13b reward --which reward --dtype fp32
@@ -55,7 +54,7 @@ def export(
     """
     if to.exists():
         raise ModelError(f"{to} exists already", hint="give a new folder, or remove it first")
-    import torch  # here and not above: help need not wait for it
+    import torch  # here and not above: help must not wait for it
 
     precision = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
     from dovetail.model.load import expect_rows_for, save_model
@@ -72,7 +71,7 @@ def export(
 
 
 def finished(folder: Path, name: str, which: Which | None, dtype: "torch.dtype") -> tuple[Any, Any]:
-    """Model and tokenizer of a finished stage, a model folder or an adapter folder."""
+    """Load model and tokenizer of a finished stage, a model folder or an adapter folder."""
     if (adapter := adapter_in(folder)) is not None:
         return merged_adapter(adapter, dtype)
     if which is None:
@@ -89,7 +88,7 @@ def finished(folder: Path, name: str, which: Which | None, dtype: "torch.dtype")
 
 
 def loaded(path: str, dtype: "torch.dtype") -> tuple[Any, Any]:
-    """A causal LM or reward model with its tokenizer."""
+    """Load a causal LM or reward model with its tokenizer."""
     from dovetail.model.load import is_reward_model
 
     model = ModelConfig(path=path)
@@ -97,7 +96,7 @@ def loaded(path: str, dtype: "torch.dtype") -> tuple[Any, Any]:
 
 
 def merged_adapter(adapter: "AdapterFolder", dtype: "torch.dtype") -> tuple[Any, Any]:
-    """The adapter's base model with the adapter merged in, and the adapter's tokenizer, or the base's."""
+    """Load the adapter's base model, merge the adapter in, and load the adapter's tokenizer, or else the base's."""
     from dovetail.model.adapter import with_adapter
     from dovetail.model.lora import merge
     from dovetail.text.tokenizer import load_tokenizer
@@ -109,7 +108,7 @@ def merged_adapter(adapter: "AdapterFolder", dtype: "torch.dtype") -> tuple[Any,
 
 
 def from_run_checkpoint(folder: Path, which: Which | None, checkpoint: Checkpoint) -> tuple[Any, Any]:
-    """The model of a stage as its newest checkpoint has it, or its best."""
+    """Load the model of a stage from its newest or its best checkpoint."""
     from dovetail.training.checkpoint import Checkpoints
     from dovetail.training.run_folder import RunFolder
     from dovetail.training.weights import load_trained
@@ -125,7 +124,7 @@ def from_run_checkpoint(folder: Path, which: Which | None, checkpoint: Checkpoin
         rated = " with an evaluation right before it" if checkpoint == "best" else ""
         raise ModelError(
             f"{run.checkpoints(which)} has no checkpoint{rated}",
-            hint="they come after save_every steps, evaluations after eval_every",
+            hint="checkpoints come every save_every steps, evaluations every eval_every",
         )
     step, state = found
     config = check(*read_recipe(run.config))
@@ -136,7 +135,7 @@ def from_run_checkpoint(folder: Path, which: Which | None, checkpoint: Checkpoin
 
 
 def _beginning(run: Any, config: RunConfig, which: Which) -> tuple[Any, Any]:
-    """What the stage began with: base weights, and fresh adapters where it trains them."""
+    """Load what the stage began with: base weights, and fresh adapters where it trains them."""
     import torch
 
     from dovetail.model.lora import add_lora
@@ -183,5 +182,5 @@ def _tokenizer(settings: ModelConfig) -> Any:
 
 
 def _place(settings: ModelConfig) -> dict[str, Any]:
-    """Which version is loaded, and to where."""
+    """Return the device and the version to load."""
     return {"device": "cpu", **settings.model_dump(include={"revision", "trust_remote_code"})}

@@ -1,14 +1,14 @@
 """Flags that take several values after one name, as in `--step 1 2 3`.
 
-Responsible for: rewriting them to one flag a value, which is what the command parser reads.
+Responsible for: rewriting them as one flag per value, which is what the command parser reads.
 Not responsible for: what the values mean.
 """
 
 import re
 from collections.abc import Sequence
 
-# What ends a list: another flag, or an override `a.b=c`. A step is one of a few words, so anything else ends
-# it too.
+# The values that a list can hold. Another flag or an override `a.b=c` ends it. A step is one of a few words, so that
+# any other word ends it too.
 _VALUES = {
     "--step": re.compile(r"[123]|sft|reward|ppo"),
     "--data": re.compile(r"(?!-)(?![a-z_][a-z_0-9.]*=).+", re.DOTALL),
@@ -16,7 +16,7 @@ _VALUES = {
 
 
 def repeat_flags(argv: Sequence[str]) -> list[str]:
-    """`--step 1 2` becomes `--step 1 --step 2`; all else stays as it is."""
+    """Rewrite `--step 1 2` as `--step 1 --step 2`, and leave everything else as it is."""
     rewritten: list[str] = []
     flag = None
     for argument in argv:

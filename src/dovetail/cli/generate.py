@@ -37,13 +37,13 @@ def generate(
         bool,
         typer.Option(
             "--skip-refused",
-            help="Answer the other rows where the model refuses some (too long, or turns that its chat template does "
+            help="Answer the other rows if the model refuses some (too long, or turns that its chat template does "
             "not take): these get `answer` null and `finish_reason` refused.",
         ),
     ] = False,
     device: Annotated[str, typer.Option(help="cuda, cpu, or auto.")] = "auto",
 ) -> None:
-    """Answer every prompt of a file, many at once; the same command again goes on where it was.
+    """Answer every prompt of a file, many at once; the same command again continues where it stopped.
 
     dovetail generate runs/demo --prompts questions.jsonl --output answers.jsonl
     """

@@ -1,7 +1,7 @@
-"""`dovetail label`: people compare a model's answers in the browser, and their labels as a file.
+"""`dovetail label`: pages where people compare a model's answers, and the export of their labels.
 
-Responsible for: the commands `start`, `export`, `invite` and `revoke`, and that `dovetail label MODEL` means `start`.
-Not responsible for: what the server begins with (label_pages.py), pages (labelling/), what is kept (preferences/).
+Responsible for: the commands `start`, `export`, `invite` and `revoke`; `dovetail label MODEL` means `start`.
+Not responsible for: the parts of the server (label_pages.py), pages (labelling/), storage (preferences/).
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ StoreUrl = Annotated[
     str,
     typer.Option(
         "--store",
-        help="Database of the labels: a SQLite file (sqlite:///labels.db), which is made if it is not there, or "
+        help="Database of the labels: a SQLite file (sqlite:///labels.db), which is made if it does not exist, or "
         "postgresql://user@host/database.",
     ),
 ]
@@ -43,7 +43,7 @@ class StartByDefault(TyperGroup):
     """A group whose first argument is a command, or else the first argument of `start`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Put `start` in front of what names no command."""
+        """Put `start` before an argument that is not a command."""
         is_command = bool(args) and (args[0] in self.commands or args[0] in ("--help", "-h"))
         return super().parse_args(ctx, args if is_command or not args else ["start", *args])
 
@@ -73,7 +73,8 @@ Prompts = Annotated[
     ),
 ]
 Overlap = Annotated[
-    int | None, typer.Option(min=1, help="Annotators per pair. By default as the project has it, at first 1.")
+    int | None,
+    typer.Option(min=1, help="Annotators per pair. By default the project's own number, at first 1."),
 ]
 Guidelines = Annotated[
     Path | None,
@@ -109,7 +110,9 @@ TopP = Annotated[
     ),
 ]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer.", rich_help_panel=SAMPLING)]
-Seed = Annotated[int, typer.Option(min=0, help="The same draws the same answers.", rich_help_panel=SAMPLING)]
+Seed = Annotated[
+    int, typer.Option(min=0, help="The same seed samples the same answers.", rich_help_panel=SAMPLING)
+]
 Device = Annotated[str, typer.Option(help="cuda, cpu, or auto.", rich_help_panel=SAMPLING)]
 
 
@@ -145,8 +148,8 @@ def start(
 
       dovetail label --store sqlite:///labels.db --project default
 
-    Prints a link for the admin, and one for each --invite. Only hashes of links are kept; for a lost one, invite
-    again. Each label is on the disk before the page shows the next pair.
+    Prints a link for the admin, and one for each --invite. Only hashes of links are kept; to replace a lost
+    link, invite again. Each label is on disk before the page shows the next pair.
     """
     _expect_models_with_prompts(models or [], prompts, uncertain_first)
     text = None if guidelines is None else _read(guidelines)
@@ -185,12 +188,12 @@ def export(
         str | None, typer.Option(help="Only this project. By default all.", show_default=False)
     ] = None,
 ) -> None:
-    """Write the comparisons: prompt, chosen, rejected, and where each is from, one JSON object a line.
+    """Write the comparisons, one JSON object per line: prompt, chosen, rejected, and where each is from.
 
       dovetail label export --store sqlite:///labels.db --output pairs.jsonl
 
-    Ties and pairs of which both are bad say nothing of which is better, and are left out; an edited answer is
-    better than all that were shown; what was undone or voided does not count. The reward stage can also read the
+    Ties, and pairs in which both answers are bad, are left out. An edited answer counts as better than all answers
+    shown. Labels that were undone or voided do not count. The reward stage can also read the
     database itself: data.blend='\\[labels:sqlite:///labels.db]'.
     """
     from dovetail.labelling.export import export as write
@@ -202,13 +205,16 @@ def export(
 
 @app.command()
 def invite(
-    name: Annotated[str, typer.Argument(help="Who is invited.")],
+    name: Annotated[str, typer.Argument(help="Name of the annotator.")],
     store: StoreUrl = "sqlite:///labels.db",
     admin: Annotated[
-        bool, typer.Option("--admin", help="One who sees everybody's labels, invites and voids.")
+        bool,
+        typer.Option(
+            "--admin", help="Invite an admin, who sees all labels, invites people and voids labels."
+        ),
     ] = False,
 ) -> None:
-    """Print a token with which somebody can log in. Only its hash is kept, so it cannot be shown again."""
+    """Print a token with which a person can log in. Only its hash is kept, so that it cannot be shown again."""
     from dovetail.preferences.annotators import invite as new_token
 
     with opened(store) as database:
@@ -217,10 +223,10 @@ def invite(
 
 @app.command()
 def revoke(
-    name: Annotated[str, typer.Argument(help="Whose invitations end.")],
+    name: Annotated[str, typer.Argument(help="Name of the person whose invitations end.")],
     store: StoreUrl = "sqlite:///labels.db",
 ) -> None:
-    """Let nobody in any more under this name. Labels stay, and another invitation lets its owner in again."""
+    """End all invitations of a person. The labels stay, and a new invitation lets the person in again."""
     from dovetail.preferences.annotators import revoke as end_tokens
 
     with opened(store, must_exist=True) as database:
@@ -251,11 +257,12 @@ def _expect_models_with_prompts(
         raise ConfigError(f"{len(models)} models were given", hint="compare the answers of one or two")
     if models and prompts is None:
         raise ConfigError(
-            "--prompts is missing", hint="say what the models are to answer: --prompts prompts.jsonl"
+            "--prompts is missing", hint="name the prompts that the models answer: --prompts prompts.jsonl"
         )
     if uncertain_first is not None and prompts is None:
         raise ConfigError(
-            "--uncertain-first scores answers when they are sampled", hint="give a model and --prompts too"
+            "--uncertain-first scores answers when they are sampled, and none are sampled here",
+            hint="give a model and --prompts too",
         )
     if prompts is not None and not models:
         raise ConfigError("--prompts needs a model to answer them", hint="dovetail label MODEL --prompts ...")

@@ -1,7 +1,7 @@
-"""The labelling pages with what samples answers for them, alone or beside the models of `dovetail serve`.
+"""Set up the labelling pages and the models that answer for them, alone or as a part of `dovetail serve`.
 
-Responsible for: opening the database, what samples and scores, the links that are printed.
-Not responsible for: flags (label.py, serve.py), pages (labelling/), what is kept (preferences/).
+Responsible for: opening the database, the models that sample and score, the links that are printed.
+Not responsible for: flags (label.py, serve.py), pages (labelling/), storage (preferences/).
 """
 
 import sys
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from dovetail.serving.served_model import ServedModel
 
 _ADMIN_LINK_SECONDS = 24 * 3600
-"""Every start prints a link for the admin: each ends, or one in an old log would let its reader in for ever."""
+"""Lifetime of an admin's link. Every start prints one, and a link in an old log must not work forever."""
 
 
 @contextmanager
 def opened(url: str, *, must_exist: bool = False) -> Iterator["Store"]:
-    """The database at a URL, until the block ends."""
-    from dovetail.preferences.database import open_store  # here and not above: help need not wait for it
+    """Open the database at a URL until the block ends."""
+    from dovetail.preferences.database import open_store  # here and not above: help must not wait for it
 
     store = open_store(url, must_exist=must_exist)
     try:
@@ -38,7 +38,7 @@ def opened(url: str, *, must_exist: bool = False) -> Iterator["Store"]:
 
 
 def print_links(store: "Store", names: Sequence[str], base: str) -> None:
-    """A link for each of these annotators, and one for the admin, on standard output."""
+    """Print a link for each of these annotators, and one for the admin, on standard output."""
     from dovetail.preferences.annotators import invite
 
     for name in names:
@@ -53,7 +53,7 @@ def print_links(store: "Store", names: Sequence[str], base: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What is to be sampled, as it was typed."""
+    """The flags about sampling, as they were typed."""
 
     prompts: str
     uncertain_first: str | None
@@ -63,7 +63,7 @@ class Wanted:
 def supply_of(
     store: "Store", project_id: int, wanted: Wanted, plan: "Plan", load: Callable[[], Sequence["Answerer"]]
 ) -> "Supply":
-    """What makes tasks of the prompts, with the answers of the models that `load` gives."""
+    """Return the supply that makes tasks from the prompts, with answers of the models that `load` returns."""
     from dovetail.labelling.answerer import reward_scorer
     from dovetail.labelling.prompts import read_prompts
     from dovetail.labelling.supply import Supply
@@ -76,7 +76,7 @@ def supply_of(
 
 
 def loaded_answerers(paths: Sequence[str], device: str) -> list["Answerer"]:
-    """Models loaded for labelling alone."""
+    """Load models for labelling alone."""
     from dovetail.labelling.answerer import load_answerer
 
     answerers: list[Answerer] = []
@@ -89,13 +89,13 @@ def loaded_answerers(paths: Sequence[str], device: str) -> list["Answerer"]:
 
 @dataclass(frozen=True, slots=True)
 class LabelTab:
-    """The labelling pages of `dovetail serve`, as they were typed."""
+    """The flags of `dovetail serve` about labelling, as they were typed."""
 
     store: str
     project: str
     prompts: str | None
     models: Sequence[str]
-    """Names of one or two served models; none: the first."""
+    """Names of one or two served models; if empty, the first one answers."""
     uncertain_first: str | None
     max_new_tokens: int
 
@@ -104,9 +104,9 @@ class LabelTab:
 def label_section(
     tab: LabelTab, served: Sequence["ServedModel"], base: str, device: str
 ) -> Iterator["Section"]:
-    """The pages under /label/, whose answers the served models give. Prints the admin's link.
+    """Make the pages under /label/, for which the served models answer, and print the admin's link.
 
-    base: the server's URL. device: of the reward model that says what is uncertain.
+    base: the server's URL. device: the device of the reward model that finds uncertain pairs.
     """
     from dovetail.engine.sampling import Sampling
     from dovetail.labelling.router import labelling_router
@@ -130,12 +130,12 @@ def label_section(
 
 
 def served_answerers(served: Sequence["ServedModel"], names: Sequence[str]) -> list["Answerer"]:
-    """Those of these names, the first by default; their weights are in memory once."""
+    """Return the served models of these names, by default the first; their weights are in memory only once."""
     by_name = {model.name: model for model in served}
     unknown = [name for name in names if name not in by_name]
     if unknown:
         raise ConfigError(
-            f"--label-model {unknown[0]}: no model of that name is served",
+            f"--label-model {unknown[0]}: no served model has that name",
             hint=f"there are: {', '.join(by_name)}",
         )
     if len(names) > 2:

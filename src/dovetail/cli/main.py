@@ -1,9 +1,9 @@
-"""`dovetail`: the commands, their help, and what a user sees when something is wrong.
+"""`dovetail`: the commands, their help, and the errors that a user sees.
 
-Responsible for: the command tree, list-valued flags, errors as message and hint, exit codes (0 done, 1
-stopped by a mistake of ours, 2 by one the user can repair, 3 where the processes of a run did not start, meet
-or stay, 75 saved and ended by a signal, 130 by Ctrl-C). Not responsible for: what a command does (the modules
-beside this file).
+Responsible for: the command tree, list-valued flags, errors as message and hint, exit codes (0 done, 1 a fault of
+Dovetail, 2 a mistake that the user can repair, 3 the processes of a run did not start, did not meet or were lost,
+75 saved and ended by a signal, 130 ended by Ctrl-C). Not responsible for: the work of a command (the modules beside
+this file).
 """
 
 import sys
@@ -22,7 +22,7 @@ HELP = """From a pretrained language model to a chat model trained with human fe
 
 Three stages, after InstructGPT: supervised fine-tuning on demonstrations (sft), a reward model from
 comparisons (reward), and PPO against it (ppo). [bold]train[/bold] runs all three; a finished stage is skipped
-when you run the same command again, a half-finished one goes on where it was.
+when you run the same command again, a half-finished one continues where it stopped.
 """
 EPILOG = """Begin here:
   dovetail demo                                  the whole system in minutes, no GPU, no downloads
@@ -74,7 +74,7 @@ def _root(
         bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
-    """Options of `dovetail` itself; the commands do the work."""
+    """Take the options of `dovetail` itself; the commands do the work."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         app(repeat_flags(argv), obj=tuple(argv))
     except DovetailError as error:
-        with suppress(OSError):  # the terminal may have gone; the exit code says what to do
+        with suppress(OSError):  # the terminal may be gone; the exit code says what to do
             typer.secho(f"error: {error.message}", fg="red", err=True)
             if error.hint:
                 typer.echo(f"hint: {error.hint}", err=True)

@@ -1,6 +1,6 @@
-"""The flags of both servers, `dovetail serve` and `dovetail label`, that say how they are reached.
+"""The flags of both servers, `dovetail serve` and `dovetail label`, about the network.
 
-Responsible for: names and help. Not responsible for: what they mean (web/).
+Responsible for: names and help. Not responsible for: their effect (web/).
 """
 
 from pathlib import Path
@@ -12,8 +12,10 @@ from dovetail.cli.user_paths import path
 
 NETWORK = "Network"
 
-Host = Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all.", rich_help_panel=NETWORK)]
-Port = Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.", rich_help_panel=NETWORK)]
+Host = Annotated[
+    str, typer.Option(help="Address to listen on; 0.0.0.0 for all addresses.", rich_help_panel=NETWORK)
+]
+Port = Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free port.", rich_help_panel=NETWORK)]
 AllowHost = Annotated[
     list[str] | None,
     typer.Option(
@@ -27,7 +29,7 @@ TlsCertificate = Annotated[
     Path | None,
     typer.Option(
         parser=path,
-        help="Speak HTTPS with the certificate in this PEM file, which also holds those that signed it.",
+        help="Speak HTTPS with the certificate in this PEM file, which also holds the certificates that signed it.",
         rich_help_panel=NETWORK,
         show_default=False,
     ),
@@ -36,7 +38,7 @@ TlsKey = Annotated[
     Path | None,
     typer.Option(
         parser=path,
-        help="Its private key, where that is another file.",
+        help="Private key of the certificate, if it is in another file.",
         rich_help_panel=NETWORK,
         show_default=False,
     ),

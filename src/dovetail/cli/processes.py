@@ -1,6 +1,6 @@
-"""From one command to all the processes of a run, or to the commands that are to be typed on each machine.
+"""Turn one command into all the processes of a run, or print the command to type on each machine.
 
-Responsible for: deciding whether this process is the run, one of its ranks, or what starts them.
+Responsible for: deciding whether this process is the whole run, one of its ranks, or the launcher.
 Not responsible for: starting and watching (launch/), the work itself.
 """
 
@@ -33,7 +33,7 @@ NumNodes = Annotated[
     int | None,
     typer.Option(
         min=1,
-        help="Machines. Without --node-rank the command for each is printed and nothing runs.",
+        help="Number of machines. Without --node-rank the command for each is printed and nothing runs.",
         rich_help_panel=MACHINES,
         show_default=False,
     ),
@@ -56,7 +56,7 @@ MasterPort = Annotated[
 RdzvId = Annotated[
     str | None,
     typer.Option(
-        help="Name under which they meet; by default that of the output folder.",
+        help="Name under which the machines meet; by default the name of the output folder.",
         rich_help_panel=MACHINES,
         show_default=False,
     ),
@@ -73,10 +73,12 @@ Hostfile = Annotated[
 MaxRestarts = Annotated[
     int,
     typer.Option(
-        min=0, help="Times to start all processes anew after one was lost.", rich_help_panel=MACHINES
+        min=0,
+        help="Number of times that all processes are restarted after one was lost.",
+        rich_help_panel=MACHINES,
     ),
 ]
-_GOES_ON = "the same command goes on from the last checkpoint"
+_GOES_ON = "the same command continues from the last checkpoint"
 _VALUED = {f"--{field.name.replace('_', '-')}" for field in fields(LaunchFlags)}
 
 
@@ -89,9 +91,9 @@ def carry_out_everywhere(
 ) -> bool:
     """Do `work` in as many processes as flags and configuration ask for.
 
-    arguments: those of this command, which every process is given too. check: raises what can be said before
-    processes are started; a process that does the work alone says it itself. Returns whether the work is done and
-    this is the process to say what comes next. Raises DovetailError, and typer.Exit after a signal.
+    arguments: those of this command, which every process gets too. check: raises the errors that can be found before
+    processes are started; a process that does the work alone finds them itself. Returns whether the work is done and
+    this process may tell the user what comes next. Raises DovetailError, and typer.Exit after a signal.
     """
     try:
         return _carry_out(config, flags, arguments, work, check)
@@ -132,7 +134,7 @@ def _carry_out(
 
 
 def topology_for(config: RunConfig, flags: LaunchFlags) -> Topology:
-    """The checked topology of a run. Raises ConfigError."""
+    """Return the checked topology of a run. Raises ConfigError."""
     name = Path(config.output_dir).absolute().name or "dovetail"
     topology = topology_of(flags, num_gpus=config.num_gpus, run_name=name, count_gpus=_count_gpus)
     _expect_possible(config, topology.size, topology.num_gpus)
@@ -140,9 +142,9 @@ def topology_for(config: RunConfig, flags: LaunchFlags) -> Topology:
 
 
 def commands(topology: Topology, arguments: Sequence[str]) -> Iterator[str]:
-    """The command for each machine, under a line that says where it belongs."""
+    """Yield the command for each machine, under a line that names the machine."""
     if topology.master_addr is None:
-        yield "# put the name of node 0, as the others can reach it, in place of NODE0"
+        yield "# replace NODE0 by a name of node 0 that the others can reach"
     for rank in range(topology.num_nodes):
         flags = {
             "--num-gpus": topology.num_gpus,
@@ -160,7 +162,7 @@ def commands(topology: Topology, arguments: Sequence[str]) -> Iterator[str]:
 
 
 def without_launch_flags(arguments: Sequence[str]) -> list[str]:
-    """The arguments that say what to run, without those that say where."""
+    """Return the arguments that say what to run, without those that say where."""
     kept: list[str] = []
     words = iter(arguments)
     for word in words:
@@ -173,7 +175,7 @@ def without_launch_flags(arguments: Sequence[str]) -> list[str]:
 
 
 def expect_gpus(config: RunConfig, topology: Topology) -> None:
-    """Raise ConfigError if this machine has GPUs, but fewer than the processes it is to take."""
+    """Raise ConfigError if this machine has GPUs, but fewer than it has processes of the run."""
     if config.device != "cpu":
         expect_enough_gpus(topology.num_gpus, _count_gpus())
 
@@ -206,8 +208,11 @@ def _command(topology: Topology, arguments: Sequence[str]) -> list[str]:
 
 @contextmanager
 def _quiet_stores() -> Iterator[None]:
-    """Torch reads its C++ log level when imported. Where it meets a machine that has gone, it prints stack traces
-    as warnings; the processes themselves shall go on warning in their logs."""
+    """Hide warnings of torch's C++ code in the launcher, if torch is imported in the block.
+
+    Torch reads its log level then. It warns with stack traces when another machine is gone; the processes of the run
+    still write such warnings to their logs.
+    """
     given = os.environ.get("TORCH_CPP_LOG_LEVEL")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:

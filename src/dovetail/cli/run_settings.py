@@ -1,4 +1,4 @@
-"""From what was typed to a RunConfig: recipe, flags of the one-line script, overrides.
+"""Turn the command line into a RunConfig: recipe, flags of the one-line script, overrides.
 
 Responsible for: picking a recipe for a model, and what each flag means as a setting.
 Not responsible for: reading and checking (config/load.py), running.
@@ -28,7 +28,7 @@ STAGES: dict[str, StageName] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Flags:
-    """What the flags of `dovetail train` and `train.py` were set to."""
+    """The values of the flags of `dovetail train` and `train.py`."""
 
     actor_model: str | None = None
     reward_model: str | None = None
@@ -39,26 +39,26 @@ class Flags:
     num_gpus: int | None = None
     actor_zero_stage: int | None = None
     reward_zero_stage: int | None = None
-    """DeepSpeed-Chat's name: the critic too, which starts from the reward model."""
+    """DeepSpeed-Chat's name; it also means the critic, which starts from the reward model."""
 
 
 @dataclass(slots=True)
 class Resolved:
-    """A checked configuration, and what to tell the user about how it came to be."""
+    """A checked configuration, and notes for the user about its origin."""
 
     config: RunConfig
     notes: list[str] = field(default_factory=list)
 
 
 def resolve(recipe: str | None, overrides: Sequence[str], flags: Flags) -> Resolved:
-    """Recipe first, then flags, then overrides; without a recipe one is picked for the actor."""
+    """Apply the recipe, then flags, then overrides; without a recipe, pick one for the actor."""
     if recipe is not None and "=" in recipe and not names_file(recipe):
         overrides, recipe = [recipe, *overrides], None
     reason = None
     actor = _full_name(flags.actor_model)
     if recipe is None:
         if actor is None and list(map(_stage, flags.step)) == ["reward"]:
-            actor = _full_name(flags.reward_model)  # it needs no other, and gives the run its name
+            actor = _full_name(flags.reward_model)  # stage 2 needs no other model, and this one names the run
         if actor is None:
             raise ConfigError(
                 "neither a recipe nor a model was given",
@@ -66,16 +66,15 @@ def resolve(recipe: str | None, overrides: Sequence[str], flags: Flags) -> Resol
             )
         recipe, reason = recipe_for(actor)
     settings = _settings(flags, actor)
-    if (
-        reason and flags.data
-    ):  # the picked recipe splits data of its own; the user asked for no split of these
+    # The picked recipe splits its own data; the user did not ask to split theirs.
+    if reason and flags.data:
         settings = {"data.stage_split": ("--data", None)} | settings
     config = load(recipe, overrides, settings)
     return Resolved(config, [f"recipe {recipe} for {actor}: {reason}; {_choices(config)}"] if reason else [])
 
 
 def _choices(config: RunConfig) -> str:
-    """What a recipe decides that a user would want to know of."""
+    """Describe the choices of a recipe that a user would want to know."""
     weights = f"adapters of rank {config.actor.lora.rank}" if config.actor.lora else "all weights"
     rates = {
         "SFT": config.sft.optimizer,
@@ -114,8 +113,10 @@ def _settings(flags: Flags, actor: str | None) -> dict[str, tuple[str, Any]]:
 
 
 def _data_settings(items: Sequence[str]) -> dict[str, tuple[str, Any]]:
-    """Items are names, files, `name:weight`, `{path: ..., chosen: ...}`, or a YAML file of sources or data
-    settings."""
+    """Return the settings that --data stands for.
+
+    Its items are names, files, `name:weight`, `{path: ..., chosen: ...}`, or a YAML file of sources or data settings.
+    """
     blend: list[Any] = []
     settings: dict[str, tuple[str, Any]] = {}
     for item in items:
@@ -148,7 +149,7 @@ def _stage(step: str) -> StageName:
 
 
 def _full_name(model: str | None) -> str | None:
-    """DeepSpeed-Chat's short names, such as 1.3b, mean OPT models."""
+    """Replace DeepSpeed-Chat's short names of OPT models, such as 1.3b, by full names."""
     if model is not None and re.fullmatch(r"\d+(\.\d+)?[bm]", model) and not Path(model).exists():
         return f"facebook/opt-{model}"
     return model

@@ -29,7 +29,7 @@ KeyFile = Annotated[
     Path | None,
     typer.Option(
         parser=path,
-        help="Ask for a key that this file has the hash of; see dovetail api-key.",
+        help="Require an API key whose hash is in this file; see dovetail api-key.",
         rich_help_panel=NETWORK,
         show_default=False,
     ),
@@ -37,23 +37,25 @@ KeyFile = Annotated[
 Origins = Annotated[
     list[str] | None,
     typer.Option(
-        help="A web page's origin that may call this server; may be repeated.",
+        help="Origin whose web pages may call this server; may be repeated.",
         rich_help_panel=NETWORK,
         show_default=False,
     ),
 ]
 Device = Annotated[str, typer.Option(help="cuda, cpu, or auto.")]
-Running = Annotated[int, typer.Option(min=1, help="Answers of one model decoded together.")]
+Running = Annotated[
+    int, typer.Option(min=1, help="Largest number of answers that one model decodes together.")
+]
 CacheTokens = Annotated[
     int, typer.Option(min=64, help="Tokens of prompts and answers that each model keeps in memory.")
 ]
 DrainSeconds = Annotated[
-    float, typer.Option(min=0, help="How long answers under way may take after SIGTERM.")
+    float, typer.Option(min=0, help="Seconds that answers under way may take after SIGTERM.")
 ]
 Waiting = Annotated[
-    int, typer.Option(min=0, help="Answers that may wait; more get 429.", rich_help_panel=_LIMITS)
+    int, typer.Option(min=0, help="Largest number of waiting answers; more get 429.", rich_help_panel=_LIMITS)
 ]
-BodyBytes = Annotated[int, typer.Option(min=1, help="Largest request.", rich_help_panel=_LIMITS)]
+BodyBytes = Annotated[int, typer.Option(min=1, help="Largest request, in bytes.", rich_help_panel=_LIMITS)]
 PromptTokens = Annotated[
     int | None,
     typer.Option(min=1, help="Longest prompt.", rich_help_panel=_LIMITS, show_default="the context"),
@@ -67,7 +69,7 @@ PerMinute = Annotated[
     float | None,
     typer.Option(
         min=0.01,
-        help="Requests of one key, or of one address where no keys are asked for.",
+        help="Requests of one key, or of one address if no keys are required.",
         rich_help_panel=_LIMITS,
         show_default="no limit",
     ),
@@ -172,7 +174,7 @@ def serve(
 
 @dataclass(frozen=True, slots=True)
 class Network:
-    """Who may come in, and how, as it was typed."""
+    """The flags about the network, as they were typed."""
 
     host: str
     port: int
@@ -201,7 +203,9 @@ def _serve(
 
     keys = read_keys(network.api_key_file) if network.api_key_file else None
     if keys is None and network.host not in ("127.0.0.1", "localhost", "::1"):
-        warn(f"{network.host} can be reached by others, and no key is asked for", hint="--api-key-file FILE")
+        warn(
+            f"{network.host} can be reached by others, and no API key is required", hint="--api-key-file FILE"
+        )
     with ExitStack() as opened:
         listening = opened.enter_context(
             listen(network.host, network.port, certificate_of(network.certificate, network.key))
@@ -224,19 +228,17 @@ def _serve(
 
 def _expect_what_labels_need(store: str | None, prompts: str | None, sampled: object) -> None:
     if store is None and (prompts or sampled):
-        raise ConfigError(
-            "labels have no database to go to", hint="name one: --label-store sqlite:///labels.db"
-        )
+        raise ConfigError("labelling needs a database", hint="name one: --label-store sqlite:///labels.db")
     if prompts is None and sampled:
         raise ConfigError(
             "--label-model and --label-uncertain-first are for answers that are sampled here",
-            hint="say what is to be answered: --label-prompts prompts.jsonl",
+            hint="name the prompts to answer: --label-prompts prompts.jsonl",
         )
 
 
 def api_key(
-    file: Annotated[Path, typer.Argument(parser=path, help="File that the key's hash is added to.")],
-    name: Annotated[str, typer.Argument(help="Whose key it is.")],
+    file: Annotated[Path, typer.Argument(parser=path, help="File to which the key's hash is added.")],
+    name: Annotated[str, typer.Argument(help="Name of the key's owner.")],
 ) -> None:
     """Make an API key. It is printed once; the file holds only its hash.
 

@@ -45,7 +45,7 @@ Recipe = Annotated[
     str | None,
     typer.Argument(
         help="A recipe file, or the name of one that comes with Dovetail (opt-1.3b, qwen3-0.6b ...). "
-        "Left out with --actor-model: the one nearest to the model.",
+        "If it is left out with --actor-model, the recipe nearest to the model is taken.",
         show_default=False,
     ),
 ]
@@ -66,7 +66,7 @@ ActorModel = Annotated[
 RewardModel = Annotated[
     str | None,
     typer.Option(
-        help="Where the reward model starts: as --actor-model, or a finished reward model.",
+        help="Model that the reward model starts from: as for --actor-model, or a finished reward model.",
         rich_help_panel=MODELS,
         show_default=False,
     ),
@@ -125,7 +125,7 @@ ZeroStage = Annotated[
     typer.Option(
         min=0,
         max=3,
-        help="How far the model is divided over the processes.",
+        help="How far the model is sharded over the processes.",
         rich_help_panel=FROM_DEEPSPEED,
         show_default=False,
     ),
@@ -191,7 +191,7 @@ def train(
 
 
 def stage_command(stage: StageName, text: str) -> Callable[..., None]:
-    """The command that runs one stage: `train`, with all its arguments but --step."""
+    """Make the command that runs one stage: `train`, with all its arguments but --step."""
 
     def command(context: typer.Context, **given: Any) -> None:
         train(context, **given, step=[stage])
@@ -206,21 +206,21 @@ def stage_command(stage: StageName, text: str) -> Callable[..., None]:
 
 sft = stage_command(
     "sft",
-    """Stage 1 alone: supervised fine-tuning on demonstrations; leaves RUN/sft/model.
+    """Run stage 1 alone, supervised fine-tuning on demonstrations; it writes RUN/sft/model.
 
     dovetail sft opt-1.3b data.blend='\\[my_chats.jsonl]'
     """,
 )
 reward = stage_command(
     "reward",
-    """Stage 2 alone: a reward model from comparisons; leaves RUN/reward/model.
+    """Run stage 2 alone, a reward model from comparisons; it writes RUN/reward/model.
 
     dovetail reward opt-1.3b data.blend='\\[{path: pairs.csv, prompt: question, chosen: good, rejected: bad}]'
     """,
 )
 ppo = stage_command(
     "ppo",
-    """Stage 3 alone: PPO against the reward model of the run, a finished one, or a Python function.
+    """Run stage 3 alone, PPO against the reward model of the run, a finished one, or a Python function.
 
     dovetail ppo opt-1.3b                                     after dovetail sft and dovetail reward
     dovetail ppo opt-1.3b ppo.reward_function=my_file.py:score
@@ -229,7 +229,7 @@ ppo = stage_command(
 
 
 def carry_out(resolved: Resolved, launch: LaunchFlags, arguments: Sequence[str], *, dry_run: bool) -> None:
-    """Run what was asked for, or only say what would run; `arguments` are those of the whole command."""
+    """Run the stages, or only print what would run; `arguments` are those of the whole command."""
     config = resolved.config
     for note in resolved.notes:
         typer.echo(note, err=True)
@@ -239,7 +239,7 @@ def carry_out(resolved: Resolved, launch: LaunchFlags, arguments: Sequence[str],
         typer.echo(dump(config))
         typer.echo("\n".join(f"# {line}" for line in [*plan(config), *_machines(topology, arguments)]))
         check(topology)
-        typer.echo("# checked: data, models, devices, packages and the folder; nothing stands in the way")
+        typer.echo("# checked: data, models, devices, packages and the folder; no problem was found")
         return
     done = carry_out_everywhere(config, launch, arguments, lambda: _run_stages(config), check)
     if done and {"ppo", "sft"} & set(config.stages):
@@ -269,7 +269,7 @@ def _machines(topology: Topology, arguments: Sequence[str]) -> list[str]:
 
 
 def plan(config: RunConfig) -> list[str]:
-    """What each stage would do if it ran now, from what lies in the output folder."""
+    """Describe what each stage would do now, judging by the output folder."""
     from dovetail.training.run_folder import RunFolder
 
     folder = RunFolder(config.output_dir)
@@ -290,8 +290,8 @@ def _state(folder: "RunFolder", stage: StageName, wanted: bool) -> str:
     if folder.is_done(stage):
         return "finished before: skipped"
     if not wanted:
-        return "not asked for"
+        return "not requested"
     begun = folder.checkpoints(stage)
     if begun.is_dir() and any(begun.glob("step-*")):
-        return "goes on from its last checkpoint"
+        return "continues from its last checkpoint"
     return "runs"

@@ -1,6 +1,6 @@
-"""Files and folders as they are typed.
+"""Read the paths that users type.
 
-Responsible for: `~`, which no shell replaces in `--output=~/answers.jsonl`. Not responsible for: what is in them.
+Responsible for: `~`, which no shell replaces in `--output=~/answers.jsonl`. Not responsible for: what they hold.
 """
 
 from pathlib import Path
