@@ -125,7 +125,7 @@ def test_an_average_of_another_model_is_refused() -> None:
 @pytest.mark.parametrize("role", ["actor", "critic", "ref", "reward", "actor_ema"])
 def test_what_only_deepspeed_s_engine_has_is_refused_by_name(role: str, name: str) -> None:
     model = getattr(tiny(arguments()), role)
-    with pytest.raises(ConfigError, match=rf"{role}\.{name}: there is no such attribute"):
+    with pytest.raises(ConfigError, match=rf"{role}\.{name}: this attribute does not exist"):
         getattr(model, name)
     assert not hasattr(model, name)
     with pytest.raises(ConfigError, match=rf"{role}\.forward"):

@@ -1,8 +1,8 @@
 """DeepSpeed-Chat's names over our engine: its step-3 script runs with only the import lines changed.
 
-Responsible for: being the one module from which a script imports what it imported from `deepspeed` and `dschat`.
-Not responsible for: anything of its own; the rest of this package has the names, and docs/from-deepspeed-chat.md says
-what becomes of every flag.
+Responsible for: being the one module that replaces a script's imports from `deepspeed` and `dschat`.
+Not responsible for: the names themselves, which the rest of this package defines; docs/from-deepspeed-chat.md says what
+becomes of every flag.
 """
 
 from dovetail.compat.flags import config_from, setup_from

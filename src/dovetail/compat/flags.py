@@ -43,7 +43,7 @@ _OFFLOADED = {
 
 
 def config_from(args: Namespace) -> PpoConfig:
-    """Return the settings that the flags ask for; a flag that is not there keeps the predecessor's default.
+    """Return the settings that the flags ask for; a missing flag has the predecessor's default.
 
     Raises ConfigError for a flag that cannot be honoured.
     """
@@ -74,7 +74,7 @@ def config_from(args: Namespace) -> PpoConfig:
 def setup_from(args: Namespace, world: World, models: Mapping[Role, Any]) -> Setup:
     """Return precision, seed, adapters and how the processes hold the models.
 
-    models: each role's model, or its name or folder, whose layers the LoRA scopes are looked up in.
+    models: each role's model, or its name or folder; the LoRA scopes are looked up in its layers.
     """
     given = vars(args)
     stages = {role: given.get(f"{role}_zero_stage", 0) for role in ("actor", "critic")}
@@ -166,13 +166,13 @@ def _layers_in_scope(flag: str, scope: str, model: Any) -> tuple[str, ...] | Lit
     if scope == _SCOPE:
         return "all-linear"
     raise ConfigError(
-        f"--{flag} = {scope!r} is in the name of no linear layer of {type(backbone).__name__}",
+        f"--{flag} = {scope!r} is not in the name of any linear layer of {type(backbone).__name__}",
         hint=f"give a part of such a name; the first and the last are {prefix}.{names[0]} and {prefix}.{names[-1]}",
     )
 
 
 def _skeleton(name: str) -> Any:
-    """Return the backbone of a model without memory behind its weights."""
+    """Return the backbone of a model on the meta device, without memory for its weights."""
     with explained(name), torch.device("meta"):
         return AutoModel.from_config(AutoConfig.from_pretrained(name))  # type: ignore[no-untyped-call]
 
@@ -199,7 +199,7 @@ def _expect_honoured(given: Mapping[str, Any]) -> None:
         )
     if given.get("align_overflow") and given.get("dtype") == "fp16":
         raise ConfigError(
-            "--align_overflow with --dtype fp16: actor and critic skip a step that overflows each for itself here",
+            "--align_overflow with --dtype fp16: actor and critic each skip their own steps that overflow here",
             hint="leave out --align_overflow, or use --dtype bf16, which does not overflow",
         )
     if given.get("deepspeed_config"):

@@ -58,7 +58,7 @@ class RoleModel:
 
     @property
     def module(self) -> "RoleModel":
-        """The model without an engine around it: there is none."""
+        """The model itself, because no engine is around it."""
         return self
 
     @property
@@ -94,7 +94,7 @@ class RoleModel:
 
     def _refuse(self, name: str) -> NoReturn:
         raise AbsentError(
-            f"{vars(self).get('name')}.{name}: there is no such attribute here; forward passes, gradients and "
+            f"{vars(self).get('name')}.{name}: this attribute does not exist here; forward passes, gradients and "
             "steps are the trainer's own",
             hint="to change the objective, override compute_rewards, get_advantages_and_returns, actor_loss_fn or "
             "critic_loss_fn of the trainer",
@@ -102,7 +102,7 @@ class RoleModel:
 
 
 class ReferenceModel(RoleModel):
-    """The frozen reference. With LoRA there is no such model: it is the actor without its adapters."""
+    """The frozen reference. With LoRA it is no model of its own but the actor without its adapters."""
 
     def __init__(self, reference: nn.Module | None, actor: nn.Module) -> None:
         super().__init__("ref", reference if reference is not None else actor)
@@ -172,11 +172,11 @@ class DeepSpeedRLHFEngine:
 
 
 def expect_same_everywhere(world: World, given: Mapping[str, Any]) -> None:
-    """Raise ConfigError, by name, for what the processes were given differently: each would train another model."""
+    """Raise ConfigError that names a flag or model in which the processes differ: each would train another model."""
     mine = {name: _in_words(value) for name, value in given.items() if name not in _OF_THE_PROCESS}
-    everybodys = world.gather(mine)
+    of_ranks = world.gather(mine)
     for name in mine:
-        found = [theirs.get(name) for theirs in everybodys]
+        found = [theirs.get(name) for theirs in of_ranks]
         if len(set(found)) > 1:
             raise ConfigError(
                 f"the processes were given different values of {name}: {', '.join(map(str, found))}",
@@ -185,7 +185,7 @@ def expect_same_everywhere(world: World, given: Mapping[str, Any]) -> None:
 
 
 def _in_words(value: Any) -> str:
-    """Return what can be compared and shown; of a model its class and the sum of its weights."""
+    """Return a value that can be compared and shown; for a model, its class and the sum of its weights."""
     if not isinstance(value, nn.Module):
         return str(value)
     total = sum(parameter.detach().double().sum().item() for parameter in value.parameters())

@@ -3,8 +3,8 @@
 Responsible for: laying answers out as it does (prompts padded on the left, answers on the right), and back.
 Not responsible for: what the numbers mean (trainer.py).
 
-Shapes: B sequences, L padded tokens, W longest answer, T packed tokens. A column with a number a token has L - 1
-entries: entry t is of token t + 1, as the predecessor's shifted logits have it.
+Shapes: B sequences, L padded tokens, W longest answer, T packed tokens. A column with one number per token has L - 1
+entries: entry t belongs to token t + 1, as the predecessor's shifted logits have it.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -30,10 +30,10 @@ COLUMNS = {
     "advantages": "advantages_T",
     "returns": "returns_T",
 }
-"""Entries with a number a token, and what an `Experience` calls them."""
+"""Entries with one number per token, and their names in an `Experience`."""
 
 ROWS = ("input_ids", "attention_mask", "rewards", "scores", "finished")
-"""The other entries that learning reads."""
+"""The other entries that training reads."""
 
 
 def unpadded(prompts: Tensor, mask: Tensor | None, pad: int | None) -> list[list[int]]:
@@ -72,13 +72,13 @@ def padded(
 
 
 def is_action(prompts: Tensor, action_mask: Tensor) -> Tensor:
-    """Return bool [B, L - 1]: where a column speaks of a token of an answer."""
+    """Return bool [B, L - 1]: true where a column belongs to a token of an answer."""
     index = torch.arange(action_mask.shape[1], device=action_mask.device)
     return action_mask.bool() & (index >= prompts.shape[1] - 1)
 
 
 def own_part(inputs: Batch) -> dict[str, Tensor]:
-    """Return what learning reads of the padded dictionary, on the host, and how wide its prompts are.
+    """Return the entries of the padded dictionary that training reads, on the host, and the width of its prompts.
 
     Raises ConfigError if an entry is missing, or scores were changed after they had been turned into advantages.
     """
@@ -123,7 +123,7 @@ def packed(parts: Sequence[Batch]) -> Experience:
 
 
 def packed_texts(parts: Iterable[Batch]) -> PackedBatch:
-    """Return rows of plain text, one after the other; labels of -100 are no targets."""
+    """Return rows of plain text, one after the other; tokens with the label -100 are not targets."""
     rows: list[list[int]] = []
     targets: list[list[bool]] = []
     for part in parts:

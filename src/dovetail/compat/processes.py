@@ -1,7 +1,7 @@
 """The processes of a script, by the names that DeepSpeed gives them.
 
-Responsible for: `init_distributed`, `get_accelerator`, `add_config_arguments`, and who the processes are to the rest
-of compat.
+Responsible for: `init_distributed`, `get_accelerator`, `add_config_arguments`, and the processes as the rest of compat
+sees them.
 Not responsible for: starting them (torchrun), what they share (parallel/).
 """
 
@@ -26,12 +26,12 @@ class Accelerator:
     """The kind of device that this process computes on."""
 
     def device_name(self, index: int | None = None) -> str:
-        """Return cuda or cpu, with a number behind it if there is one to tell."""
+        """Return cuda or cpu, followed by a number if one is given."""
         name = "cuda" if torch.cuda.is_available() else "cpu"
         return name if index is None else f"{name}:{index}"
 
     def set_device(self, index: int) -> None:
-        """Make the GPU of that number the current one; nothing on a CPU."""
+        """Make the GPU of that number the current one; do nothing on a CPU."""
         if torch.cuda.is_available():
             torch.cuda.set_device(index)
 
@@ -41,7 +41,7 @@ class Accelerator:
 
 
 def get_accelerator() -> Accelerator:
-    """Return what tells the device of this process."""
+    """Return the object that describes the device of this process."""
     return Accelerator()
 
 
@@ -50,9 +50,7 @@ def add_config_arguments(parser: ArgumentParser) -> ArgumentParser:
 
     A script that is started by `python` alone is process 0 of one.
     """
-    group = parser.add_argument_group(
-        "DeepSpeed", "taken for the sake of scripts; there is nothing to configure"
-    )
+    group = parser.add_argument_group("DeepSpeed", "accepted for compatibility; they configure nothing")
     group.add_argument("--deepspeed", action="store_true", help="has no effect")
     group.add_argument("--deepspeed_config", default=None, type=str, help="is refused by the engine if given")
     parser.set_defaults(local_rank=int(os.environ.get("LOCAL_RANK", "0")))
@@ -60,9 +58,9 @@ def add_config_arguments(parser: ArgumentParser) -> ArgumentParser:
 
 
 def init_distributed(*_: Any, **__: Any) -> None:
-    """Let this process join the others that torchrun started, or a group of its own; once.
+    """Join the processes that torchrun started, or a group of one, unless that is done already.
 
-    Arguments that DeepSpeed's function takes are without effect: NCCL connects GPUs, gloo everything else.
+    The arguments of DeepSpeed's function have no effect: NCCL connects GPUs, gloo everything else.
     """
     if dist.is_initialized():
         return
@@ -73,11 +71,11 @@ def init_distributed(*_: Any, **__: Any) -> None:
         torch.cuda.set_device(world.local_rank)
     dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=PATIENCE)
     atexit.register(_leave)
-    CONSOLE.quiet = CONSOLE.quiet or not world.is_first  # one of them speaks
+    CONSOLE.quiet = CONSOLE.quiet or not world.is_first  # only the first one prints
 
 
 def joined_world() -> World:
-    """Return the processes that this one has joined; itself alone if there are no others.
+    """Return the processes that this one has joined, or this one alone if there are no others.
 
     Raises ConfigError if there are others that it has not joined: each would train a model of its own.
     """
@@ -99,7 +97,7 @@ def joined_world() -> World:
 
 
 def is_rank_0() -> bool:
-    """Return whether this is the process that writes and speaks."""
+    """Return whether this is the process that writes files and prints."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
@@ -113,10 +111,10 @@ def get_all_reduce_mean(tensor: Tensor) -> Tensor:
 
 
 def _leave() -> None:
-    """Leave the group at the end of the script; after one without an error, when the others are there too."""
+    """Leave the group at the end of the script, and first wait for the others if there was no error."""
     if not dist.is_initialized():
         return
     if not hasattr(sys, "last_value"):  # the interpreter keeps an error there that ended the script
-        with suppress(RuntimeError):  # of a process that met an error and is gone
+        with suppress(RuntimeError):  # another process met an error and is gone
             joined_world().wait()
     take_down()

@@ -67,8 +67,8 @@ def create_prompt_dataset(  # noqa: PLR0913 -- the signature is the predecessor'
     """Return the prompts of stage 3 to train on and those held out, as (ids, mask, pad token id) each.
 
     data_path: registered names, files, folders or hub names. data_split: shares of the three stages, such as 2,4,4;
-    rows are dealt to them by a hash of their content, so that no index has to be kept in `output_path`.
-    Raises ConfigError for another phase than 3 and for a split that is none.
+    a hash of a row's content decides its stage, so that no index has to be kept in `output_path`.
+    Raises ConfigError for another phase than 3 and for a split that is not three numbers.
     """
     if train_phase != 3:
         raise ConfigError(

@@ -19,7 +19,7 @@ from dovetail.text.tokenizer import load_tokenizer
 
 
 class MiniDataset:
-    """A collection of batches that comes back in smaller ones."""
+    """A collection of batches that is returned in smaller ones."""
 
     def __init__(self, max_size: int, small_batch_size: int) -> None:
         self.dataset: list[Any] = []
@@ -62,7 +62,7 @@ class ExponentialMovingAverage:
         self.ema: float | None = None
 
     def update(self, num: float) -> float:
-        """Take in a number and return the mean; the first one is the mean."""
+        """Add a number and return the mean; the first number is the mean."""
         self.ema = num if self.ema is None else self.alpha * self.ema + (1.0 - self.alpha) * num
         return self.ema
 
@@ -112,7 +112,7 @@ def print_throughput_step3(
     train_time: float,
     rank: int = 0,
 ) -> None:
-    """Print the seconds of a step, and the answers a second that this process's share makes."""
+    """Print the seconds of a step, and this process's answers per second."""
     answers = args.per_device_generation_batch_size * args.generation_batches
     print_rank_0(
         f"step: {e2e_time:.2f} s, of them generating {gen_exp_time * args.generation_batches:.2f}, training "

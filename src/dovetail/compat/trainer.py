@@ -92,8 +92,8 @@ class DeepSpeedPPOTrainer(Objective):
         prompts: ids, or a batch with `prompt` and `prompt_att_mask`. mask: 1 = a real token; without one, tokens
         equal to the pad token at the left are padding. step: seeds the sampling; by default calls are counted.
 
-        `rewards` are the scores as the reward model gave them. What is learned from are `advantages` and `returns`,
-        taken over the rows of all processes, so that they do not depend on which rows `train_rlhf` is given together.
+        `rewards` are the scores as the reward model gave them. Training uses `advantages` and `returns`,
+        computed over the rows of all processes, so that it does not matter which rows `train_rlhf` is given together.
         """
         if not isinstance(prompts, Tensor):
             batch: Batch = prompts
@@ -107,7 +107,7 @@ class DeepSpeedPPOTrainer(Objective):
         return {name: rows.to(prompts.device) for name, rows in own.items()}
 
     def train_rlhf(self, inputs: Batch) -> tuple[Tensor, Tensor]:
-        """Add the losses of these rows, and take the steps of actor and critic that are due; returns the two losses.
+        """Add the losses of these rows, take the steps of actor and critic that are due, and return the two losses.
 
         The rows of all processes count as one batch.
         """
@@ -170,7 +170,7 @@ class DeepSpeedPPOTrainer(Objective):
         return answers
 
     def _scored(self, answers: list[Answer]) -> dict[str, Tensor]:
-        """Return what actor, reference, critic and reward model say of the answers, padded."""
+        """Return the numbers of actor, reference, critic and reward model for the answers, padded."""
         roles, temperature = self.engine.roles, self.config.sampling.temperature
         rollout = pack_rollout(answers)
         roles.expect_readable(rollout)
@@ -189,7 +189,7 @@ class DeepSpeedPPOTrainer(Objective):
         }
 
     def _packed(self, inputs: Batch) -> Experience:
-        """Return the rows that the processes pass in, whichever of each dictionary they kept, rank by rank."""
+        """Return the rows that all processes pass in, rank by rank; each may pass in only some of its rows."""
         return packed(self.world.gather(own_part(inputs)))
 
     def _actor_loss(self, micro: Experience) -> SummedLoss:
