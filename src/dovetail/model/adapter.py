@@ -1,4 +1,4 @@
-"""LoRA adapters from folders, whoever trained them, over the weights of their base.
+"""Load LoRA adapters from folders, from any trainer, over the weights of their base.
 
 Responsible for: putting an adapter on a base model that others may share, with rows for tokens of its own, and
 refusing one that does not fit.
@@ -96,7 +96,7 @@ def _resize(model: PreTrainedModel, saved: Mapping[str, Tensor]) -> None:
 
 
 def _expect_all_used(folder: Path, adapted: Any, saved: Mapping[str, Tensor]) -> None:
-    """peft leaves out what it has no place for, and begins anew what is not in the file; both with a warning alone."""
+    """Raise ModelError where peft would only warn: of weights without a place, or absent from the file and drawn."""
     own = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     whole: nn.Module = adapted.get_base_model()
     known = {*own, *(f"base_model.model.{name}" for name in whole.state_dict())}

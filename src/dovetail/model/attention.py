@@ -3,7 +3,7 @@
 Responsible for: the registered function, switching a model to it, and causal attention inside each sequence
 of a packed batch (flash attention on GPUs; on CPUs one sequence after the other; else, as with soft-capped scores,
 a padded rectangle, which a batch of equal lengths is without padding).
-Not responsible for: who calls the model (forward.py), or attention to cached keys (engine/).
+Not responsible for: calling the model (forward.py), or attention to cached keys (engine/).
 
 The one seam: every forward passes an object `layout`; whatever it is, its `attend` does the work. Training
 and scoring pass a `PackedLayout`; the engine passes layouts of its own that also keep keys and values.
@@ -37,7 +37,7 @@ _UNKNOWN_TERMS = ("position_bias", "s_aux")
 
 
 class Layout(Protocol):
-    """What a forward passes as `layout`."""
+    """The object that a forward passes as `layout`."""
 
     def attend(
         self,
@@ -50,12 +50,12 @@ class Layout(Protocol):
         sliding_window: int | None,
         softcap: float | None,
     ) -> Tensor:
-        """query [1, H, T, K], key and value [1, H / G, T, K] -> [1, T, H, K]."""
+        """Return [1, T, H, K] for query [1, H, T, K], key and value [1, H / G, T, K]."""
         ...
 
 
 class PackedLayout:
-    """Where each sequence of one packed batch lies; made once per forward and shared by all layers."""
+    """The place of each sequence in one packed batch; made once per forward and shared by all layers."""
 
     def __init__(self, cu_seqlens_S1: Tensor, lengths: tuple[int, ...]) -> None:
         self.cu_seqlens_S1 = cu_seqlens_S1
@@ -65,7 +65,7 @@ class PackedLayout:
 
     @classmethod
     def of(cls, batch: PackedBatch) -> PackedLayout:
-        """The layout of a batch, on its device."""
+        """Return the layout of a batch, on its device."""
         return cls(batch.cu_seqlens_S1, batch.lengths)
 
     def attend(
@@ -79,7 +79,7 @@ class PackedLayout:
         sliding_window: int | None,
         softcap: float | None,
     ) -> Tensor:
-        """Causal attention within each sequence; a window counts the token itself."""
+        """Compute causal attention within each sequence; a window counts the token itself."""
         window = sliding_window if sliding_window is not None and sliding_window < self.max_length else None
         is_plain = softcap is None and window is None
         if (
@@ -98,8 +98,11 @@ class PackedLayout:
         return self.packed(out_SHLK)
 
     def _trains_a_rectangle(self, query: Tensor, key: Tensor) -> bool:
-        """Sequences of one length, in training: torch has a faster kernel for them than flash attention, which takes
-        up to a second to prepare for each new shape. Elsewhere, and with one sequence, shapes change too often."""
+        """Return whether several sequences of one length are trained on.
+
+        torch has a faster kernel for them than flash attention, but takes up to a second to prepare it for each new
+        shape. Outside of training, and with one sequence, shapes change too often.
+        """
         return (
             query.requires_grad
             and self.is_rectangular
@@ -110,10 +113,12 @@ class PackedLayout:
     def _one_by_one(
         self, query: Tensor, key: Tensor, value: Tensor, *, scaling: float | None, window: int | None
     ) -> Tensor:
-        """Each sequence alone. On a CPU calls are cheap, and half the work or more of a rectangle is padding."""
+        """Attend in each sequence alone: on a CPU calls are cheap, and half a rectangle or more is padding."""
         parts = [torch.split_with_sizes(x, self.lengths, dim=2) for x in (query, key, value)]
         mask_LL = None
-        if window is not None:  # as numbers, once: given as bool, each sequence would turn and keep its own
+        if (
+            window is not None
+        ):  # as numbers, once: of a bool mask, each call would make and keep a copy in numbers
             mask_LL = query.new_zeros(self.max_length, self.max_length)
             mask_LL.masked_fill_(~self._window_mask(window), -torch.inf)
         out_1HTK = [
@@ -131,7 +136,7 @@ class PackedLayout:
         return torch.cat(out_1HTK, dim=2).transpose(1, 2)
 
     def padded(self, x: Tensor) -> Tensor:
-        """[1, H, T, K] -> [S, H, L, K], sequences aligned left; the filling cannot reach real tokens."""
+        """Pad [1, H, T, K] to [S, H, L, K], sequences aligned left; real tokens never see the padding."""
         x_THK = x.squeeze(0).transpose(0, 1)
         if not self.is_rectangular:
             x_THK = _Pad.apply(x_THK, *self.padding_indices)  # type: ignore[no-untyped-call]
@@ -139,7 +144,7 @@ class PackedLayout:
         return x_SLHK.transpose(1, 2)
 
     def packed(self, x_SHLK: Tensor) -> Tensor:
-        """[S, H, L, K] -> [1, T, H, K]: the inverse of `padded`."""
+        """Pack [S, H, L, K] to [1, T, H, K]: the inverse of `padded`, with tokens before heads."""
         x_THK = x_SHLK.transpose(1, 2).flatten(0, 1)
         if not self.is_rectangular:
             x_THK = _Unpad.apply(x_THK, self.padding_indices[1])  # type: ignore[no-untyped-call]
@@ -153,12 +158,12 @@ class PackedLayout:
 
     @cached_property
     def is_rectangular(self) -> bool:
-        """Sequences of one length need no padding, hence no copies."""
+        """All sequences have one length, so that they need no padding and no copies."""
         return min(self.lengths) == self.max_length
 
     @cached_property
     def padding_indices(self) -> tuple[Tensor, Tensor]:
-        """(for each place of the padded rectangle, a token of its sequence; for each token, its place)."""
+        """The pair (for each place of the padded rectangle, a token of its sequence; for each token, its place)."""
         device = self.cu_seqlens_S1.device
         starts_S = self.cu_seqlens_S1[:-1].long()
         lengths_S = self.cu_seqlens_S1[1:].long() - starts_S
@@ -171,7 +176,7 @@ class PackedLayout:
         return token_SL.flatten(), place_T + torch.arange(num_tokens, device=device)
 
     def _window_mask(self, window: int) -> Tensor:
-        """bool [L, L], True = may look: the last `window` tokens, itself included."""
+        """Return the mask, bool [L, L], True where a token may attend: the last `window` tokens, itself included."""
         if window not in self._window_masks:
             ones_LL = torch.ones(
                 self.max_length, self.max_length, dtype=torch.bool, device=self.cu_seqlens_S1.device
@@ -193,7 +198,7 @@ def packed_attention(  # noqa: PLR0913 -- the signature is that of transformers
     softcap: float | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls in every attention layer; masks and dropout are not looked at."""
+    """Attend as `layout` says; transformers calls this in every attention layer. Masks and dropout are ignored."""
     if layout is None:
         raise ModelError(
             "a model that was switched to packed attention was called without a `layout`",
@@ -225,7 +230,7 @@ def flash_attention(
     scaling: float | None,
     window: int | None,
 ) -> Tensor:
-    """Causal attention of packed queries to packed keys of the same sequences, the last ones aligned.
+    """Compute causal attention of packed queries to packed keys of the same sequences, their last tokens aligned.
 
     query [1, H, T, K] lies as `asking` says, key and value [1, H / G, T', K] as `asked` does; [1, T, H, K].
     """
@@ -260,9 +265,9 @@ def padded_attention(
     softcap: float | None,
     allowed: Tensor | None,
 ) -> Tensor:
-    """Attention over a padded rectangle, [S, H, L, K].
+    """Compute attention over a padded rectangle, [S, H, L, K].
 
-    allowed: bool, broadcast to [S, H, L, L'], True = may look; None = causal, without a window or cap.
+    allowed: bool, broadcast to [S, H, L, L'], True where a token may attend; None = causal, without a window or cap.
     """
     if softcap is None:
         return _sdpa(query_SHLK, key_SHLK, value_SHLK, scaling=scaling, allowed=allowed)
@@ -271,7 +276,7 @@ def padded_attention(
 
 
 def flash_can(query: Tensor, value: Tensor) -> bool:
-    """Flash attention's own limits: half precision, a head width of up to 256 in steps of 8, one for all."""
+    """Return whether flash attention can run: on a GPU, half precision, one head width, a multiple of 8 up to 256."""
     width = query.shape[-1]
     return (
         query.is_cuda
@@ -304,7 +309,7 @@ def _softcapped(
     softcap: float,
     allowed: Tensor,
 ) -> Tensor:
-    """softmax(c * tanh(q k / c)) v, softmax in float32 at least (Gemma 2, arXiv:2408.00118, section 2)."""
+    """Compute softmax(c * tanh(q k / c)) v, softmax in float32 at least (Gemma 2, arXiv:2408.00118, section 2)."""
     scale = query_SHLK.shape[-1] ** -0.5 if scaling is None else scaling
     keys = _for_each_query_head(key_SHLK, query_SHLK.shape[1])
     scores_SHLL = torch.tanh(query_SHLK @ keys.transpose(2, 3) * (scale / softcap)) * softcap
@@ -315,13 +320,13 @@ def _softcapped(
 
 
 def _for_each_query_head(x_SHLK: Tensor, num_heads: int) -> Tensor:
-    """Key heads repeated so that each query head has its own, which every kernel behind SDPA can read."""
+    """Repeat the key heads so that each query head has its own, which every kernel behind SDPA can read."""
     groups = num_heads // x_SHLK.shape[1]
     return x_SHLK if groups == 1 else x_SHLK.repeat_interleave(groups, dim=1)
 
 
 class _Pad(torch.autograd.Function):
-    """Rows of a packed tensor laid out as a padded rectangle.
+    """The rows of a packed tensor, laid out as a padded rectangle.
 
     Backward is a plain gather and not index_select's scatter-add: the rows that fill the rectangle never reach
     a real token, so their gradient is zero and need not be added: faster, and the same every time on GPUs.

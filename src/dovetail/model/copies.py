@@ -14,10 +14,10 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 def copy_of(model: ModuleT, *, device: torch.device | None = None) -> ModuleT:
-    """The same model with its own weights, without gradients or gradient hooks; tied weights stay tied.
+    """Return the same model with its own weights, without gradients or gradient hooks; tied weights stay tied.
 
     The weights go straight to `device` (default: where they are), so copying a model off a full GPU needs no
-    second place on it.
+    room for a second one on it.
     """
     memo: dict[int, Any] = {}
     for parameter in model.parameters():

@@ -21,7 +21,7 @@ _HEAD = "v_head.weight"
 
 
 def is_deepspeed_chat_reward(folder: Path) -> bool:
-    """Whether the folder's weights are those of a reward model of DeepSpeed-Chat."""
+    """Return whether the folder's weights are those of a reward model of DeepSpeed-Chat."""
     names = _weight_names(folder)
     return _HEAD in names and any(name.startswith("rwtran") for name in names)
 

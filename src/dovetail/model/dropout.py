@@ -12,7 +12,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Probability 0 in dropout modules, in the plain numbers that attention and layers read, and in the config."""
+    """Set probability 0 in dropout modules, in the plain numbers that attention and layers read, and in the config."""
     for module in model.modules():
         if isinstance(module, _DropoutNd):
             module.p = 0.0
@@ -22,7 +22,7 @@ def disable_dropout(model: nn.Module) -> None:
 
 
 def _zero_probabilities(attributes: dict[str, Any]) -> None:
-    """Modules and configs name them dropout, attention_dropout, attn_pdrop, layerdrop, hidden_dropout_prob, ..."""
+    """Set the values named dropout, attention_dropout, attn_pdrop, layerdrop, hidden_dropout_prob, ... to 0."""
     for name, value in attributes.items():
         is_probability = isinstance(value, (int, float)) and not isinstance(value, bool)
         if is_probability and (

@@ -1,6 +1,6 @@
-"""Weights that are no numbers.
+"""Find weights that are not numbers.
 
-Responsible for: finding a NaN or an infinity among weights. Not responsible for: what is said about it.
+Responsible for: finding a NaN or an infinity among weights. Not responsible for: the message about it.
 """
 
 from collections.abc import Iterable

@@ -35,7 +35,7 @@ TensorsT = TypeVar("TensorsT", bound="Tensor | tuple[Tensor | None, ...]")
 
 @dataclass(frozen=True, slots=True)
 class LogProbs:
-    """What a policy says of the tokens of a batch; 0 where the batch's mask is False."""
+    """The log-probabilities that a policy gives to the tokens of a batch; 0 where the batch's mask is False."""
 
     logprobs_T: Tensor
     """float32 [T] (float64 for float64 models), differentiable."""
@@ -44,15 +44,15 @@ class LogProbs:
 
 
 def hidden_states(model: Any, batch: PackedBatch) -> Tensor:
-    """[T, D]: the backbone's output, no head applied. Row t has seen its sequence up to and with token t."""
+    """Return the backbone's output [T, D], no head applied. Row t has seen its sequence up to and with token t."""
     return with_weights(model, lambda: _hidden_states(model, batch))
 
 
 def with_weights(model: Any, function: Callable[[], TensorsT]) -> TensorsT:
-    """The result of a function that reads the model's weights, backbone and head.
+    """Return the result of a function that reads the model's weights, backbone and head.
 
-    A model whose weights are sharded (parallel/shard.py) gathers them around the call, and watches the tensors that
-    come out for the backward pass; others just run.
+    A model whose weights are sharded (parallel/shard.py) unshards them around the call, and puts hooks on the tensors
+    that come out for the backward pass; for other models the function just runs.
     """
     run = getattr(plain_model(model), "run_with_weights", None)
     result: TensorsT = function() if run is None else run(function)
@@ -75,7 +75,7 @@ def _hidden_states(model: Any, batch: PackedBatch) -> Tensor:
 
 
 def read_by(way: ReadingWay, model: PreTrainedModel, batch: PackedBatch) -> Tensor:
-    """[T, D]: `hidden_states` of a plain model whose weights are there, read in this way."""
+    """Return the `hidden_states` [T, D] of a plain model whose weights are not sharded now, read in this way."""
     if way == "packed":
         return _packed_hidden_states(model, batch)
     use_plain_attention(model)
@@ -103,7 +103,7 @@ def _packed_hidden_states(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
 def token_logprobs(
     model: Any, batch: PackedBatch, *, temperature: float = 1.0, with_entropy: bool = False
 ) -> LogProbs:
-    """log p(token t | its sequence before it) where `mask_T` is True, logits divided by `temperature`."""
+    """Return log p(token t | its sequence before it) where `mask_T` is True, logits divided by `temperature`."""
     index_A = masked_index(batch)
 
     def score() -> tuple[Tensor, Tensor | None]:
@@ -125,7 +125,10 @@ def token_logprobs(
 
 
 def cross_entropy(model: Any, batch: PackedBatch) -> Tensor:
-    """- sum of log p(token | its sequence before it) where `mask_T` is True; scalar, float32 (float64 for float64)."""
+    """Return - sum of log p(token | its sequence before it) where `mask_T` is True.
+
+    A scalar, float32 (float64 for float64 models).
+    """
     index_A = masked_index(batch)
     return with_weights(
         model,
@@ -138,14 +141,14 @@ def cross_entropy(model: Any, batch: PackedBatch) -> Tensor:
 
 
 def token_values(model: Any, batch: PackedBatch) -> Tensor:
-    """[T], float32: value of the state in which token t was chosen; 0 for first tokens, chosen by nobody."""
+    """Return [T], float32: the value of the state in which token t was chosen; 0 for first tokens, never chosen."""
     scores_T = with_weights(model, lambda: _scalar_head(model, _hidden_states(model, batch))).squeeze(-1)
     values_T = pad(scores_T[:-1], (1, 0))
     return values_T.index_fill(0, batch.cu_seqlens_S1[:-1].long(), 0.0)
 
 
 def last_scores(model: Any, batch: PackedBatch) -> Tensor:
-    """[S], float32: scalar head at each sequence's last token, as `...ForSequenceClassification` reads it."""
+    """Return [S], float32: the scalar head at each sequence's last token, as `...ForSequenceClassification` does."""
     last_S = batch.last_index_S()
     return with_weights(
         model, lambda: _scalar_head(model, _hidden_states(model, batch).index_select(0, last_S))
@@ -153,17 +156,17 @@ def last_scores(model: Any, batch: PackedBatch) -> Tensor:
 
 
 def last_hidden_states(model: Any, batch: PackedBatch) -> Tensor:
-    """[S, D]: the hidden state of each sequence's last token."""
+    """Return the hidden state of each sequence's last token, [S, D]."""
     return hidden_states(model, batch).index_select(0, batch.last_index_S())
 
 
 def scalar_head(model: Any, hidden_ND: Tensor) -> Tensor:
-    """[N], float32 at least: one number per hidden state."""
+    """Return one number per hidden state, [N], float32 at least."""
     return with_weights(model, lambda: _scalar_head(model, hidden_ND)).squeeze(-1)
 
 
 def _scalar_head(model: Any, hidden_ND: Tensor) -> Tensor:
-    """[N, 1]; not a view: FSDP2 watches what comes out of a model for the backward pass, and could lose one."""
+    """Return [N, 1], not a view: FSDP2 puts hooks on what comes out of a model, and could lose those of a view."""
     score = getattr(plain_model(model), "score", None)
     if score is None or score.weight.shape[0] != 1:
         raise ModelError(
@@ -177,18 +180,18 @@ def _scalar_head(model: Any, hidden_ND: Tensor) -> Tensor:
 
 
 def plain_model(model: Any) -> PreTrainedModel:
-    """The Hugging Face model inside a peft wrapper (its adapters stay in place), or the model itself."""
+    """Return the Hugging Face model inside a peft wrapper (its adapters stay in place), or the model itself."""
     inner: PreTrainedModel = model.get_base_model() if hasattr(model, "get_base_model") else model
     return inner
 
 
 def masked_index(batch: PackedBatch) -> Tensor:
-    """int64 [A]: where `mask_T` is True. The host knows how many there are, so nothing waits for the device."""
+    """Return where `mask_T` is True, int64 [A]. The host knows their number, so it does not wait for the device."""
     return torch.nonzero_static(batch.mask_T, size=sum(batch.target_counts)).squeeze(-1)
 
 
 def _padded_hidden_states(backbone: Any, batch: PackedBatch) -> Tensor:
-    """For classes with attention of their own: right-padded, so that default positions are right."""
+    """Read a batch with the class's own attention, padded on the right, so that default positions are right."""
     token_of_place, place_of_token = PackedLayout.of(batch).padding_indices
     shape = (batch.num_sequences, batch.max_length)
     is_real = torch.zeros(shape[0] * shape[1], dtype=torch.long, device=token_of_place.device)

@@ -32,7 +32,7 @@ def declared_stop_ids(model: Any) -> tuple[int, ...]:
 
 
 def repaired(config: GenerationConfig) -> tuple[GenerationConfig, str | None]:
-    """Return a config that transformers agrees to save, and a sentence about what was changed (None: nothing).
+    """Return a config that transformers agrees to save, and a sentence about what was changed (None if nothing was).
 
     A value that is used only while sampling says that the model is meant to sample: `do_sample` is set if the file
     leaves it open. Other values without their mode, such as `early_stopping` without beams, have no effect and are
@@ -52,7 +52,7 @@ def repaired(config: GenerationConfig) -> tuple[GenerationConfig, str | None]:
 
 
 def expect_readable(folder: Path) -> None:
-    """Raise ModelError if the generation config of a local folder cannot be read: transformers would do without it."""
+    """Raise ModelError if a local folder's generation config cannot be read: transformers would go on without it."""
     file = folder / "generation_config.json"
     if not file.is_file():
         return

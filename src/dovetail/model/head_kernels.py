@@ -1,4 +1,4 @@
-"""Softmax over chunks of logits on a GPU: one pass forward, one pass backward.
+"""The softmax over chunks of logits on a GPU: one pass forward, one pass backward.
 
 Responsible for: what linear_logprobs.py computes from the logits of a chunk without a soft cap: log-probability,
 log of the total and entropy of each row, and the gradient with respect to the logits in the weights' precision.
@@ -62,9 +62,9 @@ def _backward(
 def softmax_rows(
     logits_CV: Tensor, ids_C: Tensor, *, scale: float, with_entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(log-probability of the id, log of the total, entropy in nats) of softmax(scale * logits), float32 [C] each.
+    """Return (log-probability of the id, log of the total, entropy in nats) of softmax(scale * logits), [C] each.
 
-    logits_CV: float32. The entropy is not written unless asked for.
+    logits_CV and the results: float32. The entropy is not written unless asked for.
     """
     logprob_C, total_C, entropy_C = logits_CV.new_empty(3, len(logits_CV))
     _forward[(len(logits_CV),)](
@@ -77,7 +77,7 @@ def softmax_rows(
 def softmax_slopes(
     logits_CV: Tensor, ids_C: Tensor, total_C: Tensor, slope_C: Tensor, *, scale: float, dtype: torch.dtype
 ) -> Tensor:
-    """slope * ([is the id] - softmax(scale * logits)), [C, V] in `dtype`: d logprob / d logit times the slope."""
+    """Return slope * ([is the id] - softmax(scale * logits)), [C, V] in `dtype`: d logprob / d logit times slope."""
     grad_CV = torch.empty(logits_CV.shape, dtype=dtype, device=logits_CV.device)
     vocabulary = logits_CV.shape[1]
     _backward[(triton.cdiv(vocabulary, _BLOCK), len(logits_CV))](

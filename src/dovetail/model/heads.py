@@ -27,13 +27,13 @@ from dovetail.model.shards import assign, computing_device, whole
 
 @dataclass(frozen=True, slots=True)
 class Centring:
-    """What was done to the scores."""
+    """The result of centring the scores."""
 
     mean_before: float
     mean_after: float
-    """Over the same demonstrations, with the weights as rounded to the model's precision."""
+    """The mean over the same demonstrations, with the weights as rounded to the model's precision."""
     disturbance: float
-    """Standard deviation of u h over the demonstrations: a score moves by -c (1 +- that). 0 where exact."""
+    """The standard deviation of u h over the demonstrations: a score moves by -c (1 +- that). 0 where exact."""
 
 
 @torch.no_grad()
@@ -61,7 +61,7 @@ def centre_on(model: Any, hidden_ND: Tensor, scores_N: Tensor) -> Centring:
 
 
 def final_layer_norm(model: Any) -> nn.LayerNorm | None:
-    """The LayerNorm that gives the backbone's output, found by running two tokens; None if another module does."""
+    """Return the LayerNorm that gives the backbone's output, found by running two tokens; None if there is none."""
     backbone = plain_model(model).base_model
     outputs: list[tuple[nn.LayerNorm, Tensor]] = []
     hooks = [
@@ -86,7 +86,7 @@ def _two_tokens(model: Any) -> Tensor:
 
 
 def _nearest_to_one(hidden_ND: Tensor) -> Tensor:
-    """u [D] with mean(u h) = 1 and the least variance of u h, ridge-regularised; float64."""
+    """Return u [D] with mean(u h) = 1 and the least variance of u h, ridge-regularised; float64."""
     num_rows, width = hidden_ND.shape
     mean_D = hidden_ND.mean(dim=0)
     deviations_ND = hidden_ND - mean_D
@@ -106,7 +106,7 @@ def _nearest_to_one(hidden_ND: Tensor) -> Tensor:
 
 
 def _score_parameter(model: Any) -> Tensor:
-    """The head's weight in use: peft trains a copy of its own."""
+    """Return the head's weight in use: peft trains a copy of its own."""
     score: Any = plain_model(model).score
     weight: Tensor = score.weight
     return weight

@@ -1,7 +1,7 @@
 """The decoder layers of a model, and the first few of them that show every kind.
 
 Responsible for: finding the layers, and running a model without the rest for a while.
-Not responsible for: what is looked for in them (plain_forward.py, probe.py).
+Not responsible for: what is done with them (plain_forward.py, probe.py).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _FEWEST = 2
 
 
 def layer_list(model: PreTrainedModel) -> tuple[str, nn.ModuleList] | None:
-    """The name and the list of the decoder layers, in order; None if no list is as long as the config says."""
+    """Return the name and the list of the decoder layers, in order; None if no list is as long as the config says."""
     num_layers = model.config.get_text_config().num_hidden_layers
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == num_layers:
@@ -27,7 +27,7 @@ def layer_list(model: PreTrainedModel) -> tuple[str, nn.ModuleList] | None:
 
 @contextmanager
 def few_layers(model: PreTrainedModel, run: Callable[[], object]) -> Iterator[None]:
-    """The model has only its first layers while it lasts, up to one of each kind, unless it needs all to `run`."""
+    """Give the model only its first layers within the block, up to one of each kind, unless `run` fails without all."""
     found = layer_list(model)
     if found is None:
         yield
@@ -49,7 +49,7 @@ def few_layers(model: PreTrainedModel, run: Callable[[], object]) -> Iterator[No
 
 
 def _kind(layer: nn.Module) -> tuple[Any, ...]:
-    """All that tells a layer from another: its modules, and the plain values that they hold beside its number."""
+    """Return what distinguishes a layer: its modules, and the plain values that they hold except its number."""
     return tuple(
         (name, type(module).__name__, key, value)
         for name, module in layer.named_modules()

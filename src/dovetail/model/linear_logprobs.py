@@ -1,10 +1,10 @@
 """The language-model head fused with log-softmax: log-probabilities of given tokens, chunk by chunk.
 
-Responsible for: what a model's head does to hidden states (`LMHead`), and log-probabilities, entropies and
+Responsible for: a model's head as a function of hidden states (`LMHead`), and log-probabilities, entropies and
 cross-entropy in float32, forward and backward, without ever holding all logits.
 Not responsible for: which hidden state scores which token (forward.py).
 
-Memory is that of one chunk of logits. Backward computes each chunk's logits again, except for the cross-entropy.
+It needs the memory of one chunk of logits. Backward computes each chunk's logits again, except for the cross-entropy.
 
 Shapes: A tokens to score, C tokens of one chunk, V vocabulary, D width of the hidden states.
 """
@@ -25,31 +25,31 @@ from dovetail.errors import ModelError
 
 CHUNK_BYTES = 256 * 2**20
 CUDA_CHUNK_BYTES = 2**30
-"""Of the logits of one chunk. On a GPU each chunk also adds a gradient as large as the weight to the sum."""
+"""The size of one chunk of logits. On a GPU each chunk also adds a gradient as large as the weight to the sum."""
 
 
 class SharedVocabulary(Protocol):
-    """What processes that each hold some rows of a head have in common; all compute the same chunks in step."""
+    """The collectives of processes that each hold some rows of a head; all compute the same chunks in step."""
 
     first: int
-    """The first row that is here."""
+    """The first row that this process holds."""
 
     def copied(self, hidden: Tensor) -> Tensor:
-        """The same tensor; its gradient is summed over the processes."""
+        """Return the same tensor; its gradient is summed over the processes."""
         ...
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over the processes, in place."""
+        """Return the sum over the processes, computed in place."""
         ...
 
     def max(self, tensor: Tensor) -> Tensor:
-        """The largest of all processes, element by element, in place."""
+        """Return the maximum over the processes, element by element, computed in place."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class LMHead:
-    """logits = softcap * tanh(scale * (h W' + b) / softcap), without the cap where `softcap` is None."""
+    """The head logits = softcap * tanh(scale * (h W' + b) / softcap), without the cap where `softcap` is None."""
 
     weight_VD: Tensor
     bias_V: Tensor | None = None
@@ -58,15 +58,15 @@ class LMHead:
     logit_scale: float = 1.0
     """Cohere's logit_scale, or 1 / Granite's logits_scaling."""
     shared: SharedVocabulary | None = None
-    """Where these are some rows of a head."""
+    """The collectives with the processes that hold the other rows; None where the weight has all rows."""
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
-        """[N, V] in float32 at least, whatever the precision of the weights; of the rows that are here."""
+        """Return [N, V] in float32 at least, whatever the precision of the weights, for the rows in this process."""
         return _cap(_raw_logits(hidden_ND, self.weight_VD, self.bias_V, self.logit_scale), self.softcap)
 
 
 def head_of(model: Any) -> LMHead:
-    """The head of a causal language model, peft-wrapped or not, tied or not."""
+    """Return the head of a causal language model, peft-wrapped or not, tied or not."""
     inner: PreTrainedModel = model.get_base_model() if hasattr(model, "get_base_model") else model
     linear: Any = inner.get_output_embeddings()  # type: ignore[no-untyped-call]
     if linear is None:
@@ -92,7 +92,7 @@ def linear_logprobs(
     with_entropy: bool = False,
     chunk_tokens: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """log softmax(logits / temperature)[next id] of each row, and the entropy of that distribution in nats.
+    """Return log softmax(logits / temperature)[next id] of each row, and the entropy of that distribution in nats.
 
     float32 (float64 for float64 inputs). Gradients reach hidden states, head weight and bias (the weight's is
     summed in float32 over the chunks); the entropy carries none.
@@ -108,7 +108,7 @@ def linear_logprobs(
 def linear_cross_entropy(
     hidden_AD: Tensor, head: LMHead, next_ids_A: Tensor, *, chunk_tokens: int | None = None
 ) -> Tensor:
-    """- sum of log softmax(logits)[next id] over the rows: a scalar, float32 (float64 for float64 inputs).
+    """Return - sum of log softmax(logits)[next id] over the rows: a scalar, float32 (float64 for float64 inputs).
 
     Each row counts alike, so the slopes are known while a chunk's logits are there: the gradients are computed
     beside the sum, and backward only multiplies them. That saves a third of the head's products.
@@ -129,7 +129,7 @@ class _How:
     with_entropy: bool
     chunk_tokens: int
     dtype: torch.dtype
-    """Of the weight: what slopes are rounded to by the kernel."""
+    """The weight's precision, to which the kernel rounds slopes."""
     shared: SharedVocabulary | None
 
     @classmethod
@@ -142,7 +142,10 @@ class _How:
         with_entropy: bool,
         chunk_tokens: int | None,
     ) -> _How:
-        """chunk_tokens: None for as many as take CHUNK_BYTES."""
+        """Return the settings for a head.
+
+        chunk_tokens: None for as many as CHUNK_BYTES hold, or CUDA_CHUNK_BYTES on a GPU.
+        """
         limit = CUDA_CHUNK_BYTES if hidden_AD.is_cuda else CHUNK_BYTES
         tokens = chunk_tokens or max(1, limit // (4 * head.weight_VD.shape[0]))
         scale, dtype = head.logit_scale, head.weight_VD.dtype
@@ -150,11 +153,11 @@ class _How:
 
     @property
     def scale(self) -> float:
-        """What logits are multiplied by before the softmax, where nothing caps them in between."""
+        """The factor of the logits before the softmax, where nothing caps them in between."""
         return self.logit_scale / self.temperature
 
     def rows(self, ids_C: Tensor, num_rows: int) -> Tensor:
-        """The rows of these ids; -1 of those that another process has."""
+        """Return the rows of these ids; -1 for those that another process has."""
         if self.shared is None:
             return ids_C
         rows_C = ids_C - self.shared.first
@@ -225,12 +228,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 class _Gradients:
-    """What a sum over chunks gives back to hidden states, weight and bias; None for who does not want it."""
+    """The gradients of a sum over chunks for hidden states, weight and bias; None for one that needs none."""
 
     def __init__(
         self, hidden_AD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, wants: Sequence[bool]
     ) -> None:
-        """weight_VD: as matrix products want it."""
+        """Start from zero; weight_VD: in the precision of the matrix products, see `_multipliable`."""
         float_type = torch.promote_types(hidden_AD.dtype, torch.float32)
         self._inputs = hidden_AD, weight_VD
         self.hidden_AD = torch.empty_like(hidden_AD) if wants[0] else None
@@ -238,7 +241,7 @@ class _Gradients:
         self.bias_V = torch.zeros_like(bias_V, dtype=float_type) if wants[2] and bias_V is not None else None
 
     def add(self, chunk: slice, slopes_CV: Tensor) -> None:
-        """slopes_CV: of the logits of these rows."""
+        """Add what the rows of one chunk contribute; slopes_CV: the gradients of their logits."""
         hidden_AD, weight_VD = self._inputs
         if self.bias_V is not None:
             self.bias_V += slopes_CV.sum(dim=0, dtype=self.bias_V.dtype)
@@ -250,22 +253,22 @@ class _Gradients:
 
 
 def _logits(hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, how: _How) -> Tensor:
-    """[C, V], fresh: before the temperature; and before the logit scale where kernels apply both."""
+    """Return new logits [C, V]: before the temperature; and before the logit scale where kernels apply both."""
     if _has_kernel(hidden_CD, how):
         return _raw_logits(hidden_CD, weight_VD, bias_V, 1.0)
     return _cap(_raw_logits(hidden_CD, weight_VD, bias_V, how.logit_scale), how.softcap)
 
 
 def _softmax(logits_CV: Tensor, ids_C: Tensor, how: _How) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(log-probability of the id, log of the total, entropy if asked for), [C] each.
+    """Return (log-probability of the id, log of the total, entropy if asked for), [C] each.
 
-    The logits are those of `_logits`, and become those divided by the temperature.
+    The logits are those of `_logits`; plain torch divides them by the temperature in place.
     """
     if how.shared is None:
         return _own_softmax(logits_CV, ids_C, how)
     rows_C = how.rows(ids_C, logits_CV.shape[1])
     logprobs_C, log_totals_C, entropy_C = _own_softmax(logits_CV, rows_C.clamp(min=0), how)
-    # Of each process: its share of the total, the id's logit if it has it, and its mean logit times its share.
+    # Each process adds its share of the total, the id's logit if it has it, and its mean logit times its share.
     top_C = how.shared.max(log_totals_C.clone())
     share_C = (log_totals_C - top_C).exp_()
     parts = [share_C, (logprobs_C + log_totals_C).masked_fill_(rows_C < 0, 0.0)]
@@ -276,7 +279,7 @@ def _softmax(logits_CV: Tensor, ids_C: Tensor, how: _How) -> tuple[Tensor, Tenso
 
 
 def _own_softmax(logits_CV: Tensor, ids_C: Tensor, how: _How) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The same of the rows that are here, all of which `ids_C` are."""
+    """Return the same as `_softmax` over the rows in this process alone; `ids_C` are among them."""
     if _has_kernel(logits_CV, how):
         logprobs_C, log_totals_C, entropy_C = _kernels().softmax_rows(
             logits_CV, ids_C, scale=how.scale, with_entropy=how.with_entropy
@@ -293,9 +296,9 @@ def _own_softmax(logits_CV: Tensor, ids_C: Tensor, how: _How) -> tuple[Tensor, T
 
 
 def _slopes(logits_CV: Tensor, ids_C: Tensor, log_totals_C: Tensor, grad_C: Tensor, how: _How) -> Tensor:
-    """[C, V]: d logprob / d logit = [is the token] - probability, times what comes from above.
+    """Return [C, V]: d logprob / d logit = [is the token] - probability, times the incoming gradient.
 
-    The logits are those of `_logits`, and may be written over.
+    The logits are those of `_logits`, and may be overwritten.
     """
     slope_C = grad_C * how.scale
     rows_C = how.rows(ids_C, logits_CV.shape[1])
@@ -304,7 +307,7 @@ def _slopes(logits_CV: Tensor, ids_C: Tensor, log_totals_C: Tensor, grad_C: Tens
             logits_CV, rows_C, log_totals_C, slope_C, scale=how.scale, dtype=how.dtype
         )
         return slopes_CV
-    # Without a cap nobody needs the logits once more: the probabilities may take their place.
+    # Without a cap the logits are not needed again: the probabilities may take their place.
     probs_CV = logits_CV if how.softcap is None else logits_CV.clone()
     if how.temperature != 1.0:
         probs_CV.div_(how.temperature)
@@ -323,14 +326,14 @@ def _has_kernel(hidden_ND: Tensor, how: _How) -> bool:
 
 @cache
 def _kernels() -> Any:
-    """Triton is there on GPUs only."""
+    """Import the kernels when a GPU needs them: Triton is installed for GPUs only."""
     from dovetail.model import head_kernels
 
     return head_kernels
 
 
 def _raw_logits(hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, scale: float) -> Tensor:
-    """scale * (h W' + b) in a fresh float32 (or float64) tensor."""
+    """Return scale * (h W' + b) in a new float32 (or float64) tensor."""
     logits_CV = _product(hidden_CD, weight_VD.T)
     if bias_V is not None:
         logits_CV += bias_V
@@ -342,7 +345,7 @@ def _cap(logits_CV: Tensor, softcap: float | None) -> Tensor:
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right, not rounded to half precision on the way out (near -10, bfloat16 steps by 0.0625)."""
+    """Return left @ right, not rounded to half precision at the end (near -10, bfloat16 steps by 0.0625)."""
     if right.dtype in (torch.bfloat16, torch.float16):
         if left.is_cuda and left.dtype == right.dtype:
             return torch.mm(left, right, out_dtype=torch.float32)
@@ -358,7 +361,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def _multipliable(weight_VD: Tensor) -> Tensor:
-    """The weight as matrix products want it: CPUs have no half-precision product with a float32 result."""
+    """Return the weight for matrix products: CPUs have no half-precision product with a float32 result."""
     if weight_VD.is_cuda or weight_VD.dtype == torch.float64:
         return weight_VD
     return weight_VD.float()

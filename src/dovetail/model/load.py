@@ -1,8 +1,8 @@
 """Models from the hub, from Hugging Face folders and from GGUF files.
 
 Responsible for: causal language models and scalar models (reward models, critics), complete or not at all,
-with errors that say what to do. What comes out of here has no dropout.
-Not responsible for: tokenizers (text/tokenizer.py), adapters (lora.py), devices to choose (the caller).
+with errors that say what to do. The loaded models have no dropout.
+Not responsible for: tokenizers (text/tokenizer.py), adapters (lora.py), choosing a device (the caller).
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def load_causal_lm(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """A causal language model by hub name, folder, .gguf file, or folder with exactly one .gguf file.
+    """Load a causal language model by hub name, folder, .gguf file, or folder with exactly one .gguf file.
 
     Raises ModelError if it is not there, is of another kind, or lacks any weight.
     """
@@ -89,9 +89,9 @@ def load_scalar_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """A reward model or critic: a finished one with its head, or a language model plus a head drawn from `seed`.
+    """Load a reward model or critic: a finished one with its head, or a language model plus a head drawn from `seed`.
 
-    pad_token_id: for the config; None keeps what a finished one has.
+    pad_token_id: the pad token for the config; None keeps that of a finished model.
     """
     name = existing(path, revision)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
@@ -120,7 +120,7 @@ def load_scalar_model(
 def read_config(
     path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedConfig | None:
-    """The configuration of a model, without its weights; None for a .gguf file, which has it among them."""
+    """Read the configuration of a model, without its weights; None for a .gguf file, which has it among them."""
     name = existing(path, revision)
     if gguf_in(name) is not None:
         return None
@@ -142,7 +142,7 @@ def expect_supported(
 def is_reward_model(
     path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> bool:
-    """Whether it is a finished reward model, ours, anybody's in transformers, or DeepSpeed-Chat's."""
+    """Return whether it is a finished reward model: Dovetail's, another one for transformers, or DeepSpeed-Chat's."""
     config = read_config(path, revision=revision, trust_remote_code=trust_remote_code)
     return config is not None and _has_scalar_head(str(path), config)
 
@@ -150,7 +150,7 @@ def is_reward_model(
 def expect_reward_head(
     path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> None:
-    """Raise ModelError unless it is a finished reward model, whose scores are to be believed."""
+    """Raise ModelError unless it is a finished reward model, whose scores mean something."""
     if not is_reward_model(path, revision=revision, trust_remote_code=trust_remote_code):
         raise ModelError(
             f"{path} is a language model without a reward head: its scores would be noise",
@@ -169,7 +169,7 @@ def expect_rows_for(tokenizer: PreTrainedTokenizerBase, model: Any, name: str) -
 
 
 def expect_rows(tokenizer: PreTrainedTokenizerBase, rows: int, name: str, used: Sequence[int] = ()) -> None:
-    """As `expect_rows_for` for an embedding of so many rows; used: ids that need a row besides."""
+    """Raise as `expect_rows_for` does, for an embedding of `rows` rows; used: added ids that need a row, too."""
     optional = tokenizer.get_added_vocab().keys() - {tokenizer.bos_token, tokenizer.eos_token}
     ids = tokenizer.get_vocab()
     needed = {i: token for token, i in ids.items() if token not in optional or i in used}
@@ -204,7 +204,7 @@ def _read_causal_lm(
 
 
 def expect_causal_lm(name: str, config: Any) -> None:
-    """Raise ModelError for models of another kind, in the words that people use for them."""
+    """Raise ModelError for models of another kind, and name the kind in usual words."""
     text_model = "give a model that writes text, such as HuggingFaceTB/SmolLM2-135M"
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(
@@ -224,7 +224,7 @@ def expect_causal_lm(name: str, config: Any) -> None:
 def _read_weights(
     auto_class: Any, name: str, dtype: torch.dtype, config: Any, options: dict[str, Any]
 ) -> PreTrainedModel:
-    """Return a complete model; of a quantised checkpoint one with plain weights."""
+    """Return a complete model; for a quantised checkpoint, one with plain weights."""
     with explained(name):
         is_quantised = ask_for_plain_weights(name, config)
     if not is_quantised:
@@ -237,7 +237,7 @@ def _read_weights(
 def _make_ready(name: str, model: PreTrainedModel, device: torch.device | str) -> None:
     """Move the model to its device, without dropout, and find how it reads batches (probe.py).
 
-    Raises ModelError if a weight is no number, or if the model cannot be trained or asked here.
+    Raises ModelError if a weight is not a number, or if Dovetail cannot train or run the model.
     """
     disable_dropout(model)
     text_config = model.config.get_text_config()
@@ -259,7 +259,7 @@ def _make_ready(name: str, model: PreTrainedModel, device: torch.device | str) -
 
 
 def _complete(auto_class: Any, name: str, dtype: torch.dtype, options: dict[str, Any]) -> PreTrainedModel:
-    """from_pretrained that fails where transformers would fill in random weights."""
+    """Call from_pretrained, and raise ModelError where transformers would fill in random weights."""
     with explained(name), quiet():
         model, report = auto_class.from_pretrained(
             name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
@@ -278,7 +278,7 @@ def _complete(auto_class: Any, name: str, dtype: torch.dtype, options: dict[str,
 
 
 def _expect_shapes_agree(name: str, mismatched: Iterable[tuple[str, Sequence[int], Sequence[int]]]) -> None:
-    """transformers would draw weights of another shape than the config's anew."""
+    """Raise ModelError for weights of another shape than the config's: transformers would draw new ones."""
     for key, found, wanted in sorted(mismatched, key=lambda one: one[0]):
         raise ModelError(
             f"the config of {name} contradicts its weights: {key} is {_shape(found)}, "
@@ -288,7 +288,10 @@ def _expect_shapes_agree(name: str, mismatched: Iterable[tuple[str, Sequence[int
 
 
 def _expect_layers_agree(name: str, model: PreTrainedModel, unexpected: Sequence[str]) -> None:
-    """transformers would leave layers out that the config does not count, and say nothing."""
+    """Raise ModelError for layers that the config does not count: transformers would leave them out silently.
+
+    Quantised weights that the config does not describe are refused, too; other unused weights give a warning.
+    """
     kinds = {_NUMBER.sub("N", key) for key in model.state_dict()}
     if surplus := [key for key in unexpected if _NUMBER.sub("N", key) in kinds]:
         raise ModelError(
@@ -327,7 +330,7 @@ def _has_scalar_head(name: str, config: Any) -> bool:
 
 @contextmanager
 def explained(name: str) -> Iterator[None]:
-    """What transformers and peft raise, as a ModelError that names the model and the way out."""
+    """Turn what transformers and peft raise into a ModelError that names the model and what to do."""
     try:
         yield
     except (ModelError, torch.OutOfMemoryError):

@@ -30,7 +30,7 @@ from dovetail.telemetry.log import say, warn
 
 ALL_LINEAR = "all-linear"
 WORTHWHILE_SHARE = 0.5
-"""Of the weights beside the embeddings; below it most of the model cannot learn."""
+"""The share of the weights beside the embeddings that adapters should reach; below it most cannot learn."""
 
 
 def add_lora(
@@ -42,7 +42,7 @@ def add_lora(
     target_modules: str | Sequence[str] = ALL_LINEAR,
     seed: int,
 ) -> Any:
-    """The model with adapters on the named linear layers of its backbone, or on all; the rest is frozen.
+    """Return the model with adapters on the named linear layers of its backbone, or on all; the rest is frozen.
 
     The new weights are drawn from `seed`. A scalar model's head stays trainable, in a copy of its own.
     """
@@ -91,7 +91,7 @@ def add_lora(
 
 @contextmanager
 def adapter_disabled(model: Any) -> Iterator[None]:
-    """The model as it was before `add_lora`; afterwards as it was on entry, also which weights learn."""
+    """Switch the adapters off within the block; afterwards restore the model, and which weights learn."""
     if not isinstance(model, PeftModel):
         raise ModelError(
             "this model has no adapter to switch off", hint="keep a frozen copy as the reference"
@@ -106,7 +106,7 @@ def adapter_disabled(model: Any) -> Iterator[None]:
 
 
 def adapters_in_use(model: nn.Module) -> tuple[Any, ...]:
-    """For each adapted layer, what of it a forward uses; equal for two forwards that compute the same."""
+    """Return what a forward uses of each adapted layer's adapters; equal for two forwards that compute the same."""
     layers = (module for module in model.modules() if isinstance(module, BaseTunerLayer))
     return tuple((layer.disable_adapters, layer.merged, tuple(layer.active_adapters)) for layer in layers)
 
@@ -119,9 +119,9 @@ def _set_learning(learning: Sequence[tuple[nn.Parameter, bool]]) -> None:
 def merged_copy(
     model: Any, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
 ) -> PreTrainedModel:
-    """A plain model whose weights include the adapters, added in `dtype` (default: that of the weights).
+    """Return a plain model whose weights include the adapters, added in `dtype` (default: that of the weights).
 
-    Always from a copy: adding and subtracting again would not give back the weights bit for bit.
+    It is always a copy: adding and subtracting again would not restore the weights bit for bit.
     """
     copied = copy_of(model, device=torch.device(device))
     if dtype is not None:  # not copied.to(dtype): that would round the rotary frequencies, too
@@ -154,7 +154,8 @@ def _linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
 
     The head is no target: its weight must stay plain for the fused log-probabilities. The towers of other inputs get
     no gradient from text. State-space mixers read the weights of their layers instead of calling them, all but the
-    first: an adapter there would be passed by. A module that stands in several places would get one in one of them.
+    first: an adapter there would have no effect. A module that stands in several places would get one in
+    only one of them.
     """
     backbone: Any = model.base_model
     kind = type(model.config.get_text_config())

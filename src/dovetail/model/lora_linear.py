@@ -21,7 +21,7 @@ class AdaptedLinear(Linear):
     """peft's layer around a frozen `nn.Linear`; same parameters, names and results."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """[..., I] -> [..., O]."""
+        """Map [..., I] to [..., O]."""
         base = self.get_base_layer()
         name = self._only_adapter()
         if name is None or args or kwargs or _learns(base) or x.dtype != base.weight.dtype:
@@ -34,7 +34,7 @@ class AdaptedLinear(Linear):
         return y_NO.view(*x.shape[:-1], -1)
 
     def _only_adapter(self) -> str | None:
-        """Its name, where nothing but that one adapter shapes the result and it computes in the base's precision."""
+        """Return the adapter's name if it alone changes the result and computes in the base's precision, else None."""
         active = self.active_adapters
         if self.disable_adapters or self.merged or len(active) != 1 or active[0] not in self.lora_A:
             return None

@@ -1,4 +1,4 @@
-"""Evaluation mode for a while."""
+"""Put a model into evaluation mode for a while."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,7 +7,7 @@ from typing import Any
 
 @contextmanager
 def evaluation_mode(model: Any) -> Iterator[None]:
-    """Dropout off; afterwards every module is in the mode it was in, whatever happened."""
+    """Switch dropout off within the block; afterwards, also on an error, every module is in its mode from before."""
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:

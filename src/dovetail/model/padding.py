@@ -1,7 +1,7 @@
-"""A pad token for reward models, so that transformers reads their scores where we do.
+"""A pad token for reward models, so that transformers reads their scores at the same token as Dovetail.
 
 Responsible for: finding a token that can fill a batch and never ends a text, or making one.
-Not responsible for: our own forwards, which are packed and know no padding.
+Not responsible for: Dovetail's own forwards, which are packed and know no padding.
 
 `...ForSequenceClassification` reads the score at the last token that is not the pad token. Many tokenizers pad
 with the token that ends an answer; there it would read the score one token too early.
@@ -22,19 +22,19 @@ NEW_PAD = "<|pad|>"
 
 @dataclass(frozen=True, slots=True)
 class ScorePadding:
-    """What a reward model's folder says about padding."""
+    """The padding that a reward model's folder declares."""
 
     tokenizer: PreTrainedTokenizerBase
     """A copy that pads with `token_id`."""
     token_id: int
     num_rows: int
-    """Rows that the embedding needs; more than the model has only where a token had to be added."""
+    """The rows that the embedding needs; more than the model has only where a token had to be added."""
 
 
 def padding_for_scores(
     tokenizer: PreTrainedTokenizerBase, num_rows: int, stop_token_ids: Sequence[int]
 ) -> ScorePadding:
-    """The tokenizer's own pad token if it never ends an answer; else another special token; else a new one."""
+    """Choose the tokenizer's own pad token if it never ends an answer; else another special token; else a new one."""
     tokenizer = copy.deepcopy(tokenizer)
     ends = {*stop_token_ids, tokenizer.eos_token_id}
     for token in _candidates(tokenizer):
@@ -56,7 +56,7 @@ def num_rows(model: Any) -> int:
 
 
 def with_rows(model: PreTrainedModel, num_rows: int) -> PreTrainedModel:
-    """A copy on the CPU with that many embedding rows; new ones are zero, and nothing attends to them."""
+    """Return a copy on the CPU with that many embedding rows; new ones are zero, and nothing attends to them."""
     grown: Any = copy_of(model, device=torch.device("cpu"))
     old_rows = grown.get_input_embeddings().weight.shape[0]
     with torch.random.fork_rng(devices=[]):
@@ -68,7 +68,7 @@ def with_rows(model: PreTrainedModel, num_rows: int) -> PreTrainedModel:
 
 
 def _candidates(tokenizer: PreTrainedTokenizerBase) -> Iterable[str]:
-    """Special tokens, best first: pad, what is named so, what says nothing, what only begins texts, the rest."""
+    """Return special tokens, best first: the pad token, those with "pad" in their name, unk, bos, the rest."""
     special = [token for token in tokenizer.all_special_tokens if token is not None]
     added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
     named_pad = [token for token in [*special, *added] if "pad" in token.lower()]

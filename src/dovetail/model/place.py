@@ -1,6 +1,6 @@
-"""Where a model lies: a folder, a .gguf file, or a name on the hub.
+"""The place of a model: a folder, a .gguf file, or a name on the hub.
 
-Responsible for: refusing places that hold no model, with what lies there instead, before anything is read.
+Responsible for: refusing places that hold no model, saying what they hold, before anything is read.
 Not responsible for: reading (load.py), which model of a run is meant (run_models.py).
 """
 
@@ -14,7 +14,7 @@ from dovetail.text.model_folder import expect_downloaded, is_adapter
 
 
 def existing(path: str | Path, revision: str | None = None) -> str:
-    """The path or hub name; refuses local paths that hold no model before anybody asks the hub for them."""
+    """Return the path or hub name; raise ModelError for a local path that holds no model, before the hub is asked."""
     given, place = str(path), Path(path).expanduser()
     if place.is_dir():
         expect_downloaded(place)
@@ -50,7 +50,7 @@ def _what_lies_in(folder: Path) -> str:
 
 
 def gguf_in(name: str) -> Path | None:
-    """The GGUF file that `name` is or holds; folders with a config.json are read as such."""
+    """Return the GGUF file that `name` is or holds; None for a folder with a config.json, or where there is none."""
     place = Path(name)
     if place.suffix == ".gguf" and place.is_file():
         return place

@@ -1,7 +1,7 @@
-"""The plain forward of a model, which judges every other, and the first layer in which another differs from it.
+"""The plain forward of a model, the reference for every other, and the first layer in which another differs.
 
 Responsible for: one whole sequence alone, with explicit positions, no cache and transformers' own attention
-(SDPA; eager where scores are soft-capped, which SDPA leaves out), and what each layer puts out meanwhile.
+(SDPA; eager where scores are soft-capped, which SDPA leaves out), and the outputs of the layers.
 Not responsible for: what is compared, and how far apart is too far (parity.py).
 
 Shapes: T tokens of one sequence, V vocabulary, D width.
@@ -27,13 +27,13 @@ Ids = Sequence[int] | Tensor
 
 
 def plain_logits(model: PreTrainedModel, ids: Ids, *, last: int | None = None) -> Tensor:
-    """[T, V]: one sequence, read whole; only the `last` rows if asked for."""
+    """Return the logits of one sequence, read whole, [T, V]; only the `last` rows if asked for."""
     logits: Tensor = _plain_output(model, ids, last=last).logits[0]
     return logits if last is None else logits[-last:]
 
 
 def plain_hidden_states(model: PreTrainedModel, ids: Ids) -> Tensor:
-    """[T, D]: the backbone's output for one sequence, no head applied."""
+    """Return the backbone's output for one sequence, [T, D], no head applied."""
     hidden_TD: Tensor = _plain_output(model.base_model, ids).last_hidden_state[0]
     return hidden_TD
 
@@ -53,14 +53,14 @@ def _plain_output(module: Any, ids: Ids, *, last: int | None = None) -> Any:
 
 
 def without_extras(module: Any) -> dict[str, bool]:
-    """Arguments that leave out what a config may ask for beside logits: the loss of routers in another training."""
+    """Return arguments that switch off what a config may ask for beside logits: the routers' own training loss."""
     known = inspect.signature(module.forward).parameters
     return {"output_router_logits": False} if "output_router_logits" in known else {}
 
 
 @contextmanager
 def attention_restored(model: PreTrainedModel) -> Iterator[None]:
-    """Afterwards the model attends as it did."""
+    """Restore the model's attention after the block."""
     before = model.config._attn_implementation
     try:
         yield
@@ -71,14 +71,14 @@ def attention_restored(model: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def plain_attention(model: PreTrainedModel) -> Iterator[None]:
-    """transformers' own attention; classes that keep their own have nothing to switch."""
+    """Use transformers' own attention within the block; classes that keep their own have nothing to switch."""
     with attention_restored(model):
         use_plain_attention(model)
         yield
 
 
 def use_plain_attention(model: PreTrainedModel) -> None:
-    """Switch a model to transformers' own attention that leaves nothing out, if it is another's."""
+    """Switch a model to an attention of transformers that leaves nothing out, unless it has one already."""
     if not has_attention_switch(model):
         return
     softcap = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
@@ -90,7 +90,7 @@ def use_plain_attention(model: PreTrainedModel) -> None:
 def first_difference(
     model: PreTrainedModel, ids: Sequence[int], seen: Mapping[str, Tensor], *, largest: float
 ) -> str | None:
-    """Which of the outputs `seen` [up to T, D] is the first to be off by more than `largest`, see `errors_T`."""
+    """Name the first of the outputs `seen` [up to T, D] that is off by more than `largest`, see `errors_T`, or None."""
     with plain_attention(model), layer_outputs(model) as calls:
         plain_logits(model, ids)
     for name, rows_TD in seen.items():
@@ -104,7 +104,7 @@ def first_difference(
 
 
 def errors_T(rows_TD: Tensor, expected_TD: Tensor) -> Tensor:
-    """Norm of the difference as a fraction of the expected norm, token by token."""
+    """Return the norm of the difference as a fraction of the expected norm, token by token."""
     expected_TD = expected_TD.float()
     gap_T = torch.linalg.vector_norm(rows_TD.float() - expected_TD, dim=-1)
     expected_T: Tensor = torch.linalg.vector_norm(expected_TD, dim=-1)
@@ -114,7 +114,7 @@ def errors_T(rows_TD: Tensor, expected_TD: Tensor) -> Tensor:
 
 @contextmanager
 def layer_outputs(model: PreTrainedModel) -> Iterator[dict[str, list[Tensor]]]:
-    """While it lasts: what the embeddings and each decoder layer put out, call after call."""
+    """Record within the block what the embeddings and each decoder layer put out, call after call."""
     prefix, found = layer_list(model) or ("", nn.ModuleList())
     layers = {f"{prefix}.{index}": layer for index, layer in enumerate(found)}
     calls: dict[str, list[Tensor]] = {name: [] for name in ["the embedding", *layers]}

@@ -1,12 +1,12 @@
-"""The one look at a model before it is used: can it read several sequences together, and how?
+"""Try a model once, before it is used: find whether and how it can read several sequences together.
 
 Responsible for: the way a model reads a batch, found by comparing each with the plain forward of one sequence; models
 that no way serves are refused.
-Not responsible for: reading batches (forward.py), generation (engine/), what a run will see (engine/parity.py).
+Not responsible for: reading batches (forward.py), generation (engine/), the lengths of a run (engine/parity.py).
 
-A class may say that it uses the attention interface and break its contract: keyword arguments are dropped, a mask holds
-what nothing else says, a module looks at the whole batch. So nothing is believed: three short rows are read alone,
-packed and padded. Windows and chunks longer than the rows are made short meanwhile, in config and modules alike.
+A class may say that it uses the attention interface and break its contract: it drops keyword arguments, needs what only
+its mask says, or has a module that mixes the whole batch. So the class is tried instead: three short rows are read
+alone, packed and padded. Windows and chunks longer than the rows are made short meanwhile, in config and modules alike.
 
 Shapes: T tokens of all rows, D width.
 """
@@ -40,7 +40,7 @@ _SHORT_ROW = 6
 
 @torch.no_grad()
 def probe(model: Any) -> Reading:
-    """Find how a model, whole on its device, reads a batch; all that read with it afterwards go by that.
+    """Find how a model, whole on its device, reads a batch; all later forwards read in that way.
 
     Raises ModelError for a model that does not read text from left to right.
     """
@@ -72,7 +72,7 @@ def expect_no_noise(model: PreTrainedModel) -> None:
 
 
 def _few_layers(model: PreTrainedModel) -> AbstractContextManager[None]:
-    """One layer of each kind says what all do, and costs little where a large model lies in host memory."""
+    """Keep one layer of each kind: it shows what all do, and costs little where a large model is in host memory."""
     return few_layers(model, lambda: plain_hidden_states(model, probe_rows(model)[-1]))
 
 
@@ -97,7 +97,7 @@ def _probed(model: PreTrainedModel) -> Reading:
 
 
 def _plain_rows(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> Tensor:
-    """[T, D]: each row read alone; raises ModelError for a class that cannot."""
+    """Return [T, D], each row read alone; raises ModelError for a class that cannot."""
     name = type(model).__name__
     if model.base_model is model:
         raise ModelError(
@@ -117,7 +117,7 @@ def _plain_rows(model: PreTrainedModel, rows: Sequence[Sequence[int]]) -> Tensor
 
 
 def probe_rows(model: PreTrainedModel) -> list[list[int]]:
-    """Three rows of different lengths, the longest beyond every window and chunk of the model."""
+    """Return three rows of different lengths, the longest beyond every window and chunk of the model."""
     config = model.config.get_text_config()
     limits = [value for holder in _holders(model) for _, value in _limits_of(holder)]
     longest = max([24, *limits]) + 24
@@ -134,7 +134,7 @@ def probe_rows(model: PreTrainedModel) -> list[list[int]]:
 
 @contextmanager
 def short_limits(model: PreTrainedModel) -> Iterator[None]:
-    """No window, chunk or the like is longer than LONGEST_LIMIT while it lasts."""
+    """Shorten every window, chunk and the like to LONGEST_LIMIT within the block."""
     changed = [
         (holder, name, value)
         for holder in _holders(model)
@@ -151,7 +151,7 @@ def short_limits(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _holders(model: PreTrainedModel) -> list[Any]:
-    """Everything that may hold a limit: modules and their configs."""
+    """Return everything that may hold a limit: modules and their configs."""
     modules = list(model.modules())
     configs: list[Any] = [module.config for module in modules if hasattr(module, "config")]
     configs += [config.get_text_config() for config in configs if hasattr(config, "get_text_config")]
@@ -169,7 +169,7 @@ def _limits_of(holder: Any) -> list[tuple[str, int]]:
 def _judge(
     model: PreTrainedModel, rows: Sequence[Sequence[int]], plain_TD: Tensor
 ) -> Callable[[Tensor], bool]:
-    """Whether rounding explains the difference of the first hidden states from the plain ones."""
+    """Return a predicate: whether rounding explains how given hidden states differ from the first plain ones."""
     noise_T = None
     if not is_exact(model.dtype):
         with plain_attention(model), nudged_embeddings(model):
@@ -183,7 +183,7 @@ def _judge(
 def _expect_causal(
     model: PreTrainedModel, rows: list[list[int]], plain_TD: Tensor, within: Callable[[Tensor], bool]
 ) -> None:
-    """The end of a row, other tokens or none, must not move what stands before it."""
+    """Raise ModelError if other tokens, or none, at the end of a row change the hidden states before it."""
     row = rows[0]
     kept = len(row) * 3 // 4
     others = [[*row[:kept], *reversed(row[kept:])]]
@@ -206,7 +206,7 @@ def _difference(
     plain_TD: Tensor,
     within: Callable[[Tensor], bool],
 ) -> str | None:
-    """What keeps the model from reading rows in this way; None: nothing."""
+    """Return what keeps the model from reading rows in this way, or None."""
     batch = pack(rows, [[False] * len(row) for row in rows]).to(computing_device(model))
     try:
         found_TD = read_by(way, model, batch)

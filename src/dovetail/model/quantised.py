@@ -1,4 +1,4 @@
-"""Quantised checkpoints, loaded as plain weights in the precision that was asked for.
+"""Load quantised checkpoints as plain weights in the precision that was asked for.
 
 Responsible for: asking transformers to dequantise while it loads, refusing what it cannot, and leaving no trace of
 the quantisation in the model, so that it is trained and saved as any other.

@@ -1,6 +1,6 @@
-"""Written model folders, read again and compared with the model in memory.
+"""Read written model folders again and compare them with the model in memory.
 
-Responsible for: names, shapes and values of the weights, the output for a few tokens, and the tokenizer, of a
+Responsible for: comparing names, shapes and values of the weights, the output for a few tokens, and the tokenizer, of a
 folder that was just written.
 Not responsible for: writing folders (save.py), loading models to use them (load.py).
 """

@@ -1,6 +1,6 @@
 """The way a model reads the sequences of a batch: packed, padded, or each alone.
 
-Responsible for: what a class says of itself, and remembering what the probe of a model has found.
+Responsible for: what a class declares, and remembering what the probe of a model has found.
 Not responsible for: finding it (probe.py), doing it (forward.py).
 """
 
@@ -29,12 +29,12 @@ class Reading:
 
 
 def is_probed(model: PreTrainedModel) -> bool:
-    """Whether the way it reads was found by trying (probe.py)."""
+    """Return whether the way it reads was found by trying (probe.py)."""
     return hasattr(model.base_model, "dovetail_reading")
 
 
 def reading_of(model: PreTrainedModel) -> Reading:
-    """What the probe of the model has found; without one, what its class says of itself."""
+    """Return what the probe of the model has found; without a probe, what its class declares."""
     backbone: Any = model.base_model
     found: Reading | None = getattr(backbone, "dovetail_reading", None)
     if found is None:
@@ -50,12 +50,12 @@ def remember_reading(model: PreTrainedModel, reading: Reading) -> None:
 
 
 def why_not_packed(model: PreTrainedModel) -> str | None:
-    """Why a model does not run over packed batches, None if it does."""
+    """Return why a model does not run over packed batches, None if it does."""
     return reading_of(model).reason
 
 
 def packing_obstacle(model: PreTrainedModel) -> str | None:
-    """What a class says of itself that rules packed batches out."""
+    """Return what a class declares that rules packed batches out, or None."""
     name = type(model).__name__
     if not has_attention_switch(model):
         return f"{name} keeps its own attention (it bypasses the attention registry)"
@@ -74,5 +74,5 @@ def packing_obstacle(model: PreTrainedModel) -> str | None:
 
 
 def has_attention_switch(model: PreTrainedModel) -> bool:
-    """Whether the class says that its attention can be replaced."""
+    """Return whether the class declares that its attention can be replaced."""
     return bool(getattr(model, "_supports_attention_backend", False) and model._can_set_attn_implementation())

@@ -1,11 +1,11 @@
-"""Rotary embeddings whose frequencies depend on the length that is read: each sequence gets its own.
+"""Rotary embeddings whose frequencies depend on the length that is read: each sequence gets those of its length.
 
 Responsible for: dynamic NTK and longrope, which transformers switches by the longest sequence of a forward, and for
 dynamic NTK by the forwards before it.
 Not responsible for: the rotations themselves, which stay those of transformers.
 
-A packed batch and a decode step hold tokens of sequences of several lengths. The embedding is asked once for each
-length that matters, and every token takes its answer from the length of its own sequence.
+A packed batch and a decode step hold tokens of sequences of several lengths. The embedding is called once for each
+length that makes a difference, and every token takes the result for the length of its own sequence.
 
 Shapes: B rows of a batch, T tokens of a row.
 """
@@ -43,7 +43,7 @@ class SequenceRope(nn.Module):
         chosen: list[Tensor] = []
         for length in lengths:
             _forget(self, layer_type)
-            # transformers reads the length off the last position: one token more says what it is.
+            # transformers takes the length from the last position: one token more sets it.
             is_here_T = lengths_T == length
             last_B1 = position_ids.new_full((len(position_ids), 1), length - 1)
             places_BT = torch.cat([position_ids * is_here_T, last_B1], dim=1)
@@ -56,7 +56,7 @@ class SequenceRope(nn.Module):
 
 
 def give_sequences_their_rope(backbone: Any) -> None:
-    """Make the rotary embeddings of a backbone read the length of each sequence off the forward's `layout`."""
+    """Make the rotary embeddings of a backbone take the length of each sequence from the forward's `layout`."""
     ropes = [rope for rope in _ropes(backbone) if not isinstance(rope, SequenceRope)]
     for rope in ropes:
         rope.__class__ = type(f"Sequence{type(rope).__name__}", (SequenceRope, type(rope)), {})
@@ -65,25 +65,25 @@ def give_sequences_their_rope(backbone: Any) -> None:
 
 
 def rope_limit(model: Any) -> int | None:
-    """The longest sequence that is read with the frequencies of short ones; None if they never change."""
+    """Return the longest sequence that is read with the frequencies of short ones; None if they never change."""
     limits = [_limit(rope, kind) for rope in _ropes(model) for kind in _kinds(rope)]
     return min(limits, default=None)
 
 
 def reread_at(model: Any, length: int) -> bool:
-    """Whether a sequence that has just grown to `length` is read with other frequencies than before."""
+    """Return whether a sequence that has just grown to `length` is read with other frequencies than before."""
     here = torch.tensor([length - 1, length])
     apart = [_told_apart(rope, here, kind).tolist() for rope in _ropes(model) for kind in _kinds(rope)]
     return any(before != after for before, after in apart)
 
 
 def depends_on_length(model: Any) -> bool:
-    """Whether a longer text is read with other frequencies, in modules that are known here or not."""
+    """Return whether a longer text is read with other frequencies, in modules that are known here or not."""
     return rope_limit(model) is not None or unknown_rope(model) is not None
 
 
 def rope_limit_in(config: Any) -> int | None:
-    """`rope_limit` of a model with this config, as far as the config names it."""
+    """Return the `rope_limit` of a model with this config, as far as the config names it."""
     text = config.get_text_config()
     limits = [
         rope.get("original_max_position_embeddings", text.max_position_embeddings)
@@ -96,14 +96,14 @@ def rope_limit_in(config: Any) -> int | None:
 
 
 def unknown_rope(model: Any) -> str | None:
-    """The kind of rope that the config names, if it depends on the length in a module that is not known here."""
+    """Return the kind of rope that the config names, if it depends on the length in a module that is not known here."""
     kinds = {_rope_type(rope) for rope in _named(model.config.get_text_config())}
     changing = sorted(kinds - _FIXED)
     return changing[0] if changing and rope_limit(model) is None else None
 
 
 def _named(text: Any) -> list[dict[str, Any]]:
-    """What a config says of its ropes: of all layers, or of each kind of layer."""
+    """Return a config's settings of ropes: one for all layers, or one for each kind of layer."""
     named = getattr(text, "rope_parameters", None) or {}
     per_layer = [rope for rope in named.values() if isinstance(rope, dict)]
     return per_layer or [named]
@@ -114,14 +114,14 @@ def _rope_type(rope: dict[str, Any]) -> str:
 
 
 def _ropes(model: Any) -> Iterator[Any]:
-    """The rotary embeddings of which some frequency depends on the length."""
+    """Yield the rotary embeddings of which some frequency depends on the length."""
     for module in model.modules():
         if hasattr(module, "original_max_seq_len") and _kinds(module):
             yield module
 
 
 def _kinds(rope: Any) -> list[str | None]:
-    """The kinds of layers whose frequencies change; None where all layers share them."""
+    """Return the kinds of layers whose frequencies change; the kind is None where all layers share them."""
     types = getattr(rope, "rope_type", None)
     kinds: list[str | None] = list(types) if isinstance(types, dict) else [None]
     return [kind for kind in kinds if _changes(rope, kind)]
@@ -144,13 +144,13 @@ def _limit(rope: Any, kind: str | None) -> int:
 
 
 def _told_apart(rope: Any, lengths: Tensor, kind: str | None) -> Tensor:
-    """One length for all that share their frequencies."""
+    """Map lengths that share their frequencies to one length."""
     limit = _limit(rope, kind)
     return lengths.clamp(min=limit, max=limit + 1 if _type(rope, kind) == "longrope" else None)
 
 
 def _forget(rope: Any, kind: str | None) -> None:
-    """Undo what longer sequences read before have left in a rope of dynamic NTK."""
+    """Undo the changes that longer sequences, read before, have left in a rope of dynamic NTK."""
     if "dynamic" not in _type(rope, kind):
         return
     prefix = "" if kind is None else f"{kind}_"
@@ -161,7 +161,7 @@ def _forget(rope: Any, kind: str | None) -> None:
 
 
 def _tell_lengths(ropes: list[Any], _: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-    """Before each forward of the backbone. A layout that says nothing reads one new token of every sequence."""
+    """Set the lengths before each forward of the backbone; a layout without them reads one new token per sequence."""
     layout = kwargs.get("layout")
     for rope in ropes:
         rope.lengths_T = None if layout is None else getattr(layout, "lengths_T", None)

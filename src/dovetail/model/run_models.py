@@ -1,4 +1,4 @@
-"""Which models a path means.
+"""The models that a path names.
 
 Responsible for: finding the chat models of a run, and its reward model. Not responsible for: loading them (load.py).
 """
@@ -8,17 +8,19 @@ from pathlib import Path
 from dovetail.errors import ModelError
 
 _CHAT_MODELS = {"ppo": "ppo/model", "ppo-ema": "ppo/model_ema", "sft": "sft/model"}
-"""Of a run, the best first."""
+"""The chat models of a run, the best first."""
 
 
 def model_folder(path: str) -> str:
-    """The best finished chat model in a run folder; anything else is the name of a model itself."""
+    """Return the best finished chat model in a run folder; any other path names a model itself."""
     return next(iter(chat_models(path).values()))
 
 
 def chat_models(path: str) -> dict[str, str]:
-    """Name -> place of every finished chat model in a run folder, the best first; a model itself is alone, and
-    named after its folder or file. Raises ModelError for a folder that is neither.
+    """Map the names of the finished chat models in a run folder, the best first, to their places.
+
+    A path to a model itself gives that one alone, named after its folder or file. Raises ModelError for a folder that
+    is neither.
     """
     folder = Path(path).expanduser()
     if not folder.is_dir() or any(folder.glob("*.gguf")) or _is_model(folder):
@@ -35,7 +37,7 @@ def chat_models(path: str) -> dict[str, str]:
 
 
 def reward_folder(path: str) -> str:
-    """The finished reward model in a run folder; anything else is the name of a model itself."""
+    """Return the finished reward model in a run folder; any other path names a model itself."""
     inside = Path(path).expanduser() / "reward" / "model"
     return str(inside) if (inside / "config.json").is_file() else path
 

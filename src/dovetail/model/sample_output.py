@@ -20,13 +20,13 @@ from dovetail.model.padding import num_rows
 from dovetail.model.plain_forward import plain_attention, plain_hidden_states
 
 LARGEST_GAP = 0.05
-"""Relative, of the median token: rounding in half precision, on another device, stays below."""
+"""The relative gap of the median token that rounding in half precision, on another device, stays below."""
 _NUM_TOKENS = 16
 
 
 @torch.no_grad()
 def sample_output(model: Any) -> Tensor:
-    """[T, N], float64 on the CPU: logits, or hidden states and score, of the plain forward without dropout."""
+    """Return [T, N], float64 on the CPU: logits, or hidden states and score, of the plain forward without dropout."""
     inner = plain_model(model)
     ids = [(7 * i + 3) % num_rows(inner) for i in range(_NUM_TOKENS)]
     with evaluation_mode(inner), plain_attention(inner):
@@ -41,7 +41,7 @@ def sample_output(model: Any) -> Tensor:
 def relative_gap(one_TN: Tensor, other_TN: Tensor) -> float:
     """Return how far two outputs are apart, relative to the first; a NaN counts as infinitely far.
 
-    The median over the tokens: a mixture of experts may send one token elsewhere on another device.
+    It is the median over the tokens: a mixture of experts may send one token elsewhere on another device.
     """
     gaps_T = (one_TN - other_TN).norm(dim=-1) / one_TN.norm(dim=-1).clamp(min=1e-12)
     return float(gaps_T.nan_to_num(nan=float("inf")).median())

@@ -1,4 +1,4 @@
-"""Final models as folders that anybody can load without us.
+"""Save final models as folders that transformers loads without Dovetail.
 
 Responsible for: Hugging Face folders of models and tokenizers, written aside, read back and then renamed; merged
 models and adapters of LoRA runs; what a reward model's folder needs for transformers to read scores at the right
@@ -45,9 +45,9 @@ def save_model(
 ) -> None:
     """Write `model` and `tokenizer` so that the Auto classes of transformers load them, and read the folder back.
 
-    dtype: of the weights on disk, by default as they are.
-    stop_token_ids: what ends an answer, for the generation config, beside what the model declares itself; by default
-    the tokenizer's eos.
+    dtype: the precision of the weights on disk, by default as they are.
+    stop_token_ids: the tokens that end an answer, for the generation config, beside those that the model declares; by
+    default the tokenizer's eos.
     A model with LoRA adapters is saved merged, and its adapter in `<folder>_adapter`. An earlier folder of that
     name is replaced only when the new one is complete and gives the model in memory. Raises CheckpointError if it
     cannot be written or gives another model, ModelError if the adapters cannot be merged.
@@ -86,7 +86,7 @@ class _Parts:
     tokenizer: PreTrainedTokenizerBase
     stops: tuple[int, ...]
     padding: ScorePadding | None
-    """Of a scalar model."""
+    """The padding of a scalar model; None for a causal language model."""
 
     @classmethod
     def of(
@@ -157,7 +157,7 @@ def _write_adapter(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path)
 
 
 def _cast_state(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The state on the CPU in `dtype`; weights that share memory go on sharing it."""
+    """Return the state on the CPU in `dtype`; weights that share memory go on sharing it."""
     casts: dict[tuple[int, torch.Size], Tensor] = {}
     state = {}
     for name, tensor in model.state_dict().items():
@@ -169,7 +169,7 @@ def _cast_state(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]
 
 
 def _written_aside(folder: Path, write: Callable[[Path], None]) -> None:
-    """Whatever `write` does, `folder` is either as it was or complete."""
+    """Write to a folder aside, then rename it: whatever `write` does, `folder` is either as it was or complete."""
     aside, replaced = _aside(folder, write), folder.with_name(f".{folder.name}.replaced")
     shutil.rmtree(replaced, ignore_errors=True)
     if folder.exists():

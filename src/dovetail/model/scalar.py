@@ -3,8 +3,8 @@
 Responsible for: making one from a causal language model.
 Not responsible for: reading them from disk (load.py), using them (forward.py), centring them (heads.py).
 
-They are transformers' own `...ForSequenceClassification` classes with one label, so anybody can load them, and where it
-has none the same thing for the architecture (scalar_class.py).
+They are transformers' own `...ForSequenceClassification` classes with one label, which transformers can load, and
+where it has none, a class of the same form for the architecture (scalar_class.py).
 
 Shapes: D width of the hidden states.
 """
@@ -22,7 +22,7 @@ from dovetail.model.scalar_class import scalar_class_of
 
 
 def scalar_model_from(causal_lm: Any, *, seed: int, pad_token_id: int | None) -> PreTrainedModel:
-    """A scalar model on a copy of a causal language model's backbone, adapters left out.
+    """Return a scalar model on a copy of a causal language model's backbone, adapters left out.
 
     The head is drawn from N(0, 1 / (D + 1)), as in Stiennon et al. 2020 (arXiv:2009.01325) and InstructGPT.
     """
@@ -32,7 +32,7 @@ def scalar_model_from(causal_lm: Any, *, seed: int, pad_token_id: int | None) ->
 
 
 def with_scalar_head(causal_lm: PreTrainedModel, *, seed: int, pad_token_id: int | None) -> PreTrainedModel:
-    """The same as `scalar_model_from`, but takes the backbone over instead of copying it."""
+    """Return the same as `scalar_model_from`, but on the backbone itself, not on a copy."""
     config = copy.deepcopy(causal_lm.config)
     config.num_labels = 1
     embeddings: Any = causal_lm.get_input_embeddings()
@@ -50,7 +50,7 @@ def with_scalar_head(causal_lm: PreTrainedModel, *, seed: int, pad_token_id: int
             f"{type(causal_lm).__name__} on {type(backbone).__name__}: one cannot become the other"
         )
     setattr(model, model.base_model_prefix, backbone)
-    # The configs of the backbone and its parts must be the model's: both say which attention runs.
+    # The backbone and its parts must share the configs of the model: both say which attention runs.
     theirs = [causal_lm.config, *(getattr(causal_lm.config, key) for key in config.sub_configs)]
     ours = [config, *(getattr(config, key) for key in config.sub_configs)]
     renewed = {id(old): new for old, new in zip(theirs, ours, strict=True)}
@@ -69,14 +69,14 @@ def with_scalar_head(causal_lm: PreTrainedModel, *, seed: int, pad_token_id: int
 
 
 def new_score_weight(width: int, *, seed: int) -> torch.Tensor:
-    """[1, D], float32, drawn on the CPU so that every device gets the same numbers."""
+    """Return [1, D], float32, drawn on the CPU so that every device gets the same numbers."""
     generator = torch.Generator().manual_seed(seed)
     std: float = (width + 1) ** -0.5
     return torch.randn(1, width, generator=generator) * std
 
 
 def _skeleton(config: Any) -> PreTrainedModel:
-    """A scalar model without memory behind its weights."""
+    """Return a scalar model without memory behind its weights."""
     try:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             model: PreTrainedModel = scalar_class_of(config).from_config(config)

@@ -25,9 +25,10 @@ SCALAR = "ForSequenceClassification"
 
 
 def scalar_class_of(config: PreTrainedConfig) -> Any:
-    """Return transformers' auto class, or ours: what makes (`from_config`) and loads (`from_pretrained`) scalar models.
+    """Return the class that makes (`from_config`) and loads (`from_pretrained`) scalar models.
 
-    Where neither is possible it is the auto class, whose methods raise ValueError.
+    It is transformers' auto class, or Dovetail's own. Where neither is possible it is the auto class, whose methods
+    raise ValueError.
     """
     kind, causal_classes = type(config), AutoModelForCausalLM._model_mapping
     is_theirs = kind in AutoModelForSequenceClassification._model_mapping
@@ -38,7 +39,10 @@ def scalar_class_of(config: PreTrainedConfig) -> Any:
 
 @cache
 def _made(causal_class: Any, model_type: str) -> type[PreTrainedModel]:
-    """Return what transformers writes out for its own, the generic head over the architecture's base class; say so."""
+    """Return a class with transformers' generic head over the architecture's base class, and say so.
+
+    transformers writes its own classes in the same form.
+    """
     say(
         f"transformers has no sequence-classification class for {model_type}: a reward model of it has a linear head "
         "of Dovetail's own, and is saved in a form that Dovetail reads and transformers does not"

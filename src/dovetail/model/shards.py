@@ -3,9 +3,9 @@
 Responsible for: the local rows, the whole, and writing to either; for tensors that are not sharded, the tensor itself.
 Not responsible for: sharding a model, or keeping it in host memory (parallel/shard.py).
 
-A shard is a DTensor split by rows as `torch.chunk` does, over one dimension of a mesh: what FSDP2 makes of parameters.
-Over another dimension there are replicas: processes with the same rows. Where the mesh is of devices and the rows are
-in host memory, it is offloaded: they come to the device to compute with.
+A shard is a DTensor split by rows as `torch.chunk` does, over one dimension of a mesh: FSDP2 makes
+them of parameters. Over another dimension there are replicas: processes with the same rows. A shard is offloaded where
+the mesh is of devices and the rows are in host memory: they are copied to the device for computing.
 """
 
 from typing import Any
@@ -15,31 +15,31 @@ from torch import Tensor, nn
 
 
 def is_shard(tensor: Tensor) -> bool:
-    """Whether this process holds some rows of it."""
+    """Return whether the tensor is sharded, so that this process holds some of its rows."""
     return hasattr(tensor, "to_local")
 
 
 def is_offloaded(tensor: Tensor) -> bool:
-    """Whether the rows wait in host memory for a device that computes."""
+    """Return whether the rows are in host memory while a device computes with them."""
     held: Any = tensor
     return is_shard(tensor) and tensor.device.type != held.device_mesh.device_type
 
 
 def computing_device(model: nn.Module) -> torch.device:
-    """Where the model computes, which is not where its weights are if they are offloaded."""
+    """Return the device that the model computes on; offloaded weights are elsewhere."""
     weight: Any = next(model.parameters())
     return torch.device(weight.device_mesh.device_type) if is_offloaded(weight) else weight.device
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The rows that are here, sharing their memory; without gradient."""
+    """Return the local rows, sharing their memory; without gradient."""
     held: Any = tensor.detach()
     rows: Tensor = held.to_local() if is_shard(held) else held
     return rows
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All rows, where they compute. A collective if the tensor is sharded."""
+    """Return all rows, on the computing device. A collective if the tensor is sharded."""
     held: Any = tensor.detach()
     if is_offloaded(held):
         held = shard_like(held, local(held).to(held.device_mesh.device_type))
@@ -48,7 +48,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def bounds(tensor: Tensor) -> tuple[int, int]:
-    """First row that is here, and the one after the last."""
+    """Return the first local row, and the one after the last."""
     if not is_shard(tensor):
         return 0, len(tensor)
     sharded: Any = tensor
@@ -61,7 +61,7 @@ def bounds(tensor: Tensor) -> tuple[int, int]:
 
 
 def is_first_replica(tensor: Tensor) -> bool:
-    """Of the processes that hold these rows of a shard, one is the first."""
+    """Return whether this process is the first of those that hold the same rows of a shard."""
     sharded: Any = tensor
     places = zip(sharded.device_mesh.get_coordinate(), sharded.placements, strict=True)
     return all(place == 0 for place, placement in places if not placement.is_shard())
@@ -77,13 +77,13 @@ def assign(target: Tensor, value: Tensor) -> None:
 
 
 def shard_like(tensor: Tensor, rows: Tensor) -> Tensor:
-    """`rows` as what this process holds of a tensor that is sharded as `tensor` is; `rows` itself if it is not."""
+    """Return `rows` as the local rows of a tensor that is sharded as `tensor` is; `rows` itself if it is not."""
     if not is_shard(tensor):
         return rows
     from torch.distributed.tensor import DTensor  # only where there is a group
     from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
-    # As FSDP2 makes its own. `DTensor.from_local` would copy rows of host memory to the device of the mesh.
+    # FSDP2 makes its own in this way. `DTensor.from_local` would copy rows of host memory to the device of the mesh.
     make: Any = DTensor
     sharded: Any = tensor
     meta = TensorMeta(sharded.shape, sharded.stride(), rows.dtype)

@@ -1,7 +1,7 @@
-"""Tensors that are slices of a whole one: what a process of a tensor-parallel group holds.
+"""Tensors that are slices of a whole one, as the processes of a tensor-parallel group hold them.
 
 Responsible for: the note on a tensor that says which part of which whole it is, and where its numbers lie there.
-Not responsible for: who holds what (parallel/tensor_plan.py), sharding of a slice by rows (shards.py).
+Not responsible for: which process holds what (parallel/tensor_plan.py), sharding of a slice by rows (shards.py).
 
 The note is an attribute of the tensor object; what is made from it (a moment, an average, a tensor to save) gets it by
 `noted`. A tensor without a note is whole.
@@ -16,24 +16,24 @@ from torch import Tensor
 from dovetail.model.shards import bounds, is_shard
 
 Pieces = tuple[tuple[int, int], ...]
-"""(start, length) of each, in one dimension of the whole, end to end in the slice."""
+"""The (start, length) of each piece in one dimension of the whole; they lie end to end in the slice."""
 
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """Which part of a whole a tensor is."""
+    """The part of a whole that a tensor is."""
 
     shape: torch.Size
-    """Of the whole."""
+    """The shape of the whole."""
     dim: int
     pieces: Pieces
     everybodys: tuple[Pieces, ...] | None
-    """The pieces of each process of the group; None: all have the whole."""
+    """The pieces of each process of the group; None where all have the whole."""
     is_first: bool
-    """Of the processes that hold the same numbers, one is the first: the one that writes them."""
+    """Whether this process is the first of those that hold the same numbers, the one that writes them."""
 
     def joined(self, slices: Sequence[Tensor]) -> Tensor:
-        """The whole, from the slices of all."""
+        """Return the whole, joined from the slices of all processes."""
         assert self.everybodys is not None
         whole = slices[0].new_empty(self.shape)
         for held, pieces in zip(slices, self.everybodys, strict=True):
@@ -45,41 +45,41 @@ class Slice:
 
 
 def slice_of(tensor: Tensor) -> Slice | None:
-    """The note; None on a whole tensor."""
+    """Return the note; None for a whole tensor."""
     return getattr(tensor, "dovetail_slice", None)
 
 
 def note(tensor: Tensor, note: Slice | None) -> Tensor:
-    """The tensor itself, with the note."""
+    """Put the note on the tensor, and return the tensor."""
     if note is not None:
         tensor.dovetail_slice = note  # type: ignore[attr-defined]
     return tensor
 
 
 def noted(tensor: Tensor, like: Tensor) -> Tensor:
-    """The tensor itself, as the same part of a whole as `like`."""
+    """Mark the tensor as the same part of a whole as `like`, and return it."""
     return note(tensor, slice_of(like))
 
 
 def is_part(tensor: Tensor) -> bool:
-    """Whether this process holds a shard or a slice of the whole, or knows who writes it."""
+    """Return whether the tensor is a shard, or has a note, which also says which process writes it."""
     return is_shard(tensor) or slice_of(tensor) is not None
 
 
 def whole_shape(tensor: Tensor) -> torch.Size:
-    """Of the whole that the tensor is part of."""
+    """Return the shape of the whole that the tensor is part of."""
     found = slice_of(tensor)
     return tensor.shape if found is None else found.shape
 
 
 Span = tuple[int, int, int]
-"""(start in the whole, start here, length)."""
+"""The triple (start in the whole, start here, length)."""
 Box = tuple[Span, Span | None]
 """A rectangle of a whole tensor that is here: rows, and columns (None: all, or there are none)."""
 
 
 def boxes(tensor: Tensor) -> list[Box]:
-    """Where in the whole the numbers lie that this process has of a tensor: whole, shard, slice or shard of a slice."""
+    """Return the boxes of the whole that this process holds of a tensor: whole, shard, slice or shard of a slice."""
     first, end = bounds(tensor)
     found = slice_of(tensor)
     if found is None:
@@ -95,7 +95,7 @@ def boxes(tensor: Tensor) -> list[Box]:
 
 
 def _within(span: Span, first: int, end: int) -> Span:
-    """The part of a span whose places here are from `first` to before `end`."""
+    """Return the part of a span whose local places are from `first` to before `end`."""
     start, at, length = span
     low, high = max(at, first), min(at + length, end)
     return start + low - at, low, max(0, high - low)

@@ -4,8 +4,9 @@ Responsible for: the tolerances of each dtype, and the judgement over many token
 Not responsible for: the forwards (plain_forward.py, forward.py).
 
 In half precision a mixture of experts sends some tokens to other experts when anything is rounded another way. So there
-the plain forward is run once more with its embeddings changed in the last bit: how far it moves itself is what rounding
-does to this model. Neighbouring tokens are judged together, by their median, as a wrong forward is wrong for many.
+the plain forward is run once more with its embeddings changed in the last bit: how far its own output moves is
+what rounding does to this model. Neighbouring tokens are judged together, by their median, because a wrong forward
+is wrong for many.
 """
 
 from collections.abc import Iterator
@@ -23,14 +24,14 @@ _NEIGHBOURS = 4
 
 @dataclass(frozen=True, slots=True)
 class Tolerance:
-    """How far numbers of one dtype may lie apart before rounding cannot be the reason."""
+    """The largest differences between numbers of one dtype that rounding explains."""
 
     largest: float
     """Nats: the log-probability of any token, and how far its logit may lie below the best one."""
     mean: float
-    """Nats: the mean over all tokens. It finds what is wrong by a little everywhere."""
+    """Nats: the mean over all tokens. It finds errors that are small at every token."""
     hidden: float
-    """Norm of the difference of a layer's output, as a fraction of its norm, at any token."""
+    """The norm of the difference of a layer's output, as a fraction of its norm, at any token."""
 
 
 TOLERANCES = {
@@ -42,12 +43,12 @@ TOLERANCES = {
 
 
 def is_exact(dtype: torch.dtype) -> bool:
-    """Whether rounding is too small to choose another expert."""
+    """Return whether rounding is too small to choose another expert."""
     return dtype in (torch.float32, torch.float64)
 
 
 def first_beyond(errors_T: Tensor, allowed: float, noise_T: Tensor | None) -> int | None:
-    """The first token whose error rounding does not explain, None if there is none.
+    """Return the first token whose error rounding does not explain, None if there is none.
 
     noise_T: the errors that rounding makes in half precision, of the same kind; None: every token counts.
     """
@@ -63,7 +64,7 @@ def first_beyond(errors_T: Tensor, allowed: float, noise_T: Tensor | None) -> in
 
 
 def is_explained(errors_T: Tensor, allowed_mean: float, noise_T: Tensor | None) -> bool:
-    """Whether the mean of the errors is one that rounding explains; NaN is not."""
+    """Return whether rounding explains the mean of the errors; it never explains NaN."""
     if noise_T is not None:
         allowed_mean = max(allowed_mean, _TIMES_NOISE * float(noise_T.mean()))
     return float(errors_T.mean()) <= allowed_mean
@@ -71,7 +72,7 @@ def is_explained(errors_T: Tensor, allowed_mean: float, noise_T: Tensor | None) 
 
 @contextmanager
 def nudged_embeddings(model: PreTrainedModel) -> Iterator[None]:
-    """Every other number of an embedding is larger by its last bit while it lasts."""
+    """Make every other number of an embedding larger by its last bit within the block."""
     embeddings: Any = model.get_input_embeddings()
 
     def nudge(_: Any, __: Any, output: Tensor) -> Tensor:

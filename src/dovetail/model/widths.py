@@ -1,4 +1,4 @@
-"""Heads and widths of a decoder, whatever its configuration calls them.
+"""The heads and widths of a decoder, whatever its configuration calls them.
 
 Responsible for: reading them off a Hugging Face configuration, without a model.
 Not responsible for: what follows from them (training/step_memory.py, parallel/tensor_plan.py).
@@ -10,20 +10,20 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Widths:
-    """How wide the parts of each layer are."""
+    """The widths of the parts of each layer."""
 
     hidden: int
-    """D, of the hidden states."""
+    """D, the width of the hidden states."""
     num_heads: int
     num_key_heads: int
-    """Heads of keys and values; fewer than `num_heads` where queries share them."""
+    """The heads of keys and values; fewer than `num_heads` where queries share them."""
     head: int
     inner: int
-    """F, of the feed-forward layer."""
+    """F, the inner width of the feed-forward layer."""
 
 
 def widths_of(config: Any) -> Widths:
-    """Of any Hugging Face decoder's configuration."""
+    """Return the widths in any Hugging Face decoder's configuration."""
     config = config.get_text_config()
     hidden, num_heads = int(config.hidden_size), int(config.num_attention_heads)
     # OPT, GPT-2 and the others each have their own word for it; where it is None, it is four times the width.
