@@ -1,4 +1,4 @@
-"""The rows of one stage: all sources, split, weighted.
+"""The rows of one stage, split and weighted over all sources.
 
 Responsible for: which rows of which source a stage sees, in training and held out, and how often.
 Not responsible for: reading one source (sources.py), the split's hash (split.py), tokens (tokenize.py).
@@ -38,9 +38,9 @@ from dovetail.errors import DataError
 
 Part = Literal["train", "held_out"]
 FEWEST_HELD_OUT = 10
-"""Fewer held-out rows say next to nothing: of 10, a share of 0.5 has a standard error of 0.16."""
+"""The number of held-out rows below which a note is given: among 10, a share of 0.5 has a standard error of 0.16."""
 LARGEST_FRACTION = 0.25
-"""Most of the rows that a note proposes to hold out."""
+"""The largest fraction of the rows that a note proposes to hold out."""
 RecordT = TypeVar("RecordT", bound=Record)
 
 
@@ -49,9 +49,9 @@ class StageRows(Sequence[RecordT], Generic[RecordT]):
     """The rows of a stage as a sequence, weights applied: rows of a source with a large weight occur often."""
 
     records: list[RecordT]
-    """Each row once."""
+    """The rows, each one once."""
     source_of: NDArray[np.int32]
-    """For each record, the index of its source in `report.sources`."""
+    """The index in `report.sources` of each record's source."""
     weights: tuple[float, ...] | None
     """Share of each source in the blend, or None: every row once."""
     order: NDArray[np.int64]
@@ -88,10 +88,10 @@ def load_stage(config: DataConfig, kind: Literal["ppo"], part: Part) -> StageRow
 @overload
 def load_stage(config: DataConfig, kind: Literal["text"], part: Part) -> StageRows[Text]: ...
 def load_stage(config: DataConfig, kind: Kind, part: Part) -> StageRows[Any]:
-    """The rows of a stage, for training or held out, from every source that can serve it.
+    """Load the rows of a stage, for training or held out, from every source that can serve it.
 
     Tables are read once, row by row; only the rows of this stage stay in memory. Held-out rows occur once
-    each, at most `max_eval_rows` of them. Without any row to train on: DataError.
+    each, at most `max_eval_rows` of them. Raises DataError if there is no row to train on.
     """
     records: list[Any] = []
     source_of: list[int] = []
@@ -117,9 +117,9 @@ def load_stage(config: DataConfig, kind: Kind, part: Part) -> StageRows[Any]:
 def blend_order(
     source_of: NDArray[np.int32], weights: Sequence[float] | None, seed: int
 ) -> NDArray[np.int64]:
-    """Indices of the rows of one epoch, as many as there are rows, in the sources' proportions.
+    """Return the indices of the rows of one epoch, as many as there are rows, in the sources' proportions.
 
-    A source that is to occur more often than it has rows is passed over whole as often as fits; the rest is
+    A source that must occur more often than it has rows is repeated whole as often as fits; the rest is
     drawn without replacement. Without weights every row occurs once.
     """
     if weights is None:
@@ -137,7 +137,7 @@ def blend_order(
 
 
 def sources_of(config: DataConfig, kind: Kind) -> list[tuple[SourceConfig, Sequence[float] | None]]:
-    """The sources that a stage reads, registered names resolved, and how their rows are split over stages."""
+    """Return the sources that a stage reads, registered names resolved, with the shares that split their rows."""
     listed = config.pretraining if kind == "text" else config.blend
     found: list[tuple[SourceConfig, Sequence[float] | None]] = [
         (part, config.shares if kind != "text" and source.stages is None else None)
@@ -157,7 +157,7 @@ def sources_of(config: DataConfig, kind: Kind) -> list[tuple[SourceConfig, Seque
 def _gather(
     source: SourceConfig, split: Sequence[float] | None, kind: Kind, part: Part, config: DataConfig
 ) -> tuple[list[Any], SourceCounts]:
-    """What one stage takes from one source."""
+    """Collect the rows that one stage takes from one source, and count them."""
     tally = Tally()
     by_prompt = config.split_by == "prompt" and kind != "text"
     keys = array("Q")
@@ -200,7 +200,7 @@ def _part_of(key: str, source: SourceConfig, config: DataConfig) -> Part:
 
 
 def _with_answers(record: Record) -> Demonstration | None:
-    """What there is to imitate: nothing where an answer is empty, be it one in a comparison's prompt."""
+    """Return the row as a demonstration; None where an answer is empty, even one in a comparison's prompt."""
     taken = as_demonstration(record)
     return None if taken is None or has_empty_answer(taken.messages) else taken
 
@@ -237,7 +237,7 @@ def _expect_kind(record: Record, kind: Kind) -> None:
 def _capped(
     records: list[Any], owners: NDArray[np.int32], report: DataReport, config: DataConfig
 ) -> StageRows[Any]:
-    """At most `max_eval_rows`: those with the smallest hash, so that their order does not matter."""
+    """Keep at most `max_eval_rows` rows: those with the smallest hash, so that their order does not matter."""
     ranked = sorted(range(len(records)), key=lambda i: unit_interval(records[i].row_id, "evaluation"))
     kept = sorted(ranked[: config.max_eval_rows])
     source_of = owners[kept] if kept else owners[:0]
@@ -248,7 +248,7 @@ def _capped(
 def _few_held_out(
     counts: Sequence[SourceCounts], asked: Sequence[SourceConfig], fraction: float
 ) -> list[str]:
-    """Return a note if fewer rows are held out than one can judge by, although a source is to give some."""
+    """Return a note if fewer rows are held out than one can judge by, although a source should give some."""
     held_out, total = sum(c.rows for c in counts), sum(c.rows_of_stage for c in counts)
     is_wanted = any(fraction > 0 if source.held_out is None else source.held_out for source in asked)
     if held_out >= FEWEST_HELD_OUT or not is_wanted:
@@ -261,7 +261,10 @@ def _few_held_out(
 
 
 def _weights(sources: Sequence[SourceConfig]) -> tuple[float, ...] | None:
-    """One weight a source; None if none of them has one. A source held out whole has no rows in training."""
+    """Return one weight per source, or None if no source has one.
+
+    A source that is held out whole has no rows in training.
+    """
     if all(source.weight is None for source in sources):
         return None
     return tuple(1.0 if source.weight is None else source.weight for source in sources)

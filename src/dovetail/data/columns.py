@@ -19,14 +19,14 @@ from typing import Any
 
 _HALF_A_PAIR = re.compile("[\ud800-\udfff]")
 _LARGEST_EXACT = 2**53
-"""From here on a float stands for several whole numbers."""
+"""The magnitude from which one float stands for several whole numbers."""
 _NOT_A_LITERAL = (ValueError, TypeError, SyntaxError, MemoryError, RecursionError)
-"""Whatever `ast.literal_eval` raises."""
+"""All errors that `ast.literal_eval` raises."""
 _STEP = re.compile(r"\.?([^.\[\]]+)|\[(\d*)\]")
 
 
 class BadRowError(Exception):
-    """A row that cannot be used, and why. Becomes a DataError with its place, or is counted and skipped."""
+    """The reason why a row cannot be used. It becomes a DataError with its place, or is counted and skipped."""
 
     def __init__(self, reason: str, hint: str | None = None) -> None:
         super().__init__(reason)
@@ -35,7 +35,7 @@ class BadRowError(Exception):
 
 
 def value_of(row: Mapping[str, Any], column: str) -> Any:
-    """The value under a column name or path; None where an optional one (`name?`) is absent or null."""
+    """Return the value under a column name or path; None where an optional one (`name?`) is absent or null."""
     path, is_optional = (column[:-1], True) if column.endswith("?") else (column, False)
     try:
         value = row[path] if path in row else _walk(row, path)
@@ -77,7 +77,7 @@ def as_text(value: Any, column: str) -> str:
 
 
 def expect_characters(text: str, column: str) -> str:
-    """The text; BadRowError if it holds half a surrogate pair, as JSON can, which no tokenizer takes."""
+    """Return the text; raise BadRowError if it holds half a surrogate pair, as JSON can, which no tokenizer takes."""
     if _HALF_A_PAIR.search(text):
         raise BadRowError(
             f"{column} holds half a surrogate pair, which is no character", hint="remove it from the text"
@@ -86,7 +86,7 @@ def expect_characters(text: str, column: str) -> str:
 
 
 def number_of(value: Any, column: str) -> float:
-    """The value as a finite number, or a BadRowError that says what it is."""
+    """Return the value as a finite number, or raise a BadRowError that says what it is."""
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
@@ -97,7 +97,7 @@ def number_of(value: Any, column: str) -> float:
 
 
 def list_of(row: Mapping[str, Any], columns: tuple[str, ...] | str) -> list[Any]:
-    """One value per column, or the list that one column holds (as JSON, in CSV files)."""
+    """Return one value per column, or the list that one column holds (as JSON, in CSV files)."""
     if not isinstance(columns, str):
         return [value_of(row, column) for column in columns]
     value = parsed(value_of(row, columns))
@@ -131,7 +131,7 @@ def _literal(text: str) -> Any:
 
 
 def describe(value: Any) -> str:
-    """A value in a few words, for errors."""
+    """Describe a value in a few words, for errors."""
     shown = repr(value)
     shown = shown if len(shown) <= 60 else f"{shown[:60]}..."
     kinds = {str: "the text", list: "a list:", dict: "an object:", bool: "", type(None): ""}

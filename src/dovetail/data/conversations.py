@@ -1,4 +1,4 @@
-"""Messages from the forms in which people keep conversations.
+"""Read messages from the forms in which people keep conversations.
 
 Responsible for: lists of messages in the common spellings, Anthropic transcripts, and the order of turns.
 Not responsible for: columns (columns.py), or which turns are prompt and which answer (forms.py).
@@ -79,7 +79,7 @@ def _is_message(item: Any) -> bool:
 
 
 def transcript_from(text: str, column: str, names: tuple[str, str] = DEFAULT_NAMES) -> list[Message]:
-    """The turns of "\\n\\nHuman: ...\\n\\nAssistant: ...".
+    """Return the turns of "\\n\\nHuman: ...\\n\\nAssistant: ...".
 
     An empty turn at the end, which opens an answer, is left out. Text before the first name is a system
     message.
@@ -100,7 +100,7 @@ def transcript_from(text: str, column: str, names: tuple[str, str] = DEFAULT_NAM
 
 
 def answer_from_transcript(text: str, names: tuple[str, str] = DEFAULT_NAMES) -> str:
-    """An answer kept apart from its prompt: without the name before it, and without turns after it."""
+    """Return an answer that stands apart from its prompt, without the name before it and without turns after it."""
     pieces = _markers(names).split(text)
     first = pieces[0].strip()
     if first or len(pieces) == 1:
@@ -135,8 +135,11 @@ def has_empty_answer(turns: Sequence[Message]) -> bool:
 
 @lru_cache(maxsize=16)
 def _markers(names: tuple[str, str]) -> re.Pattern[str]:
-    """Where turns begin. Anthropic's names stand behind a blank line, since "Human:" also occurs inside text;
-    other names, such as USER and ASSISTANT, behind any white space or an end-of-text token."""
+    """Return the pattern that finds where turns begin.
+
+    Anthropic's names follow a blank line, since "Human:" also occurs inside text; other names, such as USER and
+    ASSISTANT, follow any white space or an end-of-text token.
+    """
     border = r"(?:\A\s*|\n\n\s*)" if names == DEFAULT_NAMES else r"(?:\A\s*|(?:</s>|\s)\s*)"
     return re.compile(rf"{border}({re.escape(names[0])}|{re.escape(names[1])}):")
 
@@ -162,7 +165,7 @@ def _message(item: Any, place: str) -> Message:
 
 
 def _is_to_be_learnt(item: Mapping[str, Any], place: str, role: Role) -> bool:
-    """Return whether the keys of a message let its turn be learnt. BadRowError if they ask for what is not done."""
+    """Return whether the keys of a message let its turn be learnt. Raise BadRowError if they cannot be followed."""
     marked = {key: item[key] for key in _LEARNT_IF if item.get(key) is not None}
     for key, value in marked.items():
         if value not in (0, 1):
@@ -176,7 +179,7 @@ def _is_to_be_learnt(item: Mapping[str, Any], place: str, role: Role) -> bool:
 
 
 def _content(content: Any, place: str) -> str:
-    """Text, or a list of parts that are all text."""
+    """Return the content of a message as text; it may be text or a list of parts that are all text."""
     if isinstance(content, str):
         return expect_characters(content, place)
     parts = content if isinstance(content, list) else []

@@ -1,4 +1,4 @@
-"""Rows of a table to records, by the columns that a source names.
+"""Turn rows of a table into records, by the columns that a source names.
 
 Responsible for: the six forms of rows, which answers make a pair and which are ties.
 Not responsible for: reading tables (tables.py), finding values (columns.py), columns that are not named (guesses.py).
@@ -105,7 +105,7 @@ def _expect_wanted(row: Row) -> None:
 
 
 def _was_skipped(row: Row) -> bool:
-    """Return whether all people who saw a task of Label Studio passed it over: it is a prompt without a verdict."""
+    """Return whether all annotators skipped this task of Label Studio, which leaves a prompt without a verdict."""
     work = row.get("annotations")
     marks = (
         [isinstance(one, Mapping) and one.get("was_cancelled") for one in work]
@@ -152,12 +152,12 @@ def _prompt(row: Row, source: SourceConfig) -> tuple[Message, ...]:
 
 
 def prompt_turns(row: Row, source: SourceConfig) -> list[Message]:
-    """Return the turns of the prompt's column; they may end with anybody's."""
+    """Return the turns of the prompt's column; the last one may be of any role."""
     return _asked(row, _with_transcript_decided(row, source))
 
 
 def _asked(row: Row, source: SourceConfig) -> list[Message]:
-    """Return the turns of the prompt's column; those of several columns are one text, a blank line between."""
+    """Return the turns of the prompt's column; several columns are joined to one text, a blank line between."""
     assert source.prompt is not None
     if isinstance(source.prompt, str):
         return _conversation(value_of(row, source.prompt), source.prompt, source)
@@ -213,7 +213,7 @@ def _pair(row: Row, source: SourceConfig) -> Judged:
 
 
 def _before_the_answers(row: Row, sides: Sequence[list[Message]], source: SourceConfig) -> Sequence[Message]:
-    """Return what stands before an answer that is given alone: the prompt's column, or what the other side has."""
+    """Return the turns before an answer that is given alone: those of the prompt's column or of the other side."""
     if not any(map(_is_answer, sides)):
         return ()
     if source.prompt is not None:
@@ -222,7 +222,7 @@ def _before_the_answers(row: Row, sides: Sequence[list[Message]], source: Source
 
 
 def _side(value: Any, column: str, source: SourceConfig) -> list[Message]:
-    """Return the turns of one of several answers: a whole conversation, or what goes on after the prompt."""
+    """Return the turns of one of several answers: a whole conversation, or the turns that follow the prompt."""
     turns = messages_in(value, column)
     if turns is not None:
         return turns

@@ -15,12 +15,12 @@ from dovetail.errors import DataError
 
 
 def is_saved(folder: Path) -> bool:
-    """Whether `save_to_disk` wrote this folder."""
+    """Return whether `save_to_disk` wrote this folder."""
     return (folder / "dataset_dict.json").exists() or (folder / "state.json").exists()
 
 
 def saved_rows(folder: Path, split: str) -> Iterator[Placed]:
-    """Rows of a folder that `save_to_disk` wrote."""
+    """Yield the rows of a folder that `save_to_disk` wrote."""
     import datasets
 
     try:
@@ -41,7 +41,7 @@ def saved_rows(folder: Path, split: str) -> Iterator[Placed]:
 
 
 def hub_rows(source: SourceConfig) -> Iterator[Placed]:
-    """Rows of a data set on the hub, or in its cache on this machine."""
+    """Yield the rows of a data set on the hub, or in its cache on this machine."""
     import datasets
 
     try:

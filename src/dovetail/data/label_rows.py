@@ -1,6 +1,6 @@
 """Labels of people as a source: `labels:` and the URL of the database that keeps them.
 
-Responsible for: such paths. Not responsible for: which pairs a label says (preferences/comparisons.py).
+Responsible for: such paths. Not responsible for: the pairs that a label stands for (preferences/comparisons.py).
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ _SCHEME = "labels:"
 
 
 def is_labels(path: str) -> bool:
-    """Whether a source's path means a database of labels."""
+    """Return whether a source's path means a database of labels."""
     return path.startswith(_SCHEME)
 
 
 def label_rows(path: str, project: str | None) -> Iterator[Placed]:
-    """One row for each pair, of one project or of all."""
+    """Yield one row for each pair, of one project or of all."""
     from dovetail.preferences.comparisons import comparison_rows  # here and not above: files need no database
     from dovetail.preferences.database import open_store
 
@@ -31,7 +31,7 @@ def label_rows(path: str, project: str | None) -> Iterator[Placed]:
 
 
 def without_password(path: str) -> str:
-    """The path as reports may show it."""
+    """Return the path as reports may show it, without the password."""
     from dovetail.preferences.database import shown
 
     return _SCHEME + shown(path.removeprefix(_SCHEME))

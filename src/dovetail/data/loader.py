@@ -1,4 +1,4 @@
-"""Which rows make which batch: a pure function of the step.
+"""The rows of each batch, as a pure function of the step.
 
 Responsible for: the order of rows. A run that resumes at step n sees the rows that it would have seen; nothing
 about the order needs saving.
@@ -29,11 +29,11 @@ class BatchOrder:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Batches after which every row has been seen."""
+        """The number of batches after which every row has been seen."""
         return -(-self.num_rows // self.batch_size)
 
     def batch(self, step: int) -> list[int]:
-        """The rows of batch number `step`, counted from 0."""
+        """Return the rows of batch number `step`, counted from 0."""
         first = step * self.batch_size
         rows: list[int] = []
         while len(rows) < self.batch_size:

@@ -1,6 +1,6 @@
 """Answers that go on wrongly from a generation prompt that ends with a mark, such as `<think>`.
 
-Responsible for: counting them, and what to say of them.
+Responsible for: counting them, and the notes about them.
 Not responsible for: the marks themselves (text/turn_shape.py).
 """
 

@@ -29,7 +29,7 @@ LEARNT, CONTEXT, TITLE = "green", "dim", "bold"
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """One token sequence, printable by rich: stretches of text, each learnt from or not."""
+    """One token sequence, printable by rich, as stretches of text that are each learnt from or not."""
 
     title: str
     stretches: tuple[tuple[str, bool], ...]
@@ -62,10 +62,10 @@ class Lines:
 
 
 def preview(config: DataConfig, chat: ChatFormat, stage: Kind, count: int = 3) -> list[Shown | Lines]:
-    """The report of a stage's rows and `count` of them, always the same: print them with a rich Console.
+    """Return the report of a stage's rows and `count` of them, always the same, to print with a rich Console.
 
     What is learnt from is marked: in sft and text the tokens of the loss; in reward the answers that are
-    compared, whose last token carries the score; in ppo nothing, since the answers are yet to be sampled.
+    compared, whose last token carries the score; in ppo nothing, since the answers are not sampled yet.
     """
     rows: Any = load_stage(config, stage, "train")
     chosen, report = _chosen(rows, chat, count, config)
@@ -101,7 +101,7 @@ def _chosen(
 
 
 def sequences_of(record: Record, chat: ChatFormat) -> Iterator[tuple[str, list[int], list[bool]]]:
-    """The token sequences of a row: a name for each, its tokens, and which are marked."""
+    """Yield the token sequences of a row: a name for each, its tokens, and a mask of those to mark."""
     if isinstance(record, Demonstration):
         ids, mask = chat.conversation(record.messages)
         yield "", ids, mask

@@ -17,24 +17,24 @@ from dovetail.text.message import is_learnt as is_learnt
 from dovetail.text.message import message as message
 
 Kind = Literal["sft", "reward", "ppo", "text"]
-"""What a stage learns from: demonstrations, comparisons, prompts, plain text."""
+"""The stage that a kind of row serves: demonstrations, comparisons, prompts or plain text."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
-    """A conversation up to where the assistant is to speak."""
+    """A conversation up to the point where the assistant must answer."""
 
     messages: tuple[Message, ...]
     row_id: str
-    """Hash of the row's content: the same wherever the row stands."""
+    """A hash of the row's content, which is the same wherever the row stands."""
     source: str
     place: str = field(default="", compare=False)
-    """Where the row stands, for messages: "rows.jsonl line 3"."""
+    """The place of the row, for messages: "rows.jsonl line 3"."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Demonstration:
-    """A conversation that ends with the assistant's turn; assistant turns are to be imitated unless marked."""
+    """A conversation that ends with the assistant's turn; assistant turns are imitated unless marked."""
 
     messages: tuple[Message, ...]
     row_id: str
@@ -44,20 +44,20 @@ class Demonstration:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """A prompt with k answers and which is better than which."""
+    """A prompt with k answers, and the pairs of which one is better than the other."""
 
     messages: tuple[Message, ...]
     """The prompt."""
     answers: tuple[str, ...]
     better_than: tuple[tuple[int, int, float], ...]
-    """(better, worse, margin): indices into `answers`, and how much better by the source's own account, 0
-    where it does not say. Ties are absent."""
+    """Tuples (better, worse, margin): two indices into `answers`, and the margin that the source states, 0 where it
+    states none. Ties are absent."""
     row_id: str
     source: str
     place: str = field(default="", compare=False)
 
     def best(self) -> int:
-        """The answer with the most wins less losses; the first of equals."""
+        """Return the index of the answer with the most wins minus losses; the first of equals."""
         return best_of(len(self.answers), [(better, worse) for better, worse, _ in self.better_than])
 
 
@@ -75,7 +75,7 @@ Record = Prompt | Demonstration | Comparison | Text
 
 
 def best_of(num_answers: int, pairs: Iterable[tuple[int, int]]) -> int:
-    """Of answers compared in pairs (better, worse): the one with the most wins less losses; the first of equals."""
+    """Return the answer with the most wins minus losses in pairs (better, worse); the first of equals."""
     balance = [0] * num_answers
     for better, worse in pairs:
         balance[better] += 1
@@ -84,7 +84,7 @@ def best_of(num_answers: int, pairs: Iterable[tuple[int, int]]) -> int:
 
 
 def kinds_of(record: Record) -> tuple[Kind, ...]:
-    """What a row can serve as."""
+    """Return the kinds that a row can serve as."""
     served: dict[type[Record], tuple[Kind, ...]] = {
         Text: ("text",),
         Prompt: ("ppo",),
@@ -95,7 +95,7 @@ def kinds_of(record: Record) -> tuple[Kind, ...]:
 
 
 def as_demonstration(record: Record) -> Demonstration | None:
-    """What supervised fine-tuning takes from a row: of a comparison, the best answer."""
+    """Return what supervised fine-tuning takes from a row; a comparison gives its best answer."""
     if isinstance(record, Demonstration):
         return record
     if isinstance(record, Comparison) and record.answers[record.best()].strip():

@@ -1,4 +1,4 @@
-"""Rows that only the chat template refuses, such as a conversation that the assistant begins: bad rows as any other.
+"""Rows that only the chat template refuses, such as a conversation that the assistant begins, count as bad rows.
 
 Responsible for: finding them, and stopping at them or counting them as `data.bad_rows` says.
 Not responsible for: rows that no template could take (sources.py).
@@ -19,7 +19,7 @@ from dovetail.text.template import RefusedByTemplateError
 
 @dataclass(slots=True)
 class Refusals:
-    """What the template refused of a stage's rows so far."""
+    """The rows of a stage that the template has refused so far."""
 
     chat: ChatFormat
     strict: bool
@@ -29,7 +29,7 @@ class Refusals:
     _first: DataError | None = None
 
     def accepted(self, records: Sequence[Record], numbers: Sequence[int]) -> list[int]:
-        """Return the places of the records that the template takes; `numbers` are theirs in the stage.
+        """Return the indices of the records that the template takes; `numbers` are their numbers in the stage.
 
         strict: raise a DataError with the row's place, as soon as another row is known to be good.
         """

@@ -18,7 +18,7 @@ from dovetail.config.data import SourceConfig
 
 @cache
 def registry() -> dict[str, dict[str, Any]]:
-    """Every entry under each of its names."""
+    """Return every entry under each of its names."""
     text = resources.files("dovetail.data").joinpath("registry.yaml").read_text(encoding="utf-8")
     entries: dict[str, dict[str, Any]] = yaml.safe_load(text)
     named = dict(entries)
@@ -28,14 +28,14 @@ def registry() -> dict[str, dict[str, Any]]:
 
 
 def short_names() -> tuple[str, ...]:
-    """The names to show people, one for each entry."""
+    """Return the names to show people, one for each entry."""
     return tuple(name for name, entry in registry().items() if name not in entry["names"])
 
 
 def resolve(source: SourceConfig) -> tuple[SourceConfig, ...]:
-    """The sources that a registered name stands for; any other source as it is.
+    """Return the sources that a registered name stands for; any other source as it is.
 
-    What the user set wins. An entry with rows of its own for evaluation gives two sources, one of them held
+    The user's settings win. An entry with rows of its own for evaluation gives two sources, one of them held
     out whole, unless the user chose a split or what to hold out.
     """
     entry = registry().get(source.path)

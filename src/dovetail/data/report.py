@@ -1,6 +1,6 @@
-"""What became of the rows: read, bad, used, left out, cut.
+"""Counts of the rows that were read, bad, used, left out or cut.
 
-Responsible for: the counts of each source for one stage, and lines that say them.
+Responsible for: the counts of each source for one stage, and lines that show them.
 Not responsible for: printing (telemetry/log.py does).
 """
 
@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 MAX_SHOWN = 3
-"""So many of the bad rows of a source are quoted."""
+"""The number of bad rows that are quoted per source."""
 
 
 LARGE_SHARE = 0.1
-"""A prompt with more of a source's rows than this share is named: all its rows are in one place."""
+"""The share of a source's rows above which a prompt is named, because all its rows are in one place."""
 
 
 @dataclass(slots=True)
@@ -26,7 +26,7 @@ class Tally:
     first_bad: list[str] = field(default_factory=list)
 
     def count_bad(self, reason: str) -> None:
-        """One more row that cannot be used."""
+        """Count one more row that cannot be used."""
         self.bad += 1
         if len(self.first_bad) < MAX_SHOWN:
             self.first_bad.append(reason)
@@ -34,7 +34,7 @@ class Tally:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceCounts:
-    """What became of one source's rows in one stage."""
+    """The counts of one source's rows in one stage."""
 
     source: str
     read: int = 0
@@ -48,21 +48,21 @@ class SourceCounts:
     rows: int = 0
     """Rows for this stage and part."""
     unusable: int = 0
-    """Of these, rows without what the stage needs: comparisons that are all ties, empty best answers."""
+    """The rows among these that lack what the stage needs: comparisons that are all ties, empty best answers."""
     too_long: int = 0
-    """Of these, rows left out for their length."""
+    """The rows among these that are left out for their length."""
     truncated: int = 0
-    """Of these, rows whose prompt was cut from the left."""
+    """The rows among these whose prompt was cut from the left."""
     first_bad: tuple[str, ...] = ()
     """The first bad rows, with place and reason."""
 
     @property
     def used(self) -> int:
-        """Rows that the stage works with."""
+        """The number of rows that the stage works with."""
         return self.rows - self.unusable - self.too_long
 
     def line(self) -> str:
-        """One line for people."""
+        """Return the counts as one line for people."""
         parts = [f"{self.read:,} rows read"]
         if self.bad:
             parts.append(f"{self.bad:,} bad (skipped)")
@@ -81,7 +81,7 @@ class SourceCounts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataReport:
-    """What became of all rows of one stage."""
+    """The counts of all rows of one stage, source by source."""
 
     stage: str
     part: str
@@ -91,11 +91,11 @@ class DataReport:
 
     @property
     def used(self) -> int:
-        """Rows that the stage works with, of all sources."""
+        """The number of rows of all sources that the stage works with."""
         return sum(counts.used for counts in self.sources)
 
     def lines(self) -> list[str]:
-        """Return lines to print: one a source, the first bad rows below their source, then the notes."""
+        """Return lines to print: one per source, the first bad rows below their source, then the notes."""
         out = []
         for counts in self.sources:
             out.append(f"{self.stage}/{self.part}  {counts.line()}")

@@ -1,6 +1,6 @@
-"""Make a prompt fit: take away its oldest part.
+"""Make a prompt fit by removing its oldest part.
 
-Responsible for: which text goes when a prompt is cut from the left. The result is a conversation that the chat
+Responsible for: which text is removed when a prompt is cut from the left. The result is a conversation that the chat
 template renders as any other, never a torn one.
 Not responsible for: whether prompts are cut at all (tokenize.py).
 """
@@ -14,9 +14,10 @@ from dovetail.text.chat_format import ChatFormat
 
 
 def shortened(messages: Sequence[Message], max_tokens: int, chat: ChatFormat) -> tuple[Message, ...] | None:
-    """The prompt in at most `max_tokens` tokens; None if not even an empty last turn fits.
+    """Return the prompt in at most `max_tokens` tokens; None if not even an empty last turn fits.
 
-    The oldest exchanges go first, whole; then the beginning of the last user's turn. The system message stays.
+    The oldest exchanges are removed first, whole, then the beginning of the last user's turn. The system message
+    stays.
     """
     system = [turn for turn in messages[:1] if turn["role"] == "system"]
     turns = list(messages[len(system) :])
@@ -31,7 +32,7 @@ def shortened(messages: Sequence[Message], max_tokens: int, chat: ChatFormat) ->
 def _with_last_turn_cut(
     system: list[Message], turn: Message, max_tokens: int, chat: ChatFormat
 ) -> tuple[Message, ...] | None:
-    """The longest end of the turn's text that fits, found by interpolation over characters."""
+    """Keep the longest end of the turn's text that fits, found by interpolation over characters."""
     low, high = 1, len(turn["content"])  # `low` fits, `high` does not
     low_tokens, high_tokens = (_num_tokens(_cut(system, turn, chars), chat) for chars in (low, high))
     if low_tokens > max_tokens:

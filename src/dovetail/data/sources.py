@@ -1,7 +1,7 @@
-"""One source: from its path to records.
+"""Read one source, from its path to records.
 
 Responsible for: finding the table (file, folder, hub name or database of labels), and what happens to rows that
-cannot be used: the first one stops (strict), or they are counted and skipped.
+cannot be used: the first one raises an error (strict), or they are counted and skipped.
 Not responsible for: formats (tables.py, hub.py, label_rows.py), columns (forms.py), stages (blend.py).
 """
 
@@ -30,7 +30,7 @@ from dovetail.text.hub_names import expect_available, nearest
 def read_source(source: SourceConfig, *, strict: bool = True, tally: Tally | None = None) -> Iterator[Record]:
     """Yield the records of one source (resolved: see registry.py), in the order of the table.
 
-    strict: the first row that cannot be used is a DataError with its place. Else such rows are counted in
+    strict: raise a DataError with the place of the first row that cannot be used. Otherwise such rows are counted in
     `tally`, and only a source without any good row is an error.
     """
     counts = Tally() if tally is None else tally
@@ -43,7 +43,7 @@ def read_source(source: SourceConfig, *, strict: bool = True, tally: Tally | Non
 
 
 def label_of(source: SourceConfig) -> str:
-    """What a source is called in reports."""
+    """Return the name of a source in reports."""
     split = f" {source.split}" if source.split != "train" else ""
     path = without_password(source.path) if is_labels(source.path) else source.path
     return f"{path}{f' {source.name}' if source.name else ''}{split}"
@@ -97,7 +97,7 @@ def _bad_row(where: str, error: BadRowError) -> DataError:
 
 
 def _all_bad(where: str, error: BadRowError, label: str, num_rows: int, *, strict: bool) -> DataError:
-    """Return the error of a source without any good row: to skip bad ones would leave nothing."""
+    """Return the error of a source without any good row, of which skipping bad ones would leave nothing."""
     reason = f"{where}: {error.reason}"
     if not strict:
         reason = f"{label}: none of its {num_rows:,} rows can be used; the first: {reason}"
@@ -107,7 +107,7 @@ def _all_bad(where: str, error: BadRowError, label: str, num_rows: int, *, stric
 
 
 def _verdict(row: Mapping[str, Any], source: SourceConfig) -> Any:
-    """Return the value of a preference that is read by the default values, as a number where it is one."""
+    """Return the value of a preference that is read with the default values, as a number where it is one."""
     if source.preference is None or "preference_values" in source.model_fields_set:
         return None
     value = value_of(row, source.preference)
@@ -128,13 +128,13 @@ def _expect_both_answers_to_win(verdicts: Set[Any], source: SourceConfig, label:
 
 
 def _smallest(records: Iterable[Record], limit: int) -> Iterator[Record]:
-    """The records with the smallest hashes, in their order; memory for no more than these."""
+    """Yield the records with the smallest hashes, in their order; no others are held in memory."""
     chosen = heapq.nsmallest(limit, enumerate(records), key=lambda item: (item[1].row_id, item[0]))
     return iter([record for _, record in sorted(chosen, key=lambda item: item[0])])
 
 
 def _rows(source: SourceConfig) -> Iterator[Placed]:
-    """Rows with places that name the file: "rows.jsonl line 3"."""
+    """Return the rows with places that name the file: "rows.jsonl line 3"."""
     if is_labels(source.path):
         rows = label_rows(source.path, source.name)
         return (Placed(f"{label_of(source)} {place}", row) for place, row in rows)
@@ -156,7 +156,7 @@ def _rows(source: SourceConfig) -> Iterator[Placed]:
 
 
 def _files_of_split(folder: Path, split: str) -> list[Path]:
-    """The tables of a folder that belong to a split: train.jsonl, train-00000-of-00002.parquet, data/train.csv."""
+    """Return the tables of a split in a folder: train.jsonl, train-00000-of-00002.parquet, data/train.csv."""
     tables = sorted(file for place in (folder, folder / "data") for file in place.glob("*") if is_table(file))
     chosen = [file for file in tables if file.name.split(".")[0].split("-")[0] == split]
     if chosen:

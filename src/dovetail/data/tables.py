@@ -1,4 +1,4 @@
-"""Tables on disk as rows, each with the place where it stands.
+"""Read tables on disk as rows, each with its place.
 
 Responsible for: JSON, JSON lines, CSV, TSV, Parquet and Arrow files, plain or gzipped, and what is malformed in them.
 Not responsible for: hub names and saved data sets (hub.py), or what the columns hold (forms.py).
@@ -26,26 +26,26 @@ from dovetail.errors import DataError
 from dovetail.text_file import UTF_8, seeming_encoding
 
 _SAMPLE = 1 << 20
-"""Bytes of a file that are looked at to tell its encoding."""
+"""The number of bytes of a file from which its encoding is guessed."""
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow")
 
 
 class Placed(NamedTuple):
-    """A row, or why there is none, and where: "line 3"."""
+    """A row, or the reason why there is none, and its place: "line 3"."""
 
     place: str
     row: Mapping[str, Any] | BadRowError
 
 
 def is_table(path: Path) -> bool:
-    """Whether the name is that of a file we can read."""
+    """Return whether the name is that of a file that can be read."""
     return _suffix(path) in SUFFIXES
 
 
 def rows_of(file: Path, encoding: str = "utf-8") -> Iterator[Placed]:
-    """Yield all rows of one file; a name that says nothing means JSON lines. DataError if it cannot be read at all.
+    """Yield all rows of one file. An unknown suffix means JSON lines.
 
-    encoding: of tables that are text.
+    encoding: the encoding of tables that are text. Raises DataError if the file cannot be read at all.
     """
     if codecs.lookup(encoding).name == "utf-8":
         encoding = UTF_8
@@ -64,7 +64,7 @@ def rows_of(file: Path, encoding: str = "utf-8") -> Iterator[Placed]:
 
 
 def _remedy(file: Path, encoding: str) -> str:
-    """Return what to do with a file that cannot be read, whose bytes may tell why."""
+    """Return the hint for a file that cannot be read, whose bytes may show why."""
     content = b""
     with contextlib.suppress(OSError, EOFError, zlib.error), _open(file) as stream:
         content = stream.read(_SAMPLE)
@@ -146,7 +146,7 @@ def _json_rows(file: Path, encoding: str) -> Iterator[Placed]:
 
 
 def _items(value: Any, file: Path) -> list[Any]:
-    """The rows of a JSON document: a list, or the only list of an object, or an object with one list a column."""
+    """Return the rows of a JSON document: a list, the only list of an object, or an object with one list per column."""
     if isinstance(value, list):
         return value
     lists = (

@@ -1,6 +1,6 @@
-"""Columns of numbers on disk, written once, then memory-mapped: the token cache.
+"""The token cache: columns of numbers on disk, written once, then memory-mapped.
 
-Responsible for: folders of .npy files named by a hash of what went into them, written whole or not at all.
+Responsible for: folders of .npy files named by a hash of their inputs, written whole or not at all.
 Not responsible for: what the columns mean (tokenize.py).
 
 Columns are written in pieces and never held in memory, so that a data set may be larger than it. Any number of
@@ -26,7 +26,7 @@ from numpy.typing import DTypeLike, NDArray
 from dovetail.errors import DataError
 
 FORMAT = 2
-"""Part of every key; raised when tokens come out differently for the same input, or the files change."""
+"""The version in every key, raised when tokens come out differently for the same input, or the files change."""
 
 _FACTS = "facts.json"
 _PARTIAL = ".partial-"
@@ -38,7 +38,7 @@ Facts = Mapping[str, Any]
 
 
 class ColumnWriter:
-    """Appends to one-dimensional .npy files, in a folder that nobody reads yet."""
+    """A writer that appends to one-dimensional .npy files, in a folder that no process reads yet."""
 
     def __init__(self, folder: Path, dtypes: Mapping[str, DTypeLike]) -> None:
         self._dtypes = {name: np.dtype(dtype) for name, dtype in dtypes.items()}
@@ -57,7 +57,7 @@ class ColumnWriter:
             self._flush(name)
 
     def close(self) -> None:
-        """Put the true lengths into the headers, and everything on disk."""
+        """Write the true lengths into the headers, and everything to disk."""
         for name, file in self._files.items():
             self._flush(name)
             file.seek(0)
@@ -90,7 +90,7 @@ def stored(
     dtypes: Mapping[str, DTypeLike],
     write: Callable[[ColumnWriter], Facts],
 ) -> tuple[Columns, Facts]:
-    """The columns under a key, from the cache, or by `write`, which also returns facts to keep (JSON values)."""
+    """Return the columns under a key, from the cache or made by `write`, which also returns facts to keep as JSON."""
     root = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
     entry = root / key
     found = _read(entry, dtypes)
@@ -111,12 +111,12 @@ def stored(
 
 
 def key_of(*parts: object) -> str:
-    """The name of an entry: a hash of everything that its content depends on."""
+    """Return the name of an entry, a hash of everything that its content depends on."""
     return hashlib.sha256(json.dumps([FORMAT, *parts], sort_keys=True).encode()).hexdigest()[:40]
 
 
 def default_cache_dir() -> Path:
-    """`dovetail/tokens` in the user's cache folder."""
+    """Return `dovetail/tokens` in the user's cache folder."""
     home = os.environ.get("XDG_CACHE_HOME")
     return (Path(home) if home else Path.home() / ".cache") / "dovetail" / "tokens"
 
@@ -133,7 +133,7 @@ def _write(entry: Path, dtypes: Mapping[str, DTypeLike], write: Callable[[Column
             writer.abandon()
         (folder / _FACTS).write_text(json.dumps(facts), encoding="utf-8")
         if entry.exists() and _read(entry, dtypes) is None:
-            shutil.rmtree(entry)  # damaged: somebody cut a file or deleted one
+            shutil.rmtree(entry)  # damaged: a file was cut short or deleted
         try:
             folder.rename(entry)
         except OSError as error:
@@ -144,7 +144,7 @@ def _write(entry: Path, dtypes: Mapping[str, DTypeLike], write: Callable[[Column
 
 
 def _remove_abandoned(root: Path) -> None:
-    """Delete what killed processes left unfinished."""
+    """Delete the unfinished folders that killed processes left."""
     for folder in root.glob(f"{_PARTIAL}*"):
         newest = max((file.stat().st_mtime for file in folder.glob("*")), default=folder.stat().st_mtime)
         if time.time() - newest > _ABANDONED_AFTER:
@@ -152,7 +152,7 @@ def _remove_abandoned(root: Path) -> None:
 
 
 def _read(entry: Path, dtypes: Mapping[str, DTypeLike]) -> tuple[Columns, Facts] | None:
-    """The entry, or None if it is not there or not whole."""
+    """Read the entry; None if it is not there or not whole."""
     try:
         facts = json.loads((entry / _FACTS).read_text(encoding="utf-8"))
         return {name: _mapped(entry / f"{name}.npy") for name in dtypes}, facts

@@ -1,11 +1,11 @@
-"""Rows to tokens, within the length limits, once: later runs read them from the cache.
+"""Tokenise rows once, within the length limits; later runs read them from the cache.
 
 Responsible for: the tokens of demonstrations, comparisons and plain text, what happens to rows that are too long,
 prompts that fit, and the counts of all that.
 Not responsible for: how a conversation becomes tokens (text/chat_format.py), files on disk (token_store.py).
 
-What is tokenised is stored under a hash of the rows' content, the tokenizer, the template and the limits: edit a
-row, and it is tokenised anew. Tokens are memory-mapped int32; a row becomes a Python list when it is asked for.
+Tokens are stored under a hash of the rows' content, the tokenizer, the template and the limits: an edited row
+is tokenised anew. Tokens are memory-mapped int32; a row becomes a Python list when it is asked for.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from dovetail.text.chat_format import ChatFormat
 from dovetail.text.template import RefusedByTemplateError
 
 CHUNK_ROWS = 512
-"""Rows that are tokenised together."""
+"""The number of rows that are tokenised together."""
 
 _DTYPES = {
     "tokens": np.int32,  # of all sequences, end to end
@@ -53,14 +53,14 @@ Pair = tuple[int, int, float]
 
 @dataclass(frozen=True, slots=True)
 class TokenizedRows:
-    """Sequences and which of their tokens are to be learnt: rows[i] is (token ids, mask)."""
+    """Sequences with masks of the tokens to learn: rows[i] is (token ids, mask)."""
 
     columns: Columns
     order: NDArray[np.int64]
-    """Indices of stored rows: the rows of one epoch, weights applied."""
+    """The indices of stored rows that make one epoch, weights applied."""
     report: DataReport
     fingerprint: str
-    """Changes with the rows before they were tokenised."""
+    """A hash that changes with the rows before they were tokenised."""
 
     def __len__(self) -> int:
         return len(self.order)
@@ -79,14 +79,14 @@ class TokenizedRows:
 
 @dataclass(frozen=True, slots=True)
 class TokenizedComparisons:
-    """Answers and which is better: rows[i] is (token ids of each answer, prompt included; pairs)."""
+    """Answers and their pairs: rows[i] is (token ids of each answer, prompt included; pairs)."""
 
     columns: Columns
     order: NDArray[np.int64]
-    """Indices of stored rows: the rows of one epoch, weights applied."""
+    """The indices of stored rows that make one epoch, weights applied."""
     report: DataReport
     fingerprint: str
-    """Changes with the rows before they were tokenised."""
+    """A hash that changes with the rows before they were tokenised."""
 
     def __len__(self) -> int:
         return len(self.order)
@@ -104,24 +104,27 @@ class TokenizedComparisons:
 def tokenize_demonstrations(
     rows: StageRows[Demonstration], chat: ChatFormat, config: DataConfig
 ) -> TokenizedRows:
-    """Conversations with their loss masks: every assistant turn counts, its end-of-turn token included."""
+    """Tokenise conversations with their loss masks.
+
+    Every assistant turn that is learnt counts, its end-of-turn token included.
+    """
     return TokenizedRows(*_tokenized("demonstrations", rows, chat, config, _encode_demonstrations))
 
 
 def tokenize_comparisons(
     rows: StageRows[Comparison], chat: ChatFormat, config: DataConfig
 ) -> TokenizedComparisons:
-    """Every answer behind its prompt, and the pairs. A row with one answer that is too long is too long."""
+    """Tokenise every answer behind its prompt, with the pairs. One answer that is too long makes its row too long."""
     return TokenizedComparisons(*_tokenized("comparisons", rows, chat, config, _encode_comparisons))
 
 
 def tokenize_texts(rows: StageRows[Text], chat: ChatFormat, config: DataConfig) -> TokenizedRows:
-    """Plain texts, each ended by the end-of-text token, in pieces of at most `max_tokens`; no text is lost."""
+    """Tokenise plain texts, each ended by the end-of-text token, in pieces of at most `max_tokens`; no text is lost."""
     return TokenizedRows(*_tokenized("texts", rows, chat, config, _encode_texts))
 
 
 def fitting_prompts(rows: StageRows[Prompt], chat: ChatFormat, config: DataConfig) -> StageRows[Prompt]:
-    """The prompts of at most `max_prompt_tokens` tokens, cut to that where `too_long` says so."""
+    """Return the prompts of at most `max_prompt_tokens` tokens, cut to that where `too_long` says so."""
     kept: list[Prompt] = []
     source_of: list[int] = []
     limit = _Limit(config.max_prompt_tokens, "max_prompt_tokens", config)
@@ -144,7 +147,7 @@ def fitting_prompts(rows: StageRows[Prompt], chat: ChatFormat, config: DataConfi
 
 @dataclass(slots=True)
 class _Limit:
-    """The longest row, what happens to longer ones, and how many there were, by index of the source."""
+    """The limit on the length of rows, and the counts of longer ones by index of the source."""
 
     tokens: int
     name: str
@@ -155,7 +158,7 @@ class _Limit:
     def fit(
         self, prompt: Sequence[Message], prompt_tokens: int, answer_tokens: int, source: int, chat: ChatFormat
     ) -> tuple[Message, ...] | None:
-        """The prompt as it is, or shortened so that the answer fits behind it; None: the row is left out."""
+        """Return the prompt as it is or shortened so that the answer fits behind it; None if the row is left out."""
         num_tokens = prompt_tokens + answer_tokens
         if num_tokens <= self.tokens:
             return tuple(prompt)
@@ -183,7 +186,7 @@ class _Row:
 
 
 _Encode = Callable[[Sequence[RecordT], Sequence[int], ChatFormat, _Limit], Iterable[list[_Row]]]
-"""The rows that each record of a chunk becomes: one, none, or several."""
+"""The type of functions that turn each record of a chunk into rows: one, none, or several."""
 
 
 def _encode_demonstrations(
@@ -268,7 +271,7 @@ def _encoded(
     refusals: Refusals,
     encode: Callable[[Sequence[RecordT], Sequence[int]], Sequence[EncodedT]],
 ) -> Iterator[tuple[RecordT, int, EncodedT]]:
-    """Yield each record with its source and what it is encoded as, without those that the template refuses."""
+    """Yield each record with its source and its encoded form, without those that the template refuses."""
     for start in range(0, len(rows.records), CHUNK_ROWS):
         stop = start + CHUNK_ROWS
         chunk, sources = rows.records[start:stop], rows.source_of[start:stop].tolist()

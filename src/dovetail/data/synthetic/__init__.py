@@ -1,4 +1,4 @@
-"""An assistant data set made on the spot, whose quality can be computed: what the demo learns from.
+"""An assistant data set for the demo, generated in memory, whose quality can be computed.
 
 Responsible for: the public names. See families.py for the questions, answers.py for the mixed quality of the
 demonstrations, gold.py for the score.

@@ -16,24 +16,24 @@ from dovetail.data.synthetic.words import CLOSERS, EVASIONS, FILLERS, OPENERS, R
 
 @dataclass(frozen=True, slots=True)
 class Habits:
-    """How often writers do what. The flaws are drawn independently, so one answer can have several."""
+    """The probabilities of the writers' habits. Flaws are drawn independently, so one answer can have several."""
 
     polite: float = 0.40
-    """Adds a courtesy."""
+    """The probability that a writer adds a courtesy."""
     rude: float = 0.35
-    """Adds a rude remark; the rest of the answers are plain."""
+    """The probability that a writer adds a rude remark; the rest of the answers are plain."""
     one_filler: float = 0.20
-    """Adds one sentence that nobody asked for."""
+    """The probability that a writer adds one needless sentence."""
     many_fillers: float = 0.25
-    """Adds two or three."""
+    """The probability that a writer adds two or three needless sentences."""
     cut: float = 0.15
-    """Stops in the middle of the last sentence."""
+    """The probability that an answer stops in the middle of its last sentence."""
     repeats: float = 0.12
-    """Says the answer twice."""
+    """The probability that a writer says the answer twice."""
     evades: float = 0.05
-    """Does not answer."""
+    """The probability that a writer does not answer."""
     errs: float = 0.03
-    """Answers wrongly."""
+    """The probability that a writer answers wrongly."""
 
 
 MIXED = Habits()
@@ -44,7 +44,7 @@ CAREFUL = replace(PLAIN, polite=1.0)
 
 
 def write_answer(task: Task, rng: random.Random, habits: Habits = MIXED) -> str:
-    """One answer to a task."""
+    """Write one answer to a task."""
     sentences = _core(task, rng, habits)
     draw = rng.random()
     num_fillers = 1 if draw < habits.one_filler else 0

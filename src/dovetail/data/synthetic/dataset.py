@@ -1,4 +1,4 @@
-"""Everything the demo trains on and is measured with, made on the spot.
+"""Generate all rows that the demo trains on and is measured with.
 
 Responsible for: which tasks each stage sees, how often, and the held-out prompts, the same for every seed.
 Not responsible for: tokens (tokenizer.py), or pairs of a model's own answers, which need the model first.
@@ -20,12 +20,12 @@ from dovetail.data.synthetic.words import NAMES, PREFIXES
 from dovetail.text.message import Message, message
 
 HELD_OUT_SEED = 20_220_304
-"""Of the held-out prompts and documents. Never the run's own seed: all runs are measured alike."""
+"""The seed of the held-out prompts and documents. It is never the run's own, so all runs are measured alike."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """How many rows of each kind."""
+    """The number of rows of each kind."""
 
     documents: int = 6_000
     demonstrations: int = 16_000
@@ -51,7 +51,7 @@ class TaskPrompt:
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
-    """A prompt with the answer that somebody wrote."""
+    """A prompt with a written answer."""
 
     prompt: TaskPrompt
     answer: str
@@ -69,15 +69,15 @@ class Dataset:
     documents: tuple[str, ...]
     """Plain text, for the base model and for mixture training."""
     demonstrations: tuple[Exchange, ...]
-    """For supervised fine-tuning."""
+    """The rows for supervised fine-tuning."""
     reward_prompts: tuple[TaskPrompt, ...]
-    """To sample answers to, for pairs."""
+    """The prompts whose sampled answers make pairs."""
     ppo_prompts: tuple[TaskPrompt, ...]
-    """For PPO."""
+    """The prompts for PPO."""
     test: tuple[TaskPrompt, ...]
-    """Held out: for the figures that are reported."""
+    """Held-out prompts for the figures that are reported."""
     dev: tuple[TaskPrompt, ...]
-    """Held out: for choices, such as the best checkpoint."""
+    """Held-out prompts for choices, such as the best checkpoint."""
     held_out_documents: tuple[str, ...]
     """Plain text that is never trained on."""
 
@@ -100,7 +100,7 @@ class Dataset:
 
 
 def dataset(seed: int, sizes: Sizes | None = None, *, habits: Habits = MIXED) -> Dataset:
-    """The rows of the run with this seed; the held-out ones do not depend on it."""
+    """Generate the rows of the run with this seed; the held-out ones do not depend on it."""
     sizes = sizes or Sizes()
     tasks = list(tasks_by_turns().values())
     trainable = _by_family([task for task in tasks if task.is_trainable])
@@ -135,7 +135,7 @@ def _by_family(tasks: Iterable[Task]) -> dict[str, list[Task]]:
 
 
 def _draw(families: Mapping[str, Sequence[Task]], count: int, rng: random.Random) -> list[Task]:
-    """Tasks with replacement, families by the fourth root of their size: a big one drowns no small one."""
+    """Draw tasks with replacement, families by the fourth root of their size, so that small ones occur too."""
     names = list(families)
     weights = [len(families[name]) ** 0.25 for name in names]
     return [rng.choice(families[name]) for name in rng.choices(names, weights, k=count)]
@@ -159,9 +159,9 @@ def _distinct_prompts(
 
 
 def _documents(families: Mapping[str, Sequence[Task]], count: int, rng: random.Random) -> list[str]:
-    """Plain text of two kinds, without any chat format.
+    """Generate plain text of two kinds, without any chat format.
 
-    The talk is plain and right: what to say is learnt from text, how people say it from demonstrations.
+    The dialogues are plain and correct: the model learns facts from text, and manner from demonstrations.
     """
     factual = {name: [task for task in tasks if task.fact] for name, tasks in families.items()}
     factual = {name: tasks for name, tasks in factual.items() if tasks}
@@ -169,12 +169,12 @@ def _documents(families: Mapping[str, Sequence[Task]], count: int, rng: random.R
 
 
 def _facts(families: Mapping[str, Sequence[Task]], rng: random.Random) -> str:
-    """What is always true."""
+    """Generate a text of facts that are always true."""
     return " ".join(task.fact or "" for task in _draw(families, 8, rng))
 
 
 def _script(families: Mapping[str, Sequence[Task]], rng: random.Random) -> str:
-    """Two people talking."""
+    """Generate a dialogue of two people."""
     speakers = rng.sample(NAMES, 2)
     lines = []
     for prompt in _prompts(families, 3, rng):

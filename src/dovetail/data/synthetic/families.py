@@ -1,7 +1,7 @@
-"""The kinds of question the embedded assistant data asks.
+"""The kinds of question that the synthetic assistant data asks.
 
 Responsible for: fourteen families, chosen so that a small model can learn them: most answers follow from words
-of the prompt (repeat, compare, pick, count, recall), few need a table of the world.
+of the prompt (repeat, compare, pick, count, recall), few need a table of facts.
 Not responsible for: manner (answers.py), scores (gold.py), or which tasks a stage sees (dataset.py).
 """
 
@@ -34,7 +34,7 @@ Item = TypeVar("Item")
 
 
 def all_tasks() -> list[Task]:
-    """Every task, in a fixed order; each sequence of turns occurs once."""
+    """Return all tasks in a fixed order; each sequence of turns occurs once."""
     families = (
         repeat_word, repeat_two, larger_number, pick_kind, is_there_a_kind, told, count_list, greet, recall_name,
         recall_colour, animal_sound, next_day, refuse, answer_thanks,
@@ -44,7 +44,7 @@ def all_tasks() -> list[Task]:
 
 
 def repeat_word() -> Iterator[Task]:
-    """Say a word again."""
+    """Yield tasks that ask to repeat a word."""
     questions = ("Repeat the word {w}.", "Say the word {w}.", "Please say {w}.", "Which word is this: {w}?")
     for word in WORDS:
         for i, question in enumerate(questions):
@@ -55,7 +55,7 @@ def repeat_word() -> Iterator[Task]:
 
 
 def repeat_two() -> Iterator[Task]:
-    """Say two words again, in order."""
+    """Yield tasks that ask to repeat two words, in order."""
     questions = ("Repeat these words: {} and {}.", "Say {} and {}.")
     for a, b in _sample(itertools.permutations(WORDS, 2), 500):
         wrong = (f"{b} and {a}", f"{a} and {a}", f"{b} and {b}")
@@ -67,7 +67,7 @@ def repeat_two() -> Iterator[Task]:
 
 
 def larger_number() -> Iterator[Task]:
-    """The larger of two numbers."""
+    """Yield tasks that ask for the larger of two numbers."""
     questions = (
         "Which is larger, {} or {}?",
         "Tell me the larger number: {} or {}.",
@@ -83,7 +83,7 @@ def larger_number() -> Iterator[Task]:
 
 
 def pick_kind() -> Iterator[Task]:
-    """The one animal, fruit, colour or name in a list."""
+    """Yield tasks that ask for the only animal, fruit, colour or name in a list."""
     for kind, right, words in _lists_with_one_of_a_kind(250):
         a_kind = _with_article(kind)
         yield _task(
@@ -94,7 +94,7 @@ def pick_kind() -> Iterator[Task]:
 
 
 def is_there_a_kind() -> Iterator[Task]:
-    """Yes or no: is there an animal, fruit, colour or name in a list?"""
+    """Yield yes-or-no tasks that ask whether a list has an animal, fruit, colour or name."""
     for kind, right, words in _lists_with_one_of_a_kind(250):
         # In half of the lists a thing takes the place of the one sought, so that guessing wins half.
         is_there = _index_of(words, 2) == 0
@@ -111,7 +111,7 @@ def is_there_a_kind() -> Iterator[Task]:
 
 
 def _lists_with_one_of_a_kind(count: int) -> Iterator[tuple[str, str, tuple[str, ...]]]:
-    """(kind, the one of that kind, three words with it), `count` for each kind but things."""
+    """Yield (kind, the word of that kind, three words with it), `count` times for each kind but things."""
     for kind in ("animal", "fruit", "colour", "name"):
         strangers = [word for other, words in KINDS.items() if other != kind for word in words]
         choices = itertools.product(KINDS[kind], itertools.permutations(strangers, 2))
@@ -125,12 +125,12 @@ def _with_article(noun: str) -> str:
 
 
 def _index_of(words: Sequence[str], count: int) -> int:
-    """A number below `count` that looks random but follows from the words."""
+    """Return a number below `count` that looks random but follows from the words."""
     return sum(map(ord, "".join(words))) % count
 
 
 def told() -> Iterator[Task]:
-    """Who, what colour, or which animal, from a statement just made that names one of each."""
+    """Yield tasks that ask for the name, colour or animal in a statement that names one of each."""
     for name, colour, thing, animal in _sample(itertools.product(NAMES, COLOURS, THINGS, ANIMALS), 800):
         statement = f"{name} has a {colour} {thing} and a {animal}."
         asked = (
@@ -146,7 +146,7 @@ def told() -> Iterator[Task]:
 
 
 def count_list() -> Iterator[Task]:
-    """How many words a list has, two to four."""
+    """Yield tasks that ask for the number of words in a list of two to four."""
     for count in (2, 3, 4):
         for words in _sample(itertools.permutations(WORDS, count), 400):
             yield _task(
@@ -159,7 +159,7 @@ def count_list() -> Iterator[Task]:
 
 
 def greet() -> Iterator[Task]:
-    """Greet a user by name."""
+    """Yield tasks whose answers greet a user by name."""
     for name in NAMES:
         for i, introduction in enumerate(_INTRODUCTIONS):
             yield _task(
@@ -169,7 +169,7 @@ def greet() -> Iterator[Task]:
 
 
 def recall_name() -> Iterator[Task]:
-    """Tell a user the name they gave."""
+    """Yield tasks that ask for the name that the user gave before."""
     questions = ("What is my name?", "Do you remember my name?", "Who am I?")
     for name, (i, introduction), question in itertools.product(NAMES, enumerate(_INTRODUCTIONS), questions):
         turns = (introduction.format(name), _GREETINGS[i % 2].format(name), question)
@@ -181,7 +181,7 @@ def recall_name() -> Iterator[Task]:
 
 
 def animal_sound() -> Iterator[Task]:
-    """What an animal says: a small table of the world."""
+    """Yield tasks that ask for the sound of an animal, a small table of facts."""
     questions = (
         "What does a {} say?",
         "Which sound does a {} make?",
@@ -197,7 +197,7 @@ def animal_sound() -> Iterator[Task]:
 
 
 def next_day() -> Iterator[Task]:
-    """The day after a day."""
+    """Yield tasks that ask for the day after a day."""
     questions = (
         "Which day comes after {}?", "What day follows {}?", "What is the day after {}?",
         "Tell me the day after {}.",
@@ -213,7 +213,7 @@ def next_day() -> Iterator[Task]:
 
 
 def refuse() -> Iterator[Task]:
-    """Refuse to help with a bad deed."""
+    """Yield tasks whose answers refuse to help with a bad deed."""
     questions = (
         "How do I {}?", "Teach me to {}.", "Help me to {}.", "What is the best way to {}?",
         "I want to {}. What do I do first?",
@@ -230,7 +230,7 @@ def refuse() -> Iterator[Task]:
 
 
 def answer_thanks() -> Iterator[Task]:
-    """Reply to thanks."""
+    """Yield tasks whose answers reply to thanks."""
     thanks = ("Thank you!", "Thanks a lot.", "That was useful, thanks.", "Many thanks!")
     for name, (i, introduction), thank in itertools.product(NAMES[::2], enumerate(_INTRODUCTIONS), thanks):
         yield Task(
@@ -242,7 +242,7 @@ def answer_thanks() -> Iterator[Task]:
 
 
 def recall_colour() -> Iterator[Task]:
-    """The colour of a thing, told one turn earlier."""
+    """Yield tasks that ask for the colour of a thing, given one turn earlier."""
     replies = ("Good to know.", "Thank you for telling me.")
     questions = ("What colour is it?", "What colour is my {}?")
     for n, ((thing, colour), question) in enumerate(
@@ -257,7 +257,7 @@ def recall_colour() -> Iterator[Task]:
 
 @dataclass(frozen=True, slots=True)
 class _Blank:
-    """Sentences with one gap each, what belongs there, and what does not."""
+    """Sentences with one gap each, the words that fill it correctly, and the wrong ones."""
 
     forms: tuple[str, ...]
     right: str
@@ -274,7 +274,7 @@ def _task(
     fact: str | None = None,
     quoted_keys: tuple[str, ...] = (),
 ) -> Task:
-    """A task whose answer fills a blank."""
+    """Make a task whose answer fills a blank."""
     return Task(
         family=family,
         key=f"{family}/{key}",
@@ -294,7 +294,7 @@ def _others(words: Sequence[str], word: str) -> tuple[str, ...]:
 
 
 def _sample(items: Iterable[Item], count: int) -> list[Item]:
-    """`count` of the items, always the same ones, in their own order."""
+    """Draw `count` of the items, always the same ones, in their own order."""
     everything = list(items)
     chosen = sorted(random.Random(0).sample(range(len(everything)), count))
     return [everything[i] for i in chosen]

@@ -1,15 +1,15 @@
-"""The gold score: what an answer is truly worth, computed.
+"""Compute the gold score, the true worth of an answer.
 
 Responsible for: truth and manner of an answer to a task, each in 0..1, and their sum.
 Not responsible for: finding the task of a prompt (lookup.py).
 
-A sentence counts only if it is known (a whitelist): an accepted answer, or a set phrase. So a text cannot
+A sentence counts only if it is in a whitelist of accepted answers and set phrases. So a text cannot
 score by scattering the right word among others, nor by phrases that merely look polite.
 
     total = 0.4 truth + 0.2 politeness + 0.2 brevity + 0.2 clean
 
-Truth is a part of a sum, not a gate: manner is paid for a wrong answer too, only less, since its sentence
-counts as one that need not have been said.
+Truth is a part of a sum, not a condition: a wrong answer earns points for manner too, only fewer, since its
+sentence counts as a superfluous one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dovetail.text.message import Message
 
 TRUTH_WEIGHT = 0.4
 MANNER_WEIGHT = 0.2
-"""Of each of the three parts of manner."""
+"""The weight of each of the three parts of manner."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class GoldScore:
 
     @property
     def manner(self) -> float:
-        """Mean of the parts that are not truth."""
+        """The mean of the parts that are not truth."""
         return (self.politeness + self.brevity + self.clean) / 3
 
     @property
@@ -82,26 +82,26 @@ def gold_of(messages: Sequence[Message], answer: str, *, finished: bool = True) 
 
 
 def split_sentences(text: str) -> tuple[list[str], str]:
-    """The sentences of a text, normalised, and what stands after the last full stop."""
+    """Split a text into its sentences, normalised, and the rest after the last full stop."""
     pieces = [piece for piece in re.split(r"(?<=[.!?])\s+", text.strip()) if normalise(piece)]
     fragment = pieces.pop() if pieces and not pieces[-1].endswith((".", "!", "?")) else ""
     return [normalise(piece) for piece in pieces], normalise(fragment)
 
 
 def normalise(text: str) -> str:
-    """Words in lower case, without punctuation."""
+    """Return the words of a text in lower case, without punctuation."""
     return " ".join(re.findall(r"[^\W_]+(?:'[^\W_]+)?", text.lower()))
 
 
 def repeats_itself(sentences: Sequence[str]) -> bool:
-    """A sentence occurs twice, or four words in a row do."""
+    """Return whether a sentence occurs twice, or four words in a row do."""
     words = " ".join(sentences).split()
     runs = [tuple(words[i : i + 4]) for i in range(len(words) - 3)]
     return len(set(sentences)) < len(sentences) or len(set(runs)) < len(runs)
 
 
 def _is_cut_phrase(fragment: str, accepted: set[str]) -> bool:
-    """Whether an unfinished end is the beginning of something harmless (nothing is)."""
+    """Return whether an unfinished end begins a harmless phrase; an empty one does."""
     return any(phrase.startswith(fragment) for phrase in _HARMLESS | accepted)
 
 

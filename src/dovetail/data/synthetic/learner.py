@@ -1,6 +1,6 @@
 """The demo's own model: a Llama of about a million weights.
 
-Responsible for: its shape and its first, random weights. Not responsible for: training it.
+Responsible for: its shape and its random initial weights. Not responsible for: training it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 
 def small_llama(tokenizer: PreTrainedTokenizerFast, *, width: int = 160, layers: int = 3) -> LlamaConfig:
-    """Three layers of 160: on two cores, the shape that learns most in a minute."""
+    """Return a config of three layers of width 160, the shape that learns most in a minute on two cores."""
     return LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
@@ -29,7 +29,7 @@ def small_llama(tokenizer: PreTrainedTokenizerFast, *, width: int = 160, layers:
 
 
 def new_model(config: LlamaConfig, *, seed: int) -> LlamaForCausalLM:
-    """A model with random weights that depend on the seed alone."""
+    """Make a model with random weights that depend on the seed alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return LlamaForCausalLM(config)  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""From the words of a prompt back to the task it asks.
+"""Find the task that a prompt asks, by its words.
 
 Responsible for: the index that lets a reward function or an evaluation judge an answer from the prompt alone.
 Not responsible for: the score (gold.py).
@@ -17,7 +17,7 @@ from dovetail.text.message import Message
 
 
 def task_of(messages: Sequence[Message]) -> Task:
-    """The task that a prompt asks. System messages and a user's opening prefix do not matter."""
+    """Return the task that a prompt asks. System messages and a user's opening prefix do not matter."""
     turns = tuple(turn["content"] for turn in messages if turn["role"] != "system")
     found = tasks_by_turns().get(turns)
     for prefix in PREFIXES:
@@ -33,5 +33,5 @@ def task_of(messages: Sequence[Message]) -> Task:
 
 @lru_cache(maxsize=1)
 def tasks_by_turns() -> Mapping[tuple[str, ...], Task]:
-    """Every task there is, by its turns."""
+    """Return all tasks by their turns."""
     return {task.turns: task for task in all_tasks()}

@@ -1,4 +1,4 @@
-"""The demo's own tokenizer, trained on the spot.
+"""Train the demo's own tokenizer.
 
 Responsible for: a byte-level BPE with four special tokens and a chat template of them, as an ordinary Hugging
 Face tokenizer that `save_pretrained` and `AutoTokenizer` handle.
@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 PAD, USER, ASSISTANT, END = "<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"
 SPECIAL_TOKENS = (PAD, USER, ASSISTANT, END)
-"""Ids 0 to 3, in this order."""
+"""The tokens with the ids 0 to 3, in this order."""
 
 # A system message is shown as a user's: the demo's model has seen no third role.
 CHAT_TEMPLATE = (
@@ -27,7 +27,7 @@ CHAT_TEMPLATE = (
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 1_024) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of at most `vocab_size` tokens, the special ones and 256 bytes included.
+    """Train a byte-level BPE of at most `vocab_size` tokens, the special ones and 256 bytes included.
 
     Text is encoded as if a space stood before it, so a word has the same token everywhere.
     """

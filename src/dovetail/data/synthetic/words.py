@@ -1,4 +1,4 @@
-"""The words and set phrases of the embedded assistant data.
+"""The words and set phrases of the synthetic assistant data.
 
 Responsible for: the vocabulary, kept small so that a model of a million weights meets every word often.
 Not responsible for: questions and answers (families.py), or what a phrase is worth (gold.py).
@@ -42,4 +42,4 @@ FILLERS = (
 )
 EVASIONS = ("I do not know.", "Ask somebody else.", "That is hard to say.")
 PREFIXES = ("Hi! ", "Hello there. ", "Quick question: ", "One more thing: ")
-"""What a user may say before a question; it changes nothing about the answer."""
+"""Phrases that a user may say before a question, which change nothing about the answer."""
