@@ -1,5 +1,5 @@
 """Finished models in Python and on the command line, without a server.
 
-Responsible for: the package's names being where they are; it imports nothing itself.
-Not responsible for: generation (engine/), or what a conversation looks like in tokens (text/).
+Responsible for: being a package; it imports nothing itself.
+Not responsible for: generation (engine/), or the tokens of a conversation (text/).
 """

@@ -1,10 +1,10 @@
-"""The answers to a file of prompts: a line each, in order, and resumed where they were left.
+"""Write the answers to a file of prompts, one per line, in order; an interrupted file is continued.
 
-Responsible for: the answers' JSON lines, and the record beside them of what wrote them.
-Not responsible for: the prompts (prompt_file.py), drawing answers (chat_model.py), flags (cli/generate.py).
+Responsible for: the answers' JSON lines, and the record beside them of the model and settings that wrote them.
+Not responsible for: the prompts (prompt_file.py), generating answers (chat_model.py), flags (cli/generate.py).
 
 `answers.jsonl` has `answers.jsonl.settings.json` beside it. Answers of another model or other settings are never
-added to a file: what is in it is either all of one kind or refused.
+added to a file: its content is either all of one kind or refused.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ except ImportError:  # Windows has no flock: there two processes can write one f
     fcntl = None  # type: ignore[assignment]
 
 Settings = Mapping[str, str | int | float | None]
-"""All that decides the answers, by the names that the message about a difference shows."""
+"""The settings that decide the answers, by the names that the message about a difference shows."""
 
 _ANEW = "choose another --output, or remove this file to begin anew"
 
 
 class AnswerFile:
-    """The answers, a line each, in the order of the prompts; those already there are kept. Use in a `with`."""
+    """The answers, one per line, in the order of the prompts; those already there are kept. Use it in a `with`."""
 
     def __init__(self, file: Path, prompts: Sequence[Prompt], settings: Settings) -> None:
-        """Open the file, for this process alone.
+        """Open the file for this process alone.
 
         Raises DataError if it holds answers to other prompts or drawn with other settings, or cannot be written.
         """
         self._file = file
         self._prompts = prompts
         self._early: dict[int, str] = {}
-        """Lines that wait for one before them."""
+        """The lines that wait for an earlier one."""
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             self._lines = file.open("a", encoding="utf-8", newline="\n")
@@ -74,7 +74,7 @@ class AnswerFile:
         self._lines.flush()
 
     def _lock(self) -> None:
-        """The kernel ends the lock with the process, so a killed one leaves none behind."""
+        """Lock the file. The kernel ends the lock with the process, so a killed one leaves none behind."""
         if fcntl is None:
             return
         try:
@@ -88,7 +88,7 @@ class AnswerFile:
             warn(f"{self._file} cannot be locked ({error.strerror}): let one process alone write it")
 
     def _keep_whole_lines(self) -> int:
-        """Count the answers that are there; half a line, left by a kill, is removed."""
+        """Count the answers that are there, and remove half a line that a killed process left."""
         content = self._file.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
         lines = whole.decode("utf-8").split("\n")[:-1]

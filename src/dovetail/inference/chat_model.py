@@ -28,9 +28,9 @@ from dovetail.model.run_models import model_folder
 from dovetail.text.message import Message, message
 
 Conversation = str | Sequence[Message]
-"""A question, or the turns up to where the model is to speak."""
+"""A question, or the turns up to the point where the model must answer."""
 OnRefusal = Callable[[int, DovetailError], object]
-"""on_refusal(index, error): a conversation that gets no answer, and why."""
+"""The type of on_refusal(index, error), which receives a conversation that gets no answer, and the reason."""
 
 DEFAULT_SAMPLING = Sampling(max_new_tokens=256, temperature=0.7, top_p=0.95)
 _CACHE_TOKENS = 32768
@@ -42,7 +42,7 @@ class Reply:
     """The answer to one of many conversations."""
 
     index: int
-    """Its conversation's place among those given."""
+    """The index of its conversation among those given."""
     text: str
     finish_reason: FinishReason
 
@@ -51,8 +51,9 @@ class ChatModel:
     """A chat model by run folder, model folder, LoRA adapter, .gguf file or hub name. One call at a time."""
 
     def __init__(self, path: str, *, device: str = "auto", system: str | None = None) -> None:
-        """system: stands before every conversation that has no system message of its own.
+        """Load the model.
 
+        system: a message that is put before every conversation that has no system message of its own.
         Raises ModelError if there is no model, ConfigError if there is no such device.
         """
         loaded = load_chat(model_folder(path), device=device)
@@ -62,16 +63,18 @@ class ChatModel:
         self._many = loaded.engine(max_running=_AT_ONCE, max_cache_tokens=_CACHE_TOKENS)
         self._system = system
         self.context = loaded.context
-        """The most tokens of conversation and answer together; None: the model names no limit."""
+        """The largest number of tokens of conversation and answer together; None if the model names no limit."""
 
     def num_tokens(self, conversation: Conversation) -> int:
-        """How many tokens a conversation has as the model reads it, ready for an answer."""
+        """Return the number of tokens of a conversation as the model reads it, ready for an answer."""
         return len(self._prompts([conversation])[0])
 
     def chat(
         self, conversation: Conversation, *, sampling: Sampling = DEFAULT_SAMPLING, seed: int | None = None
     ) -> str:
-        """The answer to one conversation. seed: the same one gives the same answer; None draws one.
+        """Return the answer to one conversation.
+
+        seed: the same seed gives the same answer; None draws a random one.
 
         Raises GenerationError if the conversation leaves no room for an answer.
         """
@@ -80,7 +83,7 @@ class ChatModel:
     def stream(
         self, conversation: Conversation, *, sampling: Sampling = DEFAULT_SAMPLING, seed: int | None = None
     ) -> Iterator[str]:
-        """The same answer piece by piece. Leaving the loop ends the generation."""
+        """Yield the same answer piece by piece. Leaving the loop ends the generation."""
         prompt, settings = self._prompts([conversation])[0], self._settings(sampling)
         text = self._format.answer_stream(settings.stop_strings)
         tokens: queue.SimpleQueue[int | BaseException | None] = queue.SimpleQueue()
@@ -101,7 +104,7 @@ class ChatModel:
                         decode_text=self._format.decode,
                     )
                 tokens.put(None)
-            except BaseException as error:  # raised again where somebody waits for it
+            except BaseException as error:  # raised again in the thread that waits for it
                 tokens.put(error)
 
         thread = threading.Thread(target=generate, name="engine", daemon=True)
@@ -127,12 +130,12 @@ class ChatModel:
         on_reply: Callable[[Reply], object] | None = None,
         on_refusal: OnRefusal | None = None,
     ) -> list[str]:
-        """Answers to many conversations, generated together; each is what it would be alone.
+        """Return the answers to many conversations, generated together; each is what it would be alone.
 
-        seeds: one a conversation. on_reply: called with each answer as soon as it is finished, in any order.
+        seeds: one per conversation. on_reply: called with each answer as soon as it is finished, in any order.
         on_refusal: called, before any answer, for each conversation that leaves no room for an answer or that the chat
-        template does not take; its answer stays empty, and on_reply does not hear of it. Without it the first such
-        error is raised.
+        template does not take; its answer stays empty, and on_reply is not called for it. Without on_refusal the first
+        such error is raised.
         """
         settings, refuse = self._settings(sampling), on_refusal or _raised
         chosen = [secrets.randbits(62) for _ in conversations] if seeds is None else list(seeds)
@@ -184,7 +187,7 @@ class ChatModel:
         return turns
 
     def _settings(self, sampling: Sampling) -> Sampling:
-        """With what ends an answer in this model's chat format."""
+        """Return the settings with the tokens and texts that end an answer in this model's chat format."""
         return replace(
             sampling,
             stop_token_ids=(*sampling.stop_token_ids, *self._format.stop_token_ids),
@@ -193,7 +196,7 @@ class ChatModel:
 
 
 class _Feed:
-    """A source that hands over the next answer as soon as there is a place for it."""
+    """A source that yields the next answer as soon as there is a place for it."""
 
     def __init__(self, answers: Iterable[Answer], on_done: Callable[[Answer], None]) -> None:
         self._coming = iter(answers)
@@ -201,7 +204,7 @@ class _Feed:
         self._open: list[Answer] = []
 
     def poll(self, load: Load) -> Sequence[Answer] | None:
-        """See `Source`."""
+        """Return new answers, as `Source` defines it; report the finished ones."""
         finished = [answer for answer in self._open if answer.finish_reason]
         if finished:
             self._open = [answer for answer in self._open if not answer.finish_reason]
@@ -214,7 +217,7 @@ class _Feed:
 
 @contextmanager
 def _refusing(index: int, refuse: OnRefusal) -> Iterator[None]:
-    """Hand an error of one conversation to `refuse`, and go on behind the block."""
+    """Pass an error of one conversation to `refuse`, and continue after the block."""
     try:
         yield
     except DovetailError as error:

@@ -1,4 +1,4 @@
-"""A finished chat model from wherever it lies, ready to generate.
+"""Load a finished chat model from any place, ready to generate.
 
 Responsible for: model, chat format and device together; adapters of one base sharing its weights.
 Not responsible for: run folders (model/run_models.py), generation (engine/).
@@ -25,12 +25,12 @@ from dovetail.text.tokenizer import load_tokenizer
 from dovetail.training.placement import resolve_device, resolve_dtype
 
 _COMPARED_VALUES = 64
-"""About so many of each tensor enter a model's fingerprint."""
+"""The approximate number of values of each tensor that enter a model's fingerprint."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedChat:
-    """A model that answers, and what turns conversations into its tokens and back."""
+    """A model that answers, with the chat format that turns conversations into its tokens and back."""
 
     path: str
     model: Any
@@ -39,7 +39,7 @@ class LoadedChat:
 
     @property
     def context(self) -> int | None:
-        """The most tokens of conversation and answer together; None: the model names no limit."""
+        """The largest number of tokens of conversation and answer together; None if the model names no limit."""
         return context_of(plain_model(self.model))
 
     def fingerprint(self) -> str:
@@ -56,12 +56,12 @@ class LoadedChat:
         return digest.hexdigest()
 
     def engine(self, **limits: Any) -> HybridEngine:
-        """Generation with its weights. limits: see `HybridEngine`."""
+        """Return an engine that generates with its weights. limits: see `HybridEngine`."""
         return HybridEngine(self.model, device=self.device, **limits)
 
 
 def load_chat(path: str, *, device: str = "auto", bases: dict[str, Any] | None = None) -> LoadedChat:
-    """A model folder, a LoRA adapter, a .gguf file or a hub name.
+    """Load a model folder, a LoRA adapter, a .gguf file or a hub name.
 
     bases: base models loaded so far, by path and revision; adapters of one of them share its weights.
     Raises ModelError if it cannot be loaded, ConfigError if there is no such device.

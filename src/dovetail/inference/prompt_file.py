@@ -1,6 +1,6 @@
-"""A file of prompts, a row each, in the forms that training takes.
+"""Read a file of prompts, one per row, in the forms that training takes.
 
-Responsible for: which column is the prompt, and errors that name the row. Not responsible for: the answers
+Responsible for: the column of the prompt, and errors that name the row. Not responsible for: the answers
 (answer_file.py), reading tables and conversations (data/).
 """
 
@@ -28,10 +28,10 @@ class Prompt:
     """One row of the prompts."""
 
     columns: Mapping[str, Any]
-    """All of them, as they stood."""
+    """All columns, as they stood in the file."""
     conversation: Sequence[Message]
     where: str
-    """File and line."""
+    """The file and line of the row."""
 
 
 def read_prompts(file: Path) -> list[Prompt]:

@@ -1,21 +1,21 @@
-"""Conversations as tokens, and which of them the assistant wrote: the only place that knows role markers.
+"""Conversations as tokens, with a mask of those that the assistant wrote. No other module knows role markers.
 
 Responsible for: prompts, conversations with their loss mask, answers, stop tokens and decoding, for any chat
 template; a Human/Assistant template for tokenizers without one.
 Not responsible for: loading the tokenizer (tokenizer.py), length limits (data/tokenize.py).
 
-What holds for every template:
+These rules hold for every template:
 
 - prompt_ids(m) + answer_ids(a) == conversation(m + [a])[0]: training sees what generation sees.
 - prompt_ids(m) is what `tokenizer.apply_chat_template(m, add_generation_prompt=True)` gives, except that an
   earlier answer stands as it was sampled: behind its own prompt, with no token merged across the border.
 - A conversation ends with the assistant's end-of-turn token; what templates print after it (a line break in
   ChatML) opens the next turn.
-- Text of a message is text, even if it reads `<|im_end|>`: only the template makes special tokens.
-- An answer that repeats how its generation prompt ends, such as `<think>`, has that once: in the prompt.
+- The text of a message stays text, even if it reads `<|im_end|>`: only the template makes special tokens.
+- If an answer repeats the end of its generation prompt, such as `<think>`, the mark is kept once, in the prompt.
 - A turn that is marked as not learnt is context.
 - A template that rewrites earlier turns (one that removes their reasoning) gives them as generation would see
-  them. They are context then, and the mask marks the last turn alone.
+  them. They are then context, and the mask marks the last turn alone.
 """
 
 from __future__ import annotations
@@ -44,8 +44,7 @@ DEFAULT_TEMPLATE = (
     r"{%- endfor -%}"
     r"{%- if add_generation_prompt -%}{{- '\n\nAssistant:' -}}{%- endif -%}"
 )
-"""For tokenizers without a chat template: Anthropic's transcripts, each answer ended by the end-of-text
-token."""
+"""The template for tokenizers without one: Anthropic's transcripts, each answer ended by the end-of-text token."""
 
 _NEXT_QUESTION = "\n\nHuman:"
 _FIRST_TOKEN = r"{{- bos_token -}}"
@@ -54,7 +53,7 @@ _HOLES = re.compile(HOLE.format("([0-9]+)"))
 
 
 class ChatFormat:
-    """How one tokenizer writes conversations. `tokenizer.chat_template` always holds the template in use."""
+    """The written form of conversations for one tokenizer, whose `chat_template` is always the one in use."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str | None = None) -> None:
         chosen = template or tokenizer.chat_template or default_template(tokenizer)
@@ -70,38 +69,39 @@ class ChatFormat:
         self._end_id = _one_token(self._encoder, tokenizer, self._shape.end_token)
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
-        """Tokens of a conversation up to where the assistant is to speak."""
+        """Return the tokens of a conversation up to the point where the assistant must answer."""
         return self.encode_prompts([messages])[0]
 
     def conversation(self, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
-        """Tokens of a conversation that ends with an answer, and which of them the assistant wrote."""
+        """Return the tokens of a conversation that ends with an answer, and a mask of the assistant's."""
         return self.encode_conversations([messages])[0]
 
     def answer_ids(self, text: str) -> list[int]:
-        """Tokens of an answer, end-of-turn token included."""
+        """Return the tokens of an answer, end-of-turn token included."""
         return self.encode_answers([text])[0]
 
     def text_ids(self, text: str) -> list[int]:
-        """Tokens of a text that is no conversation, its special tokens recognised."""
+        """Return the tokens of a text that is no conversation, its special tokens recognised."""
         return self._encoder.as_given(text)
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
-        """The tokens that end an answer: the template's end-of-turn token, the tokenizer's end of text, and those
-        that the model declares."""
+        """The ids of the template's end-of-turn token, the tokenizer's end of text, and the ends the model declares."""
         ends = (self._end_id, self.tokenizer.eos_token_id, *model_ends(self.tokenizer))
         return tuple(dict.fromkeys(i for i in ends if isinstance(i, int)))
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
-        """Texts that end an answer too: a model that has not learnt to stop writes the next question itself, where
-        that is plain text and no token.
+        """The texts that also end an answer.
+
+        Where the next question begins with plain text and no token, a model that has not learnt to stop writes it
+        itself.
         """
         return (_NEXT_QUESTION,) if _NEXT_QUESTION.strip() in str(self.tokenizer.chat_template) else ()
 
     @cached_property
     def fingerprint(self) -> str:
-        """Changes with everything that decides the tokens of a conversation."""
+        """A hash that changes with everything that decides the tokens of a conversation."""
         tokenizer = self.tokenizer
         backend = getattr(tokenizer, "backend_tokenizer", None)
         vocabulary = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
@@ -111,29 +111,29 @@ class ChatFormat:
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of an answer, without special tokens: decode(answer_ids(text)) == text."""
+        """Return the text of an answer, without special tokens: decode(answer_ids(text)) == text."""
         return self._text_of(ids).removeprefix(self._shape.lead).removesuffix(self._before_end)
 
     def answer_stream(self, stops: Sequence[str] = ()) -> TextStream:
-        """`decode` of an answer, piece by piece."""
+        """Return a stream that decodes an answer as `decode` does, piece by piece."""
         return TextStream(self._text_of, stops=stops, lead=self._shape.lead, before_end=self._before_end)
 
     def text_stream(self, stops: Sequence[str] = (), *, behind: Sequence[int] = ()) -> TextStream:
-        """What goes on where `text_ids` ends, piece by piece; nothing is taken off it.
+        """Return a stream that decodes the text that continues `text_ids`, piece by piece; nothing is removed from it.
 
-        behind: the ids that it goes on. Some tokenizers write the first token of a text without its space; behind a
-        special token a text begins anew.
+        behind: the ids that the text continues. Some tokenizers write the first token of a text without its space;
+        behind a special token a text begins anew.
         """
         begins_anew = behind and behind[-1] in (*self.stop_token_ids, *self.tokenizer.all_special_ids)
         return TextStream(self._text_of, stops=stops, behind=() if begins_anew else behind)
 
     def encode_prompts(self, rows: Sequence[Sequence[Message]]) -> list[list[int]]:
-        """`prompt_ids` of many conversations at once, which is much faster."""
+        """Return `prompt_ids` of many conversations at once, which is much faster."""
         encoded = self._encoder.many([self._prompt(messages) for messages in rows])
         return [[i for piece in pieces for i in piece] for pieces in encoded]
 
     def encode_conversations(self, rows: Sequence[Sequence[Message]]) -> list[tuple[list[int], list[bool]]]:
-        """`conversation` of many conversations at once."""
+        """Return `conversation` of many conversations at once."""
         layouts = []
         for messages in rows:
             if not messages or messages[-1]["role"] != "assistant":
@@ -148,14 +148,14 @@ class ChatFormat:
         return out
 
     def encode_answers(self, texts: Sequence[str]) -> list[list[int]]:
-        """`answer_ids` of many answers at once."""
+        """Return `answer_ids` of many answers at once."""
         encoded = self._encoder.many([self._answer(self._shape.without_opening(text)) for text in texts])
         return [[i for piece in pieces for i in piece] for pieces in encoded]
 
     def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
         """Encode plain texts, each between the tokenizer's first token, if it puts one, and the end-of-text token.
 
-        Where a text brings these itself, they stand once.
+        Where a text has these tokens itself, they are not added again.
         """
         tokenizer = self.tokenizer
         eos = tokenizer.eos_token_id
@@ -169,7 +169,7 @@ class ChatFormat:
         return [[*front, *ids, *back] for (ids,) in encoded]
 
     def repeats_opening(self, answer: str) -> bool:
-        """Return whether an answer begins with what the generation prompt ends with, such as `<think>`."""
+        """Return whether an answer begins with the mark that ends the generation prompt, such as `<think>`."""
         return self._shape.without_opening(answer) != answer
 
     @property
@@ -179,7 +179,7 @@ class ChatFormat:
 
     @property
     def closing_tag(self) -> str | None:
-        """The tag that an answer is to close, such as `</think>`, where the generation prompt ends with `<think>`."""
+        """The tag that an answer must close, such as `</think>`, where the generation prompt ends with `<think>`."""
         return self._shape.closing_tag
 
     @property
@@ -187,7 +187,7 @@ class ChatFormat:
         return self._shape.end.removesuffix(self._shape.end_token)
 
     def _text_of(self, ids: Sequence[int]) -> str:
-        """Without special tokens and those that end an answer."""
+        """Decode ids without special tokens and without those that end an answer."""
         kept = list(ids)
         while kept and kept[-1] in self.stop_token_ids:
             kept.pop()
@@ -202,7 +202,7 @@ class ChatFormat:
         return [Passage(text + shape.end, behind=shape.tail, is_learnt=is_learnt)]
 
     def _prompt(self, messages: Sequence[Message]) -> list[Passage]:
-        """The passages of a prompt: stretches of template and users' text, with the answers between them."""
+        """Return the passages of a prompt: stretches of template and users' text, with the answers between them."""
         turns = self._template.fold_system(messages)
         has_special = [self._has_special(turn["content"]) for turn in turns]
         holes = [i for i, turn in enumerate(turns) if turn["role"] == "assistant" or has_special[i]]
@@ -213,14 +213,13 @@ class ChatFormat:
             return passages
         native = self._template.render(turns)
         filled = _HOLES.sub(lambda hole: self._stripped(turns[int(hole[1])]["content"]), rendered)
-        # Special tokens in somebody's text are worse than reasoning that stays in an earlier turn.
+        # Special tokens in a user's text are worse than reasoning that stays in an earlier turn.
         if passages is not None and (filled == native or any(has_special)):
             return passages
         return [Passage(native + self._shape.header)]
 
     def _fill(self, parts: list[str], turns: Sequence[Message], holes: list[int]) -> list[Passage] | None:
-        """Passages of a rendered prompt split at its holes; None if the template did something else with
-        them."""
+        """Return the passages of a rendered prompt split at its holes; None if the template changed the holes."""
         if [int(i) for i in parts[1::2]] != holes:
             return None
         shape, stretches = self._shape, parts[0::2]
@@ -254,13 +253,16 @@ class ChatFormat:
 
 
 def template_ids(chat: ChatFormat) -> set[int]:
-    """Return the ids that conversations hold whatever is said: those of the template, and the stop tokens."""
+    """Return the ids that occur in conversations of any content: those of the template, and the stop tokens."""
     turns = [message("system", "Be brief."), message("user", "Hello"), message("assistant", "Hello!")]
     return {*chat.conversation(turns)[0], *chat.prompt_ids(turns[:2]), *chat.stop_token_ids}
 
 
 def _one_token(encoder: Encoder, tokenizer: PreTrainedTokenizerBase, end: str) -> int:
-    """The id of the token that ends an answer. As several tokens it would end answers at its last piece."""
+    """Return the id of the token that ends an answer.
+
+    An end of several tokens would end answers at its last piece.
+    """
     end_id = encoder.one(end)[-1]
     if tokenizer.convert_ids_to_tokens(end_id) != end:
         raise ModelError(
@@ -272,11 +274,11 @@ def _one_token(encoder: Encoder, tokenizer: PreTrainedTokenizerBase, end: str) -
 
 
 def default_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Human/Assistant, with the beginning-of-text token in front where this tokenizer puts one."""
+    """Return the Human/Assistant template, with the beginning-of-text token in front where this tokenizer puts one."""
     return _FIRST_TOKEN + DEFAULT_TEMPLATE if starts_with_bos(tokenizer) else DEFAULT_TEMPLATE
 
 
 def starts_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether this tokenizer puts its beginning-of-text token before a text."""
+    """Return whether this tokenizer puts its beginning-of-text token before a text."""
     bos = tokenizer.bos_token_id
     return bos is not None and tokenizer("a")["input_ids"][:1] == [bos]

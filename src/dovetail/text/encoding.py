@@ -1,4 +1,4 @@
-"""Text to token ids, piece by piece, as if the pieces had been encoded together.
+"""Encode text as token ids, piece by piece, as if the pieces had been encoded together.
 
 Responsible for: encoding a passage behind another without a token across the border and without the extra
 space that some tokenizers put before a text; special tokens that are only quoted; many passages in one
@@ -16,8 +16,8 @@ from functools import cached_property
 from transformers import PreTrainedTokenizerBase
 
 _ENCODING = threading.Lock()
-"""Whether special tokens are split is a switch on the tokenizer's backend, set by each call before it encodes, and
-copies of a tokenizer share a backend. One lock for all: it is never copied along with a tokenizer.
+"""The lock of all encoding. Each call sets a switch on the tokenizer's backend, whether special tokens are split,
+and copies of a tokenizer share a backend. A single lock is never copied along with a tokenizer.
 """
 
 
@@ -27,29 +27,29 @@ class Passage:
 
     text: str
     behind: str = ""
-    """Text that stands before it: encoded too, so that spaces come out right, then taken off."""
+    """The text before it, which is encoded too, so that spaces come out right, and then removed."""
     is_learnt: bool = False
-    """The assistant wrote it, and training learns it."""
+    """Whether the assistant wrote it and training learns it."""
     is_quoted: bool = False
-    """Special tokens in it are plain text."""
+    """Whether special tokens in it are plain text."""
 
 
 class Encoder:
-    """Encodes passages with one tokenizer, which is never asked to add special tokens by itself."""
+    """An encoder of passages with one tokenizer, which never adds special tokens by itself."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         self._behind: dict[tuple[str, bool], list[int]] = {}
 
     def one(self, text: str) -> list[int]:
-        """Tokens of a text, special tokens recognised."""
+        """Return the tokens of a text, special tokens recognised."""
         return self._encode([text], is_quoted=False)[0]
 
     def as_given(self, text: str) -> list[int]:
-        """Return the tokens of a text that is to be continued, special tokens recognised.
+        """Return the tokens of a text that the model will continue, special tokens recognised.
 
-        What the tokenizer puts before a text stands in front, once. What it puts behind one is left out: an
-        end-of-text token there would end the text.
+        The tokens that the tokenizer puts before a text stand in front, once. Those that it puts behind one are left
+        out: an end-of-text token there would end the text.
         """
         bare = self.one(text)
         return bare if bare[: len(self._front)] == self._front else self._front + bare
@@ -64,7 +64,7 @@ class Encoder:
         return whole[: places[0]] if places else []
 
     def many(self, rows: Sequence[Sequence[Passage]]) -> list[list[list[int]]]:
-        """For each row, the tokens of each passage. Equal passages are encoded once."""
+        """Return the tokens of each passage of each row. Equal passages are encoded once."""
         wanted = dict.fromkeys(passage for row in rows for passage in row)
         ids: dict[Passage, list[int]] = {}
         for is_quoted in (False, True):
@@ -75,8 +75,7 @@ class Encoder:
         return [[ids[passage] for passage in row] for row in rows]
 
     def _without(self, passage: Passage, whole: list[int]) -> list[int]:
-        """The tokens of the passage alone. Where a token crosses the border, the passage is encoded by
-        itself."""
+        """Return the tokens of the passage alone. Where a token crosses the border, encode the passage by itself."""
         if not passage.behind:
             return whole
         key = (passage.behind, passage.is_quoted)
@@ -102,11 +101,11 @@ class Encoder:
 
 
 def special_token_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The texts that a tokenizer reads as special tokens, longest first."""
+    """Return the texts that a tokenizer reads as special tokens, longest first."""
     texts = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     return sorted({*texts, *tokenizer.all_special_tokens}, key=len, reverse=True)
 
 
 def added_token_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """All texts that were added to the vocabulary whole, special or not, longest first."""
+    """Return all texts that were added to the vocabulary whole, special or not, longest first."""
     return sorted({token.content for token in tokenizer.added_tokens_decoder.values()}, key=len, reverse=True)

@@ -24,9 +24,9 @@ from huggingface_hub.errors import (
 from dovetail.errors import DovetailError
 
 PATIENCE_S = 5
-"""Seconds to wait for the hub's answer."""
+"""The number of seconds to wait for the hub's answer."""
 _FILES = {"model": "config.json", "dataset": "README.md"}
-"""The file to ask for; that a repository lacks it is an answer too."""
+"""The file to ask for. An error that a repository lacks it is an answer too."""
 
 
 class _Refusal(NamedTuple):
@@ -44,8 +44,8 @@ def expect_available(
 ) -> None:
     """Raise `error` unless `given` is a path that exists, or a repository in the cache or on the hub.
 
-    The hub is asked once: its own libraries try again for half a minute where there is no network. is_path: it can
-    be no name on the hub.
+    The hub is asked once: its own libraries try again for half a minute where there is no network. is_path: whether
+    `given` cannot be a name on the hub.
     """
     place = Path(given).expanduser()
     if place.exists():
@@ -76,7 +76,7 @@ def nearest(given: str, known: Sequence[str] = ()) -> str | None:
 
 
 def no_network_hint(name: str, kind: str = "model") -> str:
-    """The ways to a model or data set without the hub."""
+    """Return the hint that says how to get a model or data set without the hub."""
     download = f"hf download {name}{' --repo-type dataset' if kind == 'dataset' else ''} --local-dir FOLDER"
     return (
         f"give a local folder ({download}, on a machine with network), or set the environment variable HF_ENDPOINT "
@@ -85,7 +85,7 @@ def no_network_hint(name: str, kind: str = "model") -> str:
 
 
 def _why_not_on_hub(name: str, kind: Literal["model", "dataset"], revision: str | None) -> _Refusal | None:
-    """The reason why the hub does not give `name`, None if it does."""
+    """Return the reason why the hub does not give `name`; None if it does."""
     file, login = _FILES[kind], "log in with `hf auth login`"
     try:
         if _is_cached(name, kind, revision):

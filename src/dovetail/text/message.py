@@ -1,6 +1,6 @@
 """One turn of a conversation.
 
-Responsible for: the type that everything above text shares. Not responsible for: what it looks like in tokens.
+Responsible for: the type that all packages above text share. Not responsible for: its tokens (chat_format.py).
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ class Message(_RoleAndContent, total=False):
     """A chat message, as Hugging Face's templates take it."""
 
     learnt: bool
-    """False for an assistant's turn that is only context in training; absent elsewhere."""
+    """The mark of an assistant's turn that is only context in training: False there, absent elsewhere."""
 
 
 def message(role: Role, content: str) -> Message:
-    """A chat message."""
+    """Return a chat message."""
     return {"role": role, "content": content}
 
 
 def is_learnt(turn: Message) -> bool:
-    """Return whether training may learn this turn; only the assistant's are learnt at all."""
+    """Return whether training may learn this turn; only the assistant's turns are ever learnt."""
     return turn.get("learnt", True)

@@ -1,4 +1,4 @@
-"""The tokens that a model says end its answers.
+"""The tokens that end answers, as the model declares them.
 
 Responsible for: reading them beside the tokenizer, as transformers' `generate` would, and keeping them on it.
 Not responsible for: what the tokenizer and the chat template say ends an answer (chat_format.py).
@@ -17,7 +17,7 @@ from transformers.utils.hub import cached_file
 
 _ATTRIBUTE = "dovetail_model_ends"
 _FILES = ("generation_config.json", "config.json")
-"""The first that there is decides, as in transformers."""
+"""The files that may declare them; the first one that exists decides, as in transformers."""
 
 
 def note_model_ends(tokenizer: PreTrainedTokenizerBase, name: str, revision: str | None) -> None:
@@ -31,7 +31,7 @@ def note_model_ends(tokenizer: PreTrainedTokenizerBase, name: str, revision: str
 
 
 def model_ends(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Return what `note_model_ends` kept; nothing for tokenizers made otherwise."""
+    """Return the tokens that `note_model_ends` kept; none for tokenizers made otherwise."""
     return tuple(getattr(tokenizer, _ATTRIBUTE, ()))
 
 
@@ -45,6 +45,6 @@ def _read(name: str, file: str, revision: str | None) -> dict[str, Any] | None:
             _raise_exceptions_for_connection_errors=False,
         )
         found = None if place is None else json.loads(Path(place).read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # loading the model tells of it
+    except (OSError, ValueError):  # loading the model reports it
         return None
     return found if isinstance(found, dict) else None

@@ -1,4 +1,4 @@
-"""Model folders, before anything in them is read as weights or vocabulary.
+"""Inspect model folders before their weights or vocabulary are read.
 
 Responsible for: whether a folder is a LoRA adapter and of which base, which files of a vocabulary it has, and files
 that were never downloaded.
@@ -17,23 +17,26 @@ _VOCABULARIES = ("tokenizer.json", "*.model", "*.tiktoken", "vocab.*", "tokeniza
 _WHOLE_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 _LFS_HEADER = b"version https://git-lfs"
 _LFS_BYTES = 1024
-"""A pointer has about 130; git-lfs itself takes nothing larger for one."""
+"""The largest size of a git-lfs pointer, as git-lfs itself has it; a pointer has about 130 bytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterFolder:
-    """What adapter_config.json says of the model that an adapter belongs to."""
+    """The facts in adapter_config.json about the model that an adapter belongs to."""
 
     folder: Path
     base: str
-    """Hub name or folder."""
+    """The hub name or folder of the base model."""
     revision: str | None
     is_scalar: bool
-    """It belongs to a reward model."""
+    """Whether it belongs to a reward model."""
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter; raises ModelError if whole weights lie beside it: either may be meant."""
+    """Return whether a folder holds an adapter.
+
+    Raises ModelError if whole weights lie beside it, since either may be meant.
+    """
     file = folder / "adapter_config.json"
     if not file.is_file():
         return False
@@ -48,7 +51,7 @@ def is_adapter(folder: Path) -> bool:
 
 
 def adapter_in(folder: Path) -> AdapterFolder | None:
-    """Return what a folder says of its adapter; None for anything that is no adapter.
+    """Return the facts about the adapter in a folder; None for anything that is no adapter.
 
     Raises ModelError if it names no base, or if `is_adapter` does.
     """
@@ -72,7 +75,7 @@ def adapter_in(folder: Path) -> AdapterFolder | None:
 
 
 def has_vocabulary(folder: Path) -> bool:
-    """Whether a tokenizer can be made from the folder's own files."""
+    """Return whether a tokenizer can be made from the folder's own files."""
     return any(next(folder.glob(pattern), None) is not None for pattern in _VOCABULARIES)
 
 

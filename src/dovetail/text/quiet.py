@@ -1,4 +1,4 @@
-"""Hugging Face's libraries without their bars and reports: our own lines say what a user needs to know.
+"""Silence the bars and reports of Hugging Face's libraries: our own lines say what a user needs to know.
 
 Responsible for: silencing them while something is read or written, and putting everything back, after a failure
 too.
@@ -14,17 +14,17 @@ from transformers import modeling_gguf_pytorch_utils
 from transformers.utils import logging
 
 gguf_reader: Any = modeling_gguf_pytorch_utils
-"""Its progress bar is no public name."""
+"""The module whose progress bar has no public name."""
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No bars, and no lines below an error; what matters in them is raised."""
+    """Hide progress bars, and log lines below an error; important ones are raised as errors anyway."""
     level, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     hub_had_bars, gguf_bar = not are_progress_bars_disabled(), gguf_reader.tqdm
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    gguf_reader.tqdm = lambda tensors, **_: tensors  # the one bar that asks nobody
+    gguf_reader.tqdm = lambda tensors, **_: tensors  # the only bar without a switch
     try:
         yield
     finally:

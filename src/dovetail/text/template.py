@@ -1,7 +1,8 @@
-"""A tokenizer's chat template: messages in, text out.
+"""Render messages as text with a tokenizer's chat template.
 
-Responsible for: rendering, what a template refuses, and system messages for templates that take none.
-Not responsible for: tokens (chat_format.py), what stands around an answer (turn_shape.py).
+Responsible for: rendering, errors of conversations that a template refuses, and system messages for templates that
+take none.
+Not responsible for: tokens (chat_format.py), the text around an answer (turn_shape.py).
 """
 
 from __future__ import annotations

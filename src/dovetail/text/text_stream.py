@@ -1,7 +1,7 @@
-"""Tokens in, text out, while an answer is being drawn.
+"""Turn tokens into text while an answer is generated.
 
-Responsible for: no half characters, nothing of a stop string or after it, and a cost a token that does not grow with
-the answer. Not responsible for: drawing (engine/), blanks around an answer (who shows it).
+Responsible for: whole characters, no text of a stop string or after it, and a cost per token that does not grow with
+the answer. Not responsible for: generation (engine/), blanks around an answer (the code that shows it).
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 _ENOUGH_CONTEXT = 8
-"""Tokens before a text that decide how its first ones are written."""
+"""The number of tokens before a text that decide how its first ones are written."""
 
 
 class TextStream:
-    """Token ids in, new text out as soon as its characters are whole and nothing can still take them away."""
+    """A stream of text from token ids, which shows characters as soon as they are whole and certain to stay."""
 
     def __init__(
         self,
@@ -24,8 +24,10 @@ class TextStream:
         before_end: str = "",
         behind: Sequence[int] = (),
     ) -> None:
-        """decode: the text of any stretch of ids. lead, before_end: taken off the text's two ends, once. behind: ids
-        whose text the new one goes on; none if it stands alone.
+        """Begin a stream.
+
+        decode: returns the text of any stretch of ids. lead, before_end: texts that are removed once, from the start
+        and from the end. behind: the ids whose text the new one continues; none if it stands alone.
         """
         self._decode = decode
         self._lead = lead
@@ -33,33 +35,35 @@ class TextStream:
         self._stops = [stop for stop in stops if stop]
         before = list(behind[-_ENOUGH_CONTEXT:])
         self.goes_on = bool(before) and not decode(before).endswith("\ufffd")
-        """The text stands behind another one; half a character is no place to go on from."""
+        """Whether the text continues another one; it cannot continue half a character."""
         self._ids: list[int] = before if self.goes_on else []
         self._context = 0
-        """The ids before this one cannot change how new ones read."""
+        """The index of the first id that can change how new ones are decoded."""
         self._read = len(self._ids)
-        """The ids before this one are text already."""
+        """The index of the first id that is not text yet."""
         self._held = ""
-        """Text that may belong to the lead, a stop string or what stands before the end."""
+        """The text that may belong to the lead, to a stop string or to `before_end`."""
         self.taken_lead = ""
-        """The lead, once it was taken off; empty where the text began otherwise."""
+        """The lead, once it is removed; empty where the text began otherwise."""
         self.has_stopped = False
-        """A stop string was completed; what comes after it is not read."""
+        """Whether a stop string was completed; text after it is not read."""
 
     def add(self, ids: Sequence[int]) -> str:
-        """More tokens; returns what can be shown now."""
+        """Add tokens and return the text that can be shown now."""
         self._ids += ids
         text = self._new_text()
         return "" if text.endswith("\ufffd") else self._take(text)
 
     def finish(self) -> str:
-        """What was still held back."""
+        """Return the text that was still held back."""
         text = self._take(self._new_text(), is_last=True)
         return text if self.has_stopped else text.removesuffix(self._before_end)
 
     def _new_text(self) -> str:
-        """Of the ids not yet read. The tokens before them are decoded along: some tokenizers write a token
-        otherwise at the beginning of a text.
+        """Decode the ids that are not read yet.
+
+        The tokens before them are decoded along, since some tokenizers write a token otherwise at the beginning of a
+        text.
         """
         known = self._decode(self._ids[self._context : self._read])
         return self._decode(self._ids[self._context :])[len(known) :]

@@ -1,7 +1,7 @@
 """Load a tokenizer by hub name, folder or GGUF file.
 
 Responsible for: finding it, giving it the chat template the user asked for, and errors that say what to do.
-Not responsible for: what a conversation looks like in tokens (chat_format.py).
+Not responsible for: the tokens of a conversation (chat_format.py).
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ def load_tokenizer(
     trust_remote_code: bool = False,
     chat_template: str | None = None,
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer at `path`: a hub name, a Hugging Face folder, a .gguf file, or a folder with one .gguf
-    file. It also knows what the model there says ends an answer; see model_ends.py. An adapter without a
-    vocabulary has its base's, with the adapter's chat template if it brings one.
+    """Load the tokenizer at `path`: a hub name, a Hugging Face folder, a .gguf file, or a folder with one such file.
+
+    It also knows the tokens that end answers as the model there declares them; see model_ends.py. An adapter without
+    a vocabulary gets that of its base, with the adapter's chat template if it has one.
 
     chat_template: a Jinja template, or a file with one, that takes the place of the tokenizer's own.
     """
@@ -71,7 +72,7 @@ def load_tokenizer(
 
 
 def gguf_file(place: Path) -> Path | None:
-    """The GGUF file that `place` is or holds; None for an ordinary Hugging Face folder or a hub name."""
+    """Return the GGUF file that `place` is or holds; None for an ordinary Hugging Face folder or a hub name."""
     if place.suffix == ".gguf":
         return place
     if not place.is_dir() or any(
@@ -88,7 +89,7 @@ def gguf_file(place: Path) -> Path | None:
 
 
 def _set_special_tokens(tokenizer: PreTrainedTokenizerBase, gguf: Path) -> None:
-    """First and end token as the file has them: transformers 5.17 makes the first one of llama files the end too."""
+    """Set first and end token as in the file: transformers 5.17 makes the first one of llama files the end too."""
     metadata, _ = read_gguf_metadata(str(gguf))
     for name in ("bos_token", "eos_token"):
         token_id = metadata.get(f"tokenizer.ggml.{name}_id")
@@ -97,7 +98,7 @@ def _set_special_tokens(tokenizer: PreTrainedTokenizerBase, gguf: Path) -> None:
 
 
 def read_template(template: str) -> str:
-    """The template itself: what is in the file if `template` names one, else the text as given."""
+    """Return the template: the content of the file if `template` names one, else the text as given."""
     if "{" in template:
         return template
     try:
@@ -139,6 +140,6 @@ def _expect_vocabulary(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def _is_protobuf(file: Path) -> bool:
-    """Whether a vocabulary is sentencepiece's, whose first field has this tag; the other kind of .model is text."""
+    """Return whether a vocabulary is sentencepiece's, whose first field has this tag; other .model files are text."""
     with file.open("rb") as content:
         return content.read(1) == b"\n"

@@ -1,6 +1,6 @@
-"""What a chat template prints around an answer, learnt by rendering a conversation with a hole in it.
+"""Find the text that a chat template prints around an answer, by rendering a conversation with a hole in it.
 
-Responsible for: where an answer begins and ends in a template. Not responsible for: tokens (chat_format.py).
+Responsible for: the borders of an answer in a template. Not responsible for: tokens (chat_format.py).
 """
 
 from __future__ import annotations
@@ -16,41 +16,41 @@ from dovetail.text.encoding import added_token_texts, special_token_texts
 from dovetail.text.message import Message, message
 
 HOLE = "\ue000{}\ue001"
-"""Stands for a content while a template is rendered: private-use characters, which no template touches."""
+"""The placeholder of a content while a template is rendered: private-use characters, which no template changes."""
 _OPENING = re.compile(r"(<[^<>\s]+>|[^\s<>]+[^\w\s<>])\s*\Z")
 
 
 @dataclass(frozen=True, slots=True)
 class TurnShape:
-    """What stands around an answer."""
+    """The text around an answer."""
 
     header: str
-    """Opens the assistant's turn where the template has no generation prompt; belongs to the prompt."""
+    """The text that opens the assistant's turn where the template has no generation prompt; part of the prompt."""
     lead: str
-    """White space between the generation prompt and the answer; belongs to the answer."""
+    """The white space between the generation prompt and the answer; part of the answer."""
     end: str
-    """Ends an answer, up to and with the end-of-turn token; belongs to the answer."""
+    """The text that ends an answer, up to and with the end-of-turn token; part of the answer."""
     printed_end: str
-    """As much of `end` as the template itself prints: all, or nothing where it is only our eos token."""
+    """The part of `end` that the template itself prints: all, or nothing where `end` is only our eos token."""
     end_token: str
     """The last token of `end`."""
     tail: str
-    """The end of every generation prompt: what an answer is encoded behind."""
+    """The end of every generation prompt, behind which an answer is encoded."""
     strips: bool
-    """The template strips white space around contents."""
+    """Whether the template strips white space around contents."""
 
     @property
     def opening(self) -> str | None:
         """The tag or named mark that ends a generation prompt, such as `<think>` or `Assistant:`.
 
-        A bare word is none: an answer may well begin with it.
+        A bare word is no mark: an answer may well begin with it.
         """
         found = _OPENING.search(self.tail)
         return found[1] if found else None
 
     @property
     def closing_tag(self) -> str | None:
-        """The tag that an answer is to close, such as `</think>`, where the generation prompt ends with `<think>`."""
+        """The tag that an answer must close, such as `</think>`, where the generation prompt ends with `<think>`."""
         tag = re.fullmatch(r"<(\w+)>", self.opening or "")
         return f"</{tag[1]}>" if tag else None
 
@@ -82,7 +82,7 @@ def learn_shape(
         )
     gap = before.removeprefix(prompt) if before.startswith(prompt) else ""
     # Anything but white space is either the header of a template without a generation prompt, or a block for
-    # reasoning that the template puts before the last answer: the model is to decide on that one by itself.
+    # reasoning that the template puts before the last answer: the model must decide on that one by itself.
     header = gap if gap.strip() and prompt == without_flag else ""
     end, end_token = _end_of_turn(after, tokenizer)
     padded = render([user, message("assistant", f" {hole} ")], False)
@@ -98,7 +98,7 @@ def learn_shape(
 
 
 def _end_of_turn(after: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """What ends an answer in the template, up to the first special token, and that token."""
+    """Return the text that ends an answer, up to and with the first special token, and that token."""
     for candidates in (special_token_texts(tokenizer), added_token_texts(tokenizer)):
         found = [(after.find(token), token) for token in candidates if token.strip() and token in after]
         if found:
