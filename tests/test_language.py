@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 SOURCE = Path(__file__).parent.parent / "src" / "dovetail"
-STILL_TO_REWRITE = {"cli", "compat", "engine", "launch", "web"}
+STILL_TO_REWRITE = {"engine"}
 """Packages whose docstrings were written before the rule. The list only shrinks."""
 FRAGMENTS = {
     *("As", "At", "Between", "By", "For", "From", "How", "In", "Of", "On", "To", "What", "When", "Where"),
