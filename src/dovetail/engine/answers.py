@@ -26,19 +26,19 @@ TopLogprobs = Sequence[tuple[int, float]]
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What was generated for one prompt."""
+    """The tokens generated for one prompt."""
 
     token_ids: tuple[int, ...]
     """The answer, the stop token included."""
     logprobs: tuple[float, ...]
-    """Of each token under the distribution it was drawn from."""
+    """The log-probability of each token under the distribution it was drawn from."""
     finish_reason: FinishReason
     """"stop": a stop token or string; "length": the token limit or the context; "cancelled": by on_token."""
 
 
 @dataclass(frozen=True, slots=True)
 class Listener:
-    """The caller's side of a generation: told of each token, asked for text."""
+    """The callbacks of the caller of a generation: one for each token, one that decodes text."""
 
     on_token: OnToken | None = None
     decode_text: DecodeText | None = None
@@ -54,11 +54,11 @@ class Answer:
     sampling: Sampling
     seed: int
     max_new_tokens: int
-    """As asked, or less where context or cache end sooner."""
+    """The number asked for, or less where context or cache end sooner."""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[TopLogprobs] = field(default_factory=list)
-    """For each token, if the sampling settings ask for them."""
+    """The likeliest tokens at each token's place, if the sampling settings ask for them."""
     pages: list[int] = field(default_factory=list)
     """Pages of the KV cache that hold its tokens, in order; empty while it waits. Full ones may be shared."""
     num_cached: int = 0
@@ -69,7 +69,7 @@ class Answer:
 
     @property
     def num_tokens(self) -> int:
-        """Prompt and answer, pending tokens included."""
+        """The length of prompt and answer, pending tokens included."""
         return len(self.prompt) + self.num_drawn
 
     @property
@@ -79,12 +79,12 @@ class Answer:
 
     @property
     def is_unread(self) -> bool:
-        """A part of the prompt, or of what was drawn before a preemption, is yet to be read."""
+        """Whether a part of the prompt, or of what was drawn before a preemption, is yet to be read."""
         return self.num_cached < self.num_tokens - min(1, self.num_drawn)
 
     @property
     def can_decode(self) -> bool:
-        """Its last token is drawn and not yet fed, and another one is wanted."""
+        """Whether its last token is drawn and not yet fed, and another one is wanted."""
         return (
             self.finish_reason is None
             and 0 < self.num_drawn < self.max_new_tokens
@@ -93,18 +93,18 @@ class Answer:
 
     @property
     def all_ids(self) -> tuple[int, ...]:
-        """What the host knows of its tokens."""
+        """The tokens that the host knows."""
         return (*self.prompt, *self.token_ids)
 
     @property
     def max_tokens(self) -> int:
-        """The longest this sequence can become."""
+        """The greatest length that this sequence can reach."""
         return len(self.prompt) + self.max_new_tokens
 
     def accept(self, token_id: int, logprob: float, listener: Listener, likeliest: TopLogprobs = ()) -> None:
         """Take in one drawn token; afterwards `finish_reason` says whether it was the last.
 
-        likeliest: at its place, as many as anybody asked for.
+        likeliest: the likeliest tokens at its place, as many as any request of the batch asked for.
         """
         self.token_ids.append(token_id)
         self.logprobs.append(logprob)

@@ -112,7 +112,7 @@ class Layer:
 
     attention: Attention
     attention_join: Join | None
-    """None where both branches read the same stream and are added together (GPT-NeoX)."""
+    """The join after attention; None where both branches read the same stream and are added together (GPT-NeoX)."""
     feed_forward: FeedForward
     feed_forward_join: Join
     """This step also prepares the input of the next layer, or of the head."""

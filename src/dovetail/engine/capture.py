@@ -1,4 +1,4 @@
-"""Recording device work as a CUDA graph.
+"""Record device work as a CUDA graph.
 
 Responsible for: one recording at a time, its stream and its memory, and the reason where it fails.
 Not responsible for: what is recorded and when it is replayed (graphs.py).

@@ -1,9 +1,9 @@
 """One new token for every running sequence, module by module: its state and its attention over pages.
 
 Responsible for: what a decode step feeds the modules, and attention of one query a sequence over paged keys.
-Not responsible for: the modules (modules.py), drawing (sampling.py), or who runs (scheduler.py).
+Not responsible for: the modules (modules.py), drawing (sampling.py), or which sequences run (scheduler.py).
 
-How attention reads the pages without a special kernel. Gathering each sequence's pages into a padded tensor
+Attention reads the pages without a special kernel. Gathering each sequence's pages into a padded tensor
 would copy the whole cache for every token (measured on a CPU: 5 to 20 times the cost of the attention
 itself), and a contiguous slot for each sequence would reserve and mostly read padding. So the work is laid
 out by page rather than by sequence: the used pages are the first n of the arena (kv_cache.py), hence one
@@ -43,7 +43,7 @@ from dovetail.model.attention import Layout, padded_attention
 
 
 class PageMap:
-    """Which page belongs to which sequences, as index tensors; built when a table changes, not every step."""
+    """The sequences that each page belongs to, as index tensors; built when a table changes, not every step."""
 
     def __init__(self, tables: Sequence[Sequence[int]], device: torch.device) -> None:
         owners: dict[int, list[tuple[int, int]]] = {}
@@ -64,9 +64,9 @@ class PageMap:
                 table[b * self.width + n] = q
                 self._owned.append(q)
         self.in_order = table == list(range(self.num_pages))
-        """Pages lie in the order of the sequences, unshared and without padding: nothing to regroup."""
+        """Whether pages lie in the order of the sequences, unshared and without padding: nothing is regrouped."""
         self.all_owned = len(self._owned) == len(owner)
-        """No page between belongs to anybody else, nor to nobody."""
+        """Whether every page up to the last belongs to these sequences, each to equally many."""
         self.table_BN = torch.tensor(table, device=device)
         self.owner_Q = torch.tensor(owner, device=device)
         self.place_Q = torch.tensor(place, device=device)
@@ -74,7 +74,7 @@ class PageMap:
         self._owns: dict[torch.dtype, Tensor] = {}
 
     def ownership(self, dtype: torch.dtype) -> Tensor:
-        """[B, Q]: 1 where the page belongs to the sequence, else 0."""
+        """Return [B, Q]: 1 where the page belongs to the sequence, else 0."""
         if dtype not in self._owns:
             owned = torch.tensor(self._owned, device=self.owner_Q.device)
             owns_BQ = torch.zeros(self.num_rows, len(self.owner_Q), dtype=dtype, device=owned.device)
@@ -87,7 +87,7 @@ class DecodeLayout:
     """The attention of one decode step; registered attention calls `attend` in every layer."""
 
     def __init__(self, arena: KVArena, pages: PageMap, rows_HB: Tensor, lengths_B: Tensor) -> None:
-        """`rows_HB`: where the new tokens go; `lengths_B`: of the sequences with their new tokens."""
+        """Keep `rows_HB`, where the new tokens go, and `lengths_B`, of the sequences with their new tokens."""
         self._arena = arena
         self._pages = pages
         self._rows_HB = rows_HB
@@ -119,7 +119,7 @@ class DecodeLayout:
         return self._mix(scores_BHL.softmax(dim=-1).to(values.dtype), values)[None]
 
     def _scores(self, query_BHK: Tensor, keys: Tensor) -> Tensor:
-        """Each query with all its keys [B, H, N x 64]; what lies beyond the sequence is meaningless."""
+        """Multiply each query with all its keys: [B, H, N x 64]; scores beyond the sequence are meaningless."""
         pages, (num_rows, num_heads, _) = self._pages, query_BHK.shape
         query_QHK = query_BHK if pages.in_order and pages.width == 1 else query_BHK[pages.owner_Q]
         query_tiles = self._by_key_head(query_QHK, keys.shape[0])
@@ -129,7 +129,7 @@ class DecodeLayout:
         return grouped.transpose(1, 2).reshape(num_rows, num_heads, -1)
 
     def _mix(self, weights_BHL: Tensor, values: Tensor) -> Tensor:
-        """The values of each sequence, weighted and summed [B, H, K]."""
+        """Return the values of each sequence, weighted and summed [B, H, K]."""
         pages, (num_rows, num_heads, _) = self._pages, weights_BHL.shape
         grouped = weights_BHL.view(num_rows, num_heads, pages.width, PAGE_TOKENS).transpose(1, 2)
         weights = grouped.reshape(-1, num_heads, PAGE_TOKENS)
@@ -145,7 +145,7 @@ class DecodeLayout:
         return summed.view(num_rows, num_heads, -1)
 
     def _by_key_head(self, x_QHX: Tensor, num_tiles: int) -> Tensor:
-        """[Q, H, X] -> [P x C, M x G, X]: all that meets one block of keys or values together."""
+        """Regroup [Q, H, X] to [P x C, M x G, X]: everything that is multiplied with one block of keys or values."""
         num_owners, num_key_heads = self._pages.num_owners, self._arena.shape.num_heads
         if num_owners > 1:
             x_PMCGX = x_QHX.view(
@@ -155,7 +155,7 @@ class DecodeLayout:
         return x_QHX.reshape(num_tiles, -1, x_QHX.shape[-1])
 
     def _by_owner(self, x: Tensor, num_heads: int) -> Tensor:
-        """[P x C, M x G, X] -> [Q, H, X]: the inverse of `_by_key_head`."""
+        """Regroup [P x C, M x G, X] to [Q, H, X]: the inverse of `_by_key_head`."""
         num_owners, num_key_heads = self._pages.num_owners, self._arena.shape.num_heads
         if num_owners > 1:
             x = x.view(-1, num_key_heads, num_owners, num_heads // num_key_heads, x.shape[-1]).transpose(1, 2)
@@ -166,7 +166,7 @@ class DecodeLayout:
         return torch.float64 if self._arena.shape.dtype == torch.float64 else torch.float32
 
     def _mask(self, window: int | None) -> Tensor:
-        """[B, 1, N x 64]: 0 where the new token may look, else the most negative number.
+        """Return the mask [B, 1, N x 64]: 0 where the new token may attend, else the most negative number.
 
         Not -inf: the mask is made by multiplication, and 0 x -inf is NaN. The weight is exactly 0 either way.
         One mask a step serves all layers that share the window.
@@ -184,7 +184,7 @@ class LoneLayout:
     """The attention of one decode step of the only sequence there is: it reads the cache in place."""
 
     def __init__(self, arena: KVArena, rows_HB: Tensor, length: int) -> None:
-        """`rows_HB`: where the new token goes; `length`: of the sequence with it."""
+        """Keep `rows_HB`, where the new token goes, and `length`, of the sequence with it."""
         self._arena = arena
         self._rows_HB = rows_HB
         self._length = length
@@ -205,7 +205,7 @@ class LoneLayout:
         self._arena.write(layer, key, value, self._rows_HB)
         start = 0 if sliding_window is None else max(0, self._length - sliding_window)
         keys, values = self._arena.sequence(layer, start, self._length)
-        # The queries that share a key head are as many queries of that head, and all of them see everything.
+        # The queries that share a key head are as many queries of that head, and all attend to everything.
         query_1CGK = query.reshape(1, keys.shape[1], -1, query.shape[-1])
         if softcap is None:
             out_1CGK = scaled_dot_product_attention(query_1CGK, keys, values, scale=scaling)
@@ -221,7 +221,7 @@ class EagerDecoder:
     """A decode step, module by module; between two steps the host reads the tokens drawn."""
 
     lag = 0
-    """Draws that may be under way while the next step begins."""
+    """The number of draws that may be under way while the next step begins."""
 
     def __init__(self, modules: PackedModules, arena: KVArena, device: torch.device) -> None:
         self._modules = modules
@@ -233,10 +233,10 @@ class EagerDecoder:
         self._positions_B = self._ids_B
 
     def place(self, answers: Sequence[Answer], ids_S: Tensor) -> None:
-        """Answers that drew their first token: the host will know it by the next step."""
+        """Do nothing for answers that drew their first token: the host will know it by the next step."""
 
     def forget(self, answers: Sequence[Answer]) -> None:
-        """Answers that run no more, or that come back with other tokens: the next step starts anew with them."""
+        """Drop the batch if it holds one of these answers, which end or are read anew; the next step builds another."""
         if any(answer in self._answers for answer in answers):
             self._answers = []
 
@@ -279,7 +279,7 @@ class EagerDecoder:
 
 
 def sampling_rows(answers: Sequence[Answer], vocabulary: int, device: torch.device) -> SamplingRows:
-    """The sampling settings of some answers, each at the random number of its next token."""
+    """Return the sampling settings of some answers, each at the random number of its next token."""
     rows = SamplingRows(
         [answer.sampling for answer in answers],
         [answer.seed for answer in answers],

@@ -1,11 +1,11 @@
-"""Reading a decoder's `Architecture` off the Hugging Face modules of the families known here.
+"""Read a decoder's `Architecture` off the Hugging Face modules of the families known here.
 
 Responsible for: which parameter plays which part in OPT, GPT-2, GPT-NeoX, and in Llama with its relatives (Mistral,
 SmolLM, Qwen2, Qwen3, Gemma 2 and 3, Phi-3, Granite); saying why a model cannot be read.
 Not responsible for: proving that the reading is right; fused.py compares numbers before it is used.
 
-What each layer's attention is given beside queries, keys and values (scaling, window, soft cap) is recorded from one
-forward of the modules, because the classes differ in where they keep it.
+The arguments of each layer's attention beside queries, keys and values (scaling, window, soft cap) are recorded
+from one forward of the modules, because the classes differ in where they keep it.
 """
 
 from __future__ import annotations

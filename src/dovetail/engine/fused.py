@@ -4,7 +4,7 @@ Responsible for: the order of a step's operations for every family, and comparin
 Not responsible for: the families (families.py), the operations (fused_ops.py, kernels/fused_ops.py), prompts, which
 the modules read, or the draw.
 
-Nothing is copied: the step reads parameters where they are. Whoever moves them must build a new step, as they must
+Nothing is copied: the step reads parameters where they are. Code that moves them must build a new step, and
 capture a new graph (`PackedModules.recorded_state`).
 
 Shapes: B rows, D width, V vocabulary.
@@ -32,7 +32,7 @@ from dovetail.model.linear_logprobs import head_of
 ROUNDING = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """The norm of the difference of centred logits, as a fraction of their norm, that rounding can explain."""
 _PROBED = (3, 70, 30, 0)
-"""The old tokens of the rows that are compared, the most telling first; 70 fill a page and begin another."""
+"""The old tokens of the rows that are compared, the most informative first; 70 fill a page and begin another."""
 
 
 class FusedStep:

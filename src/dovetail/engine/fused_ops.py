@@ -1,4 +1,4 @@
-"""The operations of the fused decode step in plain torch: they say what the kernels compute, and serve the CPU.
+"""The operations of the fused decode step in plain torch: they define what the kernels compute, and run on the CPU.
 
 Responsible for: embedding, products, the joins between branches and residual stream, and a layer's attention.
 Not responsible for: their order (fused.py), or speed (kernels/fused_ops.py has the same functions).
@@ -77,7 +77,7 @@ def activated(x_BD: Tensor, feed_forward: FeedForward) -> Tensor:
 def join(
     stream_BD: Tensor, branches: Sequence[Branch], how: Join, kind: NormKind, multiplier: float
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Add the branches to the residual stream; return it, and the inputs of those who read it next."""
+    """Add the branches to the residual stream; return it, and the inputs of the layers that read it next."""
     dtype = stream_BD.dtype
     wide = torch.promote_types(dtype, torch.float32)
     x_BD = stream_BD.to(wide)

@@ -1,6 +1,6 @@
 """The decode step on a GPU as one captured graph per batch size: the host replays it and never waits for it.
 
-Responsible for: the rows of the batch on the device, who sits in which row, which graph is replayed.
+Responsible for: the rows of the batch on the device, the row of each answer, which graph is replayed.
 Not responsible for: the step that is captured (fused.py, modules.py), capturing (capture.py), the kernels (kernels/),
 which answers run (scheduler.py).
 
@@ -9,8 +9,8 @@ every step; only the token drawn last stays on the device, where the next step r
 lengths and any answers, rows join and leave between two replays, and nothing is allocated while decoding. What is
 captured is the fused step (fused.py) where it knows the model and agrees with its modules, else the modules.
 
-Graphs hold the addresses of weights, but read that of the cache from the device: whoever comes next with the
-weights in the same place, an optimiser step later, replays the graphs that are there, on whatever arena.
+Graphs hold the addresses of weights, but read that of the cache from the device: a later block, an optimiser step
+later, replays the same graphs on any arena if the weights are still in the same place.
 
 Shapes: B rows, V vocabulary.
 """
@@ -38,14 +38,14 @@ from dovetail.engine.sampling import MOST_TOP_LOGPROBS, Sampling, SamplingRows, 
 from dovetail.engine.transfer import Draw, draw_next, to_device
 
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
-"""Rows a graph is captured for. Between them a step costs what the next larger one does: the weights, mostly."""
+"""The numbers of rows that graphs are captured for; a step of another number uses the next larger graph."""
 
 
 class Column(IntEnum):
-    """Of the table of rows; floats are there as their bits. The pages of the row follow."""
+    """The columns of the table of rows; floats are stored as their bits. The pages of the row follow."""
 
     LENGTH = 0
-    """Tokens stored so far; -1 = nobody sits here."""
+    """The tokens stored so far; -1 for an empty row."""
     DRAW = 1
     KEY = 2
     TEMPERATURE = 3
@@ -58,21 +58,21 @@ class Column(IntEnum):
 
 
 class Kind(NamedTuple):
-    """What one captured step does; those in use differ in this alone."""
+    """The properties of one captured step; the graphs of a decoder differ in these alone."""
 
     size: int
-    """Rows."""
+    """The number of rows."""
     truncates: bool
     penalises: bool
     num_likeliest: int
-    """Likeliest tokens told of each row."""
+    """The number of likeliest tokens reported for each row."""
 
 
 class GraphLayout:
     """The attention of one decode step; registered attention calls `attend` in every layer."""
 
     def __init__(self, bases: Tensor, state: Tensor) -> None:
-        """bases: of `KVArena.bases`, on the device."""
+        """Keep `bases`, the result of `KVArena.bases` on the device, and `state`, the table of rows."""
         self._bases = bases
         self._state = state
 
@@ -99,7 +99,7 @@ class GraphLayout:
     ) -> Tensor:
         """Store key and value [1, kv heads, B, K], attend with query [1, H, B, K]; returns [1, B, H, K].
 
-        turn: what queries and keys go through first.
+        turn: the change of queries and keys before anything else.
         """
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         return paged_attention(
@@ -117,14 +117,17 @@ class GraphLayout:
 
 
 class GraphDecoder:
-    """Decodes all answers in rows of one static batch; the host may run one draw ahead."""
+    """The decoding of all answers in rows of one static batch; the host may run one draw ahead."""
 
     lag = 1
 
     def __init__(
         self, modules: PackedModules, arena: KVArena, device: torch.device, *, places: int, pages: int
     ) -> None:
-        """places: answers that run together; pages: of the longest. No sequence uses the arena yet."""
+        """Allocate the rows for `places` answers that run together, the longest of `pages` pages.
+
+        No sequence may use the arena yet.
+        """
         self._modules = modules
         self._device = device
         self._next_logits = _step_of(modules, arena)
@@ -146,7 +149,7 @@ class GraphDecoder:
         self._graphs: dict[Kind, torch.cuda.CUDAGraph | None] = {}
 
     def serves(self, places: int, pages: int) -> bool:
-        """Whether these rows are enough, and the graphs those of the model as it is now."""
+        """Return whether there are enough rows, and the graphs were recorded from the model as it is now."""
         num_rows, width = self._table.shape
         enough = places <= num_rows and pages <= width - Column.PAGES
         return enough and self._recorded == self._modules.recorded_state()
@@ -178,7 +181,7 @@ class GraphDecoder:
             self._remember(answers, rows_S, ids_S)
 
     def forget(self, answers: Sequence[Answer]) -> None:
-        """These leave their rows."""
+        """Free the rows of these answers."""
         for answer in answers:
             row = self._row_of.pop(answer, None)
             if row is not None:
@@ -201,7 +204,7 @@ class GraphDecoder:
             line[Column.LENGTH] = answer.num_tokens - 1
             line[Column.DRAW] = answer.num_drawn
             line[Column.PAGES : Column.PAGES + len(answer.pages)] = answer.pages
-        # Pinned anew each time: the last copy may not have been sent yet.
+        # Newly pinned each time: the last copy may not have been sent yet.
         self._state.copy_(torch.from_numpy(self._table).pin_memory(), non_blocking=True)
         if graph is None:
             self._compute(kind)
@@ -251,7 +254,7 @@ class GraphDecoder:
             self._seen_BV[targets_N] = self._seen_BV[sources_N]
 
     def _compute(self, kind: Kind) -> None:
-        """The step itself, from static buffers to static buffers."""
+        """Compute the step, from static buffers to static buffers."""
         assert self._bases is not None
         size = kind.size
         state, ids_B = self._state[:size], self._ids_B[:size]
@@ -276,7 +279,7 @@ class GraphDecoder:
             seen_BV.scatter_(1, drawn_B[:, None], True)
 
     def _graph(self, kind: Kind) -> torch.cuda.CUDAGraph | None:
-        """Captured when first asked for; None if the modules cannot be captured, which is said once."""
+        """Return the graph, captured at its first use; None if the modules cannot be captured, with one warning."""
         if kind not in self._graphs:
             self._graphs[kind] = None if self._modules.cannot_be_captured else self._capture(kind)
         return self._graphs[kind]
@@ -284,7 +287,7 @@ class GraphDecoder:
     def _capture(self, kind: Kind) -> torch.cuda.CUDAGraph | None:
         before_B = self._ids_B.clone()
         seen_BV = None if self._seen_BV is None else self._seen_BV.clone()
-        self._state[:, Column.LENGTH] = -1  # nobody there: nothing is stored
+        self._state[:, Column.LENGTH] = -1  # empty rows: nothing is stored
         graph, why_not = captured(self._device, lambda: self._compute(kind))
         if graph is None:
             self._modules.cannot_be_captured = True
@@ -300,7 +303,7 @@ class GraphDecoder:
 
 
 class _RowsOfState(SamplingRows):
-    """The columns of the table as sample_next wants them; no flag depends on what the rows hold."""
+    """The columns of the table in the form of sample_next; no flag depends on what the rows hold."""
 
     def __init__(self, state: Tensor, seen_BV: Tensor | None, kind: Kind) -> None:
         floats = state.view(torch.float32)
@@ -321,17 +324,17 @@ class _RowsOfState(SamplingRows):
         self.seen_SV = seen_BV
 
     def uniforms_S(self) -> Tensor:
-        """Of the one draw that the table is for."""
+        """Return the random numbers of the one draw that the table is for."""
         return uniforms(self.keys_S, self.positions_S)
 
 
 def _size_for(num_rows: int) -> int:
-    """The smallest size for so many rows."""
+    """Return the smallest size for so many rows."""
     return next((size for size in _SIZES if size >= num_rows), -(-num_rows // 256) * 256)
 
 
 def _dense_rows(x: Tensor) -> Tensor:
-    """The kernel steps through heads and rows as they lie; a head's own numbers must be neighbours."""
+    """Make each head's own numbers neighbours, as the kernel requires; heads and rows may have any strides."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 

@@ -8,7 +8,7 @@ Not responsible for: the generation loop (paged.py), attention (decode.py, prefi
     with engine.generating() as generate:
         completions = generate(prompts, Sampling(max_new_tokens=64), seeds=seeds)
 
-Inside the block the model is in evaluation mode, its attention is ours and the KV arena is alive; afterwards,
+Inside the block the model is in evaluation mode, its attention is Dovetail's and the KV arena exists; afterwards,
 and after an exception, everything is as it was. No weight is copied, and no cache outlives its block: a
 parameter changed between two blocks is what the second one uses.
 """
@@ -40,14 +40,14 @@ from dovetail.model.modes import evaluation_mode
 from dovetail.parallel.tensor_group import WHOLE, TensorGroup
 
 MAX_RUNNING = 256
-"""Answers decoded together, unless told otherwise."""
+"""The default number of answers decoded together."""
 _PADDED_BATCH = 32
 _UNLIMITED_CONTEXT = 32768
-"""Tokens kept room for where a model names no limit."""
+"""The context assumed where a model names no limit."""
 
 
 class Generate(Protocol):
-    """What `generating()` hands out."""
+    """The function that `generating()` yields."""
 
     def __call__(
         self,
@@ -80,11 +80,11 @@ class HybridEngine:
         weights: Callable[[], AbstractContextManager[Any]] = nullcontext,
         group: TensorGroup = WHOLE,
     ) -> None:
-        """See `Limits` for the numbers; `device`: where the parameters are, unless given.
+        """Keep the model and the settings; see `Limits` for the numbers.
 
-        weights: within whose block the model's parameters are there, if that is not always. group: the processes that
-        hold slices of them (parallel/tensor.py). All of it enter `generating` and make the same calls; all get the
-        same answers.
+        device: by default that of the parameters. weights: a context within which the model's parameters are there, if
+        they are not always. group: the processes that hold slices of them (parallel/tensor.py); all of them enter
+        `generating` and make the same calls, and all get the same answers.
         """
         self._wrapped = model
         self.model = plain_model(model)
@@ -100,11 +100,11 @@ class HybridEngine:
         self._warned: set[str] = set()
         self._is_generating = False
         self.counts = Counts(preempted=0, shared_tokens=0)
-        """Of the last call to generate."""
+        """The counts of the last call to generate."""
 
     @contextmanager
     def generating(self) -> Iterator[Generate]:
-        """Evaluation mode, our attention, KV arena; all undone at the end of the block."""
+        """Set evaluation mode, Dovetail's attention and a KV arena within the block; undo all at its end."""
         with self._occupied(), self.weights():
             session = _Session(self)
             try:
@@ -115,7 +115,7 @@ class HybridEngine:
 
     @contextmanager
     def serving(self) -> Iterator[Serve]:
-        """The same block for requests that come one after the other; in a slow way each batch waits for the last."""
+        """Do as `generating` for requests that come one by one; on a slow way each batch waits for the one before."""
         with self._occupied(), self.weights():
             longest = self.context or self._limits.max_cache_tokens or _UNLIMITED_CONTEXT
             paged = self.paged_generation()
@@ -132,12 +132,12 @@ class HybridEngine:
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are, unless another one was given."""
+        """The device that was given, or else that of the parameters."""
         return self._device or next(self.model.parameters()).device
 
     @contextmanager
     def _occupied(self) -> Iterator[None]:
-        """One block at a time: they share the model's modes."""
+        """Allow one block at a time, because blocks share the model's modes."""
         assert not self._is_generating, "the model is in a block of generating() or serving() already"
         self._is_generating = True
         try:
@@ -146,7 +146,7 @@ class HybridEngine:
             self._is_generating = False
 
     def paged_generation(self) -> PagedGeneration | None:
-        """A new generation loop without arena yet; None if this model must take a slower way."""
+        """Return a new generation loop without an arena; None if this model must take a slower way."""
         way = self.way()
         if way.shape is not None:
             return PagedGeneration(self.modules, way.shape, self.device, self._limits)
@@ -159,11 +159,11 @@ class HybridEngine:
         return None
 
     def slow_generation(self) -> SlowGeneration:
-        """The generation of a model that `paged_generation` has none for."""
+        """Return the generation of a model for which `paged_generation` gives None."""
         return SlowGeneration(self.model, self.way().slow, batch_size=_PADDED_BATCH)
 
     def way(self) -> Way:
-        """The way to generate, found when it is first asked for."""
+        """Return the way to generate, found at the first call for each precision."""
         dtype = next(self.model.parameters()).dtype
         if dtype not in self._ways:
             self._ways[dtype] = find_way(self.modules, self.model, self.device)
@@ -176,7 +176,7 @@ class HybridEngine:
 
 
 class Serve:
-    """What `serving()` hands out."""
+    """The object that `serving()` yields: it answers requests that come one by one."""
 
     def __init__(
         self, engine: HybridEngine, generation: PagedGeneration | SlowGeneration, max_tokens: int
@@ -198,7 +198,7 @@ class Serve:
             )
 
     def prompt_scores(self, token_ids: Sequence[int], count: int) -> list[TokenScore]:
-        """See `prompt_scores`; for the thread that answers, between two steps."""
+        """Return `prompt_scores` of the model; only the thread that answers may call this, between two steps."""
         return prompt_scores(self._engine.model, token_ids, count=count, device=self._engine.device)
 
     def __call__(self, source: Source, *, decode_text: DecodeText | None = None) -> None:
@@ -215,7 +215,7 @@ class _Session:
         self._is_open = True
 
     def attention(self) -> AbstractContextManager[None]:
-        """The attention this way of generating needs."""
+        """Return a context with the attention that this way of generating needs."""
         if self._paged is None:
             return self._engine.slow_generation().attention()
         return self._engine.modules.our_attention()
@@ -236,7 +236,7 @@ class _Session:
         on_token: OnToken | None = None,
         decode_text: DecodeText | None = None,
     ) -> list[Completion]:
-        """See `Generate`."""
+        """Answer every prompt, see `Generate`."""
         assert self._is_open, "generate() outlived its `with engine.generating()` block"
         settings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
         listener = Listener(on_token, decode_text)

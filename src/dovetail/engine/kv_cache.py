@@ -1,7 +1,7 @@
 """Keys and values of the tokens seen so far, in pages.
 
-Responsible for: the storage, which page belongs to whom, and keeping the used pages together.
-Not responsible for: who may have pages (scheduler.py), or attention over them (decode.py, prefill.py).
+Responsible for: the storage, which page belongs to which sequence, and keeping the used pages together.
+Not responsible for: which sequence may have pages (scheduler.py), or attention over them (decode.py, prefill.py).
 
 A page holds 64 tokens of one sequence: [kv heads, 64, head width] for keys and the same for values, so the
 block of one head is contiguous. Sequences that begin alike may share full pages of their beginning. Where
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 PAGE_TOKENS = 64
-"""Tokens in a page. Smaller pages cost 7 to 15 % of GPU attention speed, larger ones waste memory."""
+"""The tokens in a page. Smaller pages cost 7 to 15 % of GPU attention speed, larger ones waste memory."""
 
 
 def pages_for(num_tokens: int) -> int:
@@ -33,7 +33,7 @@ def pages_for(num_tokens: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class KVShape:
-    """What one token's keys and values look like in this model."""
+    """The sizes and precision of one token's keys and values in a model."""
 
     num_layers: int
     num_heads: int
@@ -48,9 +48,9 @@ class KVShape:
 class KVArena:
     """The pages' storage: a tensor [2, pages, heads, 64, width] a layer, allocated once.
 
-    One a layer, because free memory between training's tensors is seldom in one piece.
+    There is one tensor a layer, because free memory between training's tensors is seldom in one piece.
 
-    For a lone sequence [2, heads, pages, 64, width]: it holds pages 0, 1, 2, ... in this order.
+    For a lone sequence it is [2, heads, pages, 64, width]: the sequence holds pages 0, 1, 2, ... in this order.
     """
 
     def __init__(
@@ -60,9 +60,9 @@ class KVArena:
         self.num_pages = num_pages
         self.device = device
         self.lone = lone
-        """Serves one sequence at a time."""
+        """Whether it serves one sequence at a time."""
         self.dense = dense and not lone
-        """Used pages are kept together, and cleared when taken: attention reads them whole."""
+        """Whether used pages are kept together, and cleared when taken: attention reads them whole."""
         size = (2, num_pages, shape.num_heads, PAGE_TOKENS, shape.head_width)
         self._storage = [torch.empty(size, dtype=shape.dtype, device=device) for _ in range(shape.num_layers)]
         # Views made once, because making them for each token and layer would show on the CPU.
@@ -77,29 +77,29 @@ class KVArena:
             rows.index_copy_(0, rows_HT, new.reshape(-1, self.shape.head_width))
 
     def tiles(self, layer: int, num_pages: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of the first pages: [pages x heads, 64, K] each, without a copy."""
+        """Return keys and values of the first pages: [pages x heads, 64, K] each, without a copy."""
         count = num_pages * self.shape.num_heads
         keys, values = self._tiles[layer]
         return keys[:count], values[:count]
 
     def sequence(self, layer: int, start: int, end: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of the lone sequence's tokens `start` to `end` - 1: [1, heads, T, K] each, no copy."""
+        """View keys and values of the lone sequence's tokens `start` to `end` - 1: [1, heads, T, K] each, no copy."""
         size = (1, self.shape.num_heads, -1, self.shape.head_width)
         keys, values = self._rows[layer]
         return keys.view(size)[:, :, start:end], values.view(size)[:, :, start:end]
 
     def bases(self) -> Tensor:
-        """int64 [layers, 2] on the host: where in memory each layer's keys and its values begin."""
+        """Return int64 [layers, 2] on the host: the addresses where each layer's keys and its values begin."""
         return torch.tensor([[kind.data_ptr() for kind in layer] for layer in self._storage])
 
     def read(self, layer: int, rows_HT: Tensor) -> tuple[Tensor, Tensor]:
-        """Copies of the keys and values in some rows, [1, heads, T, K] each."""
+        """Return copies of the keys and values in some rows, [1, heads, T, K] each."""
         size = (1, self.shape.num_heads, -1, self.shape.head_width)
         keys, values = (rows.index_select(0, rows_HT).view(size) for rows in self._rows[layer])
         return keys, values
 
     def rows_of(self, pages_T: Tensor, offsets_T: Tensor) -> Tensor:
-        """Row numbers [heads x T], heads first, of the tokens at these places in these pages."""
+        """Return row numbers [heads x T], heads first, of the tokens at these places in these pages."""
         head_H1 = torch.arange(self.shape.num_heads, device=pages_T.device)[:, None]
         if self.lone:
             return ((head_H1 * self.num_pages + pages_T) * PAGE_TOKENS + offsets_T).view(-1)
@@ -131,7 +131,7 @@ class KVArena:
 
 
 class PagePool:
-    """Which pages are used, and by whom; `tables` are the page lists of the sequences, edited in place."""
+    """The used pages and the sequences that hold them, whose page lists (`table`) are edited in place."""
 
     def __init__(self, num_pages: int) -> None:
         self.num_pages = num_pages
@@ -155,13 +155,13 @@ class PagePool:
             table.append(page)
 
     def share(self, table: list[int], pages: Sequence[int]) -> None:
-        """Append pages that others hold and nobody writes to any more."""
+        """Append full pages that other sequences hold and that are not written any more."""
         for page in pages:
             self._holders[page].append(table)
         table.extend(pages)
 
     def give_back(self, tables: Iterable[list[int]]) -> None:
-        """Empty these tables; pages that nobody holds any more are free."""
+        """Empty these tables, and free the pages that no other table holds."""
         for table in tables:
             for page in table:
                 holders = self._holders[page]

@@ -1,6 +1,6 @@
-"""How large the KV arena may be, and getting it.
+"""The size of the KV arena, and its allocation.
 
-Responsible for: what memory is free, and an arena as large as wanted or as large as fits.
+Responsible for: the memory that is free, and an arena as large as wanted or as large as fits.
 Not responsible for: what is stored in it (kv_cache.py).
 """
 
@@ -16,11 +16,11 @@ from dovetail.engine.kv_cache import KVArena, KVShape
 from dovetail.errors import GenerationError
 
 _USABLE = 0.8
-"""Of the free memory; the rest is for activations of the prefill."""
+"""The share of the free memory that the arena may take; the rest is for activations of the prefill."""
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that can still be had on the device, the allocator's own reserve included."""
+    """Return how much memory is still free on the device, the allocator's own reserve included."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
@@ -34,7 +34,7 @@ def free_bytes(device: torch.device) -> int:
 def allocate_arena(
     shape: KVShape, wanted_pages: int, device: torch.device, *, dense: bool = True, lone: bool = False
 ) -> KVArena:
-    """An arena of `wanted_pages`, or of what fits, down to a single page; sequences then take turns."""
+    """Return an arena of `wanted_pages`, or of what fits, down to a single page; sequences then take turns."""
     planned = num_pages = max(1, min(wanted_pages, int(_USABLE * free_bytes(device)) // shape.page_bytes))
     while True:
         try:
@@ -58,5 +58,5 @@ def allocate_arena(
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """The CPU allocator raises a plain RuntimeError that only its words tell apart."""
+    """Return whether memory ran out: the CPU allocator raises a plain RuntimeError that only its words identify."""
     return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)

@@ -1,7 +1,7 @@
 """The Hugging Face modules as the engine calls them: packed ids and positions in, next-token logits out.
 
-Responsible for: the forward call, the modes it needs (evaluation, our attention) and putting them back, and
-what a model's layers would cache, if they can be served this way at all.
+Responsible for: the forward call, the modes it needs (evaluation, Dovetail's attention) and restoring them, and
+what a model's layers would cache, if they can be called in this way.
 Not responsible for: attention (decode.py, prefill.py), or models that cannot (padded.py).
 
 On a GPU the fused step (fused.py), which reads the same parameters, decodes where it agrees with these modules.
@@ -33,56 +33,59 @@ from dovetail.parallel.tensor_plan import Place
 
 
 def vocabulary_of(model: PreTrainedModel) -> int:
-    """How many token ids the model can read."""
+    """Return how many token ids the model can read."""
     return int(model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
 
 
 def context_of(model: PreTrainedModel) -> int | None:
-    """The longest sequence the model can read, None where its config names no limit."""
+    """Return the longest sequence the model can read, None where its config names no limit."""
     return context_in(model.config)
 
 
 def context_in(config: Any) -> int | None:
-    """`context_of` a model with this config."""
+    """Return `context_of` a model with this config."""
     text = config.get_text_config()
     limits = [getattr(text, name, None) for name in ("max_position_embeddings", "max_seq_len")]
     return next((int(limit) for limit in limits if limit), None)
 
 
 class PackedModules:
-    """A model whose attention goes through our registered function, hence over packed batches."""
+    """A model whose attention is Dovetail's registered function, hence works over packed batches."""
 
     def __init__(self, model: PreTrainedModel, group: TensorGroup = WHOLE) -> None:
-        """group: the processes that compute it together, if its weights are slices (parallel/tensor.py)."""
+        """Keep the model and `group`, the processes that compute it together if its weights are slices.
+
+        Slices: parallel/tensor.py.
+        """
         self.model = model
         self.group = group
         head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
         self.vocabulary = int(head.weight.shape[0]) if group.size == 1 else vocabulary_of(model)
-        """How many logits there are."""
+        """The number of logits."""
         self._rows = [Place(rank, group.size).vocabulary(self.vocabulary)[1] for rank in range(group.size)]
         self.name = type(model).__name__
         self._without_extras = without_extras(model)
         self.rope_limit = rope_limit(model)
-        """The longest sequence read with the rope of short ones; None if all lengths are read alike."""
+        """The longest sequence read with the rope of short ones; None if all lengths have the same rope."""
         self.cannot_be_captured = False
-        """Its forward does what a CUDA graph cannot record; found out by trying."""
+        """Whether its forward does what a CUDA graph cannot record; found by trying."""
         self.why_not_fused: str | None = None
-        """The reason why the modules decode on a GPU, said when it was found (graphs.py)."""
+        """The reason why the modules decode on a GPU, given in a warning when it was found (graphs.py)."""
         self.captured: Any = None
         """The decoder whose graphs were recorded from these modules, for the next block (graphs.py)."""
 
     def rereads_at(self, length: int) -> bool:
-        """Whether a sequence that grows to this length is to be read anew, with other rope frequencies."""
+        """Return whether a sequence that grows to this length must be read anew, with other rope frequencies."""
         return self.rope_limit is not None and length > self.rope_limit and reread_at(self.model, length)
 
     def recorded_state(self) -> tuple[Any, ...]:
-        """What a graph of the forward keeps of the model: where weights and buffers lie, which adapters are on."""
+        """Return what a graph of the forward fixes: the addresses of weights and buffers, and the adapters in use."""
         tensors = chain(self.model.parameters(), self.model.buffers())
         return tuple(tensor.data_ptr() for tensor in tensors), adapters_in_use(self.model)
 
     @contextmanager
     def our_attention(self) -> Iterator[None]:
-        """The model attends through `layout.attend`; afterwards as before."""
+        """Make the model attend through `layout.attend` within the block; restore its attention afterwards."""
         before = self.model.config._attn_implementation
         if before == ATTENTION_NAME:
             yield
@@ -96,9 +99,9 @@ class PackedModules:
     def next_logits(
         self, ids_T: Tensor, positions_T: Tensor, layout: Layout, last_S: Tensor | None = None
     ) -> Tensor:
-        """Logits [S, V] of what follows the tokens `last_S` (all T if None); only these meet the head."""
+        """Return logits [S, V] of what follows the tokens `last_S` (all T if None); only these go through the head."""
         if ids_T.is_cuda:
-            # The head as in training: its product leaves the tensor cores in float32.
+            # The head is that of training, whose product leaves the tensor cores in float32.
             hidden_TD = self._forward(self.model.base_model, ids_T, positions_T, layout).last_hidden_state[0]
             logits = head_of(self.model).logits(hidden_TD if last_S is None else hidden_TD[last_S])
         else:
@@ -107,7 +110,7 @@ class PackedModules:
         return self.group.columns(logits, self._rows)
 
     def agreed(self, ids_S: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
-        """Of `draw_next`: the same in all processes of the group whatever the order in which theirs add up."""
+        """Return the results of `draw_next` in the group's first process, since sums may round otherwise in each."""
         if self.group.size == 1:
             return ids_S, numbers
         numbers = self.group.from_first(numbers.contiguous())
@@ -128,9 +131,10 @@ class PackedModules:
         )
 
     def kv_shape(self) -> KVShape | None:
-        """Keys and values of one token, learned by running one; None if a layer does not ask our attention.
+        """Return the sizes of one token's keys and values, found by running one; None if a layer bypasses the layout.
 
-        Asking the modules and not the config proves for any architecture that each layer's attention is ours.
+        Running the modules, not reading the config, proves for any architecture that each layer uses Dovetail's
+        attention.
         """
         probe = _Probe()
         device = next(self.model.parameters()).device
@@ -151,7 +155,7 @@ class _Probe:
         self.shapes: dict[int, tuple[int, int, torch.dtype]] = {}
 
     def attend(self, module: Any, query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Tensor:
-        """Attention of a token to itself alone is its value."""
+        """Note the shapes, and return the value: that is attention of a token to itself alone."""
         if key.shape == value.shape:
             self.shapes[module.layer_idx] = (key.shape[1], key.shape[3], key.dtype)
         return value.repeat_interleave(query.shape[1] // value.shape[1], dim=1).transpose(1, 2)

@@ -31,14 +31,14 @@ from dovetail.model.plain_forward import plain_attention, without_extras
 from dovetail.model.reading import reading_of
 
 SlowWay = Literal["padded", "equal", "reread"]
-"""Left-padded batches over a cache; such batches of prompts of one length; whole sequences read for every token."""
+"""The slow ways: left-padded batches over a cache; such batches of prompts of one length; no cache at all."""
 
 SLOW_WAYS: dict[SlowWay, str] = {
     "padded": "generation falls back to padded batches, which is right but slower",
     "equal": "generation falls back to padded batches, and only of prompts of one length, which is right but slower",
     "reread": "generation reads every sequence again for each token, which is right but much slower",
 }
-"""The words of the warning."""
+"""The text of the warning for each way."""
 
 
 class SlowGeneration:
@@ -50,7 +50,7 @@ class SlowGeneration:
         self._batch_size = batch_size
 
     def attention(self) -> AbstractContextManager[None]:
-        """The attention this way of generating needs, while it lasts."""
+        """Return a context with the attention that this way of generating needs."""
         return nullcontext() if self._way == "reread" else plain_attention(self._model)
 
     def run(self, answers: Sequence[Answer], listener: Listener) -> None:
@@ -61,7 +61,7 @@ class SlowGeneration:
                 continue
 
     def serve(self, source: Source, listener: Listener) -> None:
-        """Answer what the source hands over, one batch at a time, until it says that no more will come."""
+        """Answer what the source hands over, one batch at a time, until it signals that no more will come."""
         waiting: list[Answer] = []
         steps: Iterator[None] = iter(())
         running: list[Answer] = []
@@ -112,14 +112,14 @@ class SlowGeneration:
                 logits_SV, cache = _forward(self._model, ids_SL, mask_SL, cache)
             ids_S, numbers = draw_next(logits_SV, rows)
             rows.advance(ids_S)
-            Draw.of(answers, numbers).deliver(listener)  # finished rows run on unheard
+            Draw.of(answers, numbers).deliver(listener)  # finished rows go on, and their tokens are ignored
             ids_SL = ids_S[:, None]
             mask_SL = torch.cat([mask_SL, mask_SL.new_ones(len(answers), 1)], dim=1)
             yield
 
 
 def _forward(model: PreTrainedModel, ids_SL: Tensor, mask_SL: Tensor, cache: Any) -> tuple[Tensor, Any]:
-    """Logits of each row's next token, and the cache with these tokens in it."""
+    """Return logits of each row's next token, and the cache with these tokens in it."""
     known = inspect.signature(model.forward).parameters
     extra: dict[str, Any] = dict(without_extras(model))
     if "position_ids" in known:

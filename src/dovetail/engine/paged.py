@@ -1,11 +1,11 @@
-"""The generation loop over pages: admit and read prompts, make room, decode a token for everybody, retire.
+"""The generation loop over pages: admit and read prompts, make room, decode a token for each answer, retire.
 
 Responsible for: that loop, and the arena it runs in.
-Not responsible for: who is next (scheduler.py), or the model's modes (hybrid.py).
+Not responsible for: which answer is next (scheduler.py), or the model's modes (hybrid.py).
 
 On a GPU the host runs one draw ahead: while a step computes, the tokens of the one before are read, handed to
 their answers, and the step after is prepared. An answer that turns out to have ended takes part in one step
-more; nobody hears of that token.
+more; that token is dropped.
 """
 
 from __future__ import annotations
@@ -31,24 +31,24 @@ from dovetail.engine.transfer import Draw, draw_next
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How much may happen at once."""
+    """The limits of answers and tokens at once."""
 
     max_running: int
-    """Answers decoded together."""
+    """The most answers decoded together."""
     max_prefill_tokens: int
-    """Prompt tokens read in one forward; longer prompts are read in parts."""
+    """The most prompt tokens read in one forward; longer prompts are read in parts."""
     max_cache_tokens: int | None
-    """Tokens the arena may hold; None: what is asked for and fits in memory."""
+    """The most tokens the arena may hold; None: as many as the answers need and memory holds."""
 
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """What one call to generate took."""
+    """The figures of one call to generate."""
 
     preempted: int
-    """How often an answer had to give its pages back and start again."""
+    """The number of times that an answer was preempted: it freed its pages and started again."""
     shared_tokens: int
-    """Prompt tokens read once for several answers, the first reading not counted."""
+    """The prompt tokens read once for several answers, the first reading not counted."""
 
 
 class Decoder(Protocol):
@@ -64,13 +64,13 @@ class Decoder(Protocol):
 
 
 class Source(Protocol):
-    """Where requests come from while others are being answered."""
+    """The source of requests while others are being answered."""
 
     def poll(self, load: Load) -> Sequence[Answer] | None:
-        """Answers that join before the next step; None: no more will come, and those under way are left.
+        """Return answers that join before the next step; None: no more will come, and running ones are abandoned.
 
         May block while `load` is idle. Between two polls the answers handed over have grown by what was drawn;
-        one whose `finish_reason` is set in here ("cancelled") gives its pages back before the next step.
+        one whose `finish_reason` is set in here ("cancelled") frees its pages before the next step.
         """
         ...
 
@@ -87,7 +87,7 @@ class PagedGeneration:
         *,
         may_capture: bool = True,
     ) -> None:
-        """may_capture: decode with captured graphs where the device has them."""
+        """Keep the settings; may_capture: decode with captured graphs where the device has them."""
         self._modules = modules
         self._shape = shape
         self._device = device
@@ -101,18 +101,18 @@ class PagedGeneration:
         return self._reserve([pages_for(answer.max_tokens) for answer in answers])
 
     def reserve_for(self, num_tokens: int) -> int:
-        """The same for as many answers as may run, of up to `num_tokens` with their prompts."""
+        """Reserve for as many answers as may run, of up to `num_tokens` with their prompts."""
         return self._reserve([pages_for(num_tokens)] * self._limits.max_running)
 
     def _reserve(self, pages: Sequence[int]) -> int:
-        """pages: what each answer can use."""
+        """Make the arena and the decoder for answers that can use so many pages each; returns its tokens."""
         wanted = sum(heapq.nlargest(self._limits.max_running, pages))
         if self._limits.max_cache_tokens is not None:
             wanted = min(wanted, max(1, self._limits.max_cache_tokens // PAGE_TOKENS))
         places = min(len(pages), self._limits.max_running)
         lone = places == 1 and not self._has_kernel
         if self._arena is None or self._arena.num_pages < wanted or self._arena.lone != lone:
-            self._arena = self._decoder = None  # the other one is freed first
+            self._arena = self._decoder = None  # the old one is freed first
             self._arena = self._allocate(wanted, lone=lone)
         self._decoder = self._decoder_for(
             self._arena, places=places, pages=min(max(pages), self._arena.num_pages)
@@ -120,7 +120,7 @@ class PagedGeneration:
         return self._arena.num_pages * PAGE_TOKENS
 
     def _allocate(self, wanted: int, *, lone: bool) -> KVArena:
-        """Of as many pages as each process of the group has room for: all admit and preempt the same answers."""
+        """Allocate as many pages as every process of the group has room for: all admit and preempt the same answers."""
         dense = not self._has_kernel
         arena = allocate_arena(self._shape, wanted, self._device, dense=dense, lone=lone)
         fewest = self._modules.group.least(arena.num_pages, self._device)
@@ -130,7 +130,7 @@ class PagedGeneration:
         return arena
 
     def _decoder_for(self, arena: KVArena, *, places: int, pages: int) -> Decoder:
-        """places: answers that run together; pages: of the longest."""
+        """Return a decoder for `places` answers that run together, the longest of `pages` pages."""
         if not self._has_kernel:
             return EagerDecoder(self._modules, arena, self._device)
         from dovetail.engine.graphs import GraphDecoder  # Triton is there on GPUs only
@@ -147,7 +147,7 @@ class PagedGeneration:
         return kept
 
     def close(self) -> None:
-        """Free the arena, and what else no later block could use."""
+        """Free the arena, and everything else that no later block could use."""
         self._arena = self._decoder = None
         if self._modules.captured is not None:
             self._modules.captured.rest()
@@ -166,7 +166,7 @@ class PagedGeneration:
 
     @torch.no_grad()
     def serve(self, source: Source, listener: Listener) -> None:
-        """Answer what the source hands over, each beside the others, until it says that no more will come."""
+        """Answer what the source hands over, each beside the others, until it signals that no more will come."""
         scheduler, decoder = self._start(())
         draws = _Draws(scheduler, decoder, listener)
         try:
@@ -207,7 +207,7 @@ class PagedGeneration:
             draws.read(keep=0)
 
     def _outgrown(self, scheduler: Scheduler) -> list[Answer]:
-        """Answers whose next token is read with other rope frequencies than the keys that are stored."""
+        """Return the answers whose next token is read with other rope frequencies than the keys that are stored."""
         return [answer for answer in scheduler.ready() if self._modules.rereads_at(answer.num_tokens)]
 
     def _read(self, chunks: Sequence[Chunk]) -> Draw | None:
@@ -236,7 +236,7 @@ class PagedGeneration:
 
 
 class _Draws:
-    """Tokens under way from the device to their answers, in order."""
+    """The tokens under way from the device to their answers, in order."""
 
     def __init__(self, scheduler: Scheduler, decoder: Decoder, listener: Listener) -> None:
         self._scheduler = scheduler
@@ -245,20 +245,20 @@ class _Draws:
         self._under_way: deque[Draw] = deque()
 
     def add(self, draw: Draw | None) -> None:
-        """Another one; read what the decoder does not let lag behind."""
+        """Add a draw, and read those that may not lag behind for this decoder."""
         if draw is not None:
             self._under_way.append(draw)
         self.read(keep=self._decoder.lag)
 
     def read(self, *, keep: int) -> None:
-        """Read all but the newest `keep`, and let go who has ended."""
+        """Read all but the newest `keep`, and retire answers that have ended."""
         while len(self._under_way) > keep:
             self._under_way.popleft().deliver(self._listener)
         self._decoder.forget(self._scheduler.retire())
 
 
 def _has_kernel(shape: KVShape, device: torch.device) -> bool:
-    """Whether the kernels of the captured decode step can serve this cache."""
+    """Return whether the kernels of the captured decode step can serve this cache."""
     if device.type != "cuda" or shape.head_width > 256:
         return False
     return shape.dtype in (torch.float32, torch.bfloat16, torch.float16)

@@ -1,6 +1,6 @@
-"""Reading the parameters of single Hugging Face modules: products with their adapters, norms, rotary positions.
+"""Read the parameters of single Hugging Face modules: products with their adapters, norms, rotary positions.
 
-Responsible for: these modules as records of architecture.py; UnreadableError for what the records cannot say.
+Responsible for: these modules as records of architecture.py; UnreadableError for what the records cannot express.
 Not responsible for: how modules make up a model (families.py).
 """
 

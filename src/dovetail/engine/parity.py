@@ -1,4 +1,4 @@
-"""The parity gate: before training, the engine's numbers are compared with the model's own forward.
+"""The parity gate, which compares the engine's numbers with the model's own forward before training.
 
 Responsible for: a few greedy answers, their tokens and log-probabilities against the plain Hugging Face forward
 of the same modules, the same for the packed training forward, alone where nothing is generated, and the first
@@ -6,8 +6,8 @@ layer that differs if they disagree.
 Not responsible for: when to ask (rlhf/api.py, stages/supervised.py), the reference (model/plain_forward.py),
 generating (hybrid.py), the training forward (model/forward.py).
 
-The reference is each whole sequence alone. It shares the weights with what it judges, and none of our attention,
-packing, caching or head.
+The reference is each whole sequence alone. It shares the weights with what it judges, and nothing of Dovetail's
+attention, packing, caching or head.
 
 Shapes: T tokens of one sequence, A tokens of all answers, V vocabulary, D width.
 """
@@ -53,33 +53,33 @@ from dovetail.model.tolerance import (
 from dovetail.parallel.shard import world_of
 
 PROMPT_TOKENS = (24, 60, 120)
-"""Prompts are cut to their last tokens, to lengths that differ; the second one's answer outgrows a page of keys. The
-last one is repeated instead where it is known how far a run reaches."""
+"""The lengths of the prompts, cut to their last tokens; the second one's answer outgrows a page of keys. The last
+prompt is repeated instead where the reach of a run is known."""
 NEW_TOKENS = 16
 
 
 @dataclass(frozen=True, slots=True)
 class ParityReport:
-    """What a passed gate has seen."""
+    """The result of a passed gate."""
 
     num_tokens: int
-    """Tokens generated and compared."""
+    """The number of tokens generated and compared."""
     largest_gap: float
-    """Nats: largest difference of a log-probability, of generation or training, to the reference's."""
+    """The largest difference, in nats, of a log-probability, of generation or training, to the reference's."""
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingParityReport:
-    """What a passed gate of a stage without generation has seen."""
+    """The result of a passed gate of a stage without generation."""
 
     num_tokens: int
-    """Tokens compared."""
+    """The number of tokens compared."""
     largest_error: float
-    """Norm of the difference of the last hidden state, as a fraction of its norm, at any token."""
+    """The norm of the difference of the last hidden state, as a fraction of its norm, at any token."""
 
 
 _ANY_TOKEN = 10
-"""One token may be off by so many times what the mean may; a wrong forward is off by far more, at many."""
+"""The factor by which one token may be off more than the mean; a wrong forward is off by far more, at many."""
 
 _HINT = (
     "training on these numbers would teach the wrong thing, so the run has not begun: this model is not supported with "
@@ -89,18 +89,18 @@ _HINT = (
 
 @dataclass(frozen=True, slots=True)
 class _Token:
-    """One generated token, as the three forwards see it."""
+    """One generated token, with the numbers of the three forwards."""
 
     prompt: int
     place: int
-    """In its answer, from 0."""
+    """Its place in the answer, from 0."""
     token_id: int
     best_id: int
     """The reference's choice."""
     shortfall: float
-    """By how much the reference's logit of `token_id` is below that of `best_id`."""
+    """The gap of the reference's logits, that of `best_id` minus that of `token_id`."""
     plain: float
-    """Log-probability of `token_id`: the reference's, generation's, training's."""
+    """The log-probability of `token_id` in the reference; the next two are those of generation and training."""
     generated: float
     trained: float
 
@@ -116,7 +116,7 @@ def check_parity(
 ) -> ParityReport:
     """Compare a few greedy answers to `prompts` (at most three are used) with the plain forward.
 
-    Mode, attention, weights and gradients are afterwards as before. decode_text: to quote the prompt in errors.
+    Mode, attention, weights and gradients are restored. decode_text: quotes the prompt in errors.
     trained: the model whose training and plain forward are run, where engine and training do not have the same weights,
     but slices; peft-wrapped or not, sharded or not (then all processes must call this). By default the engine's own.
     reach: the most tokens of prompt and answer that the run may read; the last prompt is repeated up to there.
@@ -127,7 +127,7 @@ def check_parity(
     room = math.inf if engine.context is None else max(1, engine.context - NEW_TOKENS)
     cut = _cut(prompts, room, reach)
     with evaluation_mode(model), attention_restored(model):
-        # Neighbours that compute each layer together must run the same sequences.
+        # Processes that compute each layer together must run the same sequences.
         answers, generated = world_of(model).agreed(_generate(engine, cut))
         batch = _packed(cut, answers).to(computing_device(model))
         trained_A = token_logprobs(model, batch).logprobs_T[batch.mask_T].tolist()
@@ -189,7 +189,7 @@ def _plain_rows(model: Any, rows: Sequence[Sequence[int]]) -> Tensor:
 
 
 def _wrong_hidden_state(error_T: Tensor, noise_T: Tensor | None, tolerance: Tolerance) -> int | None:
-    """The first token that is off by too much; if all are only a little off, the worst of too many."""
+    """Return the first token that is off by too much; if all are only a little off, the worst of too many."""
     wrong = first_beyond(error_T, _ANY_TOKEN * tolerance.hidden, noise_T)
     if wrong is None and not is_explained(error_T, tolerance.hidden, noise_T):
         wrong = int(error_T.argmax())
@@ -197,7 +197,7 @@ def _wrong_hidden_state(error_T: Tensor, noise_T: Tensor | None, tolerance: Tole
 
 
 def _cut(prompts: Sequence[Sequence[int]], room: float, reach: int | None) -> list[list[int]]:
-    """The ends of the prompts, the last one repeated up to what the run may read before its last tokens."""
+    """Return the ends of the prompts, the last one repeated up to what the run may read before its last tokens."""
     cut = [
         list(prompt)[-int(min(most, room)) :] for prompt, most in zip(prompts, PROMPT_TOKENS, strict=False)
     ]
@@ -210,7 +210,7 @@ def _cut(prompts: Sequence[Sequence[int]], room: float, reach: int | None) -> li
 def _generate(
     engine: HybridEngine, prompts: Sequence[Sequence[int]]
 ) -> tuple[list[list[int]], list[list[float]]]:
-    """Greedy answers and the engine's log-probabilities of their tokens."""
+    """Generate greedy answers; return them and the engine's log-probabilities of their tokens."""
     with engine.generating() as generate:
         found = generate(
             prompts, Sampling(max_new_tokens=NEW_TOKENS, temperature=0.0), seeds=range(len(prompts))
@@ -233,7 +233,7 @@ def _beside_the_reference(
     generated_A: Sequence[float],
     trained_A: Sequence[float],
 ) -> list[_Token]:
-    """Every generated token with what the plain forward says of it."""
+    """Return every generated token with the plain forward's numbers."""
     tokens: list[_Token] = []
     with plain_attention(model):
         for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
@@ -255,8 +255,8 @@ def _beside_the_reference(
 
 
 def _answer_logits(model: PreTrainedModel, prompt: Sequence[int], answer: Sequence[int]) -> Tensor:
-    """[N, V]: what the plain forward says of each token of the answer before it comes."""
-    # The last row speaks of what was not generated.
+    """Return the plain forward's logits [N, V] from which each token of the answer is chosen."""
+    # The last row predicts a token that was not generated.
     kept_NV = plain_logits(model, [*prompt, *answer], last=len(answer) + 1)
     return at_least_float32(kept_NV)[:-1]
 
@@ -267,7 +267,7 @@ def _noise(
     answers: Sequence[Sequence[int]],
     tokens: Sequence[_Token],
 ) -> Tensor:
-    """Nats: how far the plain log-probabilities move when the embeddings change in their last bit."""
+    """Return how far, in nats, the plain log-probabilities move when the embeddings change in their last bit."""
     with plain_attention(model), nudged_embeddings(model):
         nudged = [
             _answer_logits(model, prompt, answer)
@@ -284,7 +284,7 @@ def _first_wrong(
     logprob_of: Callable[[_Token], float],
     noise_A: Tensor | None,
 ) -> _Token | None:
-    """The first token that rounding cannot explain; if all are only a little off, the worst of too many."""
+    """Return the first token that rounding cannot explain; if all are only a little off, the worst of too many."""
     gaps_A = torch.tensor([abs(logprob_of(token) - token.plain) for token in tokens])
     far_A = torch.maximum(gaps_A, torch.tensor([token.shortfall for token in tokens]))  # keeps NaN
     wrong = first_beyond(far_A, tolerance.largest, noise_A)

@@ -1,6 +1,6 @@
-"""Prompts, packed end to end, whole or in parts: attention among them, keys and values stored in pages.
+"""The forward over prompts, packed end to end, whole or in parts: attention, and keys and values stored in pages.
 
-Responsible for: where each token's keys and values go, and attention to what was stored before.
+Responsible for: the places of each token's keys and values, and attention to what was stored before.
 Not responsible for: cutting prompts into parts (scheduler.py).
 
 A part of a sequence attends to its earlier tokens, which are in pages: they are gathered, with its own, into
@@ -27,7 +27,7 @@ from dovetail.model.attention import PackedLayout, flash_attention, flash_can, p
 
 
 class Prefill:
-    """What one forward over some parts of sequences feeds the modules; also its attention layout."""
+    """The inputs of the modules for one forward over some parts of sequences; also its attention layout."""
 
     def __init__(self, chunks: Sequence[Chunk], arena: KVArena, device: torch.device) -> None:
         self._arena = arena
@@ -59,7 +59,7 @@ class Prefill:
         self._masks: dict[int | None, Tensor] = {}
 
     def last_index_S(self) -> Tensor:
-        """int64: where in T the last tokens of the parts lie that end their sequence."""
+        """Return the places in T, int64, of the last tokens of the parts that end their sequence."""
         bounds = cumulative([chunk.num_tokens for chunk in self._chunks])
         last = [bound - 1 for chunk, bound in zip(self._chunks, bounds[1:], strict=True) if chunk.is_last]
         return to_device(last, self.ids_T.device)
@@ -97,7 +97,7 @@ class Prefill:
         return self._asking.packed(out_SHLK)
 
     def _allowed(self, window: int | None) -> Tensor:
-        """bool [S, 1, L, M], True = may look; what fills the rectangle looks as the last token does."""
+        """Return bool [S, 1, L, M], True where a token may attend; padding attends as the last token does."""
         if window not in self._masks:
             device = self.ids_T.device
             lengths_S1 = to_device([chunk.num_tokens for chunk in self._chunks], device)[:, None]
@@ -112,7 +112,7 @@ class Prefill:
 
 
 def _rows(arena: KVArena, chunks: Sequence[Chunk], lengths: Sequence[int], places_T: Tensor) -> Tensor:
-    """Row numbers in the arena of tokens at these places, `lengths` of them for each sequence in turn."""
+    """Return row numbers in the arena of tokens at these places, `lengths` of them for each sequence in turn."""
     device = places_T.device
     width = max(len(chunk.answer.pages) for chunk in chunks)
     table = [

@@ -1,8 +1,8 @@
-"""The one look at how a model generates, before its first answer.
+"""Try once how a model can generate, before its first answer.
 
 Responsible for: the fastest way whose answers are those of the plain forward, found by trying on three prompts.
-Not responsible for: the ways themselves (paged.py, padded.py), how batches are read (model/probe.py), what a run will
-see (parity.py).
+Not responsible for: the ways themselves (paged.py, padded.py), how batches are read (model/probe.py), the
+lengths of a run (parity.py).
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ class Way:
     """The way a model generates."""
 
     shape: KVShape | None
-    """What each token stores in pages; None: it does not generate over pages."""
+    """The sizes of what each token stores in pages; None: it does not generate over pages."""
     slow: SlowWay = "padded"
-    """The way it takes then."""
+    """The way of a model that does not."""
     reason: str | None = None
-    """The reason why not over pages."""
+    """The reason why it does not generate over pages."""
 
 
 def find_way(modules: PackedModules, model: PreTrainedModel, device: torch.device) -> Way:
     """Find the fastest way to generate that agrees with the plain forward. Modes and attention stay as they are."""
-    is_divided = modules.group.size > 1  # what no process can try alone
+    is_divided = modules.group.size > 1  # a process cannot try it alone
     if not is_divided and not is_probed(model):
         probe(model)
     reason = why_not_packed(model)
@@ -95,7 +95,7 @@ def _paged(modules: PackedModules, shape: KVShape, device: torch.device) -> Run:
 def _fault(
     model: PreTrainedModel, run: Run, attention: Callable[[], AbstractContextManager[None]]
 ) -> str | None:
-    """What tells greedy answers to three prompts from those of the plain forward, each alone; None: nothing."""
+    """Return how greedy answers to three prompts differ from the plain forward of each alone; None if they agree."""
     with evaluation_mode(model), attention_restored(model), short_limits(model):
         answers = _answers(model)
         try:
@@ -113,7 +113,7 @@ def _fault(
                     nudged = [_of_the_plain_forward(model, answer)[0] for answer in answers]
                 noise_A = torch.cat([(a - b).abs() for a, (b, _) in zip(nudged, plain, strict=True)])
     if not all(logprob_A.isfinite().all() for logprob_A, _ in plain):
-        return None  # a model without numbers says nothing of the way
+        return None  # a model that gives NaN or infinities cannot judge the way
     found = [torch.tensor(answer.logprobs, device=plain[0][0].device) for answer in answers]
     gap_A = torch.cat(
         [
@@ -134,7 +134,7 @@ def _answers(model: PreTrainedModel) -> list[Answer]:
 
 
 def _of_the_plain_forward(model: PreTrainedModel, answer: Answer) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of the answer's tokens, and how far their logits lie below the best ones."""
+    """Return log-probabilities of the answer's tokens, and how far their logits lie below the best ones."""
     last = len(answer.token_ids) + 1
     logits_AV = at_least_float32(plain_logits(model, answer.all_ids, last=last))[:-1]
     ids_A1 = torch.tensor(answer.token_ids, device=logits_AV.device)[:, None]

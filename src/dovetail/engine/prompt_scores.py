@@ -32,7 +32,7 @@ class TokenScore:
 
     logprob: float
     rank: int
-    """1 for the likeliest token."""
+    """The rank of the token at its place; 1 for the likeliest."""
     top_logprobs: TopLogprobs
     """The likeliest tokens at its place, as many as were asked for."""
 

@@ -29,15 +29,15 @@ from dovetail.errors import GenerationError
 _MASK_32 = 0xFFFFFFFF
 MOST_TOP_LOGPROBS = 20
 _DRAWS_AHEAD = 16
-"""Draws whose random numbers are hashed together."""
+"""The number of draws whose random numbers are hashed together."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How to draw the tokens of one answer."""
+    """The settings for drawing the tokens of one answer."""
 
     max_new_tokens: int
-    """Most tokens to draw, the stop token included."""
+    """The most tokens to draw, the stop token included."""
     temperature: float = 1.0
     """Divides the logits; 0 takes the likeliest token (greedy)."""
     top_k: int | None = None
@@ -51,9 +51,9 @@ class Sampling:
     stop_token_ids: tuple[int, ...] = ()
     """Tokens that end the answer; the one that ended it is part of the answer."""
     stop_strings: tuple[str, ...] = ()
-    """Texts that end the answer; kept up to the token that completes one."""
+    """Texts that end the answer, which keeps the token that completes one."""
     top_logprobs: int = 0
-    """At each place also tell so many of the likeliest tokens, at most 20."""
+    """The number of likeliest tokens to report at each place, at most 20."""
 
     def __post_init__(self) -> None:
         _require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
@@ -76,8 +76,9 @@ class Sampling:
 
     @property
     def mass_limit(self) -> float:
-        """What the mass before a kept token is below. Without top-p out of reach: in float32 the sum of many
-        probabilities comes to 1 before the last of them.
+        """The bound that the probability mass before a kept token stays below.
+
+        Without top-p it is out of reach: in float32 the sum of many probabilities comes to 1 before the last of them.
         """
         return 2.0 if self.top_p in (None, 1.0) else self.top_p
 
@@ -97,7 +98,7 @@ class SamplingRows:
         *,
         device: torch.device,
     ) -> None:
-        """`positions`: how many tokens each answer has already: the index of its first random number here."""
+        """Make the columns; `positions`: the tokens each answer has already, the index of its first random number."""
         self.keys_S = random_keys(torch.tensor([seed & (2**63 - 1) for seed in seeds], device=device))
         self.positions_S = torch.tensor(list(positions), device=device)
         self._num_drawn = 0
@@ -128,7 +129,7 @@ class SamplingRows:
             self.seen_SV[row, torch.tensor(list(ids), device=device)] = True
 
     def uniforms_S(self) -> Tensor:
-        """The random number of each sequence's next token. The hash is computed for some draws at once."""
+        """Return the random number of each sequence's next token. The hash is computed for some draws at once."""
         place = self._num_drawn % _DRAWS_AHEAD
         if place == 0 or self._ahead_NS is None:
             draws_N1 = torch.arange(_DRAWS_AHEAD, device=self.keys_S.device)[:, None] + self._num_drawn
@@ -136,14 +137,14 @@ class SamplingRows:
         return self._ahead_NS[place]
 
     def advance(self, ids_S: Tensor) -> None:
-        """After a draw: the next random number, and one more token seen."""
+        """Go on to the next random number after a draw, and note the tokens drawn."""
         self._num_drawn += 1
         if self.seen_SV is not None:
             self.seen_SV.scatter_(1, ids_S[:, None], True)
 
 
 def sample_next(logits_SV: Tensor, rows: SamplingRows) -> tuple[Tensor, Tensor]:
-    """Token ids and their log-probabilities (float32, or float64 for float64 logits), one for each row."""
+    """Draw a token for each row: return ids and log-probabilities (float32, or float64 for float64 logits)."""
     logits_SV = adjusted(logits_SV, rows)
     probs_SV = logits_SV.softmax(dim=-1)
     if rows.all_greedy:
@@ -156,16 +157,16 @@ def sample_next(logits_SV: Tensor, rows: SamplingRows) -> tuple[Tensor, Tensor]:
 
 
 def likeliest_next(logits_SV: Tensor, rows: SamplingRows, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` likeliest token ids and their log-probabilities [S, count], the likeliest first.
+    """Return the `count` likeliest token ids and their log-probabilities [S, count], the likeliest first.
 
-    Of the very distribution that `sample_next` draws from; -inf: that token cannot be drawn.
+    They are those of the distribution that `sample_next` draws from; -inf: that token cannot be drawn.
     """
     top = adjusted(logits_SV, rows).softmax(dim=-1).topk(count, dim=-1)
     return top.indices, top.values.log()
 
 
 def adjusted(logits_SV: Tensor, rows: SamplingRows) -> Tensor:
-    """The logits whose softmax is drawn from: after penalty, temperature and truncation."""
+    """Return the logits of the distribution drawn from: after penalty, temperature and truncation."""
     if logits_SV.dtype in (torch.bfloat16, torch.float16):
         logits_SV = logits_SV.float()  # near -10 bfloat16 steps by 0.06: a log-probability would be 6 % off
     if rows.penalises and rows.seen_SV is not None:
@@ -176,13 +177,13 @@ def adjusted(logits_SV: Tensor, rows: SamplingRows) -> Tensor:
 
 
 def invert_distribution(probs_SV: Tensor, uniforms_S: Tensor) -> Tensor:
-    """The token whose slice of [0, 1) holds the uniform number."""
+    """Return the token whose slice of [0, 1) holds the uniform number."""
     # float64: in float32 the sum near 1 moves in steps of 6e-8, which would swallow rare tokens.
     cumulative_SV = probs_SV.cumsum(dim=-1, dtype=torch.float64)
     threshold_S1 = uniforms_S[:, None] * cumulative_SV[:, -1:]
     # right=True finds the first sum above the threshold, so a token of probability 0 can never be drawn.
     ids_S = torch.searchsorted(cumulative_SV, threshold_S1, right=True).squeeze(1)
-    return ids_S.clamp_(max=probs_SV.shape[1] - 1)  # logits that are no numbers must not lead outside
+    return ids_S.clamp_(max=probs_SV.shape[1] - 1)  # NaN logits must not give an id outside
 
 
 def penalise_repetition(logits_SV: Tensor, seen_SV: Tensor, penalty_S: Tensor) -> Tensor:
@@ -193,7 +194,7 @@ def penalise_repetition(logits_SV: Tensor, seen_SV: Tensor, penalty_S: Tensor) -
 
 
 def keep_likely(logits_SV: Tensor, rows: SamplingRows) -> Tensor:
-    """Logits with all but the kept tokens at -inf: top-k first, top-p of what remains, then min-p."""
+    """Set the logits of all but the kept tokens to -inf: top-k first, top-p of what remains, then min-p."""
     sorted_SV, order_SV = logits_SV.sort(dim=-1, descending=True)
     rank_V = torch.arange(sorted_SV.shape[1], device=sorted_SV.device)
     keep_SV = rank_V < rows.top_k_S[:, None]
@@ -207,19 +208,20 @@ def keep_likely(logits_SV: Tensor, rows: SamplingRows) -> Tensor:
 
 
 def random_keys(seeds_S: Tensor) -> Tensor:
-    """A well mixed 32-bit key for each 63-bit seed, so that neighbouring seeds have nothing in common."""
+    """Return a well mixed 32-bit key for each 63-bit seed, so that neighbouring seeds have nothing in common."""
     return _mixed(_mixed(seeds_S & _MASK_32) ^ (seeds_S >> 32) ^ 0x5BD1E995)
 
 
 def uniforms(keys_S: Tensor, positions_S: Tensor) -> Tensor:
-    """float64 in (0, 1): the random number of each (key, position)."""
+    """Return the random number of each (key, position), float64 in (0, 1)."""
     return (_mixed(_mixed(positions_S ^ 0x3C6EF372) ^ keys_S) + 0.5).double() * 2.0**-32
 
 
 def _mixed(x: Tensor) -> Tensor:
-    """Every bit of the 32-bit result depends on every bit of x (multipliers of Wellons' hash-prospector).
+    """Mix x to 32 bits, each of which depends on every bit of x.
 
-    Multipliers below 2**31 and operands below 2**32 cannot overflow int64, so every device agrees.
+    The multipliers are those of Wellons' hash-prospector. Below 2**31, with operands below 2**32,
+    they cannot overflow int64, so every device agrees.
     """
     x = x ^ (x >> 15)
     x = (x * 0x2C1B3C6D) & _MASK_32

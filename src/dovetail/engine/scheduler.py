@@ -1,8 +1,8 @@
-"""Which sequences run now: continuous batching within the pages there are.
+"""The choice of the sequences that run now: continuous batching within the pages there are.
 
-Responsible for: admission by free pages, which part of which prompt is read next, shared beginnings, a page for
+Responsible for: admission by free pages, the parts of prompts that are read next, shared beginnings, a page for
 every next token, preemption when pages run out.
-Not responsible for: computing anything; its counterpart that does is paged.py.
+Not responsible for: computing anything (paged.py).
 
 The oldest running sequence is never preempted, and every request fits the arena alone, so all of them end.
 """
@@ -19,7 +19,7 @@ from dovetail.engine.kv_cache import PAGE_TOKENS, KVArena, PagePool, pages_for
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Tokens of one sequence that a forward reads: places `start` to `end` - 1."""
+    """The tokens of one sequence that a forward reads: places `start` to `end` - 1."""
 
     answer: Answer
     start: int
@@ -31,18 +31,18 @@ class Chunk:
 
     @property
     def is_last(self) -> bool:
-        """After it, everything the sequence has is stored: its next token can be drawn."""
+        """Whether everything the sequence has is stored after it, so that its next token can be drawn."""
         return self.end == self.answer.num_tokens
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """How much is going on."""
+    """The numbers of answers and pages in use."""
 
     num_running: int
     num_waiting: int
     num_pages: int
-    """Pages of the KV cache in use."""
+    """The pages of the KV cache in use."""
 
     @property
     def is_idle(self) -> bool:
@@ -61,26 +61,30 @@ class Scheduler:
         max_prefill_tokens: int,
         shares_beginnings: bool = True,
     ) -> None:
-        """shares_beginnings: the keys of a token depend on what stands before it alone, so answers may share them."""
+        """Keep the settings.
+
+        shares_beginnings: the keys of a token depend only on the tokens before it, so answers may share them.
+        """
         self.waiting = deque(answers)
         self.running: list[Answer] = []
         self.num_preempted = 0
         self.num_shared_tokens = 0
-        """Prompt tokens that did not have to be read because another sequence had them."""
+        """The prompt tokens that did not have to be read because another sequence had them."""
         self.version = 0
-        """Changes with every change of a page table."""
+        """A number that changes with every change of a page table."""
         self._arena = arena
         self._pool = PagePool(arena.num_pages)
         self._max_running = max_running
         self._max_prefill_tokens = max_prefill_tokens
         self._shares_beginnings = shares_beginnings
         self._first_with: dict[tuple[int, ...], Answer] = {}
-        """Of the running answers to one prompt the one whose pages the others share."""
+        """For each prompt, the running answer whose pages the other answers to it share."""
 
     def admit(self) -> list[Chunk]:
-        """What the next forward reads: the rest of prompts begun, then as many waiting answers, in order, as
-        pages, places and `max_prefill_tokens` have room for. A long prompt is read in several forwards, so that
-        the others decode in between.
+        """Return what the next forward reads: first the rest of prompts begun, then waiting answers, in order.
+
+        Pages, places and `max_prefill_tokens` limit it. A long prompt is read in several forwards, so that the others
+        decode in between.
         """
         room = self._max_prefill_tokens
         chunks: list[Chunk] = []
@@ -97,15 +101,15 @@ class Scheduler:
         return chunks
 
     def ready(self) -> list[Answer]:
-        """Those that can decode another token now."""
+        """Return the answers that can decode another token now."""
         return [answer for answer in self.running if answer.can_decode]
 
     def is_short_of_pages(self) -> bool:
-        """Whether `make_room` would have to preempt; it needs that no token of a running answer is pending."""
+        """Return whether `make_room` would have to preempt, which needs that no running answer has a pending token."""
         return self._num_missing() > self._pool.num_free
 
     def make_room(self) -> list[Answer]:
-        """A page for every running answer's next token; returns those that had to give way, the youngest."""
+        """Take a page for every running answer's next token; returns the preempted answers, the youngest ones."""
         preempted: list[Answer] = []
         while self._num_missing() > self._pool.num_free:
             preempted.append(self.running[-1])
@@ -131,7 +135,7 @@ class Scheduler:
         self.num_preempted += len(answers)
 
     def retire(self) -> list[Answer]:
-        """Let finished answers go; returns them."""
+        """Remove finished answers; returns them."""
         finished = [answer for answer in self.running if answer.finish_reason]
         if finished:
             self.running = [answer for answer in self.running if not answer.finish_reason]
@@ -139,20 +143,20 @@ class Scheduler:
         return finished
 
     def load(self) -> Load:
-        """What runs and waits now."""
+        """Return the numbers of running and waiting answers, and of used pages."""
         return Load(len(self.running), len(self.waiting), self._pool.num_used)
 
     def drop_ended(self) -> list[Answer]:
-        """Let answers go that were ended from outside, waiting or running; returns those that ran."""
+        """Remove answers that were ended from outside, waiting or running; returns those that ran."""
         if any(answer.finish_reason for answer in self.waiting):
             self.waiting = deque(answer for answer in self.waiting if not answer.finish_reason)
         return self.retire()
 
     def _num_places(self) -> int:
-        """How many may start now.
+        """Return how many answers may start now.
 
-        In a full batch places come free one by one, and reading one prompt costs a forward like reading many:
-        there it waits for some.
+        In a full batch places come free one by one, and reading one prompt costs a forward like reading many: there
+        it waits until several are free.
         """
         places = min(len(self.waiting), self._max_running - len(self.running))
         is_full = len(self.running) > self._max_running * 3 // 4
@@ -160,7 +164,7 @@ class Scheduler:
         return places if places >= enough else 0
 
     def _give_pages(self, answer: Answer) -> bool:
-        """Pages for all its tokens, full ones of its prompt shared with an answer to the same; False: too few."""
+        """Take pages for all its tokens, sharing full ones of an equal prompt; False if too few are free."""
         donor = self._first_with.get(answer.prompt) if self._shares_beginnings else None
         shared: list[int] = []
         if donor is not None:
@@ -179,7 +183,7 @@ class Scheduler:
         return True
 
     def _next_chunk(self, answer: Answer, room: int) -> Chunk:
-        """Up to `room` tokens, or one more: the last token, left alone, would pass for one to decode."""
+        """Return up to `room` tokens, or one more: a last token left alone would look like one to decode."""
         start = answer.num_cached
         end = min(answer.num_tokens, start + room)
         if answer.num_drawn and end == answer.num_tokens - 1:
@@ -191,7 +195,7 @@ class Scheduler:
         return sum(max(0, _missing_pages(answer)) for answer in self.running)
 
     def _num_growing(self) -> int:
-        """Running answers that may still need a page; each keeps one in reserve.
+        """Count the running answers that may still need a page; each keeps one in reserve.
 
         Without the reserve an answer would be admitted only to be preempted at once, its prefill wasted.
         """

@@ -1,4 +1,4 @@
-"""Small numbers between host and device without waiting.
+"""Move small numbers between host and device without waiting.
 
 Responsible for: index tensors made from Python lists, and the numbers of a draw on their way back.
 Not responsible for: batches of training (batches.py).
@@ -21,7 +21,10 @@ from dovetail.engine.sampling import SamplingRows, likeliest_next, sample_next
 
 
 def to_device(values: Sequence[int], device: torch.device, dtype: torch.dtype = torch.long) -> Tensor:
-    """The numbers as a tensor there. A small copy from unpinned memory is staged: nobody waits, nothing is lost."""
+    """Return the numbers as a tensor on the device.
+
+    A small copy from unpinned memory is staged, so that the host need not wait, or keep the source.
+    """
     return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
 
 
@@ -60,7 +63,7 @@ class Draw:
 
 
 def draw_next(logits_SV: Tensor, rows: SamplingRows) -> tuple[Tensor, Tensor]:
-    """The next token ids [S], and float64 [N, S]: what a `Draw` carries."""
+    """Return the next token ids [S], and the numbers of a `Draw`, float64 [N, S]."""
     ids_S, logprobs_S = sample_next(logits_SV, rows)
     numbers = torch.stack([ids_S.double(), logprobs_S.double()])
     if not rows.num_likeliest:

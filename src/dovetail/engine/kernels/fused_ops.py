@@ -1,7 +1,7 @@
 """The operations of the fused decode step on a GPU: the functions of engine/fused_ops.py as few kernels.
 
 Responsible for: which kernel computes what, and whether a product is Triton's or cuBLAS's.
-Not responsible for: what they compute, which engine/fused_ops.py says.
+Not responsible for: what they compute, which engine/fused_ops.py defines.
 
 Shapes: B rows, D width, O and I output and input width of a product.
 """
@@ -114,7 +114,7 @@ _CUBLAS_ACTIVATIONS = frozenset({"relu", "gelu_tanh"})
 def join(
     stream_BD: Tensor, branches: Sequence[Branch], how: Join, kind: NormKind, multiplier: float
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Add the branches to the residual stream; return it, and the inputs of those who read it next."""
+    """Add the branches to the residual stream; return it, and the inputs of the layers that read it next."""
     num_rows, width = stream_BD.shape
     if not branches and not how.norms:
         return stream_BD, (stream_BD,)

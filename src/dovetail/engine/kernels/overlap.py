@@ -42,7 +42,7 @@ def fetch(pointers):
 
 @cache
 def overlaps(device: torch.device) -> bool:
-    """Tell whether the device can launch a kernel before the previous one has ended."""
+    """Return whether the device can launch a kernel before the previous one has ended."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
 

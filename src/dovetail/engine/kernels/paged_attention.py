@@ -1,4 +1,4 @@
-"""Attention of one new token a sequence over its pages, new keys and values stored on the way.
+"""Attention of one new token a sequence over its pages, which also stores its keys and values.
 
 Responsible for: what `engine/decode.py`'s DecodeLayout computes, as one kernel a layer (two where a few long
 sequences must be split over the processors). Any head grouping, sliding windows, soft caps.
@@ -25,15 +25,15 @@ from dovetail.engine.kv_cache import PAGE_TOKENS
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _NOTHING = tl.constexpr(-1.0e30)
-"""Below every score, and finite: the difference of two of them is 0 and not NaN."""
+"""A number below every score, and finite: the difference of two of them is 0 and not NaN."""
 _FEW_PROGRAMS = 256
-"""Fewer leave processors idle (an H100 has 132, two programs each)."""
+"""The number of programs below which processors are idle (an H100 has 132, two programs each)."""
 _MAX_SPLITS = 8
 
 
 @triton.jit
 def _capped(scores, softcap, HAS_CAP: tl.constexpr):
-    """softcap * tanh(scores / softcap), in base-2 units."""
+    """Return softcap * tanh(scores / softcap), in base-2 units."""
     if HAS_CAP:
         scores = softcap * (2.0 * tl.sigmoid(2.0 * scores / softcap) - 1.0)
     return scores * _LOG2_E
@@ -41,7 +41,7 @@ def _capped(scores, softcap, HAS_CAP: tl.constexpr):
 
 @triton.jit
 def _based(base_ptr, like_ptr):
-    """The address that stands there, as a pointer to what `like_ptr` points to."""
+    """Load the address stored there, as a pointer to the type that `like_ptr` points to."""
     return tl.multiple_of(tl.load(base_ptr).to(tl.pointer_type(like_ptr.dtype.element_ty)), 16)
 
 
@@ -50,7 +50,7 @@ def _turned(
     head_ptr, place_K, is_real, weight_ptr, cosine_ptr, sine_ptr, eps,
     K: tl.constexpr, HALF: tl.constexpr, HAS_NORM: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
-    """Load heads, norm each, and turn the first 2 x HALF numbers by the angles of the row; as they are if neither."""
+    """Load heads, norm each, and turn the first 2 x HALF numbers by the angles of the row; either may be absent."""
     x = tl.load(head_ptr + place_K[None, :], mask=is_real, other=0.0)
     if HAS_NORM or HALF > 0:
         wide = x.to(tl.float32)
@@ -209,7 +209,7 @@ class Turn:
     """The change of queries and keys before they meet: a norm of each head, then rotary positions."""
 
     query_weight_K: Tensor | None = None
-    """Weights of the RMSNorms, where there are any."""
+    """The weights of the RMSNorms, where there are any."""
     key_weight_K: Tensor | None = None
     eps: float = 0.0
     offset: float = 0.0
@@ -274,7 +274,7 @@ def paged_attention(
 
 
 def _splits(programs: int, longest: int) -> int:
-    """A power of two: one where the rows alone fill the processors, or sequences are short."""
+    """Return the number of splits, a power of two: one where the rows fill the processors, or sequences are short."""
     splits = 1
     while splits < _MAX_SPLITS and programs * splits < _FEW_PROGRAMS and longest > 256 * splits:
         splits *= 2

@@ -4,8 +4,8 @@ Responsible for: several products side by side without storing their weights sid
 products meet; sums left in parts for the kernel that adds them up anyway.
 Not responsible for: adapters, single precision, many rows (kernels/fused_ops.py leaves those to cuBLAS).
 
-The number of rows is small, so the time is that of reading the weights. A program owns BN outputs of one weight and one
-of SPLIT slices of its inputs; which weight, its place in the grid says.
+The number of rows is small, so the time is that of reading the weights. A program computes BN outputs of one weight
+over one of SPLIT slices of its inputs; its place in the grid selects the weight.
 
 Shapes: B rows, I inputs, O outputs.
 """
@@ -46,7 +46,7 @@ def _stored(
     y_ptr, y_row, total, gated, bias, gated_bias, rows, num_rows, before, outputs, size,
     HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
-    """Add the bias, activate, multiply by what the gate is for, and write."""
+    """Add the bias, activate, multiply by the second product of a gated layer, and write."""
     is_output = outputs < size
     if HAS_BIAS:
         total += tl.load(bias + outputs, mask=is_output, other=0.0).to(tl.float32)[None, :]
@@ -123,7 +123,7 @@ def _multiply(
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """The shape of a program's work."""
+    """The sizes of a program's work."""
 
     rows: int
     outputs: int

@@ -71,7 +71,7 @@ def join_rows(
     BRANCH_BIAS: tl.constexpr, NORMS: tl.constexpr, HAS_BIAS: tl.constexpr, KEEPS_SUM: tl.constexpr,
     OFFSET: tl.constexpr, IS_CENTRED: tl.constexpr, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
-    """ONE and TWO are the numbers of parts of the branches; 0 where there is no such branch."""
+    """Add the branches to the stream; ONE and TWO are their numbers of parts, 0 where there is no such branch."""
     row = tl.program_id(0)
     let_next_start(OVERLAPS)
     place = tl.arange(0, BLOCK)
@@ -124,7 +124,7 @@ def activation(x, NAME: tl.constexpr):
 def activate_rows(
     x_ptr, out_ptr, width, NAME: tl.constexpr, IS_GATED: tl.constexpr, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr
 ):  # fmt: skip
-    """A row of x holds `width` numbers, or the gate's and then as many to be multiplied by it."""
+    """Activate rows of `width` numbers; gated rows hold the gate's and then as many to multiply by it."""
     row, block = tl.program_id(0), tl.program_id(1)
     let_next_start(OVERLAPS)
     wait_for_previous(OVERLAPS)

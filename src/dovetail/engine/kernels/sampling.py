@@ -2,7 +2,7 @@
 
 Responsible for: what `engine/sampling.py`'s sample_next computes without truncation and penalty: temperature or
 greedy, by the same random numbers, and the log-probability of the token drawn.
-Not responsible for: top-k, top-p, min-p and repetition penalty, which need an order or a memory.
+Not responsible for: top-k, top-p, min-p and repetition penalty, which need sorted logits or the tokens so far.
 
 Inverting the cumulative distribution in two levels reads the logits once and a single slice twice. Sums inside a
 slice are small numbers of similar size, so float32 keeps rare tokens apart.
@@ -22,7 +22,7 @@ _SLICE = 2048
 
 @triton.jit
 def _mixed(x):
-    """engine/sampling.py: _mixed."""
+    """Mix x as `_mixed` of engine/sampling.py does."""
     x = x ^ (x >> 15)
     x = (x * 0x2C1B3C6D) & 0xFFFFFFFF
     x = x ^ (x >> 12)
@@ -83,9 +83,7 @@ def _choose(
     if tl.load(state_ptr + GREEDY) != 0:
         leader = tl.argmax(tops, 0)
         chosen = tl.load(best_ptr + row * num_slices + leader)
-    chosen = tl.minimum(
-        tl.maximum(chosen, 0), vocabulary - 1
-    )  # logits that are no numbers must not lead outside
+    chosen = tl.minimum(tl.maximum(chosen, 0), vocabulary - 1)  # NaN logits must not give an id outside
     logprob = tl.load(row_ptr + chosen) / temperature - top - tl.log(whole)
     tl.store(ids_ptr + row, chosen.to(tl.int64))
     tl.store(numbers_ptr + row, chosen.to(tl.float64))
