@@ -138,13 +138,13 @@ def make_roles(
     reference = None if options.lora else copy_of(actor).requires_grad_(False)
     if options.lora:
         actor = add_lora(actor, rank=options.lora, alpha=options.lora, seed=0)
-    sharing.spread(actor, "actor", device)
+    sharing.shard(actor, "actor", device)
     if reference is not None:
-        sharing.spread(reference, "reference", device)
+        sharing.shard(reference, "reference", device)
     reward = shapes.scalar_model(options.reward, device, dtype)
     critic = copy_of(reward)
-    sharing.spread(critic, "critic", device)
-    sharing.spread(reward.requires_grad_(False), "reward_model", device)
+    sharing.shard(critic, "critic", device)
+    sharing.shard(reward.requires_grad_(False), "reward_model", device)
     budget = TokenBudget(options.micro_tokens, may_shrink=sharing.may_retry)
     return Roles(
         actor=actor, critic=critic, reference=reference, score=RewardModelScorer(reward, budget, device),

@@ -29,7 +29,7 @@ from peft import LoraConfig, get_peft_model
 from dovetail.batches import pack
 from dovetail.model.forward import plain_model
 from dovetail.model.lora import add_lora
-from dovetail.parallel.shard import spread
+from dovetail.parallel.shard import shard_model
 from dovetail.parallel.world import ALONE, World, joined
 from dovetail.rlhf.update import language_model_loss
 from dovetail.training.memory import TokenBudget
@@ -149,7 +149,7 @@ def ours(
 ) -> Callable[[], None]:
     if options.lora:
         model = add_lora(model, rank=options.lora, alpha=options.lora, seed=0)
-    spread(model, stage=stage, world=world, device=device)
+    shard_model(model, stage=stage, world=world, device=device)
     optimizer = build_optimizer(model, learning_rate=1e-5)
     ids = shapes.prompts_of(options.sequences, LENGTH, plain_model(model).config.vocab_size)
     batch = pack(ids, [[True] * LENGTH] * options.sequences)

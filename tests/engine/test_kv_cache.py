@@ -25,7 +25,7 @@ def test_used_pages_can_be_kept_the_first_ones_and_keep_their_content_whoever_le
     for step in range(600):
         if tables and (rng.random() < 0.3 or pool.num_free < 4):
             leaving = rng.sample(sorted(tables), rng.randint(1, len(tables)))
-            pool.give_back([tables[name] for name in leaving])
+            pool.free([tables[name] for name in leaving])
             assert all(tables.pop(name) == [] for name in leaving)
             if rng.random() < 0.7:
                 for source, target in pool.close_ranks():

@@ -23,7 +23,7 @@ from dovetail.engine.parity import check_parity
 from dovetail.engine.sampling import Sampling
 from dovetail.model.lora import add_lora
 from dovetail.model.shards import is_offloaded, local
-from dovetail.parallel.shard import gathered, generation_model, spread, whole_model
+from dovetail.parallel.shard import gathered, generation_model, shard_model, whole_model
 from dovetail.parallel.world import World, joined
 from dovetail.rlhf.update import language_model_loss
 from dovetail.stages import pipeline
@@ -129,7 +129,7 @@ def test_offloaded_steps_are_those_on_the_gpu(
     plain = made(dtype, lora)
     before = {name: p.detach().clone() for name, p in plain.named_parameters() if p.requires_grad}
     offloaded = copy.deepcopy(plain)
-    spread(offloaded, stage=stage, world=world, device=DEVICE, offload=True)
+    shard_model(offloaded, stage=stage, world=world, device=DEVICE, offload=True)
     reports, optimizer, ema = steps(offloaded, micro_batches=micro_batches)
     expected_reports, expected_optimizer, expected_ema = steps(plain.to(DEVICE), micro_batches=micro_batches)
     near = 1e-4 if dtype == torch.float32 else 1e-2
@@ -148,7 +148,7 @@ def test_offloaded_steps_are_those_on_the_gpu(
 def test_what_is_offloaded_takes_no_memory_of_the_gpu(world: World) -> None:
     model = made(torch.bfloat16, lora=False)
     num_bytes = sum(weight.numel() * weight.element_size() for weight in model.parameters())
-    spread(model, stage=3, world=world, device=DEVICE, offload=True)
+    shard_model(model, stage=3, world=world, device=DEVICE, offload=True)
     optimizer = steps(model, micro_batches=2)[1]
     assert all(is_offloaded(weight) for weight in model.parameters())
     tensors = [slot for state in optimizer.state_dict()["parameters"].values() for slot in state.values()]
@@ -165,7 +165,7 @@ def test_an_offloaded_state_goes_on_where_it_was(world: World) -> None:
     """What a checkpoint holds is written into masters, moments and averages in host memory, not into copies."""
     first, second = made(torch.bfloat16, lora=False), made(torch.bfloat16, lora=False)
     for model in (first, second):
-        spread(model, stage=3, world=world, device=DEVICE, offload=True)
+        shard_model(model, stage=3, world=world, device=DEVICE, offload=True)
     _, optimizer, ema = steps(first, micro_batches=2)
     resumed = Optimizer(second, learning_rate=1.0, eps=1.0)
     resumed_ema = Ema(second, decay=0.9, optimizer=resumed)
@@ -184,7 +184,7 @@ def test_an_offloaded_state_goes_on_where_it_was(world: World) -> None:
 def test_an_offloaded_model_generates_and_is_saved_as_it_is(world: World, lora: bool) -> None:
     plain = made(torch.float32, lora).eval()
     offloaded = copy.deepcopy(plain)
-    spread(offloaded, stage=3, world=world, device=DEVICE, offload=True)
+    shard_model(offloaded, stage=3, world=world, device=DEVICE, offload=True)
     weights = partial(gathered, offloaded)
     engine = HybridEngine(generation_model(offloaded), device=DEVICE, weights=weights)
     prompts = [[5, 6, 7], [8, 9], [10] * 20]

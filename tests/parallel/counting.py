@@ -16,7 +16,7 @@ import torch
 from dovetail.batches import pack
 from dovetail.config.sharding import ZeroStageConfig
 from dovetail.config.stages import PpoConfig, SamplingConfig
-from dovetail.parallel.shard import spread
+from dovetail.parallel.shard import shard_model
 from dovetail.parallel.sharing import Sharing
 from dovetail.parallel.world import World, joined
 from dovetail.rlhf.build import make_learners
@@ -50,7 +50,7 @@ def gradient_bytes(stage: int, micro_batches: int, shard_over: Any, world: World
     """Of the second step of a model; in the first FSDP2 sets up."""
     model = tiny_model()
     shard_size = world.size if shard_over == "all" else shard_over
-    spread(model, stage=stage, world=world, device=CPU, shard_size=shard_size)
+    shard_model(model, stage=stage, world=world, device=CPU, shard_size=shard_size)
     optimizer = Optimizer(model, learning_rate=1e-3)
     rows = [[1 + i] * LENGTH for i in range(micro_batches * PER_MICRO_BATCH * world.size)]
     batch = pack(rows, [[True] * LENGTH for _ in rows])

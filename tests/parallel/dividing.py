@@ -26,7 +26,7 @@ from dovetail.model.scalar import with_scalar_head
 from dovetail.model.shards import local, shard_like, whole
 from dovetail.model.slices import slice_of
 from dovetail.parallel.grid import in_rows
-from dovetail.parallel.shard import layout_of, spread, world_of
+from dovetail.parallel.shard import layout_of, shard_model, world_of
 from dovetail.parallel.world import World, joined
 from dovetail.rlhf.update import language_model_loss
 from dovetail.training.memory import TokenBudget
@@ -78,7 +78,7 @@ def result(case: Case, world: World, device: torch.device, folder: Path) -> dict
     """Loss, norm, and a digest of the weights that all processes of a group have."""
     name, size, stage, special = case
     model = made(name, special)
-    spread(model, stage=stage, world=in_rows(world, size), device=device)
+    shard_model(model, stage=stage, world=in_rows(world, size), device=device)
     optimizer = Optimizer(model, learning_rate=1e-3)
     gradients: dict[str, Tensor] = {}
     step = optimizer.step
@@ -122,7 +122,7 @@ def digest(model: Any) -> str:
     for name, weight in model.named_parameters():
         note = slice_of(weight)
         assert note is not None
-        if note.everybodys is None:
+        if note.all_pieces is None:
             found.update(name.encode())
             found.update(local(weight).cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return found.hexdigest()

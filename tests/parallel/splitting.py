@@ -26,7 +26,7 @@ from dovetail.errors import ParityError
 from dovetail.model.lora import add_lora
 from dovetail.model.shards import is_shard
 from dovetail.parallel import tensor, tensor_plan
-from dovetail.parallel.shard import spread, whole_weights
+from dovetail.parallel.shard import shard_model, whole_weights
 from dovetail.parallel.tensor import SplitModel
 from dovetail.parallel.tensor_group import TensorGroup, tensor_group
 from dovetail.parallel.world import World, joined
@@ -98,7 +98,7 @@ def result(case: Case, group: TensorGroup, world: World, device: torch.device) -
     """Answers, or the words of the parity check of a model divided by a wrong plan."""
     name, _, stage, special = case
     model = made(name, special)
-    spread(model, stage=stage, world=world, device=device)
+    shard_model(model, stage=stage, world=world, device=device)
     with wrong_plan() if special == "wrong plan" else nullcontext():
         split = SplitModel(model, group, device=device)
     engine = HybridEngine(split.modules, device=device, weights=split.filled, group=group)

@@ -15,7 +15,7 @@ from dovetail.batches import pack
 from dovetail.errors import ConfigError, ModelError
 from dovetail.model.lora import add_lora
 from dovetail.model.shards import is_shard, whole
-from dovetail.parallel.shard import gathered_bytes, give_back, layout_of, spread
+from dovetail.parallel.shard import gathered_bytes, layout_of, reshard, shard_model
 from dovetail.parallel.world import ALONE, World, joined
 from dovetail.rlhf.update import language_model_loss
 from dovetail.training.memory import TokenBudget
@@ -59,7 +59,7 @@ def three_steps(model: Any) -> list[StepReport]:
 
 
 def weights_of(model: Any) -> dict[str, Tensor]:
-    give_back(model)
+    reshard(model)
     return {name: whole(weight).clone() for name, weight in model.named_parameters()}
 
 
@@ -71,7 +71,7 @@ def test_steps_are_those_of_a_plain_model(world: World, stage: int, dtype: torch
     if lora:
         plain = add_lora(plain, rank=2, alpha=4, seed=0)
     sharded = copy.deepcopy(plain)
-    spread(sharded, stage=stage, world=world, device=CPU)
+    shard_model(sharded, stage=stage, world=world, device=CPU)
     assert all(is_shard(parameter) for parameter in sharded.parameters())
     assert three_steps(sharded) == three_steps(plain)
     found, expected = weights_of(sharded), weights_of(plain)
@@ -89,8 +89,8 @@ def test_offloaded_steps_are_those_of_a_plain_model(
     if lora:
         plain = add_lora(plain, rank=2, alpha=4, seed=0)
     offloaded = copy.deepcopy(plain)
-    spread(offloaded, stage=stage, world=world, device=CPU, offload=True)
-    assert not layout_of(offloaded).lends
+    shard_model(offloaded, stage=stage, world=world, device=CPU, offload=True)
+    assert not layout_of(offloaded).computes_on_shards
     assert three_steps(offloaded) == three_steps(plain)
     expected = weights_of(plain)
     for name, weight in weights_of(offloaded).items():
@@ -102,7 +102,7 @@ def test_what_stages_gather_for_a_pass_is_counted(world: World) -> None:
     found = []
     for stage in (1, 2, 3):
         model = tiny_model().to(torch.bfloat16)
-        spread(model, stage=stage, world=world, device=CPU, offload=True)
+        shard_model(model, stage=stage, world=world, device=CPU, offload=True)
         found.append(gathered_bytes(model))
     # Shards on a CPU count as being on the device: whole float32 gradients are what comes on top.
     assert found == [4 * num_weights, 0, 0]
@@ -112,20 +112,20 @@ def test_layers_that_are_not_found_are_not_sharded_as_one(world: World) -> None:
     model = tiny_model()
     model.config.num_hidden_layers = 7
     with pytest.raises(ModelError, match="no list of 7 modules"):
-        spread(model, stage=3, world=world, device=CPU, offload=True)
+        shard_model(model, stage=3, world=world, device=CPU, offload=True)
 
 
 def test_what_is_not_sharded_cannot_be_offloaded(world: World) -> None:
     with pytest.raises(ConfigError, match="its ZeRO stage is 0"):
-        spread(tiny_model(), stage=0, world=world, device=CPU, offload=True)
+        shard_model(tiny_model(), stage=0, world=world, device=CPU, offload=True)
     with pytest.raises(ConfigError, match="not one of a group") as caught:
-        spread(tiny_model(), stage=3, world=ALONE, device=CPU, offload=True)
+        shard_model(tiny_model(), stage=3, world=ALONE, device=CPU, offload=True)
     assert "torchrun" in str(caught.value.hint)
 
 
 def test_the_weights_that_compute_are_the_shards(world: World) -> None:
     model: Any = tiny_model()
-    spread(model, stage=3, world=world, device=CPU)
+    shard_model(model, stage=3, world=world, device=CPU)
     shards = {name: shard.to_local().data_ptr() for name, shard in model.named_parameters()}
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -149,7 +149,7 @@ class Names(TorchDispatchMode):
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_no_operator_of_fsdp_or_of_the_group_runs_in_a_step(world: World, stage: int) -> None:
     model: Any = tiny_model()
-    spread(model, stage=stage, world=world, device=CPU)
+    shard_model(model, stage=stage, world=world, device=CPU)
     with Names() as seen:
         three_steps(model)
     assert "aten::native_layer_norm" in seen.names or "aten::mm" in seen.names

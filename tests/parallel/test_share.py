@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dovetail.batches import pack, pack_ranked
-from dovetail.parallel.share import deal, parts_of, shared_micro_batches
+from dovetail.parallel.share import balanced_shares, parts_of, shared_micro_batches
 from dovetail.parallel.world import World
 
 SIZES = st.lists(st.integers(1, 50), min_size=1, max_size=30)
@@ -12,14 +12,14 @@ RANKS = st.integers(1, 8)
 
 @given(SIZES, RANKS)
 def test_every_unit_is_dealt_to_one_rank(sizes: list[int], ranks: int) -> None:
-    shares = deal(sizes, ranks)
+    shares = balanced_shares(sizes, ranks)
     assert len(shares) == ranks
     assert sorted(i for share in shares for i in share) == list(range(len(sizes)))
 
 
 @given(SIZES, RANKS)
 def test_no_share_is_larger_than_grahams_bound(sizes: list[int], ranks: int) -> None:
-    largest = max(sum(sizes[i] for i in share) for share in deal(sizes, ranks))
+    largest = max(sum(sizes[i] for i in share) for share in balanced_shares(sizes, ranks))
     ordered = sorted(sizes, reverse=True)
     pair = ordered[ranks - 1] + ordered[ranks] if len(sizes) > ranks else 0  # two units must share a rank
     best_possible = max(ordered[0], sum(sizes) / ranks, pair)

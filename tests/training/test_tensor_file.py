@@ -108,4 +108,4 @@ def test_slices_are_read_from_other_slices_rows_and_wholes(tmp_path: Path, dim: 
 def sliced(whole: torch.Tensor, dim: int, pieces: Pieces) -> torch.Tensor:
     """The pieces end to end, as a process would hold them."""
     part = torch.cat([whole.narrow(dim, start, length) for start, length in pieces], dim)
-    return note(part, Slice(whole.shape, dim, pieces, everybodys=(pieces,), is_first=True))
+    return note(part, Slice(whole.shape, dim, pieces, all_pieces=(pieces,), is_first=True))

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from dovetail.batches import PackedBatch, SummedLoss
 from dovetail.config.stages import OptimizerConfig
-from dovetail.parallel.shard import give_back, world_of
+from dovetail.parallel.shard import reshard, world_of
 from dovetail.parallel.share import shared_micro_batches
 from dovetail.rlhf.roles import Roles
 from dovetail.training.memory import retry_on_out_of_memory
@@ -86,7 +86,7 @@ class AccumulatedSteps:
         total = retry_on_out_of_memory(
             lambda: self._total(term), self.roles.budget, unit_tokens=lambda: term.batch.unit_tokens
         )
-        give_back(self.model)
+        reshard(self.model)
         return total / term.batch.num_targets
 
     def _total(self, term: Term) -> float:

@@ -160,7 +160,7 @@ class PagePool:
             self._holders[page].append(table)
         table.extend(pages)
 
-    def give_back(self, tables: Iterable[list[int]]) -> None:
+    def free(self, tables: Iterable[list[int]]) -> None:
         """Empty these tables, and free the pages that no other table holds."""
         for table in tables:
             for page in table:

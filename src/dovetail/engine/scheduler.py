@@ -206,7 +206,7 @@ class Scheduler:
             if self._first_with.get(answer.prompt) is answer:
                 del self._first_with[answer.prompt]
             answer.num_cached = 0
-        self._pool.give_back([answer.pages for answer in answers])
+        self._pool.free([answer.pages for answer in answers])
         self.version += 1
         if self._arena.dense:
             self._arena.move(self._pool.close_ranks())

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from dovetail.batches import PackedBatch
 from dovetail.model.forward import token_logprobs
-from dovetail.parallel.shard import give_back, world_of
+from dovetail.parallel.shard import reshard, world_of
 from dovetail.parallel.share import parts_of
 from dovetail.rlhf.roles import Roles
 
@@ -32,7 +32,7 @@ def language_model_quality(
         if part.counts:
             total -= found.logprobs_T.double().sum()
     world_of(model).sum(total)
-    give_back(model)
+    reshard(model)
     model.train(was_training)
     loss = float(total) / batch.num_targets
     return {"held_out_loss": loss, "held_out_perplexity": math.exp(min(loss, 700.0))}

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from dovetail.batches import RankedBatch
 from dovetail.maths.ranking import ranking_loss, won_pairs
 from dovetail.model.forward import last_scores
-from dovetail.parallel.shard import give_back, world_of
+from dovetail.parallel.shard import reshard, world_of
 from dovetail.parallel.share import parts_of
 
 
@@ -62,6 +62,6 @@ def scores_of(model: PreTrainedModel, batch: RankedBatch, max_tokens: int, devic
         if part.counts:
             scores_S[torch.tensor(part.index, device=device)] = found_S
     world_of(model).sum(scores_S)
-    give_back(model)
+    reshard(model)
     model.train(was_training)
     return scores_S.cpu()

@@ -27,16 +27,16 @@ class Slice:
     """The shape of the whole."""
     dim: int
     pieces: Pieces
-    everybodys: tuple[Pieces, ...] | None
+    all_pieces: tuple[Pieces, ...] | None
     """The pieces of each process of the group; None where all have the whole."""
     is_first: bool
     """Whether this process is the first of those that hold the same numbers, the one that writes them."""
 
     def joined(self, slices: Sequence[Tensor]) -> Tensor:
         """Return the whole, joined from the slices of all processes."""
-        assert self.everybodys is not None
+        assert self.all_pieces is not None
         whole = slices[0].new_empty(self.shape)
-        for held, pieces in zip(slices, self.everybodys, strict=True):
+        for held, pieces in zip(slices, self.all_pieces, strict=True):
             at = 0
             for start, length in pieces:
                 whole.narrow(self.dim, start, length).copy_(held.narrow(self.dim, at, length))

@@ -37,7 +37,7 @@ from dovetail.model.copies import copy_of
 from dovetail.model.forward import plain_model
 from dovetail.model.shards import is_offloaded, local, whole
 from dovetail.parallel.grid import Grid
-from dovetail.parallel.lending import lend_shards
+from dovetail.parallel.shards_in_place import compute_on_shards
 from dovetail.parallel.tensor_group import WHOLE
 from dovetail.parallel.tensor_training import Division, divide, sum_in_pieces
 from dovetail.parallel.world import ALONE, World
@@ -75,14 +75,14 @@ class Layout:
         return self.world.size // self.shard_size
 
     @property
-    def lends(self) -> bool:
+    def computes_on_shards(self) -> bool:
         """Whether FSDP2 computes with the shards themselves: one process holds all rows, and nothing needs freeing."""
         return self.is_sharded and self.world.size == 1 and not self.offloads
 
     @property
-    def regathers(self) -> bool:
+    def reshards_layers(self) -> bool:
         """Whether weights are resharded after each layer's forward pass."""
-        return self.stage == 3 and not self.lends
+        return self.stage == 3 and not self.computes_on_shards
 
     def take_costs(self) -> tuple[float, int]:
         """Return (seconds, bytes received) of gathering since the last call, and start counting anew."""
@@ -96,7 +96,7 @@ _UNSHARED = Layout()
 
 
 def layout_of(model: Any) -> Layout:
-    """Return the placement of the model: whole on one device unless `spread` was called."""
+    """Return the placement of the model: whole on one device unless `shard_model` was called."""
     return _LAYOUTS.get(plain_model(model), _UNSHARED)
 
 
@@ -105,7 +105,7 @@ def world_of(model: Any) -> World:
     return layout_of(model).world
 
 
-def spread(
+def shard_model(
     model: Any,
     *,
     stage: int,
@@ -152,21 +152,21 @@ def _shard(model: Any, layout: Layout, device: torch.device) -> None:
     # Sums, because losses are divided by the count of all processes already; float32 on the way, as in one process.
     options: dict[str, Any] = {
         "mesh": layout.world.mesh(device, layout.shard_size),
-        "reshard_after_forward": layout.regathers,
+        "reshard_after_forward": layout.reshards_layers,
         "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False),
     }
     if layout.offloads:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type != "cpu")
-    for module in [inner] if layout.lends else [*_layers(inner), inner]:
+    for module in [inner] if layout.computes_on_shards else [*_layers(inner), inner]:
         sharded = fully_shard(module, **options)
         sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)
     register_fsdp_forward_method(inner, "run_with_weights")
-    if layout.lends:
-        lend_shards(model)
+    if layout.computes_on_shards:
+        compute_on_shards(model)
         # As nobody frees them, these may be what the model calls its weights at any time.
         _mark(model, layout)
-        give_back(model)
+        reshard(model)
         inner.set_reshard_after_backward(False)
 
 
@@ -175,7 +175,7 @@ def before_backward(model: Any, *, is_last: bool) -> None:
     layout, inner = layout_of(model), plain_model(model)
     if isinstance(inner, FSDPModule):
         inner.set_is_last_backward(is_last)
-        if layout.stage == 1 and not layout.lends:
+        if layout.stage == 1 and not layout.computes_on_shards:
             inner.set_requires_gradient_sync(is_last)
             inner.set_reshard_after_backward(is_last)
         elif layout.num_replicas > 1:
@@ -184,8 +184,8 @@ def before_backward(model: Any, *, is_last: bool) -> None:
 
 def before_update(model: Any) -> None:
     """Reshard before an update, which gathered copies would not see; call it after the last backward pass."""
-    if not layout_of(model).lends:
-        give_back(model)
+    if not layout_of(model).computes_on_shards:
+        reshard(model)
 
 
 def reduce_gradients(model: Any, gradients: Mapping[str, Tensor]) -> None:
@@ -206,7 +206,7 @@ def gathered_bytes(model: Any) -> int:
     time is whole, which is left out.
     """
     layout = layout_of(model)
-    if layout.lends or layout.stage not in (1, 2):
+    if layout.computes_on_shards or layout.stage not in (1, 2):
         return 0
     total = 0
     for parameter in model.parameters():
@@ -216,7 +216,7 @@ def gathered_bytes(model: Any) -> int:
     return total
 
 
-def give_back(model: Any) -> None:
+def reshard(model: Any) -> None:
     """Reshard: free the gathered weights that a forward pass left, so that the model's parameters are shards again."""
     inner = plain_model(model)
     if isinstance(inner, FSDPModule):
@@ -226,18 +226,18 @@ def give_back(model: Any) -> None:
 
 
 @contextmanager
-def given_back_after_use(model: Any) -> Iterator[None]:
+def resharded_after_use(model: Any) -> Iterator[None]:
     """Reshard after each forward pass within the block, so that the model's parameters are shards there."""
     layout, inner = layout_of(model), plain_model(model)
     if not isinstance(inner, FSDPModule):
         yield
         return
-    give_back(model)
+    reshard(model)
     inner.set_reshard_after_forward(True)
     try:
         yield
     finally:
-        inner.set_reshard_after_forward(layout.regathers)
+        inner.set_reshard_after_forward(layout.reshards_layers)
 
 
 @contextmanager
@@ -276,7 +276,7 @@ def whole_model(model: Any, weights: Mapping[str, Tensor] | None = None) -> Any 
     layout = layout_of(model)
     if layout.skeleton is None and weights is None:
         return model if layout.world.is_first else None
-    give_back(model)
+    reshard(model)
     host = torch.device("cpu")
     tensors: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
@@ -324,9 +324,11 @@ def share_buffers(model: nn.Module, skeleton: nn.Module) -> None:
 def _fill(model: Any, layout: Layout) -> None:
     assert layout.skeleton is not None
     start = time.monotonic()
-    give_back(model)
+    reshard(model)
     tensors = {
-        name: weight if layout.lends else weight.clone()  # one that was gathered is there until the next
+        name: weight
+        if layout.computes_on_shards
+        else weight.clone()  # one that was gathered is there until the next
         for name, weight in whole_weights(model)
     }
     replace_weights(layout.skeleton, lambda name, _: tensors[name])
@@ -338,7 +340,7 @@ def _fill(model: Any, layout: Layout) -> None:
 def whole_weights(model: Any, slices: Collection[str] = ()) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, whole weight) for each weight, gathering one layer at a time.
 
-    A collective if the model is sharded or divided; its bytes are counted. Call `give_back` before. A weight is valid
+    A collective if the model is sharded or divided; its bytes are counted. Call `reshard` before. A weight is valid
     until the next one is asked for. slices: names of weights that are wanted as this rank's slice.
     """
     layout, held = layout_of(model), dict(model.named_parameters())

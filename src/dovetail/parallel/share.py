@@ -24,7 +24,7 @@ class Part:
     """False for padding: the part makes all ranks run as many passes, and its result is left out."""
 
 
-def deal(sizes: Sequence[int], num_ranks: int) -> list[list[int]]:
+def balanced_shares(sizes: Sequence[int], num_ranks: int) -> list[list[int]]:
     """Return the indices of each rank, with sums of sizes as even as a greedy choice gives; a rank may get none.
 
     Longest first to the rank with least (Graham 1969: at most 4/3 of the best possible largest share).
@@ -46,7 +46,7 @@ def parts_of(sizes: Sequence[int], max_tokens: int, world: World) -> list[Part]:
     if not sizes:
         raise ValueError("a batch without sequences cannot be shared")
     cut: list[list[list[int]]] = []
-    for share in deal(sizes, world.size):
+    for share in balanced_shares(sizes, world.size):
         own = [sizes[i] for i in share]
         cut.append([[share[i] for i in part] for part in balanced_parts(own, max_tokens)])
     most = max(map(len, cut))

@@ -11,7 +11,7 @@ import torch
 
 from dovetail.config.sharding import OffloadConfig, TensorParallelConfig, ZeroStageConfig
 from dovetail.parallel.grid import in_rows
-from dovetail.parallel.shard import spread
+from dovetail.parallel.shard import shard_model
 from dovetail.parallel.world import ALONE, World
 
 Role = Literal["actor", "critic", "reference", "reward_model"]
@@ -39,13 +39,13 @@ class Sharing:
         """
         return self.world.size == 1 and not self.offload.models
 
-    def spread(self, model: Any, role: Role, device: torch.device) -> None:
+    def shard(self, model: Any, role: Role, device: torch.device) -> None:
         """Shard the model in place as its role's settings say. A collective.
 
         Raises ConfigError for settings that do not go together.
         """
         self.tensor_parallel.expect_supported(self.zero_stage, self.offload)
-        spread(
+        shard_model(
             model,
             stage=getattr(self.zero_stage, role),
             # Those that compute each layer together are neighbours.

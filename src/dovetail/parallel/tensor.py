@@ -26,7 +26,7 @@ from dovetail.model.copies import copy_of
 from dovetail.model.forward import plain_model
 from dovetail.model.slices import slice_of
 from dovetail.parallel.narrow import count_fewer_heads, expect_narrower_output, look_up
-from dovetail.parallel.shard import give_back, layout_of, replace_weights, share_buffers, whole_weights
+from dovetail.parallel.shard import layout_of, replace_weights, reshard, share_buffers, whole_weights
 from dovetail.parallel.tensor_group import TensorGroup
 from dovetail.parallel.tensor_plan import GENERATION, PLANS, Cut, Place, cuts_of, expect_divisible
 
@@ -35,7 +35,7 @@ class SplitModel:
     """This rank's slices of a model, which have memory within `filled` alone."""
 
     def __init__(self, model: Any, group: TensorGroup, *, device: torch.device) -> None:
-        """model: as training has it, plain or peft-wrapped, after `spread`.
+        """model: as training has it, plain or peft-wrapped, after `shard_model`.
 
         Raises ConfigError if the group's size does not divide it.
         """
@@ -63,12 +63,14 @@ class SplitModel:
         """
         start = time.monotonic()
         layout, trained = layout_of(self._model), plain_model(self._model)
-        give_back(self._model)
+        reshard(self._model)
         inner = plain_model(self.modules)
         held = {name for name, weight in trained.named_parameters() if self._is_held(name, weight)}
-        lends = layout.lends or not layout.is_sharded
+        computes_on_shards = layout.computes_on_shards or not layout.is_sharded
         slices = {
-            name: weight if name in held and lends else self._cut(name, weight, is_slice=name in held)
+            name: weight
+            if name in held and computes_on_shards
+            else self._cut(name, weight, is_slice=name in held)
             for name, weight in whole_weights(trained, slices=held)
         }
         replace_weights(inner, lambda name, _: slices[name])
@@ -89,7 +91,7 @@ class SplitModel:
             is_same_group
             and cut is not None
             and held is not None
-            and held.everybodys is not None
+            and held.all_pieces is not None
             and (cut.dim, cut.pieces, cut.num_zeros) == (held.dim, held.pieces, 0)
         )
 

@@ -60,14 +60,14 @@ class Division:
         for name, parameter in model.named_parameters():
             if self.slices is not None:
                 found = self.slices[name]
-                is_only = found.everybodys is not None or self.group.is_first
+                is_only = found.all_pieces is not None or self.group.is_first
                 writes = is_only and (is_sharded or is_first)
-                note(parameter, Slice(found.shape, found.dim, found.pieces, found.everybodys, writes))
+                note(parameter, Slice(found.shape, found.dim, found.pieces, found.all_pieces, writes))
 
     def whole(self, tensor: Tensor, like: Tensor) -> Tensor:
         """Return the whole that `tensor` is a slice of, cut as `like` is. A collective where it is cut."""
         found = slice_of(like)
-        if found is None or found.everybodys is None:
+        if found is None or found.all_pieces is None:
             return tensor
         return found.joined(self.group.each(tensor))
 
@@ -75,7 +75,7 @@ class Division:
         """Return the weights whose part of the gradient norm another rank of the group counts."""
         if self.slices is None or self.group.is_first:
             return frozenset()
-        return frozenset(name for name, found in self.slices.items() if found.everybodys is None)
+        return frozenset(name for name, found in self.slices.items() if found.all_pieces is None)
 
     def whole_norm(self, norm: Tensor) -> Tensor:
         """Return the gradient norm over the group, from the norm of what each rank counts."""
@@ -89,7 +89,7 @@ class Division:
         """
         if self.slices is None:
             return
-        whole = [name for name in gradients if self.slices[name].everybodys is None]
+        whole = [name for name in gradients if self.slices[name].all_pieces is None]
         sum_in_pieces(self.group.sum, [gradients[name] for name in whole if name in self.partial])
         in_pieces(self.group.from_first, [gradients[name] for name in whole if name not in self.partial])
 
@@ -151,8 +151,8 @@ def _slice_of(name: str, parameter: Tensor, cuts: Sequence[Mapping[str, Cut]], g
     cut = cuts[group.rank].get(name)
     if cut is None:
         return Slice(parameter.shape, 0, ((0, len(parameter)),), None, is_first=group.is_first)
-    everybodys = tuple(own[name].pieces for own in cuts)
-    return Slice(parameter.shape, cut.dim, cut.pieces, everybodys, is_first=True)
+    all_pieces = tuple(own[name].pieces for own in cuts)
+    return Slice(parameter.shape, cut.dim, cut.pieces, all_pieces, is_first=True)
 
 
 @torch.no_grad()

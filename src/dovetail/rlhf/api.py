@@ -20,7 +20,7 @@ from dovetail.data.records import Message
 from dovetail.engine.parity import PROMPT_TOKENS, check_parity
 from dovetail.maths.kl import adaptive_kl_coefficient
 from dovetail.model.forward import token_logprobs
-from dovetail.parallel.shard import give_back, layout_of
+from dovetail.parallel.shard import layout_of, reshard
 from dovetail.rlhf.build import Setup, make_learners, make_roles, name_of
 from dovetail.rlhf.rewards import Answer, RewardFunction
 from dovetail.rlhf.rollout import Collected, collect, pack_rollout, sample_answers
@@ -80,7 +80,7 @@ class RLHFEngine:
             is_divided = max(engine.group.size, layout_of(actor).division.group.size) > 1
             trained = actor if is_divided else None
             report = check_parity(engine, ids, decode_text=chat.decode, trained=trained, reach=reach)
-        give_back(actor)
+        reshard(actor)
         self.roles.check_readers(ids, reach)
         self._is_checked = True
         say(

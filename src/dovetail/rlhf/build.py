@@ -99,19 +99,19 @@ def make_roles(
         critic = copy_of(reward_model)
     else:
         critic = scalar_model_from(actor, seed=setup.seed, pad_token_id=tokenizer.pad_token_id)
-    # One after the other, so that no process has more in host memory than it must while they are spread.
+    # One after the other, so that no process has more in host memory than it must while they are sharded.
     model_scorer = None
     if reward_model is not None:
-        sharing.spread(reward_model, "reward_model", device)
+        sharing.shard(reward_model, "reward_model", device)
         model_scorer = RewardModelScorer(reward_model, budget, device, reward_chat)
     score, score_clip = _scorer(model_scorer, reward, config, world)
     critic = _trainable(critic, setup.critic_lora, seed=setup.seed + 1)
-    sharing.spread(critic, "critic", device)
+    sharing.shard(critic, "critic", device)
     reference = None if setup.actor_lora else _frozen(copy_of(actor))
     if reference is not None:
-        sharing.spread(reference, "reference", device)
+        sharing.shard(reference, "reference", device)
     actor = _trainable(actor, setup.actor_lora, seed=setup.seed)
-    sharing.spread(actor, "actor", device)
+    sharing.shard(actor, "actor", device)
     checkpoint_activations([actor, critic], config, device=device, is_averaged=True)
     return Roles(
         actor=actor,

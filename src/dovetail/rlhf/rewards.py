@@ -26,7 +26,7 @@ from dovetail.data.records import Message
 from dovetail.errors import ConfigError, DovetailError
 from dovetail.maths.rewards import clip_scores
 from dovetail.model.forward import last_scores
-from dovetail.parallel.shard import give_back, world_of
+from dovetail.parallel.shard import reshard, world_of
 from dovetail.parallel.share import parts_of
 from dovetail.parallel.world import World
 from dovetail.rlhf.limits import expect_readable
@@ -89,7 +89,7 @@ class RewardModelScorer:
             self.budget,
             unit_tokens=lambda: [len(ids) for ids in sequences],
         )
-        give_back(self.model)
+        reshard(self.model)
         return scores_S
 
     def _token_ids(self, answer: Answer) -> list[int]:

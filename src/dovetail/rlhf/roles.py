@@ -21,7 +21,7 @@ from dovetail.engine.modules import context_of, vocabulary_of
 from dovetail.engine.parity import check_training_parity
 from dovetail.model.forward import LogProbs, plain_model, token_logprobs, token_values
 from dovetail.model.lora import adapter_disabled
-from dovetail.parallel.shard import give_back, world_of
+from dovetail.parallel.shard import reshard, world_of
 from dovetail.parallel.share import parts_of
 from dovetail.parallel.world import ALONE, World
 from dovetail.rlhf.limits import expect_readable
@@ -97,7 +97,7 @@ class Roles:
             known = [[token_id % rows for token_id in ids][:context] for ids in sequences]
             longest = (known[-1] * (reach // len(known[-1]) + 1))[: min(reach, context or reach)]
             check_training_parity(model, known[:-1], longest=longest)
-            give_back(model)
+            reshard(model)
 
     @contextmanager
     def _reference(self) -> Iterator[PreTrainedModel]:
@@ -114,7 +114,7 @@ class Roles:
             self.budget,
             unit_tokens=lambda: batch.lengths,
         )
-        give_back(model)
+        reshard(model)
         return columns
 
 

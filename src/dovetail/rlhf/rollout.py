@@ -27,7 +27,7 @@ from dovetail.maths.rewards import clip_scores, per_token_rewards, replace_missi
 from dovetail.maths.value_loss import explained_variance
 from dovetail.model.forward import masked_index
 from dovetail.parallel.shard import world_of
-from dovetail.parallel.share import deal
+from dovetail.parallel.share import balanced_shares
 from dovetail.parallel.world import ALONE, World
 from dovetail.rlhf.critic_warmup import rewards_to_come
 from dovetail.rlhf.rewards import Answer
@@ -150,12 +150,12 @@ def complete(
     answer a share.
     """
     seeds, together = request_seeds(seed, len(prompt_ids)), engine.group.size
-    shares = deal([len(ids) + how.max_new_tokens for ids in prompt_ids], world.size // together)
+    shares = balanced_shares([len(ids) + how.max_new_tokens for ids in prompt_ids], world.size // together)
     mine = shares[world.rank // together]
     with engine.generating() as generate:
         own = generate([prompt_ids[i] for i in mine], how, seeds=[seeds[i] for i in mine])
-    everybodys = zip(shares, world.gather(own if engine.group.is_first else [])[::together], strict=True)
-    found = {i: completion for share, part in everybodys for i, completion in zip(share, part, strict=True)}
+    gathered = zip(shares, world.gather(own if engine.group.is_first else [])[::together], strict=True)
+    found = {i: completion for share, part in gathered for i, completion in zip(share, part, strict=True)}
     completions = [found[i] for i in range(len(prompt_ids))]
     return [
         answer_of(messages, ids, completion, chat)

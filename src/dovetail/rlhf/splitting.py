@@ -31,7 +31,7 @@ def split_to_generate(
     world: World,
     device: torch.device,
 ) -> SplitModel | None:
-    """Return the actor's slices, or None if it generates whole. A collective; call it after `spread`.
+    """Return the actor's slices, or None if it generates whole. A collective; call it after `shard_model`.
 
     room: bytes of the device that generation may use.
     Raises ConfigError if the model, or the number of processes, cannot be divided by what is wanted.

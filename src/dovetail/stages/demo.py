@@ -97,7 +97,7 @@ def make_base_model(rows: Dataset, settings: SftConfig, context: Context) -> Non
     )
     model = new_model(small_llama(tokenizer), seed=context.config.seed)
     nn.Module.to(model, device=context.device, dtype=context.dtype)
-    context.sharing.spread(model, "actor", context.device)
+    context.sharing.shard(model, "actor", context.device)
     texts = [[*tokenizer(text).input_ids, tokenizer.eos_token_id] for text in rows.documents]
     task = Task(
         stage="base",

@@ -37,7 +37,7 @@ from dovetail.model.load import (
     load_scalar_model,
 )
 from dovetail.model.lora import add_lora
-from dovetail.parallel.shard import given_back_after_use
+from dovetail.parallel.shard import resharded_after_use
 from dovetail.rlhf.api import RLHFEngine
 from dovetail.rlhf.build import Setup, checkpoint_activations, loading_device
 from dovetail.rlhf.limits import expect_room
@@ -111,7 +111,7 @@ def ready_to_train(
             seed=context.config.seed,
         )
     loaded.train()
-    context.sharing.spread(loaded, role, context.device)
+    context.sharing.shard(loaded, role, context.device)
     checkpoint_activations([loaded], settings, device=context.device, is_averaged=False)
     return loaded
 
@@ -283,7 +283,7 @@ def centre_on_demonstrations(
     batch = pack(best, [[False] * len(ids) for ids in best])
     model.train(False)
     parts = batch.micro_batches(context.config.reward.micro_batch_tokens)
-    with given_back_after_use(model):
+    with resharded_after_use(model):
         hidden_ND = torch.cat([last_hidden_states(model, part.to(context.device)) for part in parts])
         centring = centre_on(model, hidden_ND, scalar_head(model, hidden_ND))
     return {"centred_by": centring.mean_before, "centring_disturbance": centring.disturbance}

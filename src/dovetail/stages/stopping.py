@@ -71,14 +71,14 @@ def stop_request(world: World) -> Iterator[StopRequest]:
 def _taking_signals(request: StopRequest, world: World) -> Iterator[None]:
     before = {number: signal.getsignal(number) or signal.SIG_DFL for number in SIGNALS}
 
-    def give_back() -> None:
+    def restore() -> None:
         for number, handler in before.items():
             signal.signal(number, handler)
 
     def take(number: int, _: FrameType | None) -> None:
         request.take(number)
         if not world.is_group:
-            give_back()
+            restore()
             _tell(number)
 
     for number, handler in before.items():
@@ -87,7 +87,7 @@ def _taking_signals(request: StopRequest, world: World) -> Iterator[None]:
     try:
         yield
     finally:
-        give_back()
+        restore()
 
 
 def _tell(number: int) -> None:

@@ -16,7 +16,7 @@ from dovetail.batches import PackedBatch, SummedLoss, cumulative
 from dovetail.config.stages import RewardConfig, SftConfig
 from dovetail.data.loader import BatchOrder
 from dovetail.engine.parity import check_training_parity
-from dovetail.parallel.shard import give_back, world_of
+from dovetail.parallel.shard import reshard, world_of
 from dovetail.rlhf.build import optimizer_for
 from dovetail.stages.context import Context, resume
 from dovetail.stages.rescue import saved_on_error
@@ -80,7 +80,7 @@ def fit(task: Task, context: Context) -> Mapping[str, float]:
     start = resume(checkpoints, load, task.stage, like=state())
     if start < task.total_steps:
         check_forward(task.model, task.batch_of(order.batch(start)), task.longest)
-        give_back(task.model)
+        reshard(task.model)
     results: Mapping[str, float] = {}
     losses = LossWatch()
     with (

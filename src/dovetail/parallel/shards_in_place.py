@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
 
 @torch.no_grad()
-def lend_shards(model: nn.Module) -> None:
+def compute_on_shards(model: nn.Module) -> None:
     """Make FSDP2 compute with the shards themselves, not with copies, where one process holds all rows.
 
     The gradients then are those of the shards, and nothing is left to reduce. Both go through FSDP2's extension points;
