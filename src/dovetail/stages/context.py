@@ -132,14 +132,17 @@ class Context:
 
 
 @contextmanager
-def open_run(config: RunConfig) -> Iterator[Context]:
+def open_run(config: RunConfig, check: Callable[[World], None] | None = None) -> Iterator[Context]:
     """Join the run's processes, and create or reopen its folder, refusing another run's; locked against a second
-    run. Within the block SIGTERM and SIGINT ask for an end (stopping.py)."""
+    run. Within the block SIGTERM and SIGINT ask for an end (stopping.py).
+
+    check: what the first process asks before the folder is touched. Its error ends the others, which wait for it.
+    """
     kind = resolve_device(config.device)
     with (
         joined(kind) as world,
         stop_request(world) as stop,
-        _folder_of(config, world) as folder,
+        _folder_of(config, world, check) as folder,
         clock_stopped(_begun_at(folder, world)),
     ):
         device = world.device(kind)
@@ -157,11 +160,13 @@ def open_run(config: RunConfig) -> Iterator[Context]:
         yield context
 
 
-def _folder_of(config: RunConfig, world: World) -> RunFolder:
+def _folder_of(config: RunConfig, world: World, check: Callable[[World], None] | None) -> RunFolder:
     """Open the folder in the first process; the others get its paths once it is there."""
     if not world.is_first:
         world.wait()
         return RunFolder(config.output_dir)
+    if check is not None:
+        check(world)
     folder = RunFolder.open(config.output_dir, config.model_dump(mode="json"))
     world.wait()
     return folder

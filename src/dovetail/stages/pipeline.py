@@ -5,6 +5,7 @@ Responsible for: which stage runs, timing it, and `summary.json`. Not responsibl
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 from dovetail.config.run import RunConfig, StageName
 from dovetail.evaluation.answers import Judge
@@ -27,10 +28,11 @@ def run(config: RunConfig, *, is_checked: bool = False) -> World:
 
     Raises what `refuse` finds before anything is written. is_checked: the launcher of this process has looked.
     """
-    world = described_world()
-    if world.rank == 0 and not is_checked:
-        refuse(config, world)
-    with open_run(config) as context:
+    check = None if is_checked else partial(refuse, config)
+    if check is not None and not described_world().is_group:
+        check(described_world())  # before the device is resolved, so that a missing one is in the same list
+        check = None
+    with open_run(config, check) as context:
         run_stages(context)
     return context.world
 
