@@ -213,6 +213,10 @@ def test_projects_keep_what_is_not_given(store: Store) -> None:
     assert open_project(store, "p", overlap=2, guidelines="Be brief.") == project
     with store.reading() as session:
         assert session.execute(text("SELECT overlap, guidelines FROM projects")).one() == (2, "Be brief.")
-    for name, overlap, problem in (("", 1, "no name"), ("p", 0, "overlap = 0"), ("p", -1, "overlap = -1")):
+    for name, overlap, problem in (
+        ("", 1, "not a valid project name"),
+        ("p", 0, "overlap = 0"),
+        ("p", -1, "overlap = -1"),
+    ):
         with pytest.raises(LabelError, match=problem):
             open_project(store, name, overlap=overlap)
