@@ -27,7 +27,7 @@ from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
-from dovetail.errors import ConfigError, RunInterrupted
+from dovetail.errors import ConfigError, DovetailError, RunInterrupted
 from dovetail.telemetry.log import CONSOLE
 
 T = TypeVar("T")
@@ -166,11 +166,14 @@ def joined(device: torch.device) -> Iterator[World]:
             raise
         raise SystemExit(end.exit_code) from end
     except Exception as error:
-        # Destroying the group would wait for the other ranks, which wait for this one.
-        if _is_first_to_fail(store):
+        # Destroying the group would wait for the other ranks, which wait for this one. At the interpreter's end threads
+        # of the group still wait, and now and then that is an abort(), whose exit code says nothing.
+        is_first = _is_first_to_fail(store)
+        if world.size > 1:
+            code = error.exit_code if is_first and isinstance(error, DovetailError) else 1
+            atexit.register(_leave, code)
+        if is_first:
             raise
-        # At the interpreter's end threads of the group still wait, and now and then that is an abort().
-        atexit.register(_leave)
         raise SystemExit(1) from error
     take_down()
 
@@ -266,10 +269,10 @@ def _expect_device(world: World, device: torch.device) -> None:
         )
 
 
-def _leave() -> None:
+def _leave(code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(1)
+    os._exit(code)
 
 
 def _is_first_to_fail(store: Any) -> bool:
