@@ -7,7 +7,7 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # Torch's stores would print stack traces of peers that end, in threads of their own, long after the test.
-os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"
+os.environ["TORCH_CPP_LOG_LEVEL"] = "FATAL"
 
 from collections.abc import Generator
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import schemathesis
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, assume, given, settings
 from schemathesis import GenerationMode
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
@@ -47,6 +47,7 @@ def test_no_request_breaks_the_server_or_its_schema(server: Live, path: str, mod
     )
     @given(case=operation.as_strategy(generation_mode=mode))
     def breaks_nothing(case: schemathesis.Case) -> None:
+        assume(mode != GenerationMode.POSITIVE or has_valid_seed(case.body))
         case.call_and_validate()
         if isinstance(case.body, dict) and isinstance(case.body.get("model"), str):
             # With a model that is there, in the place of a valid name: a wrong one stays wrong. What a model cannot do
@@ -55,6 +56,12 @@ def test_no_request_breaks_the_server_or_its_schema(server: Live, path: str, mod
             case.call_and_validate(excluded_checks=[positive_data_acceptance])
 
     breaks_nothing()
+
+
+def has_valid_seed(body: object) -> bool:
+    """Return whether the seed is within its bounds; the generator compares 2**63 as a float and exceeds it."""
+    seed = body.get("seed") if isinstance(body, dict) else None
+    return seed is None or -(2**63) <= seed < 2**63
 
 
 def test_every_route_of_the_api_is_tried(server: Live) -> None:
