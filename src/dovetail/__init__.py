@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from dovetail.data.records import Prompt
     from dovetail.engine.sampling import Sampling
     from dovetail.inference.chat_model import ChatModel
     from dovetail.rlhf.api import PPOTrainer, RLHFEngine
@@ -16,11 +17,12 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "ChatModel": "dovetail.inference.chat_model",
     "PPOTrainer": "dovetail.rlhf.api",
+    "Prompt": "dovetail.data.records",
     "RLHFEngine": "dovetail.rlhf.api",
     "Sampling": "dovetail.engine.sampling",
 }
 
-__all__ = ["ChatModel", "PPOTrainer", "RLHFEngine", "Sampling", "__version__"]
+__all__ = ["ChatModel", "PPOTrainer", "Prompt", "RLHFEngine", "Sampling", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

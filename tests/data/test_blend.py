@@ -258,3 +258,17 @@ def test_stage_rows_are_a_sequence(tmp_path: Path) -> None:
     rows = load_stage(data, "sft", "train")
     assert rows[:3] == [rows[0], rows[1], rows[2]]
     assert list(rows)[-1] == rows[-1]
+
+
+def test_the_other_columns_of_a_row_reach_ppo_and_no_other_stage(tmp_path: Path) -> None:
+    rows = [row | {"difficulty": number} for number, row in enumerate(pairs(60))]
+    data = config(tmp_path, write_jsonl(tmp_path / "a.jsonl", rows))
+    seen = load_stage(data, "ppo", "train")
+    assert len(seen) > 5
+    for record in seen:
+        (row,) = (row for row in rows if row["prompt"] == record.messages[-1]["content"])
+        assert record.row == {name: row[name] for name in ("chosen", "rejected", "difficulty")}
+    assert all(
+        record.row == {}
+        for record in (*load_stage(data, "sft", "train"), *load_stage(data, "reward", "train"))
+    )

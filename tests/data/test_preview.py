@@ -53,6 +53,18 @@ def test_a_prompt_marks_nothing(tmp_path: Path) -> None:
     assert "[[" not in text
 
 
+@pytest.mark.parametrize("console", [{}, {"force_terminal": True, "color_system": None}])
+def test_a_prompt_is_followed_by_the_columns_that_a_reward_function_gets(
+    tmp_path: Path, console: dict[str, Any]
+) -> None:
+    path = write_jsonl(
+        tmp_path / "a.jsonl", [{"prompt": "2+2?", "answer": "four, or 4", "tests": ["f(2) == 4"]}]
+    )
+    source = SourceConfig(path=path, held_out=False, stages=("ppo",))
+    text = printed(preview(config(tmp_path, source), CHAT, "ppo"), **console)
+    assert text.endswith('assistant\n\n  answer = "four, or 4"\n  tests = ["f(2) == 4"]\n\n')
+
+
 def test_plain_text_is_marked_whole(tmp_path: Path) -> None:
     assert "[[once upon<|endoftext|>]]" in shown(tmp_path, {"text": "once upon"}, "text")
 

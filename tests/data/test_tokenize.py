@@ -137,6 +137,7 @@ def test_prompts_for_sampling_fit(too_long: str, tmp_path: Path) -> None:
     )
     prompts = fitting_prompts(load_stage(data, "ppo", "train"), CHAT, data)
     assert all(len(CHAT.prompt_ids(prompt.messages)) <= 50 for prompt in prompts)
+    assert all(prompt.row["response"] for prompt in prompts)
     counts = prompts.report.sources[0]
     assert (len(prompts), counts.too_long, counts.truncated) == (
         (2, 2, 0) if too_long == "drop" else (4, 0, 2)

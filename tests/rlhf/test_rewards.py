@@ -1,9 +1,13 @@
 """Scores: whose are clipped, and whose are not."""
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 
-from dovetail.rlhf.api import PPOTrainer, RLHFEngine
+from dovetail.data.records import message
+from dovetail.rlhf.api import PPOTrainer, RLHFEngine, prompt_of
 from dovetail.rlhf.build import Setup
 from dovetail.rlhf.rewards import Answer, ClippedScorer
 from tests.fakes import byte_tokenizer, tiny_model
@@ -64,3 +68,25 @@ def test_in_a_sum_the_models_share_alone_is_clipped() -> None:
 def test_no_limit_leaves_scores_as_they_are() -> None:
     scorer = ClippedScorer(lambda answers: torch.tensor([-90.0, 0.0, 90.0]), None)
     assert scorer([]).tolist() == [-90.0, 0.0, 90.0]
+
+
+def test_a_reward_function_gets_the_row_of_each_prompt() -> None:
+    rows = [{"answer": str(i), "level": i} for i in range(len(PROMPTS))]
+    seen: list[Any] = []
+
+    def judge(answers: list[Answer]) -> list[float]:
+        seen.extend((answer.messages[-1]["content"], answer.row) for answer in answers)
+        return [0.0 for _ in answers]
+
+    engine = RLHFEngine(
+        actor_model=tiny_model("llama"),
+        tokenizer=byte_tokenizer(),
+        total_steps=10,
+        config=tiny_config(),
+        reward=judge,
+        setup=Setup(device="cpu"),
+    )
+    with_rows = [prompt_of(text) for text in PROMPTS]
+    with_rows = [replace(prompt, row=row) for prompt, row in zip(with_rows, rows, strict=True)]
+    PPOTrainer(engine).generate_experience([*with_rows, "no row", [message("user", "messages")]])
+    assert seen == [*zip(PROMPTS, rows, strict=True), ("no row", {}), ("messages", {})]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dovetail.config.model import LoraConfig
-from dovetail.rlhf.api import RLHFEngine, as_messages
+from dovetail.rlhf.api import RLHFEngine, prompt_of
 from dovetail.rlhf.build import Setup
 from dovetail.rlhf.rollout import collect
 from tests.fakes import byte_tokenizer, tiny_model
@@ -18,7 +18,7 @@ LORA = LoraConfig(rank=2, alpha=4.0)
 
 def test_every_run_rollout_and_answer_draws_from_a_seed_of_its_own() -> None:
     engine = tiny_engine()
-    prompts = [as_messages("Hi")] * 3
+    prompts = [prompt_of("Hi")] * 3
 
     def answers(seed: int, iteration: int) -> list[tuple[int, ...]]:
         collected = collect(

@@ -21,7 +21,7 @@ from dovetail.stages.context import open_run
 from dovetail.text.chat_format import ChatFormat
 from dovetail.text.tokenizer import load_tokenizer
 from tests.fakes import END, PAD, tiny_model
-from tests.stages.runs import save_tiny_model, tiny_run
+from tests.stages.runs import save_tiny_model, tiny_run, write_rows
 
 NAMES = ("opt-post-norm", "gpt2", "gpt-neox", "llama", "qwen2", "opt")
 TWO_STEPS: dict[str, Any] = {stage: {"max_steps": 2} for stage in ("sft", "reward", "ppo")}
@@ -146,6 +146,28 @@ def test_a_reward_function_stands_in_for_the_reward_model(tmp_path: Path) -> Non
     pipeline.run(config)
     summary = json.loads((Path(config.output_dir) / "summary.json").read_text())
     assert summary["ppo"]["held_out_reward"] == 7.0
+
+
+def test_a_reward_function_sees_the_row_of_the_prompt_in_training_and_held_out(tmp_path: Path) -> None:
+    file, seen = tmp_path / "judge.py", tmp_path / "seen"
+    file.write_text(
+        "def score(answers):\n"
+        f"    with open({str(seen)!r}, 'a') as log:\n"
+        "        for one in answers:\n"
+        "            print(one.messages[-1]['content'], one.row['answer'], one.row['level'], sep='|', file=log)\n"
+        "    return [float(len(one.text)) for one in answers]\n"
+    )
+    blend = []
+    for part, start in (("train", 0), ("held_out", 10)):
+        rows = [
+            {"prompt": f"Say {i}", "answer": f"It is {i}", "level": i % 3} for i in range(start, start + 8)
+        ]
+        path = write_rows(tmp_path / f"{part}.jsonl", rows)
+        blend.append({"path": str(path), "stages": ["ppo"], "held_out": part == "held_out"})
+    ppo = {"max_steps": 2, "reward_function": f"{file}:score"}
+    pipeline.run(tiny_run(tmp_path, stages=("ppo",), data={"blend": blend}, ppo=ppo))
+    lines = {tuple(line.split("|")) for line in seen.read_text().splitlines()}
+    assert lines == {(f"Say {i}", f"It is {i}", str(i % 3)) for i in (*range(8), *range(10, 18))}
 
 
 def test_a_reward_function_adds_to_the_reward_model(tmp_path: Path) -> None:

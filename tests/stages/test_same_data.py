@@ -44,6 +44,21 @@ def test_a_stage_does_not_go_on_with_other_rows(edit: str, part: str, tmp_path: 
     pipeline.run(config)
 
 
+@pytest.mark.parametrize("part", ["train", "held_out"])
+def test_ppo_does_not_go_on_with_another_reference_answer(part: str, tmp_path: Path) -> None:
+    judge = tmp_path / "judge.py"
+    judge.write_text("def score(answers):\n    return [float(len(one.text)) for one in answers]\n")
+    config = tiny_run(tmp_path, stages=("ppo",), ppo={"max_steps": 1, "reward_function": f"{judge}:score"})
+    file = tmp_path / "data" / f"ppo-{part}.jsonl"
+    rows = file.read_text(encoding="utf-8").replace("}", ', "answer": 4}')
+    file.write_text(rows, encoding="utf-8")
+    pipeline.run(config)
+    (Path(config.output_dir) / "ppo" / "done").unlink()
+    file.write_text(rows.replace(": 4}", ": 5}", 1), encoding="utf-8")
+    with pytest.raises(CheckpointError, match="ppo: the rows changed since the stage began"):
+        pipeline.run(config)
+
+
 def test_a_stage_does_not_go_on_with_another_template(tmp_path: Path) -> None:
     formats = [
         ChatFormat(byte_tokenizer(), template) for template in (None, CHATML.replace("<|im_end|>", "</s>"))

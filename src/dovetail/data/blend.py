@@ -163,7 +163,8 @@ def _gather(
     keys = array("Q")
     found: list[Any] = []
     rows = rows_of_stage = 0
-    for record in read_source(source, strict=config.bad_rows == "strict", tally=tally):
+    strict = config.bad_rows == "strict"
+    for record in read_source(source, strict=strict, tally=tally, keeps_columns=kind == "ppo"):
         _expect_kind(record, kind)
         key = prompt_key(record) if by_prompt else record.row_id
         keys.append(int(key[:16], 16))

@@ -57,6 +57,15 @@ def is_absent(value: Any) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
+def is_plain(value: Any) -> bool:
+    """Return whether JSON has a form for a value: text, numbers, lists, and objects with names."""
+    if isinstance(value, Mapping):
+        return all(isinstance(name, str) and is_plain(item) for name, item in value.items())
+    if isinstance(value, list):
+        return all(map(is_plain, value))
+    return value is None or isinstance(value, str | int | float)
+
+
 def text_of(row: Mapping[str, Any], column: str) -> str:
     """Return a value that must be text; a number, as CSV or JSON may give it, counts as its digits."""
     return as_text(value_of(row, column), column)

@@ -6,6 +6,7 @@ Not responsible for: the command (cli/), reading rows (blend.py), or cutting lon
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ class Shown:
 
     title: str
     stretches: tuple[tuple[str, bool], ...]
+    columns: tuple[str, ...] = ()
+    """The row's columns beside the prompt, each as a line."""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         if not console.is_terminal:
@@ -41,11 +44,11 @@ class Shown:
         text = Styled(f"{self.title}\n", style=TITLE)
         for stretch, is_learnt in self.stretches:
             text.append(stretch, style=f"not bold {LEARNT if is_learnt else CONTEXT}")
-        yield text.append("\n")
+        yield text.append("".join(f"\n{line}" for line in (*self.columns, "")), style=CONTEXT)
 
     def __str__(self) -> str:
         body = "".join(f"[[{text}]]" if is_learnt else text for text, is_learnt in self.stretches)
-        return f"{self.title}\n{body}\n"
+        return "\n".join((self.title, body, *self.columns, ""))
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +68,8 @@ def preview(config: DataConfig, chat: ChatFormat, stage: Kind, count: int = 3) -
     """Return the report of a stage's rows and `count` of them, always the same, to print with a rich Console.
 
     What is learnt from is marked: in sft and text the tokens of the loss; in reward the answers that are
-    compared, whose last token carries the score; in ppo nothing, since the answers are not sampled yet.
+    compared, whose last token carries the score; in ppo nothing, since the answers are not sampled yet, but the row's
+    other columns, which a reward function gets, are listed.
     """
     rows: Any = load_stage(config, stage, "train")
     chosen, report = _chosen(rows, chat, count, config)
@@ -79,7 +83,8 @@ def preview(config: DataConfig, chat: ChatFormat, stage: Kind, count: int = 3) -
         for name, ids, mask in sequences_of(record, chat):
             counts = f"{len(ids)} tokens, {sum(mask)} marked"
             fate = f", longer than {limit}: {config.too_long}" if len(ids) > limit and stage != "text" else ""
-            shown.append(Shown(f"{head}{name}: {counts}{fate}", tuple(_stretches(ids, mask, chat))))
+            stretches = tuple(_stretches(ids, mask, chat))
+            shown.append(Shown(f"{head}{name}: {counts}{fate}", stretches, tuple(_columns(record))))
     return shown
 
 
@@ -119,6 +124,12 @@ def sequences_of(record: Record, chat: ChatFormat) -> Iterator[tuple[str, list[i
     elif isinstance(record, Text):
         (ids,) = chat.encode_texts([record.text])
         yield "", ids, [True] * len(ids)
+
+
+def _columns(record: Record) -> Iterator[str]:
+    """Yield the columns that a reward function gets beside the prompt, as JSON."""
+    for name, value in record.row.items():
+        yield f"  {name} = {json.dumps(value, ensure_ascii=False)}"
 
 
 def _stretches(ids: Sequence[int], mask: Sequence[bool], chat: ChatFormat) -> Iterator[tuple[str, bool]]:

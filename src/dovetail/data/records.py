@@ -6,9 +6,9 @@ Not responsible for: where it comes from (sources.py), or tokens (tokenize.py).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from dovetail.text.content_hash import content_hash as content_hash
 from dovetail.text.message import Message as Message
@@ -21,29 +21,36 @@ Kind = Literal["sft", "reward", "ppo", "text"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Prompt:
-    """A conversation up to the point where the assistant must answer."""
+class _Row:
+    """The fields that records of all kinds share."""
 
-    messages: tuple[Message, ...]
     row_id: str
     """A hash of the row's content, which is the same wherever the row stands."""
     source: str
     place: str = field(default="", compare=False)
     """The place of the row, for messages: "rows.jsonl line 3"."""
+    row: Mapping[str, Any] = field(default_factory=dict)
+    """The row's columns beside the prompt, such as a reference answer; empty where the stage does not use them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Demonstration:
+class Prompt(_Row):
+    """A conversation up to the point where the assistant must answer; `messages` and `row` are all it needs."""
+
+    messages: tuple[Message, ...]
+    row_id: str = ""
+    source: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Demonstration(_Row):
     """A conversation that ends with the assistant's turn; assistant turns are imitated unless marked."""
 
     messages: tuple[Message, ...]
-    row_id: str
-    source: str
-    place: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Comparison:
+class Comparison(_Row):
     """A prompt with k answers, and the pairs of which one is better than the other."""
 
     messages: tuple[Message, ...]
@@ -52,9 +59,6 @@ class Comparison:
     better_than: tuple[tuple[int, int, float], ...]
     """Tuples (better, worse, margin): two indices into `answers`, and the margin that the source states, 0 where it
     states none. Ties are absent."""
-    row_id: str
-    source: str
-    place: str = field(default="", compare=False)
 
     def best(self) -> int:
         """Return the index of the answer with the most wins minus losses; the first of equals."""
@@ -62,13 +66,10 @@ class Comparison:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Text:
+class Text(_Row):
     """Plain text, without turns."""
 
     text: str
-    row_id: str
-    source: str
-    place: str = field(default="", compare=False)
 
 
 Record = Prompt | Demonstration | Comparison | Text
@@ -115,7 +116,9 @@ def as_prompt(record: Record) -> Prompt | None:
         return None
     turns = record.messages[:-1] if isinstance(record, Demonstration) else record.messages
     messages = tuple(message(turn["role"], turn["content"]) for turn in turns)
-    return Prompt(messages=messages, row_id=record.row_id, source=record.source, place=record.place)
+    return Prompt(
+        messages=messages, row_id=record.row_id, source=record.source, place=record.place, row=record.row
+    )
 
 
 def prompt_key(record: Record) -> str:

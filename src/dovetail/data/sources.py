@@ -15,7 +15,7 @@ from typing import Any
 
 from dovetail.config.data import SourceConfig
 from dovetail.data.columns import BadRowError, value_of
-from dovetail.data.forms import record_of
+from dovetail.data.forms import columns_beside_prompt, record_of
 from dovetail.data.guesses import with_guessed_columns
 from dovetail.data.hub import hub_rows, is_saved, saved_rows
 from dovetail.data.label_rows import is_labels, label_rows, without_password
@@ -27,14 +27,17 @@ from dovetail.errors import DataError
 from dovetail.text.hub_names import expect_available, nearest
 
 
-def read_source(source: SourceConfig, *, strict: bool = True, tally: Tally | None = None) -> Iterator[Record]:
+def read_source(
+    source: SourceConfig, *, strict: bool = True, tally: Tally | None = None, keeps_columns: bool = False
+) -> Iterator[Record]:
     """Yield the records of one source (resolved: see registry.py), in the order of the table.
 
     strict: raise a DataError with the place of the first row that cannot be used. Otherwise such rows are counted in
-    `tally`, and only a source without any good row is an error.
+    `tally`, and only a source without any good row is an error. keeps_columns: each record carries the row's columns
+    beside the prompt.
     """
     counts = Tally() if tally is None else tally
-    records = _records(source, strict=strict, counts=counts)
+    records = _records(source, strict=strict, counts=counts, keeps_columns=keeps_columns)
     yield from records if source.limit is None else _smallest(records, source.limit)
     if counts.read == 0:
         raise DataError(
@@ -62,7 +65,7 @@ def expect_there(source: SourceConfig) -> None:
     expect_available(given, kind="dataset", error=DataError, is_path=is_path, revision=source.revision)
 
 
-def _records(source: SourceConfig, *, strict: bool, counts: Tally) -> Iterator[Record]:
+def _records(source: SourceConfig, *, strict: bool, counts: Tally, keeps_columns: bool) -> Iterator[Record]:
     label = label_of(source)
     verdicts: set[Any] = set()
     first_bad: tuple[str, BadRowError] | None = None
@@ -70,7 +73,8 @@ def _records(source: SourceConfig, *, strict: bool, counts: Tally) -> Iterator[R
         counts.read += 1
         try:
             source = with_guessed_columns(source, _whole(row))  # the first good row decides
-            record = replace(record_of(_whole(row), source, label), place=where)
+            columns = columns_beside_prompt(_whole(row), source) if keeps_columns else {}
+            record = replace(record_of(_whole(row), source, label), place=where, row=columns)
         except BadRowError as error:
             first_bad = first_bad or (where, error)
             counts.count_bad(f"{where}: {error.reason}")

@@ -8,9 +8,8 @@ Not responsible for: training (stages/ppo.py).
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from dovetail.data.records import Message
 from dovetail.maths.masked import masked_mean
-from dovetail.rlhf.api import RLHFEngine
+from dovetail.rlhf.api import Conversation, RLHFEngine
 from dovetail.rlhf.rewards import Answer
 from dovetail.rlhf.rollout import shape_scores
 
@@ -30,7 +29,7 @@ class Judged:
 
 
 def evaluate_answers(
-    prompts: Sequence[Sequence[Message]], engine: RLHFEngine, judge: Judge | None = None
+    prompts: Sequence[Conversation], engine: RLHFEngine, judge: Judge | None = None
 ) -> Judged:
     """Sample one answer to each held-out prompt and score it; without prompts the result is empty.
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dovetail.batches import Groups, PackedBatch, Rollout, SummedLoss, moved
 from dovetail.config.stages import PpoConfig
-from dovetail.data.records import Message
+from dovetail.data.records import Message, Prompt, message
 from dovetail.engine.parity import PROMPT_TOKENS, check_parity
 from dovetail.maths.kl import adaptive_kl_coefficient
 from dovetail.model.forward import token_logprobs
@@ -30,8 +30,8 @@ from dovetail.text.tokenizer import load_tokenizer
 from dovetail.training.step import StepReport, Term, gradient_step
 from dovetail.training.weights import load_trained, trained_weights
 
-Conversation = str | Sequence[Message]
-"""A prompt: a user's message as text, or chat messages ending with the user's."""
+Conversation = str | Sequence[Message] | Prompt
+"""A prompt: a user's message as text, chat messages ending with the user's, or a `Prompt` with a row of data beside."""
 
 
 class RLHFEngine:
@@ -72,7 +72,7 @@ class RLHFEngine:
         if self._is_checked:
             return
         chat = self.roles.chat
-        ids = [chat.prompt_ids(as_messages(prompt)) for prompt in prompts[: len(PROMPT_TOKENS)]]
+        ids = [chat.prompt_ids(prompt_of(prompt).messages) for prompt in prompts[: len(PROMPT_TOKENS)]]
         reach = self._reach(prompts)
         engine, actor = self.roles.engine, self.roles.actor
         with self.learners.parked(), nullcontext() if engine.group.size > 1 else engine.weights():
@@ -91,15 +91,16 @@ class RLHFEngine:
     def _reach(self, prompts: Sequence[Conversation]) -> int:
         """Estimate the most tokens of a prompt with its answer, from the longest text."""
         longest = max(
-            map(as_messages, prompts), key=lambda turns: sum(len(turn["content"]) for turn in turns)
+            (prompt_of(prompt).messages for prompt in prompts),
+            key=lambda turns: sum(len(turn["content"]) for turn in turns),
         )
         return len(self.roles.chat.prompt_ids(longest)) + self.config.sampling.max_new_tokens
 
     def generate(self, prompts: Sequence[Conversation], *, seed: int, greedy: bool = False) -> list[Answer]:
         """One answer to each prompt, sampled (or greedy) by the actor as it is now."""
-        messages = [as_messages(prompt) for prompt in prompts]
+        asked = [prompt_of(prompt) for prompt in prompts]
         with self.learners.parked():
-            return sample_answers(messages, self.roles, self.config.sampling, seed=seed, greedy=greedy)
+            return sample_answers(asked, self.roles, self.config.sampling, seed=seed, greedy=greedy)
 
     def pack(self, answers: Sequence[Answer]) -> Rollout:
         """Prompts and answers end to end on the device; `mask_T` marks the sampled tokens."""
@@ -204,7 +205,7 @@ class PPOTrainer:
         self.engine.check_parity(prompts)
         with self.engine.learners.parked():
             collected = collect(
-                [as_messages(prompt) for prompt in prompts],
+                [prompt_of(prompt) for prompt in prompts],
                 self.engine.roles,
                 self.config,
                 kl_coefficient=self.kl_coefficient,
@@ -255,6 +256,10 @@ class PPOTrainer:
         self.engine.load_state_dict(state["engine"])
 
 
-def as_messages(prompt: Conversation) -> list[Message]:
-    """Return the messages of a prompt; a plain string is one user message."""
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+def prompt_of(conversation: Conversation) -> Prompt:
+    """Return the prompt that text or messages stand for; text is one user message."""
+    if isinstance(conversation, Prompt):
+        return conversation
+    if isinstance(conversation, str):
+        return Prompt(messages=(message("user", conversation),))
+    return Prompt(messages=tuple(conversation))

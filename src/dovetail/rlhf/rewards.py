@@ -10,9 +10,9 @@ import importlib
 import importlib.util
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
@@ -49,6 +49,8 @@ class Answer:
     """The log-probabilities of the sampled tokens under the generator."""
     finished: bool
     """False = cut off by the length limit."""
+    row: Mapping[str, Any] = field(default_factory=dict)
+    """The columns of the data row beside the prompt, such as a reference answer; empty where there is none."""
 
 
 class Scorer(Protocol):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dovetail.batches import Experience, Rollout, moved, pack
 from dovetail.config.stages import PpoConfig, SamplingConfig
-from dovetail.data.records import Message
+from dovetail.data.records import Message, Prompt
 from dovetail.engine.answers import Completion
 from dovetail.engine.hybrid import HybridEngine
 from dovetail.engine.sampling import Sampling
@@ -47,7 +47,7 @@ class Collected:
 
 
 def collect(
-    prompts: Sequence[Sequence[Message]],
+    prompts: Sequence[Prompt],
     roles: Roles,
     config: PpoConfig,
     *,
@@ -118,22 +118,24 @@ def score_answers(
 
 
 def sample_answers(
-    prompts: Sequence[Sequence[Message]],
+    prompts: Sequence[Prompt],
     roles: Roles,
     sampling: SamplingConfig,
     *,
     seed: int,
     greedy: bool = False,
 ) -> list[Answer]:
-    """One answer to each prompt. Answer i depends on (weights, prompt i, seed, i) alone."""
-    prompt_ids = [roles.chat.prompt_ids(messages) for messages in prompts]
+    """Sample one answer to each prompt. Answer i depends on (weights, prompt i, seed, i) alone."""
+    messages = [prompt.messages for prompt in prompts]
+    prompt_ids = [roles.chat.prompt_ids(turns) for turns in messages]
     how = Sampling(
         temperature=0.0 if greedy else sampling.temperature,
         max_new_tokens=sampling.max_new_tokens,
         stop_token_ids=roles.chat.stop_token_ids,
     )
     world = world_of(roles.actor).everyone
-    return complete(prompt_ids, prompts, roles.engine, roles.chat, how, seed=seed, world=world)
+    answers = complete(prompt_ids, messages, roles.engine, roles.chat, how, seed=seed, world=world)
+    return [replace(answer, row=prompt.row) for answer, prompt in zip(answers, prompts, strict=True)]
 
 
 def complete(

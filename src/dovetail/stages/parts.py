@@ -18,7 +18,7 @@ from dovetail.config.model import ModelConfig
 from dovetail.config.stages import StageConfig
 from dovetail.data.blend import load_stage
 from dovetail.data.loader import BatchOrder
-from dovetail.data.records import Message, best_of
+from dovetail.data.records import Prompt, best_of
 from dovetail.data.tokenize import (
     TokenizedComparisons,
     TokenizedRows,
@@ -193,14 +193,14 @@ def comparison_rows(context: Context, chat: ChatFormat, part: Part) -> Tokenized
         return _reported(tokenize_comparisons(load_stage(data, "reward", part), chat, data))
 
 
-def prompts_of(context: Context, chat: ChatFormat, part: Part) -> list[Sequence[Message]]:
-    """Prompts of stage 3 as messages, those that fit; says what became of the rows."""
+def prompts_of(context: Context, chat: ChatFormat, part: Part) -> list[Prompt]:
+    """Return the prompts of stage 3 that fit, with their rows; says what became of the others."""
     data = _data_of(context, part)
     with context.world.first_goes_first():
         prompts = fitting_prompts(load_stage(data, "ppo", part), chat, data)
     for line in prompts.report.lines():
         say(line)
-    return [prompt.messages for prompt in prompts]
+    return list(prompts)
 
 
 def _data_of(context: Context, part: Part) -> DataConfig:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from dovetail.batches import PackedBatch
 from dovetail.config.stages import PpoConfig
 from dovetail.data.loader import BatchOrder
-from dovetail.data.records import Message
+from dovetail.data.records import Prompt
 from dovetail.errors import TrainingStopped
 from dovetail.evaluation.answers import Judge, evaluate_answers
 from dovetail.evaluation.held_out import held_out_text_loss
@@ -51,7 +51,10 @@ def run(context: Context, judge: Judge | None = None) -> StageReport:
     texts = plain_text(context, chat, engine.roles.actor)
     guard, best = Guard(config), Best(folder.model("best"), kl_limit=config.kl_limit)
     checkpoints = context.checkpoints("ppo", config)
-    read = (*map(content_hash, (*prompts, *held_out)), texts.fingerprint)
+    read = (
+        *(content_hash(prompt.messages, prompt.row) for prompt in (*prompts, *held_out)),
+        texts.fingerprint,
+    )
     data = SameData(folder.path / "ppo", chat, *read)
     parts: dict[str, Any] = {"data": data, "trainer": trainer, "guard": guard, "best": best}
     state, load = partial(state_of, parts), partial(load_into, parts)
@@ -120,7 +123,7 @@ def rollouts_of(config: PpoConfig, num_prompts: int) -> int:
 
 
 def judge_held_out(
-    prompts: Sequence[Sequence[Message]],
+    prompts: Sequence[Prompt],
     texts: PackedBatch | None,
     engine: RLHFEngine,
     best: Best,
