@@ -1,10 +1,21 @@
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Any
 
 import pytest
 
-from dovetail.data.columns import BadRowError, list_of, number_of, parsed, text_of, value_of
+from dovetail.config.data import SourceConfig
+from dovetail.data.columns import (
+    BadRowError,
+    columns_beside_prompt,
+    list_of,
+    number_of,
+    parsed,
+    text_of,
+    value_of,
+)
+from tests.data.files import assistant, user
 
 ROW = {
     "plain": "x",
@@ -93,3 +104,36 @@ def test_a_list_as_python_prints_it_is_a_list() -> None:
     assert list_of({"a": "['x', None]"}, "a") == ["x", None]
     assert parsed("['x', \\d]") == "['x', \\d]"
     assert parsed("{[1]: 2}") == "{[1]: 2}"
+
+
+@pytest.mark.parametrize(
+    ("columns", "left_out"),
+    [
+        ({"prompt": "q"}, {"q"}),
+        ({"prompt": "q", "response": "a"}, {"q"}),
+        ({"prompt": ("q", "more?"), "system": "s?"}, {"q", "more", "s"}),
+        ({"prompt": "nested.question"}, set()),
+        ({"messages": "m"}, set()),
+    ],
+)
+def test_all_columns_but_the_prompts_own_stay_beside_it(columns: dict[str, Any], left_out: set[str]) -> None:
+    row = {
+        "q": "2+2?", "a": "4", "s": "Be brief.", "more": "soon", "m": [user("2+2?"), assistant("4")],
+        "nested": {"question": "2+2?", "level": 3}, "tests": ["f(2) == 4"], "right": True, "weight": 0.5,
+    }  # fmt: skip
+    kept = columns_beside_prompt(row, SourceConfig(path="t", **columns))
+    assert kept == {name: value for name, value in row.items() if name not in left_out}
+
+
+@pytest.mark.parametrize(
+    "value", [datetime(2026, 1, 1), b"png", {3: "a"}, ["fine", object()], {"deep": [{"x": b""}]}]
+)
+def test_values_that_json_has_no_form_for_do_not_stay(value: Any) -> None:
+    assert columns_beside_prompt({"q": "?", "odd": value, "a": 1}, SourceConfig(path="t", prompt="q")) == {
+        "a": 1
+    }
+
+
+def test_an_empty_cell_beside_the_prompt_is_none() -> None:
+    row = {"q": "?", "a": float("nan"), "b": None}
+    assert columns_beside_prompt(row, SourceConfig(path="t", prompt="q")) == {"a": None, "b": None}

@@ -1,7 +1,7 @@
 """Find a value in a row by the name that a configuration gives.
 
 Responsible for: column names, paths into nested values (`a.b`, `a[0]`, `a[].b` for all items, `a?` for a
-value that may be absent), and errors that name what the row has instead.
+value that may be absent), errors that name what the row has instead, and the columns that stay beside a prompt.
 Not responsible for: what values mean (conversations.py, forms.py).
 """
 
@@ -16,6 +16,8 @@ import re
 import warnings
 from collections.abc import Mapping
 from typing import Any
+
+from dovetail.config.data import SourceConfig
 
 _HALF_A_PAIR = re.compile("[\ud800-\udfff]")
 _LARGEST_EXACT = 2**53
@@ -64,6 +66,17 @@ def is_plain(value: Any) -> bool:
     if isinstance(value, list):
         return all(map(is_plain, value))
     return value is None or isinstance(value, str | int | float)
+
+
+def columns_beside_prompt(row: Mapping[str, Any], source: SourceConfig) -> dict[str, Any]:
+    """Return the columns of a row that are not its prompt, without values that JSON has no form for."""
+    of_prompt = (source.prompt,) if isinstance(source.prompt, str) else source.prompt or ()
+    left_out = {column.removesuffix("?") for column in (*of_prompt, source.system) if column is not None}
+    return {
+        name: None if is_absent(value) else value
+        for name, value in row.items()
+        if name not in left_out and is_plain(value)
+    }
 
 
 def text_of(row: Mapping[str, Any], column: str) -> str:

@@ -16,7 +16,6 @@ from dovetail.data.columns import (
     as_text,
     describe,
     is_absent,
-    is_plain,
     list_of,
     number_of,
     text_of,
@@ -72,17 +71,6 @@ def record_of(row: Row, source: SourceConfig, label: str) -> Record:
     _expect_wanted(row)
     messages = _demonstration(row, source)
     return Demonstration(messages=messages, row_id=content_hash("demonstration", messages), source=label)
-
-
-def columns_beside_prompt(row: Row, source: SourceConfig) -> dict[str, Any]:
-    """Return the columns of a row that are not its prompt, without values that JSON has no form for."""
-    of_prompt = (source.prompt,) if isinstance(source.prompt, str) else source.prompt or ()
-    left_out = {column.removesuffix("?") for column in (*of_prompt, source.system) if column is not None}
-    return {
-        name: None if is_absent(value) else value
-        for name, value in row.items()
-        if name not in left_out and is_plain(value)
-    }
 
 
 def _with_transcript_decided(row: Row, source: SourceConfig) -> SourceConfig:

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from dovetail.config.data import SourceConfig
-from dovetail.data.columns import BadRowError, value_of
-from dovetail.data.forms import columns_beside_prompt, record_of
+from dovetail.data.columns import BadRowError, columns_beside_prompt, value_of
+from dovetail.data.forms import record_of
 from dovetail.data.guesses import with_guessed_columns
 from dovetail.data.hub import hub_rows, is_saved, saved_rows
 from dovetail.data.label_rows import is_labels, label_rows, without_password
