@@ -24,7 +24,7 @@ import ppo_step
 import shapes
 import torch
 
-from dovetail.engine import HybridEngine, Sampling, transfer
+from dovetail.engine import HybridEngine, Sampling, forward
 from dovetail.engine.modules import PackedModules
 
 CPU = torch.device("cpu")
@@ -113,7 +113,7 @@ def loop_microseconds(model: Any, prompts: list[list[int]], lengths: list[int]) 
 
     with (
         mock.patch.object(PackedModules, "next_logits", timed(PackedModules.next_logits)),
-        mock.patch.object(transfer, "sample_next", timed(transfer.sample_next)),
+        mock.patch.object(forward, "sample_next", timed(forward.sample_next)),
     ):
         start = time.perf_counter()
         ours(model, prompts, lengths)

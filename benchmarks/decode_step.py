@@ -23,8 +23,8 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
 from dovetail.engine import HybridEngine, Sampling, graphs
-from dovetail.engine.answers import Answer, Listener
 from dovetail.engine.kv_cache import KVArena, KVShape, pages_for
+from dovetail.engine.scheduler import Answer, Listener
 
 
 def main() -> None:

@@ -36,7 +36,7 @@ from dovetail.rlhf.rewards import Answer, RewardModelScorer
 from dovetail.rlhf.roles import Roles
 from dovetail.rlhf.rollout import request_seeds, score_answers
 from dovetail.rlhf.update import Learners, update
-from dovetail.training.memory import TokenBudget
+from dovetail.training.step import TokenBudget
 
 FIGURE_6 = {"opt-1.3b": (23.8, 62.9, 43.4), "opt-13b": (33.0, 97.3, 67.1)}
 """DeepSpeed-Chat, A100: TFLOP/s per GPU of generation, training and the whole at its best GPU count."""

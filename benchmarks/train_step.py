@@ -32,9 +32,8 @@ from dovetail.model.lora import add_lora
 from dovetail.parallel.shard import shard_model
 from dovetail.parallel.world import ALONE, World, joined
 from dovetail.rlhf.update import language_model_loss
-from dovetail.training.memory import TokenBudget
 from dovetail.training.optim import build_optimizer
-from dovetail.training.step import Term, gradient_step
+from dovetail.training.step import Term, TokenBudget, gradient_step
 
 LENGTH = 512
 

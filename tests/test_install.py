@@ -88,8 +88,8 @@ def test_the_labelling_pages_and_migrations_are_in_it(installed: Path, tmp_path:
     store = f"sqlite:///{tmp_path / 'labels.db'}"
     assert len(dovetail(installed, "label", "invite", "ann", "--store", store).strip()) == 43
     script = (
-        "import sys; from dovetail.preferences.database import open_store; "
-        "from dovetail.labelling.router import labelling_router; labelling_router(open_store(sys.argv[1]), 1)"
+        "import sys; from dovetail.data.labels.database import open_store; "
+        "from dovetail.serving.labelling.router import labelling_router; labelling_router(open_store(sys.argv[1]), 1)"
     )
     environment = {**os.environ, "PYTHONPATH": str(installed)}
     subprocess.run(

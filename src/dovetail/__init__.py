@@ -11,11 +11,11 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from dovetail.data.records import Prompt
     from dovetail.engine.sampling import Sampling
-    from dovetail.inference.chat_model import ChatModel
     from dovetail.rlhf.api import PPOTrainer, RLHFEngine
+    from dovetail.serving.inference.chat_model import ChatModel
 
 _PUBLIC = {
-    "ChatModel": "dovetail.inference.chat_model",
+    "ChatModel": "dovetail.serving.inference.chat_model",
     "PPOTrainer": "dovetail.rlhf.api",
     "Prompt": "dovetail.data.records",
     "RLHFEngine": "dovetail.rlhf.api",

@@ -13,8 +13,8 @@ from dovetail.cli.main import main
 from dovetail.config.load import dump, load
 from dovetail.model.load import load_scalar_model, save_model
 from dovetail.model.lora import add_lora
-from dovetail.training.checkpoint import Checkpoints
-from dovetail.training.run_folder import RunFolder
+from dovetail.runs.checkpoint import Checkpoints
+from dovetail.runs.run_folder import RunFolder
 from dovetail.training.weights import trained_weights
 from tests.fakes import byte_tokenizer, tiny_model
 

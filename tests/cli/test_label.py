@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from dovetail.cli.main import main
-from dovetail.preferences.annotators import person_of
-from dovetail.preferences.database import open_store
-from dovetail.preferences.schema import Task
-from tests.labelling.served import a_label, served
-from tests.labelling.work import new_project, task
+from dovetail.data.labels.annotators import person_of
+from dovetail.data.labels.database import open_store
+from dovetail.data.labels.schema import Task
+from tests.serving.labelling.served import a_label, served
+from tests.serving.labelling.work import new_project, task
 from tests.stages.runs import save_tiny_model, write_rows
 
 Run = Callable[..., tuple[int, str, str]]

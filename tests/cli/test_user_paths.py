@@ -8,9 +8,9 @@ import pytest
 
 from dovetail.cli.main import main
 from dovetail.cli.user_paths import path
-from dovetail.preferences.database import open_store
+from dovetail.data.labels.database import open_store
 from dovetail.serving.keys import read_keys
-from tests.labelling.work import new_project, task
+from tests.serving.labelling.work import new_project, task
 
 
 @pytest.fixture(autouse=True)

@@ -4,11 +4,11 @@ from pathlib import Path
 
 from dovetail.config.data import DataConfig
 from dovetail.data.blend import load_stage
-from dovetail.preferences.database import open_store
-from dovetail.preferences.labels import Submission, submit
-from dovetail.preferences.queue import next_task
+from dovetail.data.labels.database import open_store
+from dovetail.data.labels.labels import Submission, submit
+from dovetail.data.labels.queue import next_task
 from tests.data.files import config
-from tests.labelling.work import annotator, new_project, task
+from tests.serving.labelling.work import annotator, new_project, task
 
 
 def labelled(tmp_path: Path, prompts: int) -> str:

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from dovetail.engine.answers import Answer, Listener, expect_usable
 from dovetail.engine.sampling import Sampling
+from dovetail.engine.scheduler import Answer, Listener, expect_usable
 from dovetail.errors import GenerationError
 
 

@@ -20,9 +20,8 @@ from dovetail.batches import pack
 from dovetail.engine import HybridEngine, Sampling
 from dovetail.errors import DovetailError
 from dovetail.model import forward
-from dovetail.model.forward import token_logprobs
+from dovetail.model.forward import reading_of, token_logprobs
 from dovetail.model.load import load_causal_lm
-from dovetail.model.reading import reading_of
 from tests.engine.architectures import EXTRA, MODEL_TYPES, UNMADE, tiny_architecture
 
 PROMPT_TOKENS = (50, 9, 33)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dovetail.engine.decode import DecodeLayout, LoneLayout, PageMap
+from dovetail.engine.forward import DecodeLayout, LoneLayout, PageMap
 from dovetail.engine.kv_cache import PAGE_TOKENS, KVArena, KVShape, pages_for
 
 CPU = torch.device("cpu")

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from dovetail.engine import Completion, HybridEngine, Sampling
-from dovetail.engine.decode import DecodeLayout, PageMap
+from dovetail.engine.forward import DecodeLayout, PageMap
 from dovetail.engine.fused import FusedStep, _probed_rows, fused_step
 from dovetail.engine.kv_cache import KVArena
 from dovetail.model.lora import adapter_disabled, add_lora

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from dovetail.engine import memory
+from dovetail.engine import kv_cache
 from dovetail.engine.kv_cache import KVArena, KVShape
 from dovetail.errors import GenerationError
 
@@ -27,37 +27,37 @@ def failing_above(limit: int, error: type[RuntimeError]) -> Any:
 
 
 def test_this_machine_has_free_memory() -> None:
-    assert memory.free_bytes(CPU) > 2**20
+    assert kv_cache.free_bytes(CPU) > 2**20
 
 
 def test_an_arena_is_as_large_as_wanted() -> None:
-    assert memory.allocate_arena(SHAPE, 7, CPU).num_pages == 7
+    assert kv_cache.allocate_arena(SHAPE, 7, CPU).num_pages == 7
 
 
 def test_an_arena_is_bounded_by_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "free_bytes", lambda _: 10 * SHAPE.page_bytes)
-    assert memory.allocate_arena(SHAPE, 100, CPU).num_pages == 8
+    monkeypatch.setattr(kv_cache, "free_bytes", lambda _: 10 * SHAPE.page_bytes)
+    assert kv_cache.allocate_arena(SHAPE, 100, CPU).num_pages == 8
 
 
 @pytest.mark.parametrize("error", [RuntimeError, torch.OutOfMemoryError])
 def test_after_a_failed_allocation_fewer_pages_are_tried_and_it_says_so(
     monkeypatch: pytest.MonkeyPatch, error: type[RuntimeError]
 ) -> None:
-    monkeypatch.setattr(memory, "KVArena", failing_above(5, error))
+    monkeypatch.setattr(kv_cache, "KVArena", failing_above(5, error))
     with pytest.warns(UserWarning, match="memory for 4 pages in place of 20; fewer answers run at once"):
-        assert memory.allocate_arena(SHAPE, 20, CPU).num_pages == 4  # 20, 15, 11, 8, 6, 4
+        assert kv_cache.allocate_arena(SHAPE, 20, CPU).num_pages == 4  # 20, 15, 11, 8, 6, 4
 
 
 def test_no_memory_for_one_page_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "KVArena", failing_above(0, torch.OutOfMemoryError))
+    monkeypatch.setattr(kv_cache, "KVArena", failing_above(0, torch.OutOfMemoryError))
     with pytest.raises(GenerationError, match="no memory for one page"):
-        memory.allocate_arena(SHAPE, 1, CPU)
+        kv_cache.allocate_arena(SHAPE, 1, CPU)
 
 
 def test_other_errors_are_not_taken_for_want_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object, **__: object) -> KVArena:
         raise RuntimeError("invalid device")
 
-    monkeypatch.setattr(memory, "KVArena", broken)
+    monkeypatch.setattr(kv_cache, "KVArena", broken)
     with pytest.raises(RuntimeError, match="invalid device"):
-        memory.allocate_arena(SHAPE, 4, CPU)
+        kv_cache.allocate_arena(SHAPE, 4, CPU)

@@ -8,11 +8,10 @@ import pytest
 import torch
 
 from dovetail.batches import pack
-from dovetail.engine.answers import Answer
+from dovetail.engine.forward import Prefill
 from dovetail.engine.kv_cache import KVArena, KVShape
-from dovetail.engine.prefill import Prefill
 from dovetail.engine.sampling import Sampling
-from dovetail.engine.scheduler import Chunk
+from dovetail.engine.scheduler import Answer, Chunk
 from dovetail.model.attention import PackedLayout
 
 CPU = torch.device("cpu")

@@ -6,10 +6,9 @@ import random
 
 import torch
 
-from dovetail.engine.answers import Answer, Listener
 from dovetail.engine.kv_cache import KVArena, KVShape, pages_for
 from dovetail.engine.sampling import Sampling
-from dovetail.engine.scheduler import Chunk, Scheduler
+from dovetail.engine.scheduler import Answer, Chunk, Listener, Scheduler
 
 
 def arena_of(num_pages: int) -> KVArena:

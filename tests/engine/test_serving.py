@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from dovetail.engine import HybridEngine, Sampling, hybrid
-from dovetail.engine.answers import Answer
 from dovetail.engine.probe import Way
-from dovetail.engine.scheduler import Load
+from dovetail.engine.scheduler import Answer, Load
 from dovetail.errors import GenerationError
 from tests.engine.test_hybrid import hf_greedy, prompts_of, run
 from tests.fakes import tiny_model

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dovetail.engine import HybridEngine, Sampling
-from dovetail.engine.answers import Answer
+from dovetail.engine.scheduler import Answer
 from dovetail.errors import GenerationError
 from tests.engine.test_serving import Script, request
 from tests.fakes import tiny_model

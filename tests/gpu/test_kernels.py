@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dovetail.engine.decode import DecodeLayout, PageMap
+from dovetail.engine.forward import DecodeLayout, PageMap
 from dovetail.engine.kv_cache import PAGE_TOKENS, KVArena, KVShape, pages_for
 from dovetail.engine.sampling import Sampling, SamplingRows, invert_distribution, uniforms
 

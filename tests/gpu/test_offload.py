@@ -27,10 +27,8 @@ from dovetail.parallel.shard import gathered, generation_model, shard_model, who
 from dovetail.parallel.world import World, joined
 from dovetail.rlhf.update import language_model_loss
 from dovetail.stages import pipeline
-from dovetail.training.ema import Ema
-from dovetail.training.memory import TokenBudget
-from dovetail.training.optim import Optimizer
-from dovetail.training.step import StepReport, Term, gradient_step
+from dovetail.training.optim import Ema, Optimizer
+from dovetail.training.step import StepReport, Term, TokenBudget, gradient_step
 from tests.parallel.group import new_store, run_all
 from tests.parallel.test_training import OFFLOADED, hybrid, merged, metrics_of, zero
 from tests.stages.runs import tiny_run

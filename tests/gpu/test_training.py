@@ -12,9 +12,8 @@ from torch import Tensor
 from dovetail.batches import PackedBatch, pack
 from dovetail.model.lora import add_lora
 from dovetail.rlhf.update import language_model_loss
-from dovetail.training.memory import TokenBudget
 from dovetail.training.optim import build_optimizer
-from dovetail.training.step import StepReport, Term, gradient_step
+from dovetail.training.step import StepReport, Term, TokenBudget, gradient_step
 from tests.engine.test_hybrid import prompts_of
 from tests.fakes import TINY, tiny_model
 

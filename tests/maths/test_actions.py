@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dovetail.maths.actions import cu_actions
+from dovetail.maths.masked import cu_actions
 from tests.maths.strategies import property_test
 
 

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dovetail.maths.gae import gae
+from dovetail.maths.ppo import gae
 from tests.maths.strategies import answers, property_test, tensor
 from tests.tolerance import assert_near
 

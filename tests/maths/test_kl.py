@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 
-from dovetail.maths.kl import adaptive_kl_coefficient, k1, k3
+from dovetail.maths.ppo import adaptive_kl_coefficient, k1, k3
 from tests.maths.strategies import columns, property_test, tensor
 from tests.tolerance import assert_near
 

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dovetail.maths.mismatch import importance_weights, mismatch
+from dovetail.maths.ppo import importance_weights, mismatch
 from tests.maths.strategies import POISONS, columns, cut, poisoned, property_test, reordered, tensor
 from tests.tolerance import assert_near
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dovetail.maths.policy_loss import clipped_policy_loss
+from dovetail.maths.ppo import clipped_policy_loss
 from tests.maths.strategies import POISONS, columns, cut, poisoned, property_test, reordered, tensor
 from tests.tolerance import assert_near
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dovetail.maths.precision import at_least_float32
+from dovetail.maths.masked import at_least_float32
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dovetail.maths.rewards import clip_scores, per_token_rewards, replace_missing_end
+from dovetail.maths.ppo import clip_scores, per_token_rewards, replace_missing_end
 from tests.maths.strategies import POISONS, numbers, poisoned, property_test, tensor
 from tests.tolerance import assert_near
 

@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dovetail.cli.export import export
 from dovetail.errors import ModelError
-from dovetail.inference.loading import load_chat
 from dovetail.model.adapter import with_adapter
 from dovetail.model.load import load_causal_lm
 from dovetail.model.lora import merge
 from dovetail.model.save import save_model
 from dovetail.model.scalar import scalar_model_from
+from dovetail.serving.inference.loading import load_chat
 from dovetail.text.tokenizer import load_tokenizer
 from tests.fakes import END, byte_tokenizer, tiny_model
 from tests.tolerance import assert_near
@@ -241,6 +241,6 @@ def test_the_revision_of_the_base_is_the_one_that_the_adapter_names(
         asked.append((path, options["revision"]))
         return load_causal_lm(path, **options)
 
-    monkeypatch.setattr("dovetail.inference.loading.load_causal_lm", loads)
+    monkeypatch.setattr("dovetail.serving.inference.loading.load_causal_lm", loads)
     load_chat(str(tmp_path / "adapter"), device="cpu")
     assert asked == [(str(base), "v2")]

@@ -10,7 +10,7 @@ from dovetail.batches import pack
 from dovetail.errors import ModelError
 from dovetail.model import attention
 from dovetail.model.attention import PackedLayout, packed_attention, use_packed_attention
-from dovetail.model.reading import why_not_packed
+from dovetail.model.forward import why_not_packed
 from tests.fakes import PADDED, TINY, tiny_model
 from tests.tolerance import assert_near
 

@@ -21,9 +21,8 @@ from dovetail.parallel.sharing import Sharing
 from dovetail.parallel.world import World, joined
 from dovetail.rlhf.build import make_learners
 from dovetail.rlhf.update import language_model_loss
-from dovetail.training.memory import TokenBudget
 from dovetail.training.optim import Optimizer
-from dovetail.training.step import Term, gradient_step
+from dovetail.training.step import Term, TokenBudget, gradient_step
 from tests.fakes import tiny_model
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from transformers import LlamaForCausalLM
 
-from dovetail.engine import memory
+from dovetail.engine import kv_cache
 from dovetail.engine.hybrid import Generate, HybridEngine
 from dovetail.engine.parity import check_parity
 from dovetail.engine.sampling import Sampling
@@ -28,7 +28,7 @@ from dovetail.model.shards import is_shard
 from dovetail.parallel import tensor, tensor_plan
 from dovetail.parallel.shard import shard_model, whole_weights
 from dovetail.parallel.tensor import SplitModel
-from dovetail.parallel.tensor_group import TensorGroup, tensor_group
+from dovetail.parallel.tensor_training import TensorGroup, tensor_group
 from dovetail.parallel.world import World, joined
 from tests.fakes import TINY, tiny_model
 
@@ -174,7 +174,7 @@ def little_memory(*, wanted: bool) -> Iterator[None]:
     """Room for a few pages of keys and values."""
     page_bytes = 2 * 2 * 1 * 64 * 8 * 4  # layers, keys and values, heads of a process, places, width, float32
     room = 5.5 * page_bytes / 0.8
-    with patch.object(memory, "free_bytes", lambda _: int(room)) if wanted else nullcontext():
+    with patch.object(kv_cache, "free_bytes", lambda _: int(room)) if wanted else nullcontext():
         yield
 
 

@@ -18,9 +18,8 @@ from dovetail.model.shards import is_shard, whole
 from dovetail.parallel.shard import gathered_bytes, layout_of, reshard, shard_model
 from dovetail.parallel.world import ALONE, World, joined
 from dovetail.rlhf.update import language_model_loss
-from dovetail.training.memory import TokenBudget
 from dovetail.training.optim import Optimizer
-from dovetail.training.step import StepReport, Term, gradient_step
+from dovetail.training.step import StepReport, Term, TokenBudget, gradient_step
 from tests.fakes import tiny_model
 from tests.parallel.group import new_store
 

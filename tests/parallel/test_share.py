@@ -3,8 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dovetail.batches import pack, pack_ranked
-from dovetail.parallel.share import balanced_shares, parts_of, shared_micro_batches
-from dovetail.parallel.world import World
+from dovetail.parallel.world import World, balanced_shares, parts_of, shared_micro_batches
 
 SIZES = st.lists(st.integers(1, 50), min_size=1, max_size=30)
 RANKS = st.integers(1, 8)

@@ -19,8 +19,8 @@ import torch
 
 from dovetail.config.run import RunConfig
 from dovetail.errors import RunInterrupted
+from dovetail.runs.checkpoint import Checkpoints
 from dovetail.stages import pipeline
-from dovetail.training.checkpoint import Checkpoints
 
 Stop = tuple[str, int] | None
 

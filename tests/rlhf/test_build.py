@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dovetail.config.stages import OptimizerConfig, SftConfig
-from dovetail.rlhf import build, critic_warmup
+from dovetail.rlhf import build, update
 from dovetail.rlhf.api import PPOTrainer
 from dovetail.rlhf.build import checkpoint_activations, same_tokens
 from dovetail.text.chat_format import ChatFormat
@@ -55,7 +55,7 @@ def test_formats_are_the_same_only_if_they_are_for_system_messages_and_several_t
 
 
 def test_the_kl_coefficient_waits_until_the_actor_learns(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(critic_warmup, "ENOUGH", math.inf)
+    monkeypatch.setattr(update, "ENOUGH", math.inf)
     config = tiny_config(critic_warmup_rollouts=2, kl_target=6.0)
     trainer = PPOTrainer(tiny_engine("llama", config, total_steps=20))
     seen = []

@@ -9,10 +9,10 @@ import torch
 
 from dovetail.batches import pack
 from dovetail.config.stages import OptimizerConfig
-from dovetail.rlhf import critic_warmup
+from dovetail.rlhf import update
 from dovetail.rlhf.api import PPOTrainer
-from dovetail.rlhf.critic_warmup import CriticWarmup, rewards_to_come
 from dovetail.rlhf.rollout import Collected
+from dovetail.rlhf.update import CriticWarmup, rewards_to_come
 from tests.rlhf.tiny import PROMPTS, tiny_config, tiny_engine
 
 
@@ -122,7 +122,7 @@ def variance(values: list[float]) -> float:
 
 def warming_trainer(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> PPOTrainer:
     """A trainer of a run of 20 rollouts whose critic learns alone for two of them, whatever it explains."""
-    monkeypatch.setattr(critic_warmup, "ENOUGH", math.inf)
+    monkeypatch.setattr(update, "ENOUGH", math.inf)
     config = tiny_config(critic_warmup_rollouts=2, **changes)
     return PPOTrainer(tiny_engine("llama", config, total_steps=20))
 

@@ -6,7 +6,7 @@ import pytest
 
 from dovetail.errors import ConfigError
 from dovetail.model.rope import rope_limit, rope_limit_in
-from dovetail.rlhf.limits import expect_room
+from dovetail.rlhf.rewards import expect_room
 from tests.model.test_rope import CONFIGS, LIMIT, model_with
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dovetail.config.stages import OptimizerConfig
-from dovetail.rlhf import critic_warmup
+from dovetail.rlhf import update
 from dovetail.rlhf.api import PPOTrainer, RLHFEngine
 from dovetail.rlhf.rollout import Collected
 from tests.rlhf.tiny import PROMPTS, draw_from_another_policy, tiny_config, tiny_engine
@@ -204,7 +204,7 @@ MEASURED = (
 def test_while_only_the_critic_learns_the_actor_is_measured_all_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(critic_warmup, "ENOUGH", math.inf)
+    monkeypatch.setattr(update, "ENOUGH", math.inf)
     trainer = PPOTrainer(tiny_engine("llama", tiny_config(critic_warmup_rollouts=1)))
     for is_scored in (True, True, False):
         collected = trainer.generate_experience(PROMPTS)

@@ -17,8 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dovetail.rlhf.api import PPOTrainer
 from dovetail.rlhf.rollout import score_answers
 from dovetail.rlhf.update import language_model_loss
-from dovetail.training.memory import TokenBudget
-from dovetail.training.step import Term, gradient_step
+from dovetail.training.step import Term, TokenBudget, gradient_step
 from tests.rlhf.tiny import PROMPTS, tiny_config, tiny_engine
 
 _SHAPED_BY_NUMBERS = {"nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive"}

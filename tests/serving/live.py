@@ -14,12 +14,12 @@ import httpx
 import torch
 from fastapi import FastAPI
 
-from dovetail.inference.loading import LoadedChat
 from dovetail.serving.app import create_app
+from dovetail.serving.http.listening import server_config
+from dovetail.serving.inference.loading import LoadedChat
 from dovetail.serving.served_model import EngineSettings, ServedModel
 from dovetail.serving.server import DrainingServer
 from dovetail.text.chat_format import ChatFormat
-from dovetail.web.listening import server_config
 from tests.fakes import byte_tokenizer, tiny_model
 
 CPU = EngineSettings(device="cpu", max_running=8, max_waiting=4, cache_tokens=4096)

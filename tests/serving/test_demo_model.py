@@ -18,8 +18,8 @@ import pytest
 from dovetail import ChatModel, Sampling
 from dovetail.cli import demo
 from dovetail.config.stages import SftConfig
-from dovetail.data.synthetic import Sizes
-from dovetail.stages.demo import DemoPlan, run
+from dovetail.demo import Sizes
+from dovetail.demo.run import DemoPlan, run
 from dovetail.text.message import Message
 from tests.serving.test_concurrency import listening
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from dovetail.inference.loading import LoadedChat
+from dovetail.serving.inference.loading import LoadedChat
 from dovetail.serving.served_model import ServedModel, load_models
 from dovetail.text.chat_format import ChatFormat
 from tests.fakes import byte_tokenizer, tiny_model

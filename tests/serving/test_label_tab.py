@@ -17,14 +17,14 @@ import pytest
 
 from dovetail.cli.label_pages import LabelTab, label_section, served_answerers
 from dovetail.cli.main import main
+from dovetail.data.labels.database import open_store
+from dovetail.data.labels.schema import Task
 from dovetail.engine import Sampling
 from dovetail.engine.scheduler import Load
 from dovetail.errors import ConfigError
-from dovetail.labelling.supply import answer_seed
 from dovetail.model.save import save_model
-from dovetail.preferences.database import open_store
-from dovetail.preferences.schema import Task
 from dovetail.serving.engine_thread import EngineFailed
+from dovetail.serving.labelling.supply import answer_seed
 from dovetail.serving.served_model import EngineSettings, ServedModel
 from tests.fakes import byte_tokenizer, tiny_model
 from tests.serving.live import Live, live, tiny_served, until

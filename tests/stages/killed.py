@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from dovetail.config.run import RunConfig
+from dovetail.runs import checkpoint
 from dovetail.stages import pipeline, ppo, reward, sft
 from dovetail.telemetry.metrics import Metrics
-from dovetail.training import checkpoint
 
 STAGES = {"sft": sft, "reward": reward, "ppo": ppo}
 

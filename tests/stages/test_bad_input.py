@@ -22,9 +22,9 @@ from dovetail.errors import (
 )
 from dovetail.model.load import load_causal_lm
 from dovetail.rlhf import update
+from dovetail.runs.checkpoint import Checkpoints
+from dovetail.runs.disk import open_file
 from dovetail.stages import context, pipeline, sft
-from dovetail.training.checkpoint import Checkpoints
-from dovetail.training.disk import open_file
 from tests.stages.runs import tiny_run, write_rows
 
 SFT = ("sft",)

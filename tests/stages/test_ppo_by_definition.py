@@ -17,15 +17,15 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from dovetail.config.run import RunConfig
 from dovetail.config.stages import PpoConfig
-from dovetail.evaluation.answers import Judged
+from dovetail.model import placement
 from dovetail.model.save import save_model
 from dovetail.rlhf.api import PPOTrainer
+from dovetail.rlhf.evaluation import Judged
 from dovetail.rlhf.rewards import Answer
 from dovetail.rlhf.rollout import Collected
 from dovetail.stages import pipeline, ppo
 from dovetail.stages.context import Context
 from dovetail.stages.guard import MEASURES, Guard
-from dovetail.training import placement
 from dovetail.training.weights import trained_weights
 from tests.by_definition import Learner, Row, float32
 from tests.fakes import byte_tokenizer, tiny_model

@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from dovetail.config.run import RunConfig
 from dovetail.errors import ConfigError, DataError, DovetailError, ModelError, TrainingStopped
 from dovetail.parallel.world import ALONE, World
+from dovetail.runs.checkpoint import Checkpoints
 from dovetail.stages import pipeline, supervised
 from dovetail.stages.rescue import Place, saved_on_error
-from dovetail.training.checkpoint import Checkpoints
 from tests.stages.runs import tiny_run
 
 JUDGE = """

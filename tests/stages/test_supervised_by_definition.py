@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from dovetail.config.model import LoraConfig
 from dovetail.config.run import RunConfig
 from dovetail.config.stages import OptimizerConfig
+from dovetail.model import placement
 from dovetail.stages import pipeline, reward, supervised
-from dovetail.training import placement
 from dovetail.training.weights import trained_weights
 from tests.by_definition import Learner, rate
 from tests.fakes import byte_tokenizer

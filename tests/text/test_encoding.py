@@ -4,7 +4,7 @@ import pytest
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
-from dovetail.text.encoding import Encoder
+from dovetail.text.template import Encoder
 from tests.text.tokenizers import byte_level, sentence_piece
 
 

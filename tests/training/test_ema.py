@@ -3,8 +3,7 @@ import torch
 from torch import nn
 
 from dovetail.errors import CheckpointError
-from dovetail.training.ema import Ema
-from dovetail.training.optim import build_optimizer
+from dovetail.training.optim import Ema, build_optimizer
 from tests.training.toy import Toy, same_bits, weights_of
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dovetail.errors import TrainingStopped
-from dovetail.training.memory import TokenBudget, is_out_of_memory, retry_on_out_of_memory
+from dovetail.training.step import TokenBudget, is_out_of_memory, retry_on_out_of_memory
 
 
 def fits_up_to(limit: int, budget: TokenBudget, tried: list[int]) -> str:

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from dovetail.training.ema import Ema
-from dovetail.training.optim import build_optimizer
+from dovetail.training.optim import Ema, build_optimizer
 from dovetail.training.parking import ParkingSpace
 from tests.training.toy import Toy, loss_of, same_bits, toy_batch, weights_of
 

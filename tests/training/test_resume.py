@@ -9,12 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from dovetail.batches import PackedBatch, SummedLoss
-from dovetail.training.checkpoint import Checkpoints
-from dovetail.training.ema import Ema
-from dovetail.training.memory import TokenBudget
-from dovetail.training.optim import build_optimizer
-from dovetail.training.schedule import learning_rate_at
-from dovetail.training.step import Term, gradient_step
+from dovetail.runs.checkpoint import Checkpoints
+from dovetail.training.optim import Ema, build_optimizer
+from dovetail.training.step import Term, TokenBudget, gradient_step, learning_rate_at
 from dovetail.training.weights import load_trained, trained_weights
 from tests.training.toy import Toy, loss_of, same_bits, toy_batch
 

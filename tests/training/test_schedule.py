@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from dovetail.training.schedule import learning_rate_at
+from dovetail.training.step import learning_rate_at
 
 
 def rates(schedule: str, **changes: float) -> list[float]:

@@ -1,4 +1,4 @@
-from dovetail.training.seeds import step_seed
+from dovetail.training.step import step_seed
 
 
 def test_the_seeds_of_runs_made_so_far_stay_what_they_were() -> None:

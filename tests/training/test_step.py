@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from dovetail.batches import PackedBatch, RankedBatch, SummedLoss, pack_ranked
 from dovetail.errors import TrainingStopped
-from dovetail.training.memory import TokenBudget
 from dovetail.training.optim import Optimizer, build_optimizer
-from dovetail.training.step import StepReport, Term
+from dovetail.training.step import StepReport, Term, TokenBudget
 from tests.fakes import tiny_model
 from tests.training.toy import Toy, loss_of, same_bits, step, toy_batch, weights_of
 

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from dovetail.batches import PackedBatch, SummedLoss, pack
-from dovetail.training.memory import TokenBudget
 from dovetail.training.optim import Optimizer, build_optimizer
-from dovetail.training.step import StepReport, Term, gradient_step
+from dovetail.training.step import StepReport, Term, TokenBudget, gradient_step
 
 VOCABULARY = 11
 LENGTHS = (7, 3, 9, 2, 5, 4)

@@ -2,7 +2,7 @@
 
 Responsible for: turns, commands, fitting a long conversation into the context and saying so, showing an
 answer while it is sampled. Not responsible for: sampling tokens (engine/), role markers (text/chat_format.py),
-loading (inference/).
+loading (serving/inference/).
 """
 
 import json
@@ -14,7 +14,7 @@ from typing import Annotated, Protocol
 import typer
 
 from dovetail.errors import DovetailError, GenerationError
-from dovetail.model.run_models import model_folder
+from dovetail.runs.run_models import model_folder
 from dovetail.text.message import Message
 
 COMMANDS = """/reset         forget the conversation

@@ -1,7 +1,7 @@
 """Answer in a conversation with a loaded model.
 
 Responsible for: settings that stay the same for a conversation. Not responsible for: loading and sampling
-(inference/chat_model.py), the conversation (chat.py).
+(serving/inference/chat_model.py), the conversation (chat.py).
 """
 
 from collections.abc import Callable, Sequence
@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from dovetail.cli.shown_text import ShownText
 from dovetail.engine.sampling import Sampling
-from dovetail.inference.chat_model import ChatModel
+from dovetail.serving.inference.chat_model import ChatModel
 from dovetail.text.message import Message
 
 _NO_LIMIT = 8192

@@ -1,7 +1,7 @@
 """`dovetail demo`: the whole system at small scale, then its table and a conversation.
 
 Responsible for: the demo's plan from its recipes, and the output at the end. Not responsible for: the work
-(stages/demo.py), several processes (processes.py).
+(demo/run.py), several processes (processes.py).
 """
 
 import importlib.util
@@ -19,11 +19,11 @@ from dovetail.config.recipes import FOLDER
 from dovetail.config.stages import SftConfig
 from dovetail.errors import ModelError
 from dovetail.launch.topology import LaunchFlags
-from dovetail.model.run_models import model_folder
-from dovetail.training.run_folder import RunFolder
+from dovetail.runs.run_folder import RunFolder
+from dovetail.runs.run_models import model_folder
 
 if TYPE_CHECKING:
-    from dovetail.stages.demo import DemoPlan
+    from dovetail.demo.run import DemoPlan
 
 DEMO = FOLDER / "demo"
 NEWEST = Path("runs/demo")
@@ -60,7 +60,7 @@ def demo(
     """
     on = f"-on-{num_gpus}" if num_gpus > 1 else ""
     plan = plan_of(model, seed, output_dir or f"runs/demo-{model}-{seed}{on}", num_gpus=num_gpus)
-    from dovetail.stages import demo as stage  # here and not above: it imports torch
+    from dovetail.demo import run as stage  # here and not above: it imports torch
 
     flags = LaunchFlags(num_gpus=num_gpus)
     if not carry_out_everywhere(plan.run, flags, context.obj, lambda: stage.run(plan)):
@@ -96,8 +96,8 @@ def plan_of(model: str, seed: int, output_dir: str, *, num_gpus: int = 1) -> "De
     words = {"$RUN": output_dir}
     if model == "smollm2":
         words["$WEIGHTS"] = str(smollm2_weights())
-    from dovetail.data.synthetic import Sizes
-    from dovetail.stages.demo import DemoPlan
+    from dovetail.demo import Sizes
+    from dovetail.demo.run import DemoPlan
 
     values, origins = read_recipe(DEMO / f"{model}.yaml")
     base, sizes = values.pop("base", None), values.pop("sizes", {})

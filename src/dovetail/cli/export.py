@@ -1,7 +1,7 @@
 """`dovetail export`: one model of a run, or an adapter, as a plain Hugging Face folder.
 
 Responsible for: finding the model, merging adapters, writing the folder. Not responsible for: the format of
-model folders and checkpoints (model/load.py, training/checkpoint.py).
+model folders and checkpoints (model/load.py, runs/checkpoint.py).
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ from dovetail.config.load import check, read_recipe
 from dovetail.config.model import ModelConfig
 from dovetail.config.run import RunConfig
 from dovetail.errors import ModelError
-from dovetail.model.run_models import model_folder
+from dovetail.runs.run_models import model_folder
 from dovetail.text.model_folder import adapter_in
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def finished(folder: Path, name: str, which: Which | None, dtype: "torch.dtype")
         return merged_adapter(adapter, dtype)
     if which is None:
         return loaded(model_folder(name), dtype)
-    from dovetail.training.run_folder import RunFolder
+    from dovetail.runs.run_folder import RunFolder
 
     model = RunFolder(folder).model(which)
     if not model.is_dir():
@@ -109,8 +109,8 @@ def merged_adapter(adapter: "AdapterFolder", dtype: "torch.dtype") -> tuple[Any,
 
 def from_run_checkpoint(folder: Path, which: Which | None, checkpoint: Checkpoint) -> tuple[Any, Any]:
     """Load the model of a stage from its newest or its best checkpoint."""
-    from dovetail.training.checkpoint import Checkpoints
-    from dovetail.training.run_folder import RunFolder
+    from dovetail.runs.checkpoint import Checkpoints
+    from dovetail.runs.run_folder import RunFolder
     from dovetail.training.weights import load_trained
 
     run = RunFolder(folder)

@@ -1,7 +1,7 @@
 """`dovetail generate`: answers to a file of prompts.
 
-Responsible for: the flags and the progress. Not responsible for: files (inference/prompt_file.py, answer_file.py),
-answers (inference/chat_model.py).
+Responsible for: the flags and the progress. Not responsible for: files (serving/inference/prompt_file.py,
+answer_file.py), answers (serving/inference/chat_model.py).
 """
 
 from collections.abc import Sequence
@@ -15,9 +15,9 @@ from dovetail.errors import DataError, DovetailError
 
 if TYPE_CHECKING:
     from dovetail.engine.sampling import Sampling
-    from dovetail.inference.answer_file import AnswerFile
-    from dovetail.inference.chat_model import ChatModel, Reply
-    from dovetail.inference.prompt_file import Prompt
+    from dovetail.serving.inference.answer_file import AnswerFile
+    from dovetail.serving.inference.chat_model import ChatModel, Reply
+    from dovetail.serving.inference.prompt_file import Prompt
 
 
 def generate(
@@ -48,9 +48,9 @@ def generate(
     dovetail generate runs/demo --prompts questions.jsonl --output answers.jsonl
     """
     from dovetail.engine.sampling import Sampling  # here and not above: these import torch
-    from dovetail.inference.answer_file import AnswerFile
-    from dovetail.inference.chat_model import ChatModel
-    from dovetail.inference.prompt_file import read_prompts
+    from dovetail.serving.inference.answer_file import AnswerFile
+    from dovetail.serving.inference.chat_model import ChatModel
+    from dovetail.serving.inference.prompt_file import read_prompts
 
     rows = read_prompts(prompts)
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)

@@ -1,7 +1,7 @@
 """`dovetail label`: pages where people compare a model's answers, and the export of their labels.
 
 Responsible for: the commands `start`, `export`, `invite` and `revoke`; `dovetail label MODEL` means `start`.
-Not responsible for: the parts of the server (label_pages.py), pages (labelling/), storage (preferences/).
+Not responsible for: the parts of the server (label_pages.py), pages (serving/labelling/), storage (data/labels/).
 """
 
 from collections.abc import Sequence
@@ -19,9 +19,9 @@ from dovetail.errors import ConfigError
 from dovetail.text_file import read_text
 
 if TYPE_CHECKING:
-    from dovetail.labelling.supply import Supply
-    from dovetail.preferences.database import Store
-    from dovetail.web.listening import Listening
+    from dovetail.data.labels.database import Store
+    from dovetail.serving.http.listening import Listening
+    from dovetail.serving.labelling.supply import Supply
 
 PEOPLE = "People"
 SAMPLING = "Sampling"
@@ -153,8 +153,8 @@ def start(
     """
     _expect_models_with_prompts(models or [], prompts, uncertain_first)
     text = None if guidelines is None else _read(guidelines)
-    from dovetail.preferences.tasks import open_project
-    from dovetail.web.listening import certificate_of, listen
+    from dovetail.data.labels.tasks import open_project
+    from dovetail.serving.http.listening import certificate_of, listen
 
     with (
         opened(store) as database,
@@ -164,7 +164,7 @@ def start(
         supply = None
         if prompts is not None:
             from dovetail.engine.sampling import Sampling  # here and not above: it imports torch
-            from dovetail.labelling.supply import Plan
+            from dovetail.serving.labelling.supply import Plan
 
             sampling = Sampling(temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens)
             plan = Plan(
@@ -196,7 +196,7 @@ def export(
     shown. Labels that were undone or voided do not count. The reward stage can also read the
     database itself: data.blend='\\[labels:sqlite:///labels.db]'.
     """
-    from dovetail.labelling.export import export as write
+    from dovetail.serving.labelling.export import export as write
 
     with opened(store, must_exist=True) as database:
         count = write(database, output, project)
@@ -215,7 +215,7 @@ def invite(
     ] = False,
 ) -> None:
     """Print a token with which a person can log in. Only its hash is kept, so that it cannot be shown again."""
-    from dovetail.preferences.annotators import invite as new_token
+    from dovetail.data.labels.annotators import invite as new_token
 
     with opened(store) as database:
         typer.echo(new_token(database, name, is_admin=admin))
@@ -227,7 +227,7 @@ def revoke(
     store: StoreUrl = "sqlite:///labels.db",
 ) -> None:
     """End all invitations of a person. The labels stay, and a new invitation lets the person in again."""
-    from dovetail.preferences.annotators import revoke as end_tokens
+    from dovetail.data.labels.annotators import revoke as end_tokens
 
     with opened(store, must_exist=True) as database:
         count = end_tokens(database, name)
@@ -241,8 +241,8 @@ def _serve(
     listening: "Listening",
     host_names: Sequence[str],
 ) -> None:
-    from dovetail.labelling.router import labelling_router
-    from dovetail.labelling.server import labelling_app, serve
+    from dovetail.serving.labelling.router import labelling_router
+    from dovetail.serving.labelling.server import labelling_app, serve
 
     options = {} if supply is None else {"supply": supply.state}
     router = labelling_router(store, project_id, **options)

@@ -1,7 +1,7 @@
 """Set up the labelling pages and the models that answer for them, alone or as a part of `dovetail serve`.
 
 Responsible for: opening the database, the models that sample and score, the links that are printed.
-Not responsible for: flags (label.py, serve.py), pages (labelling/), storage (preferences/).
+Not responsible for: flags (label.py, serve.py), pages (serving/labelling/), storage (data/labels/).
 """
 
 import sys
@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from dovetail.errors import ConfigError
-from dovetail.model.run_models import model_folder, reward_folder
+from dovetail.runs.run_models import model_folder, reward_folder
 
 if TYPE_CHECKING:
-    from dovetail.labelling.supply import Answerer, Plan, Supply
-    from dovetail.preferences.database import Store
+    from dovetail.data.labels.database import Store
     from dovetail.serving.app import Section
+    from dovetail.serving.labelling.supply import Answerer, Plan, Supply
     from dovetail.serving.served_model import ServedModel
 
 _ADMIN_LINK_SECONDS = 24 * 3600
@@ -28,7 +28,7 @@ _ADMIN_LINK_SECONDS = 24 * 3600
 @contextmanager
 def opened(url: str, *, must_exist: bool = False) -> Iterator["Store"]:
     """Open the database at a URL until the block ends."""
-    from dovetail.preferences.database import open_store  # here and not above: help must not wait for it
+    from dovetail.data.labels.database import open_store  # here and not above: help must not wait for it
 
     store = open_store(url, must_exist=must_exist)
     try:
@@ -39,7 +39,7 @@ def opened(url: str, *, must_exist: bool = False) -> Iterator["Store"]:
 
 def print_links(store: "Store", names: Sequence[str], base: str) -> None:
     """Print a link for each of these annotators, and one for the admin, on standard output."""
-    from dovetail.preferences.annotators import invite
+    from dovetail.data.labels.annotators import invite
 
     for name in names:
         typer.echo(f"{name}: {base}/label/#token={invite(store, name)}")
@@ -64,9 +64,9 @@ def supply_of(
     store: "Store", project_id: int, wanted: Wanted, plan: "Plan", load: Callable[[], Sequence["Answerer"]]
 ) -> "Supply":
     """Return the supply that makes tasks from the prompts, with answers of the models that `load` returns."""
-    from dovetail.labelling.answerer import reward_scorer
-    from dovetail.labelling.prompts import read_prompts
-    from dovetail.labelling.supply import Supply
+    from dovetail.serving.labelling.answerer import reward_scorer
+    from dovetail.serving.labelling.prompts import read_prompts
+    from dovetail.serving.labelling.supply import Supply
 
     prompts = read_prompts(wanted.prompts, seed=plan.seed)
     scorer = None
@@ -77,7 +77,7 @@ def supply_of(
 
 def loaded_answerers(paths: Sequence[str], device: str) -> list["Answerer"]:
     """Load models for labelling alone."""
-    from dovetail.labelling.answerer import load_answerer
+    from dovetail.serving.labelling.answerer import load_answerer
 
     answerers: list[Answerer] = []
     for path in paths:
@@ -108,11 +108,11 @@ def label_section(
 
     base: the server's URL. device: the device of the reward model that finds uncertain pairs.
     """
+    from dovetail.data.labels.tasks import open_project
     from dovetail.engine.sampling import Sampling
-    from dovetail.labelling.router import labelling_router
-    from dovetail.labelling.supply import Plan
-    from dovetail.preferences.tasks import open_project
     from dovetail.serving.app import Section
+    from dovetail.serving.labelling.router import labelling_router
+    from dovetail.serving.labelling.supply import Plan
 
     with opened(tab.store) as store:
         project_id = open_project(store, tab.project)
@@ -146,6 +146,6 @@ def served_answerers(served: Sequence["ServedModel"], names: Sequence[str]) -> l
 
 
 def _answerer(model: "ServedModel") -> "Answerer":
-    from dovetail.labelling.answerer import ModelAnswerer
+    from dovetail.serving.labelling.answerer import ModelAnswerer
 
     return ModelAnswerer(model.path, model.chat, model.thread.complete, lambda: model.thread.max_tokens)

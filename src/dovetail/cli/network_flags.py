@@ -1,6 +1,6 @@
 """The flags of both servers, `dovetail serve` and `dovetail label`, about the network.
 
-Responsible for: names and help. Not responsible for: their effect (web/).
+Responsible for: names and help. Not responsible for: their effect (serving/http/).
 """
 
 from pathlib import Path

@@ -195,11 +195,11 @@ def _serve(
 ) -> None:
     from dovetail.cli.label_pages import label_section
     from dovetail.serving.app import create_app
+    from dovetail.serving.http.listening import certificate_of, listen
     from dovetail.serving.keys import read_keys
     from dovetail.serving.served_model import load_models
     from dovetail.serving.server import run
     from dovetail.telemetry.log import say, warn
-    from dovetail.web.listening import certificate_of, listen
 
     keys = read_keys(network.api_key_file) if network.api_key_file else None
     if keys is None and network.host not in ("127.0.0.1", "localhost", "::1"):

@@ -35,7 +35,7 @@ from dovetail.launch.rank import LAUNCHER
 from dovetail.launch.topology import DEFAULT_PORT, LaunchFlags, Topology, is_rank
 
 if TYPE_CHECKING:
-    from dovetail.training.run_folder import RunFolder
+    from dovetail.runs.run_folder import RunFolder
 
 MODELS = "Models and data"
 RUN = "The run"
@@ -270,7 +270,7 @@ def _machines(topology: Topology, arguments: Sequence[str]) -> list[str]:
 
 def plan(config: RunConfig) -> list[str]:
     """Describe what each stage would do now, judging by the output folder."""
-    from dovetail.training.run_folder import RunFolder
+    from dovetail.runs.run_folder import RunFolder
 
     folder = RunFolder(config.output_dir)
     reward_start = "the SFT model" if config.reward.start_from == "sft" else config.reward_start().path

@@ -1,6 +1,6 @@
 """Labels of people as a source: `labels:` and the URL of the database that keeps them.
 
-Responsible for: such paths. Not responsible for: the pairs that a label stands for (preferences/comparisons.py).
+Responsible for: such paths. Not responsible for: the pairs that a label stands for (data/labels/comparisons.py).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ def is_labels(path: str) -> bool:
 
 def label_rows(path: str, project: str | None) -> Iterator[Placed]:
     """Yield one row for each pair, of one project or of all."""
-    from dovetail.preferences.comparisons import comparison_rows  # here and not above: files need no database
-    from dovetail.preferences.database import open_store
+    from dovetail.data.labels.comparisons import comparison_rows  # here and not above: files need no database
+    from dovetail.data.labels.database import open_store
 
     store = open_store(path.removeprefix(_SCHEME), must_exist=True)
     try:
@@ -32,6 +32,6 @@ def label_rows(path: str, project: str | None) -> Iterator[Placed]:
 
 def without_password(path: str) -> str:
     """Return the path as reports may show it, without the password."""
-    from dovetail.preferences.database import shown
+    from dovetail.data.labels.database import shown
 
     return _SCHEME + shown(path.removeprefix(_SCHEME))

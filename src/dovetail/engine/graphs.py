@@ -27,15 +27,15 @@ import numpy
 import torch
 from torch import Tensor
 
-from dovetail.engine.answers import Answer
 from dovetail.engine.capture import captured
+from dovetail.engine.forward import Draw, draw_next, to_device
 from dovetail.engine.fused import fused_step
 from dovetail.engine.kernels.paged_attention import AS_THEY_ARE, Turn, paged_attention
 from dovetail.engine.kernels.sampling import draw_tokens
 from dovetail.engine.kv_cache import KVArena
 from dovetail.engine.modules import PackedModules
 from dovetail.engine.sampling import MOST_TOP_LOGPROBS, Sampling, SamplingRows, random_keys, uniforms
-from dovetail.engine.transfer import Draw, draw_next, to_device
+from dovetail.engine.scheduler import Answer
 
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 """The numbers of rows that graphs are captured for; a step of another number uses the next larger graph."""

@@ -1,7 +1,7 @@
 """One model, two modes: generate with the very parameters that training updates.
 
 Responsible for: entering and leaving the generating mode, and turning requests into completions.
-Not responsible for: the generation loop (paged.py), attention (decode.py, prefill.py), the draw
+Not responsible for: the generation loop (paged.py), attention (forward.py, forward.py), the draw
 (sampling.py).
 
     engine = HybridEngine(model)
@@ -22,7 +22,6 @@ from typing import Any, Protocol
 
 import torch
 
-from dovetail.engine.answers import Answer, Completion, DecodeText, Listener, OnToken, expect_usable
 from dovetail.engine.modules import (
     PackedModules,
     context_of,
@@ -34,10 +33,10 @@ from dovetail.engine.paged import Counts, Limits, PagedGeneration, Source
 from dovetail.engine.probe import Way, find_way
 from dovetail.engine.prompt_scores import TokenScore, prompt_scores
 from dovetail.engine.sampling import Sampling
+from dovetail.engine.scheduler import Answer, Completion, DecodeText, Listener, OnToken, expect_usable
 from dovetail.errors import GenerationError
-from dovetail.model.forward import plain_model
-from dovetail.model.modes import evaluation_mode
-from dovetail.parallel.tensor_group import WHOLE, TensorGroup
+from dovetail.model.forward import evaluation_mode, plain_model
+from dovetail.parallel.tensor_training import WHOLE, TensorGroup
 
 MAX_RUNNING = 256
 """The default number of answers decoded together."""

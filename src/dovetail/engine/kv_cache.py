@@ -1,7 +1,8 @@
 """Keys and values of the tokens seen so far, in pages.
 
-Responsible for: the storage, which page belongs to which sequence, and keeping the used pages together.
-Not responsible for: which sequence may have pages (scheduler.py), or attention over them (decode.py, prefill.py).
+Responsible for: an arena as large as wanted or as large as fits, which page belongs to which sequence, and keeping the
+used pages together.
+Not responsible for: which sequence may have pages (scheduler.py), or attention over them (forward.py).
 
 A page holds 64 tokens of one sequence: [kv heads, 64, head width] for keys and the same for values, so the
 block of one head is contiguous. Sequences that begin alike may share full pages of their beginning. Where
@@ -17,11 +18,59 @@ Shapes: T tokens, H heads (here: of keys and values), K head width.
 from __future__ import annotations
 
 import heapq
+import os
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from dovetail.errors import GenerationError
+from dovetail.model.placement import is_out_of_memory
+
+_USABLE = 0.8
+"""The share of the free memory that the arena may take; the rest is for activations of the prefill."""
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return how much memory is still free on the device, the allocator's own reserve included."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        available = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable"))
+        return int(available.split()[1]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+def allocate_arena(
+    shape: KVShape, wanted_pages: int, device: torch.device, *, dense: bool = True, lone: bool = False
+) -> KVArena:
+    """Return an arena of `wanted_pages`, or of what fits, down to a single page; sequences then take turns."""
+    planned = num_pages = max(1, min(wanted_pages, int(_USABLE * free_bytes(device)) // shape.page_bytes))
+    while True:
+        try:
+            arena = KVArena(shape, num_pages, device, dense=dense, lone=lone)
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if num_pages == 1:
+                raise GenerationError(
+                    f"no memory for one page of the KV cache ({shape.page_bytes} bytes) on {device}",
+                    hint="free memory on the device, or use a smaller model or precision",
+                ) from error
+            num_pages = num_pages * 3 // 4
+            continue
+        if num_pages < planned:
+            warnings.warn(
+                f"KV cache: memory for {num_pages} pages in place of {planned}; fewer answers run at once",
+                stacklevel=2,
+            )
+        return arena
+
 
 PAGE_TOKENS = 64
 """The tokens in a page. Smaller pages cost 7 to 15 % of GPU attention speed, larger ones waste memory."""

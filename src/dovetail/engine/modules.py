@@ -2,7 +2,7 @@
 
 Responsible for: the forward call, the modes it needs (evaluation, Dovetail's attention) and restoring them, and
 what a model's layers would cache, if they can be called in this way.
-Not responsible for: attention (decode.py, prefill.py), or models that cannot (padded.py).
+Not responsible for: attention (forward.py, forward.py), or models that cannot (padded.py).
 
 On a GPU the fused step (fused.py), which reads the same parameters, decodes where it agrees with these modules.
 
@@ -23,13 +23,13 @@ from transformers import PreTrainedModel
 from dovetail.engine.kv_cache import KVShape
 from dovetail.errors import GenerationError
 from dovetail.model.attention import ATTENTION_NAME, Layout, use_packed_attention
+from dovetail.model.forward import evaluation_mode
 from dovetail.model.linear_logprobs import head_of
 from dovetail.model.lora import adapters_in_use
-from dovetail.model.modes import evaluation_mode
 from dovetail.model.plain_forward import without_extras
 from dovetail.model.rope import reread_at, rope_limit
-from dovetail.parallel.tensor_group import WHOLE, TensorGroup
 from dovetail.parallel.tensor_plan import Place
+from dovetail.parallel.tensor_training import WHOLE, TensorGroup
 
 
 def vocabulary_of(model: PreTrainedModel) -> int:

@@ -19,16 +19,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dovetail.batches import pack
-from dovetail.engine.answers import Answer, Listener
-from dovetail.engine.decode import sampling_rows
+from dovetail.engine.forward import Draw, draw_next, sampling_rows
 from dovetail.engine.modules import vocabulary_of
 from dovetail.engine.paged import Source
-from dovetail.engine.scheduler import Load
-from dovetail.engine.transfer import Draw, draw_next
-from dovetail.model.forward import read_by
+from dovetail.engine.scheduler import Answer, Listener, Load
+from dovetail.model.forward import read_by, reading_of
 from dovetail.model.linear_logprobs import head_of
 from dovetail.model.plain_forward import plain_attention, without_extras
-from dovetail.model.reading import reading_of
 
 SlowWay = Literal["padded", "equal", "reread"]
 """The slow ways: left-padded batches over a cache; such batches of prompts of one length; no cache at all."""

@@ -19,14 +19,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dovetail.engine.answers import Answer, Listener
-from dovetail.engine.decode import EagerDecoder, sampling_rows
-from dovetail.engine.kv_cache import PAGE_TOKENS, KVArena, KVShape, pages_for
-from dovetail.engine.memory import allocate_arena
+from dovetail.engine.forward import Draw, EagerDecoder, Prefill, draw_next, sampling_rows
+from dovetail.engine.kv_cache import PAGE_TOKENS, KVArena, KVShape, allocate_arena, pages_for
 from dovetail.engine.modules import PackedModules
-from dovetail.engine.prefill import Prefill
-from dovetail.engine.scheduler import Chunk, Load, Scheduler
-from dovetail.engine.transfer import Draw, draw_next
+from dovetail.engine.scheduler import Answer, Chunk, Listener, Load, Scheduler
 
 
 @dataclass(frozen=True, slots=True)

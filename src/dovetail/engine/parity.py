@@ -25,13 +25,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dovetail.batches import PackedBatch, pack
-from dovetail.engine.answers import DecodeText
 from dovetail.engine.hybrid import HybridEngine
 from dovetail.engine.sampling import Sampling
+from dovetail.engine.scheduler import DecodeText
 from dovetail.errors import ParityError
-from dovetail.maths.precision import at_least_float32
-from dovetail.model.forward import hidden_states, plain_model, token_logprobs, with_weights
-from dovetail.model.modes import evaluation_mode
+from dovetail.maths.masked import at_least_float32
+from dovetail.model.forward import evaluation_mode, hidden_states, plain_model, token_logprobs, with_weights
 from dovetail.model.plain_forward import (
     attention_restored,
     errors_T,

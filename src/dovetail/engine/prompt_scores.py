@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dovetail.batches import pack
-from dovetail.engine.answers import TopLogprobs
+from dovetail.engine.scheduler import TopLogprobs
 from dovetail.model.forward import hidden_states
 from dovetail.model.linear_logprobs import head_of
 

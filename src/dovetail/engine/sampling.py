@@ -1,7 +1,7 @@
 """Draw the next token of each sequence, reproducibly, and say how likely it was.
 
 Responsible for: the sampling settings, the random numbers, truncation, the draw and its log-probability.
-Not responsible for: when a sequence stops (answers.py), or where the logits come from.
+Not responsible for: when a sequence stops (scheduler.py), or where the logits come from.
 
 Randomness is a pure function: one uniform number per (seed, position), by an integer hash, turned into a
 token by inverting the cumulative distribution. So a draw depends on its own logits, seed and position and on

@@ -12,7 +12,7 @@ from hashlib import blake2b
 from pathlib import Path
 
 from dovetail.config.run import RunConfig
-from dovetail.training.run_identity import flat_settings
+from dovetail.runs.run_identity import flat_settings
 
 MAY_DIFFER = ("output_dir", "data.cache_dir", "tracking.*")
 """Patterns of settings that may differ between machines. A check of its own finds folders that are not shared."""

@@ -29,8 +29,8 @@ from dovetail.launch.meeting import Meeting
 from dovetail.launch.rank import LAUNCHER
 from dovetail.launch.rendezvous import interface, local_address, roll_call
 from dovetail.launch.topology import Topology
+from dovetail.runs.lock import FolderLock
 from dovetail.telemetry.log import say
-from dovetail.training.lock import FolderLock
 
 # Each process has one stream, so that the lines of its log are in order; exec keeps the process id.
 _ONE_STREAM = ("/bin/sh", "-c", 'exec "$@" 2>&1', "sh")

@@ -26,8 +26,8 @@ from dovetail.errors import LaunchError
 from dovetail.launch.activity import Effort, effort_of, has_worked, uses_gpu
 from dovetail.launch.rank import record
 from dovetail.parallel.stand import frames_of, own_line
+from dovetail.runs.checkpoint import WRITER, Checkpoints
 from dovetail.telemetry.log import warn
-from dovetail.training.checkpoint import WRITER, Checkpoints
 
 STUCK_AFTER_S = 480
 """Seconds without a move of any process. They are less than the 600 s after which NCCL gives up without a diagnosis

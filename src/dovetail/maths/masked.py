@@ -1,16 +1,25 @@
-"""Sums, means and scales over the tokens that count.
+"""Sums, means and scales over the tokens that count, at a precision that can hold them.
 
-Responsible for: leaving excluded tokens (prompt, tool output) out of a number in a way that no value they
-hold, NaN and infinity included, can reach the result or its gradient.
-Not responsible for: which tokens count (text/chat_format.py, rlhf/rollout.py).
+Responsible for: leaving excluded tokens (prompt, tool output) out of a number in a way that no value they hold, NaN and
+infinity included, can reach the result or its gradient; the bounds of each sequence's actions, from the mask alone and
+never from token values, because an answer may contain any token.
+Not responsible for: which tokens count (text/chat_format.py, rlhf/rollout.py), the compute dtype of the models.
 
-Shapes: T packed tokens. Masks are bool, True = counts. Any other shape works alike, as long as both agree.
+Shapes: T packed tokens, S sequences, A action tokens (all True positions of mask_T, in order). Masks are bool, True =
+counts. `column_T[mask_T]` is the A form of a column; `zeros_T.masked_scatter(mask_T, column_A)` leads back.
 """
 
 import torch
 from torch import Tensor
 
-from dovetail.maths.precision import at_least_float32
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """`x` in float32, or as it is when it is already float64.
+
+    Near -10 bfloat16 steps by 0.0625, so a probability ratio taken in it is off by 3 %. Float64 stays
+    float64, so that a float64 model can check a whole training step to 1e-10.
+    """
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def zero_outside(x_T: Tensor, mask_T: Tensor) -> Tensor:
@@ -68,3 +77,10 @@ def _mean_and_std(x_T: Tensor, mask_T: Tensor) -> tuple[Tensor, Tensor]:
     mean = masked_mean(x_T, mask_T)
     variance = masked_mean((x_T - mean).square(), mask_T)
     return mean, torch.sqrt(variance)
+
+
+def cu_actions(mask_T: Tensor, cu_seqlens_S1: Tensor) -> Tensor:
+    """int64 [S + 1]: actions cu_actions[s] to cu_actions[s + 1] - 1 of all A are those of sequence s."""
+    counted_T = mask_T.long().cumsum(0)
+    counted_T1 = torch.cat([counted_T.new_zeros(1), counted_T])
+    return counted_T1[cu_seqlens_S1.long()]

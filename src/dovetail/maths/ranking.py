@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from dovetail.maths.precision import at_least_float32
+from dovetail.maths.masked import at_least_float32
 
 
 def ranking_loss(chosen_P: Tensor, rejected_P: Tensor, margin_P: Tensor, weight_P: Tensor) -> Tensor:

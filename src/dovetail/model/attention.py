@@ -359,5 +359,10 @@ class _Unpad(torch.autograd.Function):
         return grad_x.index_copy_(0, place_of_token, grads[0]), None
 
 
+def has_attention_switch(model: PreTrainedModel) -> bool:
+    """Return whether the class declares that its attention can be replaced."""
+    return bool(getattr(model, "_supports_attention_backend", False) and model._can_set_attn_implementation())
+
+
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, packed_attention)
 ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, lambda *_, **__: None)

@@ -1,7 +1,7 @@
 """Copies of a model that share nothing with it.
 
 Responsible for: deep copies of weights and modules, peft-wrapped or not, on any device.
-Not responsible for: moving averages (training/ema.py).
+Not responsible for: moving averages (training/optim.py).
 """
 
 import copy

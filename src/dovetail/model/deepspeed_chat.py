@@ -1,7 +1,7 @@
 """Reward models that DeepSpeed-Chat saved, read under the names that transformers gives their weights.
 
 Responsible for: recognising such a folder, and the new names. Not responsible for: loading (load.py), loops written
-for DeepSpeed-Chat (compat/).
+for DeepSpeed-Chat (rlhf/compat/).
 
 There a reward model is the backbone beside a linear head, `v_head`; its score is that of the last token, as here.
 """

@@ -1,11 +1,12 @@
 """Forward passes over packed batches: hidden states, log-probabilities, values, scores.
 
-Responsible for: calling a model's backbone on a packed batch and reading what each role needs off its hidden
-states.
-Not responsible for: attention itself (attention.py), the fused head (linear_logprobs.py), losses (maths/).
+Responsible for: the way a model reads the sequences of a batch (packed, padded, or each alone), calling its backbone
+and reading what each role needs off its hidden states, and evaluation mode for a while.
+Not responsible for: finding by trial how a model reads (probe.py), attention itself (attention.py), the fused head
+(linear_logprobs.py), losses (maths/).
 
-A model here is a causal language model, or a scalar model (`...ForSequenceClassification` with one label:
-reward models and critics), plain or peft-wrapped.
+A model here is a causal language model, or a scalar model (`...ForSequenceClassification` with one label: reward models
+and critics), plain or peft-wrapped.
 
 Shapes: T packed tokens, S sequences, A tokens whose mask is True, L longest sequence, D width.
 """
@@ -13,10 +14,11 @@ Shapes: T packed tokens, S sequences, A tokens whose mask is True, L longest seq
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,10 +27,83 @@ from transformers import PreTrainedModel
 
 from dovetail.batches import PackedBatch
 from dovetail.errors import ModelError
-from dovetail.model.attention import PackedLayout, use_packed_attention
+from dovetail.model.attention import PackedLayout, has_attention_switch, use_packed_attention
 from dovetail.model.linear_logprobs import head_of, linear_cross_entropy, linear_logprobs
 from dovetail.model.plain_forward import plain_hidden_states, use_plain_attention
-from dovetail.model.reading import ReadingWay, reading_of
+from dovetail.model.rope import unknown_rope
+
+
+@contextmanager
+def evaluation_mode(model: Any) -> Iterator[None]:
+    """Switch dropout off within the block; afterwards, also on an error, every module is in its mode from before."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, was_training in training.items():
+            module.training = was_training
+
+
+# Layers of any other kind (state spaces, convolutions, chunked attention) would mix the packed sequences.
+_PACKABLE_LAYERS = frozenset({"full_attention", "sliding_attention", "attention"})
+
+ReadingWay = Literal["packed", "padded", "alone"]
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """The way a model reads the sequences of a batch."""
+
+    way: ReadingWay
+    reason: str | None = None
+    """The reason why it is not packed."""
+
+
+def is_probed(model: PreTrainedModel) -> bool:
+    """Return whether the way it reads was found by trying (probe.py)."""
+    return hasattr(model.base_model, "dovetail_reading")
+
+
+def reading_of(model: PreTrainedModel) -> Reading:
+    """Return what the probe of the model has found; without a probe, what its class declares."""
+    backbone: Any = model.base_model
+    found: Reading | None = getattr(backbone, "dovetail_reading", None)
+    if found is None:
+        obstacle = packing_obstacle(model)
+        found = Reading("packed") if obstacle is None else Reading("padded", obstacle)
+    return found
+
+
+def remember_reading(model: PreTrainedModel, reading: Reading) -> None:
+    """Let the model, its copies and all that is built on its backbone read in this way."""
+    backbone: Any = model.base_model
+    backbone.dovetail_reading = reading
+
+
+def why_not_packed(model: PreTrainedModel) -> str | None:
+    """Return why a model does not run over packed batches, None if it does."""
+    return reading_of(model).reason
+
+
+def packing_obstacle(model: PreTrainedModel) -> str | None:
+    """Return what a class declares that rules packed batches out, or None."""
+    name = type(model).__name__
+    if not has_attention_switch(model):
+        return f"{name} keeps its own attention (it bypasses the attention registry)"
+    if getattr(model, "_is_stateful", False):
+        return f"{name} carries a state from token to token, which would leak between packed sequences"
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
+    if not kinds <= _PACKABLE_LAYERS:
+        return f"{name} has layers that mix packed sequences: {', '.join(sorted(kinds - _PACKABLE_LAYERS))}"
+    if any(name.rpartition(".")[2] == "sinks" for name, _ in model.named_parameters()):
+        return f"{name} has attention sinks"
+    if (rope := unknown_rope(model)) is not None:
+        return (
+            f"{name} has a rope ({rope}) whose frequencies depend on the length read, in a class of its own"
+        )
+    return None
+
 
 TensorsT = TypeVar("TensorsT", bound="Tensor | tuple[Tensor | None, ...]")
 

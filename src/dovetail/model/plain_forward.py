@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from dovetail.model.attention import has_attention_switch
 from dovetail.model.layers import layer_list
-from dovetail.model.reading import has_attention_switch
 from dovetail.model.shards import computing_device
 
 Ids = Sequence[int] | Tensor

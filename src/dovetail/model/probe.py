@@ -23,11 +23,17 @@ from transformers import PreTrainedModel
 
 from dovetail.batches import pack
 from dovetail.errors import DovetailError, ModelError
-from dovetail.model.forward import plain_model, read_by
+from dovetail.model.forward import (
+    Reading,
+    ReadingWay,
+    evaluation_mode,
+    packing_obstacle,
+    plain_model,
+    read_by,
+    remember_reading,
+)
 from dovetail.model.layers import few_layers
-from dovetail.model.modes import evaluation_mode
 from dovetail.model.plain_forward import attention_restored, errors_T, plain_attention, plain_hidden_states
-from dovetail.model.reading import Reading, ReadingWay, packing_obstacle, remember_reading
 from dovetail.model.rope import depends_on_length, give_sequences_their_rope
 from dovetail.model.shards import computing_device
 from dovetail.model.tolerance import TOLERANCES, first_beyond, is_exact, nudged_embeddings

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dovetail.model.forward import plain_model, scalar_head
+from dovetail.model.forward import evaluation_mode, plain_model, scalar_head
 from dovetail.model.linear_logprobs import head_of
-from dovetail.model.modes import evaluation_mode
 from dovetail.model.padding import num_rows
 from dovetail.model.plain_forward import plain_attention, plain_hidden_states
 

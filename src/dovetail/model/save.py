@@ -3,7 +3,7 @@
 Responsible for: Hugging Face folders of models and tokenizers, written aside, read back and then renamed; merged
 models and adapters of LoRA runs; what a reward model's folder needs for transformers to read scores at the right
 token.
-Not responsible for: checkpoints of running stages (training/checkpoint.py), the comparison (read_back.py).
+Not responsible for: checkpoints of running stages (runs/checkpoint.py), the comparison (read_back.py).
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from dovetail.parallel.tensor_group import WHOLE, TensorGroup, expect_even_groups
 from dovetail.parallel.tensor_plan import TRAINING
+from dovetail.parallel.tensor_training import WHOLE, TensorGroup, expect_even_groups
 from dovetail.parallel.world import ALONE, World, row_and_column
 
 T = TypeVar("T")

@@ -3,7 +3,7 @@
 Responsible for: the ZeRO stages (Rajbhandari et al. 2019, arXiv:1910.02054), when gradients are reduced, and the two
 other layouts of a sharded model: whole on every device to generate with, whole in one process's host memory to save.
 Not responsible for: gradient steps (training/step.py), optimiser states, which follow the parameters
-(training/optim.py), checkpoints of shards (training/checkpoint.py).
+(training/optim.py), checkpoints of shards (runs/checkpoint.py).
 
 Stages, in terms of FSDP2, which always shards parameters, gradients and optimiser states at rest:
   0  nothing is sharded: whole replicas, gradients summed once per step
@@ -38,8 +38,7 @@ from dovetail.model.forward import plain_model
 from dovetail.model.shards import is_offloaded, local, whole
 from dovetail.parallel.grid import Grid
 from dovetail.parallel.shards_in_place import compute_on_shards
-from dovetail.parallel.tensor_group import WHOLE
-from dovetail.parallel.tensor_training import Division, divide, sum_in_pieces
+from dovetail.parallel.tensor_training import WHOLE, Division, divide, sum_in_pieces
 from dovetail.parallel.world import ALONE, World
 
 R = TypeVar("R")

@@ -2,7 +2,7 @@
 
 Responsible for: the modules of one process, which are those of the model with narrower layers, and their weights, cut
 out of the training model's and there for one phase.
-Not responsible for: which part of which weight (tensor_plan.py), collectives (tensor_group.py), training.
+Not responsible for: which part of which weight (tensor_plan.py), collectives (tensor_training.py), training.
 
 The weights are plain tensors, not DTensors: nothing is dispatched per operation, and a decode step can be captured. A
 process sends what its row layers and its embedding put out, once per layer; the head's columns are put together by
@@ -27,8 +27,8 @@ from dovetail.model.forward import plain_model
 from dovetail.model.slices import slice_of
 from dovetail.parallel.narrow import count_fewer_heads, expect_narrower_output, look_up
 from dovetail.parallel.shard import layout_of, replace_weights, reshard, share_buffers, whole_weights
-from dovetail.parallel.tensor_group import TensorGroup
 from dovetail.parallel.tensor_plan import GENERATION, PLANS, Cut, Place, cuts_of, expect_divisible
+from dovetail.parallel.tensor_training import TensorGroup
 
 
 class SplitModel:

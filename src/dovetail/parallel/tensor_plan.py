@@ -1,7 +1,7 @@
 """Plan the part of each weight that a rank of a tensor-parallel group holds (Shoeybi et al. 2019, arXiv:1909.08053).
 
 Responsible for: the plan of each architecture, the cut of each weight, and which sizes of a group are possible.
-Not responsible for: the modules and what they send (tensor.py), the processes (tensor_group.py).
+Not responsible for: the modules and what they send (tensor.py), the processes (tensor_training.py).
 
 Of two linear layers in a row the first is cut by columns, what it puts out (whole heads, or numbers of the
 feed-forward layer), the second by rows, what it takes in: nothing is sent between them, and their result is a sum over

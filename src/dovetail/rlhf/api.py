@@ -18,7 +18,7 @@ from dovetail.batches import Groups, PackedBatch, Rollout, SummedLoss, moved
 from dovetail.config.stages import PpoConfig
 from dovetail.data.records import Message, Prompt, message
 from dovetail.engine.parity import PROMPT_TOKENS, check_parity
-from dovetail.maths.kl import adaptive_kl_coefficient
+from dovetail.maths.ppo import adaptive_kl_coefficient
 from dovetail.model.forward import token_logprobs
 from dovetail.parallel.shard import layout_of, reshard
 from dovetail.rlhf.build import Setup, make_learners, make_roles, name_of

@@ -17,20 +17,19 @@ from dovetail.config.model import LoraConfig
 from dovetail.config.stages import OptimizerConfig, PpoConfig, StageConfig
 from dovetail.data.records import Message
 from dovetail.engine.hybrid import HybridEngine
-from dovetail.engine.memory import free_bytes
+from dovetail.engine.kv_cache import free_bytes
 from dovetail.errors import ConfigError, DataError
 from dovetail.model.copies import copy_of
 from dovetail.model.dropout import disable_dropout
-from dovetail.model.forward import plain_model
+from dovetail.model.forward import is_probed, plain_model
 from dovetail.model.load import expect_reward_head, expect_rows_for, load_causal_lm, load_scalar_model
 from dovetail.model.lora import add_lora
+from dovetail.model.placement import resolve_device, resolve_dtype
 from dovetail.model.probe import expect_no_noise, probe
-from dovetail.model.reading import is_probed
 from dovetail.model.scalar import scalar_model_from
 from dovetail.parallel.shard import gathered, gathered_bytes, generation_model, layout_of, world_of
 from dovetail.parallel.sharing import Sharing
 from dovetail.parallel.world import World
-from dovetail.rlhf.critic_warmup import CriticWarmup
 from dovetail.rlhf.rewards import (
     ClippedScorer,
     FirstRankScorer,
@@ -43,14 +42,12 @@ from dovetail.rlhf.rewards import (
 )
 from dovetail.rlhf.roles import Roles
 from dovetail.rlhf.splitting import split_to_generate
-from dovetail.rlhf.update import Learners
+from dovetail.rlhf.update import CriticWarmup, Learners
 from dovetail.telemetry.log import say
 from dovetail.text.chat_format import ChatFormat
 from dovetail.text.tokenizer import load_tokenizer
-from dovetail.training.ema import Ema
-from dovetail.training.memory import TokenBudget
-from dovetail.training.optim import Optimizer, build_optimizer
-from dovetail.training.placement import resolve_device, resolve_dtype
+from dovetail.training.optim import Ema, Optimizer, build_optimizer
+from dovetail.training.step import TokenBudget
 from dovetail.training.step_memory import activation_bytes, architecture_of, state_bytes
 
 USABLE = 0.9

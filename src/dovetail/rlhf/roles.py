@@ -22,12 +22,10 @@ from dovetail.engine.parity import check_training_parity
 from dovetail.model.forward import LogProbs, plain_model, token_logprobs, token_values
 from dovetail.model.lora import adapter_disabled
 from dovetail.parallel.shard import reshard, world_of
-from dovetail.parallel.share import parts_of
-from dovetail.parallel.world import ALONE, World
-from dovetail.rlhf.limits import expect_readable
-from dovetail.rlhf.rewards import Scorer
+from dovetail.parallel.world import ALONE, World, parts_of
+from dovetail.rlhf.rewards import Scorer, expect_readable
 from dovetail.text.chat_format import ChatFormat
-from dovetail.training.memory import TokenBudget, retry_on_out_of_memory
+from dovetail.training.step import TokenBudget, retry_on_out_of_memory
 
 BatchT = TypeVar("BatchT", bound=PackedBatch)
 
@@ -52,7 +50,7 @@ class Roles:
     score_clip: float | None = None
     """The limit of the scores, either way; None where a function gives them or adds to them."""
     value_offset: float = 0.0
-    """A constant added to the critic's head, whose transformers class has no bias (rlhf/critic_warmup.py)."""
+    """A constant added to the critic's head, whose transformers class has no bias (rlhf/update.py)."""
 
     def actor_logprobs(self, batch: PackedBatch, *, temperature: float) -> LogProbs:
         """float32 [T] log-probabilities and entropies of the marked tokens under the actor as it is now."""

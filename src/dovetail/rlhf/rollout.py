@@ -16,24 +16,26 @@ from torch import Tensor
 from dovetail.batches import Experience, Rollout, moved, pack
 from dovetail.config.stages import PpoConfig, SamplingConfig
 from dovetail.data.records import Message, Prompt
-from dovetail.engine.answers import Completion
 from dovetail.engine.hybrid import HybridEngine
 from dovetail.engine.sampling import Sampling
-from dovetail.maths.actions import cu_actions
-from dovetail.maths.gae import gae
-from dovetail.maths.masked import masked_mean, masked_sum, normalise, scale_to_unit_std
-from dovetail.maths.mismatch import mismatch
-from dovetail.maths.rewards import clip_scores, per_token_rewards, replace_missing_end
-from dovetail.maths.value_loss import explained_variance
+from dovetail.engine.scheduler import Completion
+from dovetail.maths.masked import cu_actions, masked_mean, masked_sum, normalise, scale_to_unit_std
+from dovetail.maths.ppo import (
+    clip_scores,
+    explained_variance,
+    gae,
+    mismatch,
+    per_token_rewards,
+    replace_missing_end,
+)
 from dovetail.model.forward import masked_index
 from dovetail.parallel.shard import world_of
-from dovetail.parallel.share import balanced_shares
-from dovetail.parallel.world import ALONE, World
-from dovetail.rlhf.critic_warmup import rewards_to_come
+from dovetail.parallel.world import ALONE, World, balanced_shares
 from dovetail.rlhf.rewards import Answer
 from dovetail.rlhf.roles import Roles
+from dovetail.rlhf.update import rewards_to_come
 from dovetail.text.chat_format import ChatFormat
-from dovetail.training.seeds import step_seed
+from dovetail.training.step import step_seed
 
 
 @dataclass(frozen=True, slots=True)

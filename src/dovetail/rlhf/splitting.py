@@ -16,8 +16,8 @@ from dovetail.model.forward import plain_model
 from dovetail.model.widths import widths_of
 from dovetail.parallel.shard import layout_of
 from dovetail.parallel.tensor import SplitModel
-from dovetail.parallel.tensor_group import expect_even_groups, tensor_group
 from dovetail.parallel.tensor_plan import Place, expect_divisible, slice_bytes, why_not_divisible
+from dovetail.parallel.tensor_training import expect_even_groups, tensor_group
 from dovetail.parallel.world import World
 from dovetail.telemetry.log import say
 

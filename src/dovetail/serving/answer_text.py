@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from dovetail.engine.answers import TopLogprobs
 from dovetail.engine.prompt_scores import TokenScore
+from dovetail.engine.scheduler import TopLogprobs
 from dovetail.serving.engine_thread import Progress
 from dovetail.serving.token_listing import ListedToken, ScoredToken, TokenListing, TokenTexts
 from dovetail.text.chat_format import ChatFormat

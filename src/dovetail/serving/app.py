@@ -20,13 +20,13 @@ from starlette.middleware.cors import CORSMiddleware
 from dovetail import __version__
 from dovetail.serving import problems
 from dovetail.serving.gate import Drain, Gate, RequestLimits
+from dovetail.serving.http.head_requests import HeadRequests
+from dovetail.serving.http.host_names import HostNames
 from dovetail.serving.keys import ApiKeys
 from dovetail.serving.meters import Meters
 from dovetail.serving.pages import chat_pages
 from dovetail.serving.routes import Service, api_routes
 from dovetail.serving.served_model import ServedModel
-from dovetail.web.head_requests import HeadRequests
-from dovetail.web.host_names import HostNames
 
 
 @dataclass(frozen=True, slots=True)

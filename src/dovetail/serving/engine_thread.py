@@ -16,9 +16,8 @@ from dataclasses import dataclass, field
 import torch
 
 from dovetail.engine import Completion, HybridEngine, Sampling, Serve
-from dovetail.engine.answers import Answer, DecodeText, FinishReason, TopLogprobs
 from dovetail.engine.prompt_scores import TokenScore
-from dovetail.engine.scheduler import Load
+from dovetail.engine.scheduler import Answer, DecodeText, FinishReason, Load, TopLogprobs
 from dovetail.errors import DovetailError, GenerationError
 from dovetail.telemetry.log import warn
 

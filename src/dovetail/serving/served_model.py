@@ -1,7 +1,7 @@
 """Load the models that the server offers, each with a name, a chat format and an engine thread.
 
 Responsible for: the models that the paths on the command line stand for, and their names.
-Not responsible for: loading (inference/loading.py), HTTP (routes.py), the batch (engine_thread.py).
+Not responsible for: loading (serving/inference/loading.py), HTTP (routes.py), the batch (engine_thread.py).
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from dovetail.errors import ConfigError
-from dovetail.inference.loading import LoadedChat, load_chat
-from dovetail.model.run_models import chat_models
+from dovetail.runs.run_models import chat_models
 from dovetail.serving.engine_thread import EngineThread
+from dovetail.serving.inference.loading import LoadedChat, load_chat
 from dovetail.text.message import Message
 
 

@@ -1,7 +1,7 @@
 """Run the server process, and stop it on a signal without breaking off answers.
 
 Responsible for: running an application until a signal stops it.
-Not responsible for: the application (app.py), the socket (web/listening.py).
+Not responsible for: the application (app.py), the socket (serving/http/listening.py).
 
 On SIGTERM or SIGINT new requests get 503, open requests are finished, and then the process ends. A second signal, or
 the end of `drain_seconds`, ends it at once.
@@ -17,8 +17,8 @@ from fastapi import FastAPI
 
 from dovetail.errors import ConfigError
 from dovetail.serving.gate import Drain
+from dovetail.serving.http.listening import Listening
 from dovetail.telemetry.log import say
-from dovetail.web.listening import Listening
 
 
 class DrainingServer(uvicorn.Server):

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from dovetail.engine.answers import TopLogprobs
+from dovetail.engine.scheduler import TopLogprobs
 from dovetail.text.chat_format import ChatFormat
 from dovetail.text.text_stream import TextStream
 

@@ -24,18 +24,17 @@ from dovetail.data.sources import expect_there
 from dovetail.errors import ConfigError, DovetailError, ModelError
 from dovetail.model.load import expect_causal_lm, expect_rows, expect_supported, read_config
 from dovetail.model.lora import add_lora
-from dovetail.parallel.tensor_group import expect_even_groups
+from dovetail.model.placement import resolve_device
 from dovetail.parallel.tensor_plan import TRAINING, expect_divisible
+from dovetail.parallel.tensor_training import expect_even_groups
 from dovetail.parallel.world import World
 from dovetail.rlhf.build import same_tokens
-from dovetail.rlhf.limits import expect_room
-from dovetail.rlhf.rewards import load_reward_function
+from dovetail.rlhf.rewards import expect_room, load_reward_function
 from dovetail.rlhf.splitting import expect_possible
+from dovetail.runs.run_folder import RunFolder
 from dovetail.stages.parts import chat_of
 from dovetail.stages.starts import actor_of, reward_model_of, reward_start_of
 from dovetail.text.chat_format import ChatFormat, template_ids
-from dovetail.training.placement import resolve_device
-from dovetail.training.run_folder import RunFolder
 
 T = TypeVar("T")
 

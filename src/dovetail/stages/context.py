@@ -15,18 +15,18 @@ import torch
 from dovetail.config.run import RunConfig, StageName
 from dovetail.config.stages import StageConfig
 from dovetail.errors import ConfigError, RunInterrupted
+from dovetail.model.placement import resolve_device, resolve_dtype
 from dovetail.parallel.sharing import Sharing
 from dovetail.parallel.world import ALONE, World, joined
+from dovetail.runs.checkpoint import Checkpoints
+from dovetail.runs.run_folder import RunFolder
+from dovetail.runs.run_identity import begun_at
 from dovetail.stages.stopping import StopRequest, stop_request
 from dovetail.telemetry.log import say
 from dovetail.telemetry.metrics import Metrics
 from dovetail.telemetry.progress import Progress
 from dovetail.telemetry.sinks import JsonlSink, Sink, TensorBoardSink, WandbSink
 from dovetail.text.template import clock_stopped
-from dovetail.training.checkpoint import Checkpoints
-from dovetail.training.placement import resolve_device, resolve_dtype
-from dovetail.training.run_folder import RunFolder
-from dovetail.training.run_identity import begun_at
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """Keep the best model, warn of a policy that goes wrong, and stop a run that is beyond repair.
 
 Responsible for: `ppo/best`, the warnings of a rollout, and when a run stops.
-Not responsible for: measuring (rlhf/rollout.py, evaluation/answers.py).
+Not responsible for: measuring (rlhf/rollout.py, rlhf/evaluation.py).
 
 What goes wrong in PPO shows in few numbers. The actor drifts: its KL to the reference grows. It collapses: entropy
 falls, and answers to different prompts become one. It finds a gap of the reward: answers grow or shrink for no reason

@@ -40,7 +40,7 @@ from dovetail.model.lora import add_lora
 from dovetail.parallel.shard import resharded_after_use
 from dovetail.rlhf.api import RLHFEngine
 from dovetail.rlhf.build import Setup, checkpoint_activations, loading_device
-from dovetail.rlhf.limits import expect_room
+from dovetail.rlhf.rewards import expect_room
 from dovetail.stages.context import Context
 from dovetail.stages.saving import expect_savable
 from dovetail.stages.starts import actor_of, reward_model_of, reward_start_of

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from functools import partial
 
 from dovetail.config.run import RunConfig, StageName
-from dovetail.evaluation.answers import Judge
 from dovetail.parallel.world import World, described_world
+from dovetail.rlhf.evaluation import Judge
 from dovetail.stages import ppo, reward, sft
 from dovetail.stages.checks import refuse
 from dovetail.stages.context import Context, StageReport, open_run

@@ -18,10 +18,10 @@ from dovetail.config.stages import PpoConfig
 from dovetail.data.loader import BatchOrder
 from dovetail.data.records import Prompt
 from dovetail.errors import TrainingStopped
-from dovetail.evaluation.answers import Judge, evaluate_answers
-from dovetail.evaluation.held_out import held_out_text_loss
 from dovetail.parallel.shard import layout_of
 from dovetail.rlhf.api import PPOTrainer, RLHFEngine
+from dovetail.rlhf.evaluation import Judge, evaluate_answers, held_out_text_loss
+from dovetail.runs.run_folder import RunFolder
 from dovetail.stages.context import Context, StageReport, resume
 from dovetail.stages.guard import Best, Guard
 from dovetail.stages.parts import actor_start, plain_text, prompts_of, rlhf_engine
@@ -32,7 +32,6 @@ from dovetail.stages.saving import save_model
 from dovetail.telemetry.log import say
 from dovetail.telemetry.timing import Stopwatch
 from dovetail.text.content_hash import content_hash
-from dovetail.training.run_folder import RunFolder
 
 
 def run(context: Context, judge: Judge | None = None) -> StageReport:

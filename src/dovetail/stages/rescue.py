@@ -11,8 +11,8 @@ from typing import Any
 
 from dovetail.errors import CheckpointError, DovetailError, RunInterrupted
 from dovetail.parallel.world import World
+from dovetail.runs.checkpoint import Checkpoints
 from dovetail.telemetry.log import say, warn
-from dovetail.training.checkpoint import Checkpoints
 
 
 @dataclass(slots=True)

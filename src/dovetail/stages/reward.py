@@ -11,9 +11,9 @@ from functools import partial
 from transformers import PreTrainedModel
 
 from dovetail.batches import RankedBatch, SummedLoss
-from dovetail.evaluation.reward_accuracy import reward_accuracy
 from dovetail.maths.ranking import ranking_loss, won_pairs
 from dovetail.model.forward import last_scores
+from dovetail.rlhf.evaluation import reward_accuracy
 from dovetail.stages.context import Context, StageReport
 from dovetail.stages.parts import (
     centre_on_demonstrations,

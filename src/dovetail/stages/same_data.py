@@ -1,7 +1,7 @@
 """A stage goes on with the data that it began with, or not at all.
 
 Responsible for: fingerprints of rows, tokenizer and chat template, kept with the state of a stage.
-Not responsible for: settings (training/run_identity.py), the state itself (training/checkpoint.py).
+Not responsible for: settings (runs/run_identity.py), the state itself (runs/checkpoint.py).
 """
 
 from collections.abc import Mapping

@@ -6,7 +6,7 @@ Not responsible for: gradient steps (training/step.py), reading rows (data/).
 
 from functools import partial
 
-from dovetail.evaluation.held_out import language_model_quality
+from dovetail.rlhf.evaluation import language_model_quality
 from dovetail.rlhf.update import language_model_loss
 from dovetail.stages.context import Context, StageReport
 from dovetail.stages.parts import (

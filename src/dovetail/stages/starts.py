@@ -11,7 +11,7 @@ from dovetail.config.model import ModelConfig
 from dovetail.config.run import RunConfig, StageName
 from dovetail.errors import ConfigError
 from dovetail.model.load import expect_reward_head
-from dovetail.training.run_folder import RunFolder
+from dovetail.runs.run_folder import RunFolder
 
 
 class Run(Protocol):

@@ -23,10 +23,7 @@ from dovetail.stages.rescue import saved_on_error
 from dovetail.stages.same_data import SameData
 from dovetail.stages.verdict import LossWatch
 from dovetail.telemetry.log import say
-from dovetail.training.memory import TokenBudget
-from dovetail.training.schedule import learning_rate_at
-from dovetail.training.seeds import step_seed
-from dovetail.training.step import StepReport, Term, gradient_step
+from dovetail.training.step import StepReport, Term, TokenBudget, gradient_step, learning_rate_at, step_seed
 from dovetail.training.weights import load_trained, trained_weights
 
 

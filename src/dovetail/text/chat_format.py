@@ -29,10 +29,8 @@ from functools import cached_property
 from transformers import PreTrainedTokenizerBase
 
 from dovetail.errors import ModelError
-from dovetail.text.encoding import Encoder, Passage, special_token_texts
 from dovetail.text.message import Message, is_learnt, message
-from dovetail.text.model_ends import model_ends
-from dovetail.text.template import Template
+from dovetail.text.template import Encoder, Passage, Template, model_ends, special_token_texts
 from dovetail.text.text_stream import TextStream
 from dovetail.text.turn_shape import HOLE, learn_shape
 

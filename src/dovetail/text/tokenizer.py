@@ -15,9 +15,9 @@ from transformers.integrations.gguf import read_gguf_metadata
 
 from dovetail.errors import ModelError
 from dovetail.text.hub_names import expect_available, no_network_hint
-from dovetail.text.model_ends import note_model_ends
 from dovetail.text.model_folder import adapter_in, expect_downloaded, has_vocabulary
 from dovetail.text.quiet import quiet
+from dovetail.text.template import note_model_ends
 from dovetail.text_file import read_text
 
 
@@ -30,7 +30,7 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """Load the tokenizer at `path`: a hub name, a Hugging Face folder, a .gguf file, or a folder with one such file.
 
-    It also knows the tokens that end answers as the model there declares them; see model_ends.py. An adapter without
+    It also knows the tokens that end answers as the model there declares them; see template.py. An adapter without
     a vocabulary gets that of its base, with the adapter's chat template if it has one.
 
     chat_template: a Jinja template, or a file with one, that takes the place of the tokenizer's own.

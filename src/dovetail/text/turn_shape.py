@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from dovetail.errors import ModelError
-from dovetail.text.encoding import added_token_texts, special_token_texts
 from dovetail.text.message import Message, message
+from dovetail.text.template import added_token_texts, special_token_texts
 
 HOLE = "\ue000{}\ue001"
 """The placeholder of a content while a template is rendered: private-use characters, which no template changes."""

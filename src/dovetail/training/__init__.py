@@ -1,1 +1,1 @@
-"""The one gradient step, its optimiser, and what survives a kill: checkpoints and the run folder."""
+"""The one gradient step, its optimiser, and what they need of memory."""

@@ -1,12 +1,14 @@
-"""AdamW with float32 master weights.
+"""AdamW with float32 master weights, and the moving average of what it trains.
 
-Responsible for: which weights decay, float32 copies of weights that compute in bf16 or fp16, accumulating
-their gradients in float32, the update, and all of that as a state that resumes bit for bit.
-Not responsible for: when to step, clipping, skipping (training/step.py), the learning rate
-(training/schedule.py).
+Responsible for: which weights decay, float32 copies of weights that compute in bf16 or fp16, accumulating their
+gradients in float32, the update, an exponential moving average in float32, and all of that as a state that resumes bit
+for bit.
+Not responsible for: when to step, clipping, skipping, the learning rate (step.py), a model that has the average
+(parallel/shard.py), saving one (model/save.py).
 
-Why masters: bf16 has 8 bits of mantissa, so a weight of 1 cannot move by less than 0.004, and RLHF's
-updates are a thousand times smaller. The masters move; the model's own weights are their rounded image.
+Why float32: bf16 has 8 bits of mantissa, so a weight of 1 cannot move by less than 0.004, and RLHF's updates are a
+thousand times smaller. The masters move; the model's own weights are their rounded image. A step of the average is
+smaller still, by (1 - decay): an average kept in bf16 never moves.
 """
 
 import math
@@ -21,11 +23,12 @@ from torch.optim.adamw import adamw
 from torch.utils.hooks import RemovableHandle
 
 from dovetail.errors import CheckpointError, ModelError, TrainingStopped
+from dovetail.model.placement import is_out_of_memory
 from dovetail.model.shards import assign, is_offloaded, is_shard, local, shard_like
 from dovetail.model.slices import noted
 from dovetail.training.loss_scale import LossScaler
-from dovetail.training.memory import is_out_of_memory
 from dovetail.training.parking import ParkingSpace
+from dovetail.training.weights import trained_weights
 
 if TYPE_CHECKING:
     from dovetail.training.adamw_kernel import OnePassAdamW
@@ -382,3 +385,64 @@ def _on_gradient(parameter: nn.Parameter, take: Callable[[Tensor], None]) -> Rem
 def _remove(hooks: Sequence[RemovableHandle]) -> None:
     for hook in hooks:
         hook.remove()
+
+
+class Ema:
+    """average <- decay * average + (1 - decay) * weight, for every trainable weight (the rows that are here).
+
+    optimizer: where the full-precision weights are, if the model computes in bf16 or fp16.
+    """
+
+    def __init__(self, model: nn.Module, *, decay: float, optimizer: Optimizer | None = None) -> None:
+        self.decay = decay
+        self._weights = optimizer.weights if optimizer is not None else lambda: trained_weights(model)
+        self._averages = {
+            name: _full_precision(local(weight)).clone() for name, weight in self._weights().items()
+        }
+        self._parameters = {name: p for name, p in model.named_parameters() if name in self._averages}
+        self._parking = ParkingSpace(
+            [self._averages[name] for name, p in self._parameters.items() if not is_offloaded(p)]
+        )
+
+    def park(self) -> None:
+        """Keep the averages in host memory until `restore`."""
+        self._parking.park()
+
+    def restore(self) -> None:
+        """Move the averages back to the device, bit for bit."""
+        self._parking.restore()
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move the averages towards the weights as they are now."""
+        assert not self._parking.is_parked, "an update while the average is parked"
+        weights = [_full_precision(local(weight)) for weight in self._weights().values()]
+        torch._foreach_lerp_(list(self._averages.values()), weights, 1.0 - self.decay)
+
+    def averages(self) -> dict[str, Tensor]:
+        """Name -> average, float32, sharded as the weight is: references, not copies."""
+        return {
+            name: noted(shard_like(parameter, self._averages[name]), parameter)
+            for name, parameter in self._parameters.items()
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the float32 averages themselves, not copies."""
+        return {"averages": self.averages()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict()`, bit for bit. Raises CheckpointError if it is of other weights."""
+        saved: Mapping[str, Tensor] = state["averages"]
+        if saved.keys() != self._averages.keys():
+            different = sorted(saved.keys() ^ self._averages.keys())
+            raise CheckpointError(
+                f"moving average of another model: {different[0]} is on one side only",
+                hint="resume with the model and adapters that the run began with",
+            )
+        for name, average in self._averages.items():
+            assign(shard_like(self._parameters[name], average), saved[name])
+
+
+def _full_precision(weight: Tensor) -> Tensor:
+    return weight if weight.dtype in (torch.float32, torch.float64) else weight.float()

@@ -2,7 +2,7 @@
 
 Responsible for: moving them there and back, bit for bit, under the same names: whoever holds a reference to one
 of the tensors holds it before, during and after.
-Not responsible for: what is parked and when (training/optim.py, training/ema.py, rlhf/build.py).
+Not responsible for: what is parked and when (training/optim.py, training/optim.py, rlhf/build.py).
 """
 
 from collections.abc import Sequence

@@ -1,11 +1,10 @@
-"""The one gradient step of the project.
+"""The one gradient step of the project, with its seed, its learning rate, and its way out when memory ends.
 
-Responsible for: cutting batches into micro-batches, adding up their gradients, dividing by the count of the
-whole batch, clipping, the finite check, and going on with smaller parts when memory runs out. `backward`
-occurs here and nowhere else; supervised fine-tuning, reward model, actor and critic differ in the loss they
-pass in.
-Not responsible for: losses (maths/), the update rule (training/optim.py), the learning rate
-(training/schedule.py).
+Responsible for: cutting batches into micro-batches, adding up their gradients, dividing by the count of the whole
+batch, clipping, the finite check, and going on with smaller parts when memory runs out. `backward` occurs here and
+nowhere else; supervised fine-tuning, reward model, actor and critic differ in the loss they pass in. Seed and rate
+are pure functions of the step: nothing to save, nothing to resume.
+Not responsible for: losses (maths/), the update rule (optim.py).
 
 The gradient does not depend on how the batch is cut, because a loss is a sum and is divided by the number of
 targets of the whole batch, known before the first forward pass; never by a micro-batch's own number. Where several
@@ -13,24 +12,146 @@ processes hold the model, each is given the whole batch and takes its share of i
 step are those of all.
 """
 
+import gc
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, islice
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from dovetail.batches import MicroBatchable, SummedLoss
 from dovetail.errors import TrainingStopped
+from dovetail.model.placement import is_out_of_memory
 from dovetail.model.shards import local
 from dovetail.parallel.shard import before_backward, before_update, layout_of, reduce_gradients, world_of
-from dovetail.parallel.share import shared_micro_batches
-from dovetail.parallel.world import World
+from dovetail.parallel.world import World, shared_micro_batches
 from dovetail.telemetry.log import warn
-from dovetail.training.memory import TokenBudget, retry_on_out_of_memory
 from dovetail.training.optim import Optimizer
+
+STRIDE = 1_000_003
+"""More than the steps of any run: no two runs share the seed of a step."""
+
+
+def step_seed(seed: int, step: int) -> int:
+    """Return the seed of a step, a function of (seed, step) alone, so that a resumed run draws the same numbers."""
+    return seed * STRIDE + step
+
+
+def learning_rate_at(
+    step: int,
+    *,
+    peak: float,
+    schedule: Literal["cosine", "linear", "constant"],
+    warmup_steps: int,
+    total_steps: int,
+    final_fraction: float,
+) -> float:
+    """Return the rate of optimiser step `step`, counted from 0.
+
+    Warm-up: peak * (step + 1) / warmup_steps, so that no step is spent on a rate of 0 and the last warm-up
+    step reaches the peak. After it, with x = (step - warmup_steps) / (total_steps - warmup_steps) in [0,
+    1]: linear 1 - x, cosine (1 + cos(pi x)) / 2, constant 1, mapped from [0, 1] to [final_fraction, 1] of
+    the peak.
+    """
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    if schedule == "cosine":
+        height = (1.0 + math.cos(math.pi * progress)) / 2.0
+    elif schedule == "linear":
+        height = 1.0 - progress
+    else:
+        return peak
+    return peak * (final_fraction + (1.0 - final_fraction) * height)
+
+
+R = TypeVar("R")
+
+# The CPU allocator, cuBLAS and the CUDA driver raise plain RuntimeErrors; these are their words.
+
+
+@dataclass(slots=True)
+class TokenBudget:
+    """Tokens of one forward and backward pass. Shared by all that run on a device, halved for all."""
+
+    tokens: int
+    may_shrink: bool = True
+    """False where processes run the same passes together: one of them cannot go on in smaller parts alone."""
+    _asked: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.tokens < 1:
+            raise ValueError(f"a micro-batch of {self.tokens} tokens holds nothing")
+        self._asked = self.tokens
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the budget that was asked for and the one in use."""
+        return {"asked": self._asked, "tokens": self.tokens}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Continue with the budget in use if the same one was asked for; a new setting begins anew."""
+        if state["asked"] == self._asked:
+            self.tokens = state["tokens"]
+
+
+def retry_on_out_of_memory(
+    attempt: Callable[[], R],
+    budget: TokenBudget,
+    *,
+    clean_up: Callable[[], None] | None = None,
+    unit_tokens: Callable[[], Sequence[int]] | None = None,
+) -> R:
+    """`attempt()`, which reads `budget.tokens`; while it runs out of memory, halve the budget and try again.
+
+    clean_up: undoes a failed attempt, so that a later one gives what a first one would have given.
+    unit_tokens: the sizes of the units that cannot be cut (sequences). Asked after a failure: with them the
+    budget is halved from what was really used, and the retries end as soon as halving cannot help.
+    Raises TrainingStopped when one unit alone does not fit, or the budget may not shrink.
+    """
+    while True:
+        try:
+            return attempt()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = str(error).split("\n")[0]
+        # Here, outside the except block, the traceback is gone and with it the frames that held activations.
+        if clean_up is not None:
+            clean_up()
+        _release_cached_memory()
+        _halve(budget, unit_tokens() if unit_tokens else None, reason)
+
+
+def _halve(budget: TokenBudget, unit_tokens: Sequence[int] | None, reason: str) -> None:
+    if not budget.may_shrink:
+        raise TrainingStopped(
+            f"a micro-batch of {budget.tokens} tokens does not fit in the memory of one of the processes ({reason})",
+            hint=f"start again with micro_batch_tokens={max(1, budget.tokens // 2)}: the run goes on from its last "
+            "checkpoint, and results do not depend on it",
+        )
+    longest = max(unit_tokens) if unit_tokens else 1
+    used = min(budget.tokens, sum(unit_tokens)) if unit_tokens else budget.tokens
+    if used <= longest:
+        what = f"one sequence of {longest} tokens" if unit_tokens else "a micro-batch of one sequence"
+        raise TrainingStopped(
+            f"{what} does not fit in memory ({reason})",
+            hint="turn on activation_checkpointing, lower data.max_tokens or ppo.sampling.max_new_tokens, "
+            "train LoRA adapters (actor.lora), or use a smaller model",
+        )
+    warn(
+        f"out of memory: micro-batches halved from {used} to {used // 2} tokens; results do not depend on it"
+    )
+    budget.tokens = used // 2
+
+
+def _release_cached_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
 
 MAX_SKIPS = 5
 """Steps in a row without a finite gradient after which the run stops."""

@@ -2,7 +2,7 @@
 
 Responsible for: which weights a checkpoint holds and putting them back. With adapters these are the
 adapters alone.
-Not responsible for: files (training/checkpoint.py), model folders (model/save.py).
+Not responsible for: files (runs/checkpoint.py), model folders (model/save.py).
 """
 
 from collections.abc import Mapping

@@ -1,6 +1,6 @@
 """Attention of one new token a sequence over its pages, which also stores its keys and values.
 
-Responsible for: what `engine/decode.py`'s DecodeLayout computes, as one kernel a layer (two where a few long
+Responsible for: what `engine/forward.py`'s DecodeLayout computes, as one kernel a layer (two where a few long
 sequences must be split over the processors). Any head grouping, sliding windows, soft caps.
 Not responsible for: which pages a sequence has.
 
