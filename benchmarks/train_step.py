@@ -27,11 +27,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from dovetail.batches import pack
-from dovetail.model.forward import plain_model
+from dovetail.model.forward import language_model_loss, plain_model
 from dovetail.model.lora import add_lora
 from dovetail.parallel.shard import shard_model
 from dovetail.parallel.world import ALONE, World, joined
-from dovetail.rlhf.update import language_model_loss
 from dovetail.training.optim import build_optimizer
 from dovetail.training.step import Term, TokenBudget, gradient_step
 

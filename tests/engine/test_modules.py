@@ -8,8 +8,9 @@ from transformers import AutoModelForSequenceClassification
 
 from dovetail.engine import HybridEngine
 from dovetail.engine.kv_cache import KVShape
-from dovetail.engine.modules import PackedModules, context_of, vocabulary_of
+from dovetail.engine.modules import PackedModules
 from dovetail.errors import GenerationError
+from dovetail.model.forward import context_of, vocabulary_of
 from tests.fakes import TINY, tiny_model
 
 

@@ -21,11 +21,11 @@ from dovetail.batches import PackedBatch, pack
 from dovetail.engine.hybrid import HybridEngine
 from dovetail.engine.parity import check_parity
 from dovetail.engine.sampling import Sampling
+from dovetail.model.forward import language_model_loss
 from dovetail.model.lora import add_lora
 from dovetail.model.shards import is_offloaded, local
 from dovetail.parallel.shard import gathered, generation_model, shard_model, whole_model
 from dovetail.parallel.world import World, joined
-from dovetail.rlhf.update import language_model_loss
 from dovetail.stages import pipeline
 from dovetail.training.optim import Ema, Optimizer
 from dovetail.training.step import StepReport, Term, TokenBudget, gradient_step

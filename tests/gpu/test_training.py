@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from dovetail.batches import PackedBatch, pack
+from dovetail.model.forward import language_model_loss
 from dovetail.model.lora import add_lora
-from dovetail.rlhf.update import language_model_loss
 from dovetail.training.optim import build_optimizer
 from dovetail.training.step import StepReport, Term, TokenBudget, gradient_step
 from tests.engine.test_hybrid import prompts_of

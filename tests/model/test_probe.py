@@ -23,10 +23,9 @@ from transformers import (
 
 from dovetail.batches import pack
 from dovetail.engine import HybridEngine, Sampling
-from dovetail.engine.modules import context_of
 from dovetail.errors import ModelError
 from dovetail.model.dropout import disable_dropout
-from dovetail.model.forward import hidden_states, reading_of
+from dovetail.model.forward import context_of, hidden_states, reading_of
 from dovetail.model.linear_logprobs import head_of
 from dovetail.model.load import load_causal_lm, load_scalar_model
 from dovetail.model.probe import LONGEST_LIMIT, expect_no_noise, probe, short_limits

@@ -16,11 +16,11 @@ import torch
 from dovetail.batches import pack
 from dovetail.config.sharding import ZeroStageConfig
 from dovetail.config.stages import PpoConfig, SamplingConfig
+from dovetail.model.forward import language_model_loss
 from dovetail.parallel.shard import shard_model
 from dovetail.parallel.sharing import Sharing
 from dovetail.parallel.world import World, joined
 from dovetail.rlhf.build import make_learners
-from dovetail.rlhf.update import language_model_loss
 from dovetail.training.optim import Optimizer
 from dovetail.training.step import Term, TokenBudget, gradient_step
 from tests.fakes import tiny_model

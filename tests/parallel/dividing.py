@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dovetail.batches import PackedBatch, SummedLoss, pack
 from dovetail.model.dropout import disable_dropout
-from dovetail.model.forward import token_values
+from dovetail.model.forward import language_model_loss, token_values
 from dovetail.model.lora import add_lora
 from dovetail.model.scalar import with_scalar_head
 from dovetail.model.shards import local, shard_like, whole
@@ -28,7 +28,6 @@ from dovetail.model.slices import slice_of
 from dovetail.parallel.grid import in_rows
 from dovetail.parallel.shard import layout_of, shard_model, world_of
 from dovetail.parallel.world import World, joined
-from dovetail.rlhf.update import language_model_loss
 from dovetail.training.optim import Optimizer
 from dovetail.training.step import Term, TokenBudget, gradient_step
 from tests.fakes import tiny_model

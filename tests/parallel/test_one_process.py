@@ -13,11 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dovetail.batches import pack
 from dovetail.errors import ConfigError, ModelError
+from dovetail.model.forward import language_model_loss
 from dovetail.model.lora import add_lora
 from dovetail.model.shards import is_shard, whole
 from dovetail.parallel.shard import gathered_bytes, layout_of, reshard, shard_model
 from dovetail.parallel.world import ALONE, World, joined
-from dovetail.rlhf.update import language_model_loss
 from dovetail.training.optim import Optimizer
 from dovetail.training.step import StepReport, Term, TokenBudget, gradient_step
 from tests.fakes import tiny_model

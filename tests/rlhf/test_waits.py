@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dovetail.model.forward import language_model_loss
 from dovetail.rlhf.api import PPOTrainer
 from dovetail.rlhf.rollout import score_answers
-from dovetail.rlhf.update import language_model_loss
 from dovetail.training.step import Term, TokenBudget, gradient_step
 from tests.rlhf.tiny import PROMPTS, tiny_config, tiny_engine
 

@@ -20,8 +20,8 @@ from dovetail.errors import (
     ModelError,
     TrainingStopped,
 )
+from dovetail.model import forward
 from dovetail.model.load import load_causal_lm
-from dovetail.rlhf import update
 from dovetail.runs.checkpoint import Checkpoints
 from dovetail.runs.disk import open_file
 from dovetail.stages import context, pipeline, sft
@@ -100,7 +100,7 @@ def test_a_loss_that_stays_nan_stops_the_run_and_keeps_the_last_checkpoint(
     def bad(model: Any, micro: Any) -> SummedLoss:
         nonlocal calls
         calls += 1
-        loss = update.language_model_loss(model, micro)
+        loss = forward.language_model_loss(model, micro)
         return SummedLoss(loss.total * math.nan, loss.count) if calls > 2 else loss
 
     monkeypatch.setattr(sft, "language_model_loss", bad)
@@ -123,7 +123,7 @@ def test_a_single_bad_step_is_left_out(tmp_path: Path, monkeypatch: pytest.Monke
     def bad(model: Any, micro: Any) -> SummedLoss:
         nonlocal calls
         calls += 1
-        loss = update.language_model_loss(model, micro)
+        loss = forward.language_model_loss(model, micro)
         return SummedLoss(loss.total * math.nan, loss.count) if calls == 2 else loss
 
     monkeypatch.setattr(sft, "language_model_loss", bad)

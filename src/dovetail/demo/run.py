@@ -33,10 +33,10 @@ from dovetail.demo import (
 )
 from dovetail.engine.hybrid import HybridEngine
 from dovetail.engine.sampling import Sampling
+from dovetail.model.forward import language_model_loss
 from dovetail.model.load import load_causal_lm
 from dovetail.rlhf.rewards import Answer
 from dovetail.rlhf.rollout import complete
-from dovetail.rlhf.update import language_model_loss
 from dovetail.stages.context import Context, open_run
 from dovetail.stages.pipeline import run_stages
 from dovetail.stages.same_data import SameData

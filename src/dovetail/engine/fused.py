@@ -24,9 +24,10 @@ from dovetail.engine.architecture import Architecture, Layer, Rotary
 from dovetail.engine.families import architecture_of
 from dovetail.engine.fused_ops import Angles, Branch
 from dovetail.engine.kv_cache import KVArena, pages_for
-from dovetail.engine.modules import PackedModules, context_of
+from dovetail.engine.modules import PackedModules
 from dovetail.engine.parameters import UnreadableError
 from dovetail.model.attention import Layout
+from dovetail.model.forward import context_of
 from dovetail.model.linear_logprobs import head_of
 
 ROUNDING = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}

@@ -22,12 +22,7 @@ from typing import Any, Protocol
 
 import torch
 
-from dovetail.engine.modules import (
-    PackedModules,
-    context_of,
-    expect_causal_lm,
-    vocabulary_of,
-)
+from dovetail.engine.modules import PackedModules, expect_causal_lm
 from dovetail.engine.padded import SLOW_WAYS, SlowGeneration
 from dovetail.engine.paged import Counts, Limits, PagedGeneration, Source
 from dovetail.engine.probe import Way, find_way
@@ -35,7 +30,7 @@ from dovetail.engine.prompt_scores import TokenScore, prompt_scores
 from dovetail.engine.sampling import Sampling
 from dovetail.engine.scheduler import Answer, Completion, DecodeText, Listener, OnToken, expect_usable
 from dovetail.errors import GenerationError
-from dovetail.model.forward import evaluation_mode, plain_model
+from dovetail.model.forward import context_of, evaluation_mode, plain_model, vocabulary_of
 from dovetail.parallel.tensor_training import WHOLE, TensorGroup
 
 MAX_RUNNING = 256

@@ -23,30 +23,13 @@ from transformers import PreTrainedModel
 from dovetail.engine.kv_cache import KVShape
 from dovetail.errors import GenerationError
 from dovetail.model.attention import ATTENTION_NAME, Layout, use_packed_attention
-from dovetail.model.forward import evaluation_mode
+from dovetail.model.forward import evaluation_mode, vocabulary_of
 from dovetail.model.linear_logprobs import head_of
 from dovetail.model.lora import adapters_in_use
 from dovetail.model.plain_forward import without_extras
 from dovetail.model.rope import reread_at, rope_limit
 from dovetail.parallel.tensor_plan import Place
 from dovetail.parallel.tensor_training import WHOLE, TensorGroup
-
-
-def vocabulary_of(model: PreTrainedModel) -> int:
-    """Return how many token ids the model can read."""
-    return int(model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
-
-
-def context_of(model: PreTrainedModel) -> int | None:
-    """Return the longest sequence the model can read, None where its config names no limit."""
-    return context_in(model.config)
-
-
-def context_in(config: Any) -> int | None:
-    """Return `context_of` a model with this config."""
-    text = config.get_text_config()
-    limits = [getattr(text, name, None) for name in ("max_position_embeddings", "max_seq_len")]
-    return next((int(limit) for limit in limits if limit), None)
 
 
 class PackedModules:

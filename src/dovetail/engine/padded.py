@@ -20,10 +20,9 @@ from transformers import PreTrainedModel
 
 from dovetail.batches import pack
 from dovetail.engine.forward import Draw, draw_next, sampling_rows
-from dovetail.engine.modules import vocabulary_of
 from dovetail.engine.paged import Source
 from dovetail.engine.scheduler import Answer, Listener, Load
-from dovetail.model.forward import read_by, reading_of
+from dovetail.model.forward import read_by, reading_of, vocabulary_of
 from dovetail.model.linear_logprobs import head_of
 from dovetail.model.plain_forward import plain_attention, without_extras
 

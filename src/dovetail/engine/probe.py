@@ -16,13 +16,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dovetail.engine.kv_cache import KVShape
-from dovetail.engine.modules import PackedModules, context_of
+from dovetail.engine.modules import PackedModules
 from dovetail.engine.padded import SlowGeneration, SlowWay
 from dovetail.engine.paged import Limits, PagedGeneration
 from dovetail.engine.sampling import Sampling
 from dovetail.engine.scheduler import Answer, Listener
 from dovetail.maths.masked import at_least_float32
-from dovetail.model.forward import evaluation_mode, is_probed, why_not_packed
+from dovetail.model.forward import context_of, evaluation_mode, is_probed, why_not_packed
 from dovetail.model.plain_forward import attention_restored, plain_attention, plain_logits
 from dovetail.model.probe import probe, probe_rows, short_limits
 from dovetail.model.rope import depends_on_length

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.functional import linear, pad
 from transformers import PreTrainedModel
 
-from dovetail.batches import PackedBatch
+from dovetail.batches import PackedBatch, SummedLoss
 from dovetail.errors import ModelError
 from dovetail.model.attention import PackedLayout, has_attention_switch, use_packed_attention
 from dovetail.model.linear_logprobs import head_of, linear_cross_entropy, linear_logprobs
@@ -215,6 +215,11 @@ def cross_entropy(model: Any, batch: PackedBatch) -> Tensor:
     )
 
 
+def language_model_loss(model: PreTrainedModel, micro: PackedBatch) -> SummedLoss:
+    """Cross-entropy of the marked tokens: supervised fine-tuning's loss, and mixture training's."""
+    return SummedLoss(cross_entropy(model, micro), micro.mask_T.sum())
+
+
 def token_values(model: Any, batch: PackedBatch) -> Tensor:
     """Return [T], float32: the value of the state in which token t was chosen; 0 for first tokens, never chosen."""
     scores_T = with_weights(model, lambda: _scalar_head(model, _hidden_states(model, batch))).squeeze(-1)
@@ -252,6 +257,23 @@ def _scalar_head(model: Any, hidden_ND: Tensor) -> Tensor:
     bias = None if score.bias is None else score.bias.to(float_type)
     scores_N1: Tensor = linear(hidden_ND.to(float_type), score.weight.to(float_type), bias)
     return scores_N1
+
+
+def vocabulary_of(model: PreTrainedModel) -> int:
+    """Return how many token ids the model can read."""
+    return int(model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
+
+
+def context_of(model: PreTrainedModel) -> int | None:
+    """Return the longest sequence the model can read, None where its config names no limit."""
+    return context_in(model.config)
+
+
+def context_in(config: Any) -> int | None:
+    """Return `context_of` a model with this config."""
+    text = config.get_text_config()
+    limits = [getattr(text, name, None) for name in ("max_position_embeddings", "max_seq_len")]
+    return next((int(limit) for limit in limits if limit), None)
 
 
 def plain_model(model: Any) -> PreTrainedModel:

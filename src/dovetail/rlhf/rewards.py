@@ -25,10 +25,9 @@ from transformers import PreTrainedModel
 
 from dovetail.batches import moved, pack
 from dovetail.data.records import Message
-from dovetail.engine.modules import context_in, context_of, vocabulary_of
 from dovetail.errors import ConfigError, DovetailError, ModelError
 from dovetail.maths.ppo import clip_scores
-from dovetail.model.forward import last_scores, plain_model
+from dovetail.model.forward import context_in, context_of, last_scores, plain_model, vocabulary_of
 from dovetail.model.rope import rope_limit_in
 from dovetail.parallel.shard import reshard, world_of
 from dovetail.parallel.world import World, parts_of

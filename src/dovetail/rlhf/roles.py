@@ -17,9 +17,15 @@ from transformers import PreTrainedModel
 
 from dovetail.batches import PackedBatch
 from dovetail.engine.hybrid import HybridEngine
-from dovetail.engine.modules import context_of, vocabulary_of
 from dovetail.engine.parity import check_training_parity
-from dovetail.model.forward import LogProbs, plain_model, token_logprobs, token_values
+from dovetail.model.forward import (
+    LogProbs,
+    context_of,
+    plain_model,
+    token_logprobs,
+    token_values,
+    vocabulary_of,
+)
 from dovetail.model.lora import adapter_disabled
 from dovetail.parallel.shard import reshard, world_of
 from dovetail.parallel.world import ALONE, World, parts_of

@@ -30,7 +30,7 @@ from dovetail.batches import Experience, PackedBatch, SummedLoss
 from dovetail.config.stages import OptimizerConfig, PpoConfig
 from dovetail.maths.masked import cu_actions
 from dovetail.maths.ppo import clipped_policy_loss, clipped_value_loss, gae, importance_weights, mismatch
-from dovetail.model.forward import cross_entropy, masked_index, token_logprobs
+from dovetail.model.forward import language_model_loss, masked_index, token_logprobs
 from dovetail.rlhf.roles import Roles
 from dovetail.telemetry.log import say, warn
 from dovetail.training.optim import Ema, Optimizer
@@ -310,11 +310,6 @@ def value_loss(roles: Roles, micro: Experience, *, config: PpoConfig) -> SummedL
         values_T, micro.old_values_T, micro.returns_T, micro.mask_T, clip=config.value_clip
     )
     return SummedLoss(loss.total, loss.count, {"clipped": loss.num_clipped})
-
-
-def language_model_loss(model: PreTrainedModel, micro: PackedBatch) -> SummedLoss:
-    """Cross-entropy of the marked tokens: supervised fine-tuning's loss, and mixture training's."""
-    return SummedLoss(cross_entropy(model, micro), micro.mask_T.sum())
 
 
 def rate_at(learners: Learners, optimizer: OptimizerConfig, step: int) -> float:

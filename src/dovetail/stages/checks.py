@@ -1,7 +1,7 @@
 """Check in one pass everything of a run that can be known before its first stage.
 
 Responsible for: finding every problem of data, models, devices, packages and folder, and raising them as one error.
-Not responsible for: weights, and what only the rows as tokens would show (parts.py).
+Not responsible for: weights, and what only the rows as tokens would show (rows.py).
 """
 
 import importlib.util
@@ -32,7 +32,7 @@ from dovetail.rlhf.build import same_tokens
 from dovetail.rlhf.rewards import expect_room, load_reward_function
 from dovetail.rlhf.splitting import expect_possible
 from dovetail.runs.run_folder import RunFolder
-from dovetail.stages.parts import chat_of
+from dovetail.stages.models import chat_of
 from dovetail.stages.starts import actor_of, reward_model_of, reward_start_of
 from dovetail.text.chat_format import ChatFormat, template_ids
 

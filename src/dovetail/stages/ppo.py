@@ -24,8 +24,9 @@ from dovetail.rlhf.evaluation import Judge, evaluate_answers, held_out_text_loss
 from dovetail.runs.run_folder import RunFolder
 from dovetail.stages.context import Context, StageReport, resume
 from dovetail.stages.guard import Best, Guard
-from dovetail.stages.parts import actor_start, plain_text, prompts_of, rlhf_engine
+from dovetail.stages.models import actor_start, rlhf_engine
 from dovetail.stages.rescue import saved_on_error
+from dovetail.stages.rows import plain_text, prompts_of
 from dovetail.stages.same_data import SameData
 from dovetail.stages.samples import SampleLog
 from dovetail.stages.saving import save_model

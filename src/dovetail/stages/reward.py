@@ -15,15 +15,8 @@ from dovetail.maths.ranking import ranking_loss, won_pairs
 from dovetail.model.forward import last_scores
 from dovetail.rlhf.evaluation import reward_accuracy
 from dovetail.stages.context import Context, StageReport
-from dovetail.stages.parts import (
-    centre_on_demonstrations,
-    comparison_rows,
-    expect_rows_fit,
-    longest_row,
-    pack_comparisons,
-    reward_start,
-    trainable_scalar_model,
-)
+from dovetail.stages.models import centre_on_demonstrations, reward_start, trainable_scalar_model
+from dovetail.stages.rows import comparison_rows, expect_rows_fit, longest_row, pack_comparisons
 from dovetail.stages.same_data import SameData
 from dovetail.stages.saving import expect_savable, save_model
 from dovetail.stages.supervised import Task, fit

@@ -6,17 +6,11 @@ Not responsible for: gradient steps (training/step.py), reading rows (data/).
 
 from functools import partial
 
+from dovetail.model.forward import language_model_loss
 from dovetail.rlhf.evaluation import language_model_quality
-from dovetail.rlhf.update import language_model_loss
 from dovetail.stages.context import Context, StageReport
-from dovetail.stages.parts import (
-    chat_of,
-    demonstration_rows,
-    expect_rows_fit,
-    longest_row,
-    pack_rows,
-    trainable_causal_lm,
-)
+from dovetail.stages.models import chat_of, trainable_causal_lm
+from dovetail.stages.rows import demonstration_rows, expect_rows_fit, longest_row, pack_rows
 from dovetail.stages.same_data import SameData
 from dovetail.stages.saving import expect_savable, save_model
 from dovetail.stages.supervised import Task, fit

@@ -1,7 +1,7 @@
 """The model that each stage starts from.
 
 Responsible for: choosing between the results of earlier stages and the configured models, and refusing what cannot
-start a stage. Not responsible for: loading them (parts.py).
+start a stage. Not responsible for: loading them (models.py).
 """
 
 from pathlib import Path

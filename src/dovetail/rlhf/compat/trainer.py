@@ -17,7 +17,7 @@ from dovetail.batches import Experience, SummedLoss, moved
 from dovetail.data.records import Message
 from dovetail.engine.sampling import Sampling
 from dovetail.errors import ConfigError
-from dovetail.model.forward import token_logprobs
+from dovetail.model.forward import language_model_loss, token_logprobs
 from dovetail.rlhf.compat.accumulation import AccumulatedSteps
 from dovetail.rlhf.compat.flags import accumulation_from
 from dovetail.rlhf.compat.models import DeepSpeedRLHFEngine, expect_no_overrides
@@ -32,7 +32,6 @@ from dovetail.rlhf.compat.padding import (
 )
 from dovetail.rlhf.rewards import Answer
 from dovetail.rlhf.rollout import complete, pack_rollout
-from dovetail.rlhf.update import language_model_loss
 from dovetail.telemetry.log import say
 
 _NOT_CALLED = (

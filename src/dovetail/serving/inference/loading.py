@@ -14,10 +14,9 @@ from typing import Any
 import torch
 
 from dovetail.engine.hybrid import HybridEngine
-from dovetail.engine.modules import context_of
 from dovetail.errors import ModelError
 from dovetail.model.adapter import with_adapter
-from dovetail.model.forward import plain_model
+from dovetail.model.forward import context_of, plain_model
 from dovetail.model.load import expect_rows_for, load_causal_lm
 from dovetail.model.placement import resolve_device, resolve_dtype
 from dovetail.text.chat_format import ChatFormat
