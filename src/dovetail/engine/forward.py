@@ -316,7 +316,7 @@ class EagerDecoder:
             self._remap()
         self._version = version
         logits_BV = self._modules.next_logits(self._ids_B, self._positions_B, self._layout())
-        ids_B, numbers = self._modules.agreed(*draw_next(logits_BV, self._sampling))
+        ids_B, numbers = self._modules.from_first(*draw_next(logits_BV, self._sampling))
         self._ids_B = ids_B
         self._positions_B += 1
         self._rows_HB += 1

@@ -267,12 +267,12 @@ class GraphDecoder:
                 temperature=Column.TEMPERATURE, greedy=Column.GREEDY,
             )  # fmt: skip
             if self._modules.group.size > 1:
-                agreed = self._modules.group.from_first(numbers.contiguous())
-                numbers.copy_(agreed)
-                ids_B.copy_(agreed[0])
+                first = self._modules.group.from_first(numbers.contiguous())
+                numbers.copy_(first)
+                ids_B.copy_(first[0])
             return
         seen_BV = self._seen_BV[:size] if kind.penalises and self._seen_BV is not None else None
-        drawn_B, told = self._modules.agreed(*draw_next(logits_BV, _RowsOfState(state, seen_BV, kind)))
+        drawn_B, told = self._modules.from_first(*draw_next(logits_BV, _RowsOfState(state, seen_BV, kind)))
         ids_B.copy_(drawn_B)
         numbers.copy_(told)
         if seen_BV is not None:

@@ -92,7 +92,7 @@ class PackedModules:
             logits = self._forward(self.model, ids_T, positions_T, layout, **options).logits[0]
         return self.group.columns(logits, self._rows)
 
-    def agreed(self, ids_S: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+    def from_first(self, ids_S: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
         """Return the results of `draw_next` in the group's first process, since sums may round otherwise in each."""
         if self.group.size == 1:
             return ids_S, numbers

@@ -218,7 +218,7 @@ class PagedGeneration:
         if not complete:
             return None
         rows = sampling_rows(complete, self._modules.vocabulary, self._device)
-        ids_S, numbers = self._modules.agreed(*draw_next(logits_SV, rows))
+        ids_S, numbers = self._modules.from_first(*draw_next(logits_SV, rows))
         self._decoder.place(complete, ids_S)
         return Draw.of(complete, numbers)
 

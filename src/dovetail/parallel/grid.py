@@ -48,7 +48,7 @@ class Grid(World):
         """Return all processes of the run, for a thread beside the main one."""
         return self.run.aside()
 
-    def agreed(self, value: T) -> T:
+    def from_first_of_row(self, value: T) -> T:
         """Return the value of the row's first process."""
         box = [value]
         dist.broadcast_object_list(box, group=self.tensor.handle, group_src=0)

@@ -114,7 +114,7 @@ class World:
         dist.broadcast_object_list(box, group=self.group, group_src=0)
         return box[0]
 
-    def agreed(self, value: T) -> T:
+    def from_first_of_row(self, value: T) -> T:
         """Return the value of the first rank of this tensor-parallel row (grid.py); here there is none but this one."""
         return value
 
