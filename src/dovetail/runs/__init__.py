@@ -1,0 +1,1 @@
+"""The disk half of training: checkpoints, the run folder, its identity and its lock."""
