@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
     GPT2Config,
     GPTNeoXConfig,
     GraniteConfig,
@@ -20,6 +21,7 @@ from transformers import (
     Phi3Config,
     PretrainedConfig,
     Qwen2Config,
+    Qwen3Config,
 )
 
 from dovetail.engine import Completion, HybridEngine, Sampling
@@ -200,6 +202,35 @@ def test_modules_that_compute_something_else_than_their_parameters_say_are_found
     decoder = next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
     forward = decoder[0].forward
     monkeypatch.setattr(decoder[0], "forward", lambda *args, **kwargs: 1.02 * forward(*args, **kwargs))
+    assert str(why_not(model)).startswith("the fused step's logits differ from the modules' by ")
+
+
+def deep(kind: type[PretrainedConfig]) -> Any:
+    """Return a model of 60 layers in bfloat16; rounding alone moves its logits by more than 5 %."""
+    config = kind(**(_SHAPE | {"num_hidden_layers": 60, "hidden_size": 64}))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(config).to(torch.bfloat16).eval()
+
+
+@pytest.mark.parametrize("kind", [Qwen2Config, LlamaConfig, Gemma2Config])
+def test_rounding_that_adds_up_over_many_layers_is_no_fault(kind: type[PretrainedConfig]) -> None:
+    assert why_not(deep(kind)) is None
+
+
+@pytest.mark.parametrize("kind", [Qwen2Config, LlamaConfig, Qwen3Config])
+def test_a_fault_is_found_beside_the_rounding_of_many_layers(
+    kind: type[PretrainedConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = deep(kind)
+    attention = model.model.layers[0].self_attn
+    forward = attention.forward
+
+    def stronger(*args: Any, **kwargs: Any) -> Any:
+        mixed, *others = forward(*args, **kwargs)
+        return (1.5 * mixed, *others)
+
+    monkeypatch.setattr(attention, "forward", stronger)
     assert str(why_not(model)).startswith("the fused step's logits differ from the modules' by ")
 
 

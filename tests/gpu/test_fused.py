@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
 from dovetail.engine import HybridEngine, fused_ops
 from dovetail.engine.architecture import Architecture, FeedForward, Join, Linear, Norm, NormKind
@@ -15,7 +16,7 @@ from dovetail.engine.fused import fused_step
 from dovetail.engine.fused_ops import Branch
 from dovetail.engine.kv_cache import KVArena
 from dovetail.model.lora import add_lora
-from tests.engine.test_fused import RELATIVES, model_of, run
+from tests.engine.test_fused import RELATIVES, deep, model_of, run
 from tests.fakes import TINY
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
@@ -191,6 +192,15 @@ def test_adapters_are_added_on_the_gpu_too(name: str) -> None:
         if "lora_B" in key:
             torch.nn.init.normal_(parameter, std=0.2)
     engine = HybridEngine(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # no falling back
+        run(engine)
+    assert engine.modules.why_not_fused is None
+
+
+@pytest.mark.parametrize("kind", [Qwen2Config, Qwen3Config, LlamaConfig])
+def test_rounding_that_adds_up_over_many_layers_is_no_fault(kind: type[PretrainedConfig]) -> None:
+    engine = HybridEngine(deep(kind).cuda())
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # no falling back
         run(engine)

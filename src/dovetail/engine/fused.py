@@ -29,9 +29,10 @@ from dovetail.engine.parameters import UnreadableError
 from dovetail.model.attention import Layout
 from dovetail.model.forward import context_of
 from dovetail.model.linear_logprobs import head_of
+from dovetail.model.tolerance import is_exact, is_explained, nudged_embeddings
 
 ROUNDING = {torch.float64: 1e-5, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-"""The norm of the difference of centred logits, as a fraction of their norm, that rounding can explain."""
+"""The norm of the difference of centred logits, as a fraction of their norm, that rounding explains in any model."""
 _PROBED = (3, 70, 30, 0)
 """The old tokens of the rows that are compared, the most informative first; 70 fill a page and begin another."""
 
@@ -126,25 +127,40 @@ def fused_step(
         step = FusedStep(modules.model, architecture_of(modules))
     except UnreadableError as error:
         return None, str(error)
-    gap = _disagreement(step, modules, arena, layout_of)
-    if gap <= ROUNDING[arena.shape.dtype]:  # NaN is not
+    error_B, noise_B = _disagreement(step, modules, arena, layout_of)
+    if is_explained(error_B, ROUNDING[arena.shape.dtype], noise_B):
         return step, None
-    return None, f"the fused step's logits differ from the modules' by {gap:.1%}"
+    return None, f"the fused step's logits differ from the modules' by {float(error_B.mean()):.1%}"
 
 
-def _disagreement(step: FusedStep, modules: PackedModules, arena: KVArena, layout_of: LayoutOf) -> float:
-    """Return the norm of the difference of centred logits as a fraction of their norm, the mean over some rows."""
+def _disagreement(
+    step: FusedStep, modules: PackedModules, arena: KVArena, layout_of: LayoutOf
+) -> tuple[Tensor, Tensor | None]:
+    """Return how far the step's logits are from the modules', and how far rounding moves the modules' own.
+
+    The second is None where rounding is too small to matter. Both are norms of the difference of centred logits, as
+    fractions of their norm, of some rows.
+    """
     lengths, tables = _probed_rows(arena.num_pages, context_of(modules.model))
     arena.fill_randomly(sum(map(len, tables)))
     ids_B = torch.arange(len(lengths), device=arena.device) * 7 % modules.vocabulary
     positions_B = torch.tensor(lengths, device=arena.device)
+
+    def logits_of(next_logits: Callable[..., Tensor]) -> Tensor:
+        logits_BV = next_logits(ids_B, positions_B, layout_of(arena, tables, lengths)).double()
+        return logits_BV - logits_BV.mean(dim=-1, keepdim=True)
+
+    def distance(logits_BV: Tensor) -> Tensor:
+        fraction_B: Tensor = (logits_BV - expected_BV).norm(dim=-1) / expected_BV.norm(dim=-1)
+        return fraction_B
+
     with modules.our_attention():
-        expected, found = (
-            next_logits(ids_B, positions_B, layout_of(arena, tables, lengths)).double()
-            for next_logits in (modules.next_logits, step.next_logits)
-        )
-    expected, found = (logits - logits.mean(dim=-1, keepdim=True) for logits in (expected, found))
-    return float(((found - expected).norm(dim=-1) / expected.norm(dim=-1)).mean())
+        expected_BV = logits_of(modules.next_logits)
+        error_B = distance(logits_of(step.next_logits))
+        if is_exact(arena.shape.dtype):
+            return error_B, None
+        with nudged_embeddings(modules.model):
+            return error_B, distance(logits_of(modules.next_logits))
 
 
 def _probed_rows(num_pages: int, context: int | None) -> tuple[list[int], list[list[int]]]:
