@@ -29,10 +29,10 @@ from dovetail.errors import CheckpointError
 from dovetail.model.shards import bounds, is_first_replica, is_shard, local, shard_like
 from dovetail.model.slices import boxes, is_part, slice_of, whole_shape
 from dovetail.parallel.world import ALONE, World
-from dovetail.telemetry.log import warn
 from dovetail.runs.checksums import MANIFEST, VALUES, HashedFile, find_corrupted, find_incomplete
 from dovetail.runs.disk import OpenFile, open_file, sync_folder, write_failure
 from dovetail.runs.tensor_file import Place, TensorFiles, num_bytes, place, write_tensors
+from dovetail.telemetry.log import warn
 
 TENSORS = "tensors.safetensors"
 WRITER = "checkpoint"

@@ -18,10 +18,10 @@ from types import TracebackType
 from typing import Any
 
 from dovetail.errors import CheckpointError
-from dovetail.telemetry.log import warn
 from dovetail.runs.disk import write_atomically, write_failure
 from dovetail.runs.lock import FolderLock
 from dovetail.runs.run_identity import expect_same_identity, is_identity, write_identity
+from dovetail.telemetry.log import warn
 
 _MODELS = {
     "sft": "sft/model",
