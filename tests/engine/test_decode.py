@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,9 +11,9 @@ from torch import Tensor
 
 from dovetail.engine.forward import DecodeLayout, LoneLayout, PageMap
 from dovetail.engine.kv_cache import PAGE_TOKENS, KVArena, KVShape, pages_for
+from dovetail.model.attention import AttentionCall
 
 CPU = torch.device("cpu")
-LAYER = SimpleNamespace(layer_idx=0)
 
 
 def attention_by_definition(
@@ -64,9 +63,7 @@ def test_paged_attention_is_attention(
     )
     query = torch.randn(1, num_heads * groups, len(lengths), width, generator=generator).double()
     new = torch.stack([past[:, :, -1] for past in history], dim=2)
-    out = layout.attend(
-        LAYER, query, new[0][None], new[1][None], scaling=0.7, sliding_window=window, softcap=softcap
-    )
+    out = layout.attend(query, new[0][None], new[1][None], AttentionCall(0, 0.7, window, softcap))
     assert out.shape == (1, len(lengths), num_heads * groups, width)
     for row, past in enumerate(history):
         for head in range(num_heads * groups):
@@ -99,9 +96,8 @@ def test_a_lone_sequence_s_attention_is_attention_whatever_lies_behind_it(
         arena.write(0, keys[None, :, place], values[None, :, place], rows[place])
     query = torch.randn(1, 2 * groups, 1, 8, generator=generator).double()
     out = LoneLayout(arena, rows[-1], length).attend(
-        LAYER, query, keys[None, :, -1:], values[None, :, -1:], scaling=0.7, sliding_window=window,
-        softcap=softcap,
-    )  # fmt: skip
+        query, keys[None, :, -1:], values[None, :, -1:], AttentionCall(0, 0.7, window, softcap)
+    )
     assert out.shape == (1, 1, 2 * groups, 8)
     for head in range(2 * groups):
         expected = attention_by_definition(
@@ -134,8 +130,7 @@ def test_sequences_that_share_pages_attend_as_if_each_had_its_own(
     last = torch.tensor(lengths) - 1
     places = arena.rows_of(torch.tensor([table[-1] for table in tables]), last % PAGE_TOKENS)
     layout = DecodeLayout(arena, PageMap(tables, CPU), places, torch.tensor(lengths))
-    options = {"scaling": 0.7, "sliding_window": None, "softcap": None}
-    out = layout.attend(LAYER, query, new[0], new[1], **options)
+    out = layout.attend(query, new[0], new[1], AttentionCall(scaling=0.7))
     keys, values = arena._storage[0]
     for b, (table, length) in enumerate(zip(tables, lengths, strict=True)):
         for head in range(2 * groups):
@@ -161,7 +156,7 @@ def test_what_lies_in_free_pages_and_beyond_the_last_token_cannot_matter() -> No
         rows = arena.rows_of(torch.tensor([1]), torch.tensor([6]))
         layout = DecodeLayout(arena, PageMap([[0, 1]], CPU), rows, torch.tensor([71]))
         query, key, value = torch.randn(3, 1, 1, 1, 4, generator=generator)
-        return layout.attend(LAYER, query, key, value, scaling=None, sliding_window=None, softcap=None)
+        return layout.attend(query, key, value, AttentionCall())
 
     assert torch.equal(attend(0.0), attend(1e4))
     assert attend(0.0).isfinite().all()
@@ -178,9 +173,7 @@ def test_half_precision_scores_are_softmaxed_in_float32() -> None:
         arena, PageMap([[0]], CPU), arena.rows_of(place[:1], place[39:]), torch.tensor([40])
     )
     query = torch.randn(1, 1, 1, 16, generator=generator).bfloat16()
-    out = layout.attend(
-        LAYER, query, past[:1, :, 39:], past[1:, :, 39:], scaling=None, sliding_window=None, softcap=None
-    )
+    out = layout.attend(query, past[:1, :, 39:], past[1:, :, 39:], AttentionCall())
     assert out.dtype == torch.bfloat16
     exact = torch.nn.functional.scaled_dot_product_attention(
         query.double(), past[:1].double(), past[1:].double()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -12,7 +10,7 @@ from dovetail.engine.forward import Prefill
 from dovetail.engine.kv_cache import KVArena, KVShape
 from dovetail.engine.sampling import Sampling
 from dovetail.engine.scheduler import Answer, Chunk
-from dovetail.model.attention import PackedLayout
+from dovetail.model.attention import AttentionCall, PackedLayout
 
 CPU = torch.device("cpu")
 SAMPLING = Sampling(max_new_tokens=5)
@@ -28,10 +26,10 @@ def test_every_token_lands_in_its_own_page_and_place_and_attention_is_the_packed
     assert prefill.last_index_S().tolist() == [69, 72]
     generator = torch.Generator().manual_seed(0)
     query, key, value = torch.randn(3, 1, 2, 73, 4, generator=generator).double()
-    options = {"scaling": 0.3, "sliding_window": None, "softcap": None}
-    out = prefill.attend(SimpleNamespace(layer_idx=1), query, key, value, **options)
+    call = AttentionCall(1, 0.3)
+    out = prefill.attend(query, key, value, call)
     packed = PackedLayout.of(pack([range(70), range(3)], [[False] * 70, [False] * 3]))
-    torch.testing.assert_close(out, packed.attend(None, query, key, value, **options))
+    torch.testing.assert_close(out, packed.attend(query, key, value, call))
     places = [(4, t) if t < 64 else (1, t - 64) for t in range(70)] + [(0, t) for t in range(3)]
     for stored, new in zip(arena.tiles(1, 6), (key, value), strict=True):
         pages = stored.view(6, 2, 64, 4)
@@ -50,9 +48,9 @@ def test_prompts_read_in_parts_give_what_they_give_whole(window: int | None, sof
         1, 4, sum(lengths), 4, generator=generator
     ).double()  # two query heads share a key head
     key, value = torch.randn(2, 1, 2, sum(lengths), 4, generator=generator).double()
-    options = {"scaling": 0.3, "sliding_window": window, "softcap": softcap}
+    call = AttentionCall(0, 0.3, window, softcap)
     packed = PackedLayout.of(pack([range(n) for n in lengths], [[False] * n for n in lengths]))
-    whole = packed.attend(None, query, key, value, **options)
+    whole = packed.attend(query, key, value, call)
     starts = (0, 70, 200)
     parts = torch.full_like(whole, torch.nan)
     for cuts in ([(0, 0, 30), (1, 0, 64)], [(0, 30, 70), (1, 64, 65), (2, 0, 9)], [(1, 65, 130)]):
@@ -61,11 +59,10 @@ def test_prompts_read_in_parts_give_what_they_give_whole(window: int | None, sof
         prefill = Prefill(chunks, arena, CPU)
         assert prefill.positions_T.tolist() == [t for _, a, b in cuts for t in range(a, b)]
         found = prefill.attend(
-            SimpleNamespace(layer_idx=0),
             query[:, :, places],
             key[:, :, places],
             value[:, :, places],
-            **options,
+            call,
         )
         parts[:, places] = found
     torch.testing.assert_close(parts, whole)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,10 +11,10 @@ from torch import Tensor
 from dovetail.engine.forward import DecodeLayout, PageMap
 from dovetail.engine.kv_cache import PAGE_TOKENS, KVArena, KVShape, pages_for
 from dovetail.engine.sampling import Sampling, SamplingRows, invert_distribution, uniforms
+from dovetail.model.attention import AttentionCall
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 
-LAYER = SimpleNamespace(layer_idx=1)
 LENGTHS = (1, 64, 200, 3, 65, 129, 700, 2)
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
 
@@ -57,15 +56,15 @@ def test_paged_attention_is_the_plain_one_and_stores_the_new_token(
     last = torch.tensor(lengths, device=device) - 1
     pages = torch.tensor([table[-1] for table in tables], device=device)
     plain = DecodeLayout(exact, PageMap(tables, device), exact.rows_of(pages, last % PAGE_TOKENS), last + 1)
-    options = {"scaling": 0.3, "sliding_window": window, "softcap": softcap}
-    expected = plain.attend(LAYER, query.double(), key.double(), value.double(), **options)
+    call = AttentionCall(1, 0.3, window, softcap)
+    expected = plain.attend(query.double(), key.double(), value.double(), call)
     state = torch.full((num_rows + 2, Column.PAGES + max(map(len, tables))), 10**6, dtype=torch.int32)
     state[:, Column.LENGTH] = -1  # the last two rows are empty: their page numbers must not be followed
     for row, table in enumerate(tables):
         state[row, Column.LENGTH] = lengths[row] - 1
         state[row, Column.PAGES : Column.PAGES + len(table)] = torch.tensor(table)
     wider = [torch.cat([x, torch.full_like(x[:, :, :2], 7.0)], dim=2) for x in (query, key, value)]
-    out = GraphLayout(tested.bases().to(device), state.to(device)).attend(LAYER, *wider, **options)
+    out = GraphLayout(tested.bases().to(device), state.to(device)).attend(*wider, call)
     assert out.shape == (1, num_rows + 2, heads * groups, width)
     torch.testing.assert_close(
         out[:, :num_rows].double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype]

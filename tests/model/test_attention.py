@@ -9,7 +9,7 @@ import torch
 from dovetail.batches import pack
 from dovetail.errors import ModelError
 from dovetail.model import attention
-from dovetail.model.attention import PackedLayout, packed_attention, use_packed_attention
+from dovetail.model.attention import AttentionCall, PackedLayout, packed_attention, use_packed_attention
 from dovetail.model.forward import why_not_packed
 from tests.fakes import PADDED, TINY, tiny_model
 from tests.tolerance import assert_near
@@ -60,7 +60,7 @@ def test_packed_attention_and_its_gradient_are_those_of_the_definition(lengths, 
     slope = torch.randn(
         1, sum(lengths), NUM_HEADS, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
     )
-    ours = layout_of(lengths).attend(None, *inputs, scaling=0.3, sliding_window=window, softcap=softcap)
+    ours = layout_of(lengths).attend(*inputs, AttentionCall(0, 0.3, window, softcap))
     wanted = by_definition(inputs, lengths, scaling=0.3, window=window, softcap=softcap)
     assert_near(ours, wanted)
     for got, expected in zip(
@@ -73,7 +73,7 @@ def test_without_a_scale_scores_are_divided_by_the_root_of_the_head_width():
     lengths = LENGTHS["ragged"]
     inputs = random_inputs(sum(lengths))
     for softcap in (None, 0.7):
-        ours = layout_of(lengths).attend(None, *inputs, scaling=None, sliding_window=None, softcap=softcap)
+        ours = layout_of(lengths).attend(*inputs, AttentionCall(softcap=softcap))
         assert_near(ours, by_definition(inputs, lengths, scaling=1 / math.sqrt(WIDTH), softcap=softcap))
 
 
@@ -99,21 +99,21 @@ def test_other_sequences_cannot_matter_even_if_they_are_poisoned():
     for x in poisoned:
         x[:, :, 3:] = float("nan")
     layout = layout_of((3, 4))
-    clean = layout.attend(None, *inputs, scaling=1.0, sliding_window=None, softcap=None)
-    dirty = layout.attend(None, *poisoned, scaling=1.0, sliding_window=None, softcap=None)
+    clean = layout.attend(*inputs, AttentionCall(scaling=1.0))
+    dirty = layout.attend(*poisoned, AttentionCall(scaling=1.0))
     assert_near(dirty[:, :3], clean[:, :3])
 
 
 def test_any_layout_decides_what_attention_is():
     query, key, value = random_inputs(3)
     seen = {}
-    layout = SimpleNamespace(attend=lambda *given, **options: seen.update(options) or given[1])
+    layout = SimpleNamespace(attend=lambda *given: seen.update(call=given[3]) or given[0])
     out, weights = packed_attention(
         None, query, key, value, None, layout=layout, scaling=2.0, sliding_window=5
     )
     assert out is query
     assert weights is None
-    assert seen == {"scaling": 2.0, "sliding_window": 5, "softcap": None}
+    assert seen == {"call": AttentionCall(layer=0, scaling=2.0, window=5, softcap=None)}
 
 
 def test_a_call_without_a_layout_says_how_to_call():
@@ -167,7 +167,7 @@ def test_what_flash_attention_is_told(monkeypatch, window, scaling):
     inputs = random_inputs(sum(lengths))
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", flash_forward)
     monkeypatch.setattr(attention, "flash_can", lambda *_: True)
-    ours = layout_of(lengths).attend(None, *inputs, scaling=scaling, sliding_window=window, softcap=None)
+    ours = layout_of(lengths).attend(*inputs, AttentionCall(0, scaling, window))
     assert_near(ours, by_definition(inputs, lengths, scaling=scaling or WIDTH**-0.5, window=window))
 
 
@@ -184,7 +184,7 @@ def test_gpus_compute_the_same_attention_and_gradient(lengths, window, softcap, 
     exact = [x.detach().double().requires_grad_() for x in inputs]
     there = [x.detach().cuda().requires_grad_() for x in inputs]
     batch = pack([[0] * n for n in lengths], [[False] * n for n in lengths]).to(torch.device("cuda"))
-    ours = PackedLayout.of(batch).attend(None, *there, scaling=0.3, sliding_window=window, softcap=softcap)
+    ours = PackedLayout.of(batch).attend(*there, AttentionCall(0, 0.3, window, softcap))
     wanted = by_definition(exact, lengths, scaling=0.3, window=window, softcap=softcap)
     assert_near(ours, wanted, dtype=dtype)
     ours.sum().backward()

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from dovetail.model.attention import AttentionCall
+
 
 @dataclass(frozen=True, slots=True)
 class Norm:
@@ -66,7 +68,7 @@ class Rotary:
 class Attention:
     """One layer's attention."""
 
-    layer: int
+    call: AttentionCall
     qkv: tuple[Linear, ...]
     """The products for queries, keys and values, in this order; or a single one for all three."""
     out: Linear
@@ -78,9 +80,6 @@ class Attention:
     query_norm: Norm | None = None
     key_norm: Norm | None = None
     rotary: Rotary | None = None
-    scaling: float
-    window: int | None = None
-    softcap: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

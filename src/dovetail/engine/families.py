@@ -39,18 +39,17 @@ from dovetail.engine.parameters import (
     rotary_of,
     rounded,
 )
+from dovetail.model.attention import AttentionCall
 
 
 @dataclass(frozen=True, slots=True)
-class AttentionCall:
-    """The options and sizes with which a layer calls attention."""
+class Heads:
+    """The sizes with which a layer calls attention, and its call."""
 
     num_heads: int
     num_key_heads: int
     width: int
-    scaling: float
-    window: int | None
-    softcap: float | None
+    call: AttentionCall
 
 
 def architecture_of(modules: PackedModules) -> Architecture:
@@ -72,29 +71,16 @@ class _Recorder:
     """A layout for one token that notes how each layer calls attention."""
 
     def __init__(self) -> None:
-        self.calls: dict[int, AttentionCall] = {}
+        self.calls: dict[int, Heads] = {}
 
-    def attend(
-        self,
-        module: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scaling: float | None,
-        sliding_window: int | None,
-        softcap: float | None,
-    ) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> Tensor:
         """Note the call, and return the value: that is attention of a token to itself alone."""
         num_heads, num_key_heads, width = query.shape[1], key.shape[1], query.shape[-1]
-        scaling = width**-0.5 if scaling is None else scaling
-        self.calls[module.layer_idx] = AttentionCall(
-            num_heads, num_key_heads, width, scaling, sliding_window, softcap
-        )
+        self.calls[call.layer] = Heads(num_heads, num_key_heads, width, call)
         return value.repeat_interleave(num_heads // num_key_heads, dim=1).transpose(1, 2)
 
 
-def _recorded_calls(modules: PackedModules) -> list[AttentionCall]:
+def _recorded_calls(modules: PackedModules) -> list[Heads]:
     """Run one token through the modules and return each layer's call of attention."""
     recorder = _Recorder()
     zero_T = torch.zeros(1, dtype=torch.long, device=next(modules.model.parameters()).device)
@@ -103,19 +89,20 @@ def _recorded_calls(modules: PackedModules) -> list[AttentionCall]:
     return [recorder.calls[layer] for layer in sorted(recorder.calls)]
 
 
-def _opt(model: Any, calls: Sequence[AttentionCall]) -> Architecture:
+def _opt(model: Any, calls: Sequence[Heads]) -> Architecture:
     decoder = model.model.decoder
     layers = []
-    for index, (layer, call) in enumerate(zip(decoder.layers, calls, strict=True)):
+    for layer, heads in zip(decoder.layers, calls, strict=True):
         inner = layer.self_attn
         attention = Attention(
-            layer=index,
+            call=replace(
+                heads.call, scaling=heads.call.scale(heads.width) * inner.scaling
+            ),  # it multiplies its queries itself
             qkv=linears(inner.q_proj, inner.k_proj, inner.v_proj),
             out=linear(inner.out_proj),
-            num_heads=call.num_heads,
-            num_key_heads=call.num_key_heads,
-            width=call.width,
-            scaling=call.scaling * inner.scaling,  # it multiplies its queries itself
+            num_heads=heads.num_heads,
+            num_key_heads=heads.num_key_heads,
+            width=heads.width,
         )
         feed_forward = FeedForward(
             up=linears(layer.fc1), activation=activation_of(layer.activation_fn), down=linear(layer.fc2)
@@ -141,20 +128,20 @@ def _opt(model: Any, calls: Sequence[AttentionCall]) -> Architecture:
     )
 
 
-def _gpt2(model: Any, calls: Sequence[AttentionCall]) -> Architecture:
+def _gpt2(model: Any, calls: Sequence[Heads]) -> Architecture:
     decoder = model.transformer
     if any(hasattr(layer, "crossattention") for layer in decoder.h):
         raise UnreadableError("it has cross-attention")
     layers = [
         (
-            _attention(index, call, linears(layer.attn.c_attn), layer.attn.c_proj),
+            _attention(heads, linears(layer.attn.c_attn), layer.attn.c_proj),
             FeedForward(
                 up=linears(layer.mlp.c_fc),
                 activation=activation_of(layer.mlp.act),
                 down=linear(layer.mlp.c_proj),
             ),
         )
-        for index, (layer, call) in enumerate(zip(decoder.h, calls, strict=True))
+        for layer, heads in zip(decoder.h, calls, strict=True)
     ]
     norms = [(norm_of(layer.ln_1), norm_of(layer.ln_2)) for layer in decoder.h]
     first, joined = _norms_before(layers, norms, (norm_of(decoder.ln_f),))
@@ -167,15 +154,14 @@ def _gpt2(model: Any, calls: Sequence[AttentionCall]) -> Architecture:
     )
 
 
-def _gpt_neox(model: Any, calls: Sequence[AttentionCall]) -> Architecture:
+def _gpt_neox(model: Any, calls: Sequence[Heads]) -> Architecture:
     decoder = model.gpt_neox
     rotary = rotary_of(decoder.rotary_emb)
     layers = [
         (
             replace(
                 _attention(
-                    index,
-                    call,
+                    heads,
                     linears(layer.attention.query_key_value),
                     layer.attention.dense,
                     rotary=rotary,
@@ -188,7 +174,7 @@ def _gpt_neox(model: Any, calls: Sequence[AttentionCall]) -> Architecture:
                 down=linear(layer.mlp.dense_4h_to_h),
             ),
         )
-        for index, (layer, call) in enumerate(zip(decoder.layers, calls, strict=True))
+        for layer, heads in zip(decoder.layers, calls, strict=True)
     ]
     norms = [
         (norm_of(layer.input_layernorm), norm_of(layer.post_attention_layernorm)) for layer in decoder.layers
@@ -203,10 +189,10 @@ def _gpt_neox(model: Any, calls: Sequence[AttentionCall]) -> Architecture:
     )
 
 
-def _llama_like(model: Any, calls: Sequence[AttentionCall]) -> Architecture:
+def _llama_like(model: Any, calls: Sequence[Heads]) -> Architecture:
     decoder = model.model
     layers = []
-    for index, (layer, call) in enumerate(zip(decoder.layers, calls, strict=True)):
+    for layer, heads in zip(decoder.layers, calls, strict=True):
         inner, mlp = layer.self_attn, layer.mlp
         if hasattr(inner, "qkv_proj"):
             qkv, up, activation = linears(inner.qkv_proj), halves(linear(mlp.gate_up_proj)), mlp.activation_fn
@@ -214,8 +200,7 @@ def _llama_like(model: Any, calls: Sequence[AttentionCall]) -> Architecture:
             qkv = linears(inner.q_proj, inner.k_proj, inner.v_proj)
             up, activation = linears(mlp.gate_proj, mlp.up_proj), mlp.act_fn
         attention = _attention(
-            index,
-            call,
+            heads,
             qkv,
             inner.o_proj,
             rotary=rotary_of(decoder.rotary_emb, getattr(inner, "layer_type", None)),
@@ -261,7 +246,7 @@ def _embedding_scale(decoder: Any) -> float:
     return float(getattr(decoder, "embedding_multiplier", 1.0))
 
 
-_READERS: dict[str, Callable[[Any, Sequence[AttentionCall]], Architecture]] = {
+_READERS: dict[str, Callable[[Any, Sequence[Heads]], Architecture]] = {
     "OPTForCausalLM": _opt,
     "GPT2LMHeadModel": _gpt2,
     "GPTNeoXForCausalLM": _gpt_neox,
@@ -334,8 +319,7 @@ def _in_parallel(
 
 
 def _attention(
-    index: int,
-    call: AttentionCall,
+    heads: Heads,
     qkv: tuple[Linear, ...],
     out: nn.Module,
     *,
@@ -344,16 +328,13 @@ def _attention(
     key_norm: nn.Module | None = None,
 ) -> Attention:
     return Attention(
-        layer=index,
+        call=heads.call,
         qkv=qkv,
         out=linear(out),
-        num_heads=call.num_heads,
-        num_key_heads=call.num_key_heads,
-        width=call.width,
+        num_heads=heads.num_heads,
+        num_key_heads=heads.num_key_heads,
+        width=heads.width,
         query_norm=None if query_norm is None else norm_of(query_norm),
         key_norm=None if key_norm is None else norm_of(key_norm),
         rotary=rotary,
-        scaling=call.scaling,
-        window=call.window,
-        softcap=call.softcap,
     )

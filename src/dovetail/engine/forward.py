@@ -35,7 +35,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +45,14 @@ from dovetail.engine.kv_cache import PAGE_TOKENS, KVArena
 from dovetail.engine.modules import PackedModules
 from dovetail.engine.sampling import SamplingRows, likeliest_next, sample_next
 from dovetail.engine.scheduler import Answer, Chunk, Listener, TopLogprobs
-from dovetail.model.attention import Layout, PackedLayout, flash_attention, flash_can, padded_attention
+from dovetail.model.attention import (
+    AttentionCall,
+    Layout,
+    PackedLayout,
+    flash_attention,
+    flash_can,
+    padded_attention,
+)
 
 
 def to_device(values: Sequence[int], device: torch.device, dtype: torch.dtype = torch.long) -> Tensor:
@@ -162,28 +168,17 @@ class DecodeLayout:
         self._lengths_B1 = lengths_B[:, None]
         self._masks: dict[int | None, Tensor] = {}
 
-    def attend(
-        self,
-        module: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scaling: float | None,
-        sliding_window: int | None,
-        softcap: float | None,
-    ) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> Tensor:
         """Store key and value [1, kv heads, B, K], attend with query [1, H, B, K]; returns [1, B, H, K]."""
-        layer: int = module.layer_idx
-        self._arena.write(layer, key, value, self._rows_HB)
-        keys, values = self._arena.tiles(layer, self._pages.num_pages)
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        self._arena.write(call.layer, key, value, self._rows_HB)
+        keys, values = self._arena.tiles(call.layer, self._pages.num_pages)
+        scale = call.scale(query.shape[-1])
         scores_BHL = self._scores(query[0].transpose(0, 1), keys)
-        if softcap is not None:
-            scores_BHL = softcap * torch.tanh(scores_BHL.to(self._mask_dtype) * (scale / softcap))
+        if call.softcap is not None:
+            scores_BHL = call.softcap * torch.tanh(scores_BHL.to(self._mask_dtype) * (scale / call.softcap))
             scale = 1.0
         # float32 for half precision as well: the mask's type decides.
-        scores_BHL = torch.add(self._mask(sliding_window), scores_BHL, alpha=scale)
+        scores_BHL = torch.add(self._mask(call.window), scores_BHL, alpha=scale)
         return self._mix(scores_BHL.softmax(dim=-1).to(values.dtype), values)[None]
 
     def _scores(self, query_BHK: Tensor, keys: Tensor) -> Tensor:
@@ -257,31 +252,18 @@ class LoneLayout:
         self._rows_HB = rows_HB
         self._length = length
 
-    def attend(
-        self,
-        module: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scaling: float | None,
-        sliding_window: int | None,
-        softcap: float | None,
-    ) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> Tensor:
         """Store key and value [1, kv heads, 1, K], attend with query [1, H, 1, K]; returns [1, 1, H, K]."""
-        layer: int = module.layer_idx
-        self._arena.write(layer, key, value, self._rows_HB)
-        start = 0 if sliding_window is None else max(0, self._length - sliding_window)
-        keys, values = self._arena.sequence(layer, start, self._length)
+        self._arena.write(call.layer, key, value, self._rows_HB)
+        start = 0 if call.window is None else max(0, self._length - call.window)
+        keys, values = self._arena.sequence(call.layer, start, self._length)
         # The queries that share a key head are as many queries of that head, and all attend to everything.
         query_1CGK = query.reshape(1, keys.shape[1], -1, query.shape[-1])
-        if softcap is None:
-            out_1CGK = scaled_dot_product_attention(query_1CGK, keys, values, scale=scaling)
+        if call.softcap is None:
+            out_1CGK = scaled_dot_product_attention(query_1CGK, keys, values, scale=call.scaling)
         else:
             everything = torch.ones(1, dtype=torch.bool, device=query.device)
-            out_1CGK = padded_attention(
-                query_1CGK, keys, values, scaling=scaling, softcap=softcap, allowed=everything
-            )
+            out_1CGK = padded_attention(query_1CGK, keys, values, call, allowed=everything)
         return out_1CGK.reshape(1, 1, -1, query.shape[-1])
 
 
@@ -397,35 +379,20 @@ class Prefill:
         last = [bound - 1 for chunk, bound in zip(self._chunks, bounds[1:], strict=True) if chunk.is_last]
         return to_device(last, self.ids_T.device)
 
-    def attend(
-        self,
-        module: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scaling: float | None,
-        sliding_window: int | None,
-        softcap: float | None,
-    ) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> Tensor:
         """Store key and value [1, kv heads, T, K]; returns causal attention [1, T, H, K]."""
-        self._arena.write(module.layer_idx, key, value, self._rows_HT)
-        options = {"scaling": scaling, "sliding_window": sliding_window, "softcap": softcap}
+        self._arena.write(call.layer, key, value, self._rows_HT)
         if not self._reads_pages:
-            return self._asking.attend(module, query, key, value, **options)  # type: ignore[arg-type]
-        keys, values = self._arena.read(module.layer_idx, self._past_HT)
-        window = sliding_window
-        if softcap is None and flash_can(query, values):
-            return flash_attention(
-                query, keys, values, self._asking, self._asked, scaling=scaling, window=window
-            )
+            return self._asking.attend(query, key, value, call)
+        keys, values = self._arena.read(call.layer, self._past_HT)
+        if call.softcap is None and flash_can(query, values):
+            return flash_attention(query, keys, values, self._asking, self._asked, call)
         out_SHLK = padded_attention(
             self._asking.padded(query),
             self._asked.padded(keys),
             self._asked.padded(values),
-            scaling=scaling,
-            softcap=softcap,
-            allowed=self._allowed(window),
+            call,
+            allowed=self._allowed(call.window),
         )
         return self._asking.packed(out_SHLK)
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -112,13 +111,8 @@ def attend(
         turned(x, norm, kind, angles if index < 2 else None)
         for index, (x, norm) in enumerate(zip(heads, norms, strict=True))
     )
-    out_1BHK = layout.attend(
-        SimpleNamespace(layer_idx=attention.layer),
-        *(x.transpose(0, 1)[None] for x in (query, key, value)),
-        scaling=attention.scaling,
-        sliding_window=attention.window,
-        softcap=attention.softcap,
-    )
+    query_1HBK, key_1CBK, value_1CBK = (x.transpose(0, 1)[None] for x in (query, key, value))
+    out_1BHK = layout.attend(query_1HBK, key_1CBK, value_1CBK, attention.call)
     return out_1BHK[0].flatten(1)
 
 

@@ -21,7 +21,7 @@ import heapq
 import warnings
 from collections.abc import Callable, Sequence
 from enum import IntEnum
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy
 import torch
@@ -36,6 +36,7 @@ from dovetail.engine.kv_cache import KVArena
 from dovetail.engine.modules import PackedModules
 from dovetail.engine.sampling import MOST_TOP_LOGPROBS, Sampling, SamplingRows, random_keys, uniforms
 from dovetail.engine.scheduler import Answer
+from dovetail.model.attention import AttentionCall
 
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 """The numbers of rows that graphs are captured for; a step of another number uses the next larger graph."""
@@ -85,33 +86,23 @@ class GraphLayout:
             line[Column.PAGES : Column.PAGES + len(table)] = torch.tensor(table)
         return cls(arena.bases().to(arena.device), state.to(arena.device))
 
-    def attend(  # noqa: PLR0913 -- the signature of Layout, and the turn
-        self,
-        module: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scaling: float | None,
-        sliding_window: int | None,
-        softcap: float | None,
-        turn: Turn = AS_THEY_ARE,
+    def attend(
+        self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, turn: Turn = AS_THEY_ARE
     ) -> Tensor:
         """Store key and value [1, kv heads, B, K], attend with query [1, H, B, K]; returns [1, B, H, K].
 
         turn: the change of queries and keys before anything else.
         """
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         return paged_attention(
             _dense_rows(query),
             _dense_rows(key),
             _dense_rows(value),
-            self._bases[module.layer_idx],
+            self._bases[call.layer],
             self._state,
             table=Column.PAGES,
-            scale=scale,
-            softcap=softcap,
-            window=sliding_window,
+            scale=call.scale(query.shape[-1]),
+            softcap=call.softcap,
+            window=call.window,
             turn=turn,
         )
 

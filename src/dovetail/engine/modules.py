@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from dovetail.engine.kv_cache import KVShape
 from dovetail.errors import GenerationError
-from dovetail.model.attention import ATTENTION_NAME, Layout, use_packed_attention
+from dovetail.model.attention import ATTENTION_NAME, AttentionCall, Layout, use_packed_attention
 from dovetail.model.forward import evaluation_mode, vocabulary_of
 from dovetail.model.linear_logprobs import head_of
 from dovetail.model.lora import adapters_in_use
@@ -137,10 +137,10 @@ class _Probe:
     def __init__(self) -> None:
         self.shapes: dict[int, tuple[int, int, torch.dtype]] = {}
 
-    def attend(self, module: Any, query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> Tensor:
         """Note the shapes, and return the value: that is attention of a token to itself alone."""
         if key.shape == value.shape:
-            self.shapes[module.layer_idx] = (key.shape[1], key.shape[3], key.dtype)
+            self.shapes[call.layer] = (key.shape[1], key.shape[3], key.dtype)
         return value.repeat_interleave(query.shape[1] // value.shape[1], dim=1).transpose(1, 2)
 
 

@@ -16,6 +16,7 @@ K head width.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -36,20 +37,27 @@ ATTENTION_NAME = "dovetail"
 _UNKNOWN_TERMS = ("position_bias", "s_aux")
 
 
+@dataclass(frozen=True, slots=True)
+class AttentionCall:
+    """The layer that asks for attention, and the numbers of its scores."""
+
+    layer: int = 0
+    scaling: float | None = None
+    """The factor of query times key; None = 1 / sqrt(head width)."""
+    window: int | None = None
+    """The number of last tokens that a token attends to, itself included; None = all."""
+    softcap: float | None = None
+    """The bound of a score, which approaches it as a tanh does (Gemma 2); None = no bound."""
+
+    def scale(self, width: int) -> float:
+        """Return the factor for heads of this width."""
+        return width**-0.5 if self.scaling is None else self.scaling
+
+
 class Layout(Protocol):
     """The object that a forward passes as `layout`."""
 
-    def attend(
-        self,
-        module: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scaling: float | None,
-        sliding_window: int | None,
-        softcap: float | None,
-    ) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> Tensor:
         """Return [1, T, H, K] for query [1, H, T, K], key and value [1, H / G, T, K]."""
         ...
 
@@ -68,33 +76,22 @@ class PackedLayout:
         """Return the layout of a batch, on its device."""
         return cls(batch.cu_seqlens_S1, batch.lengths)
 
-    def attend(
-        self,
-        module: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        scaling: float | None,
-        sliding_window: int | None,
-        softcap: float | None,
-    ) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> Tensor:
         """Compute causal attention within each sequence; a window counts the token itself."""
-        window = sliding_window if sliding_window is not None and sliding_window < self.max_length else None
-        is_plain = softcap is None and window is None
+        if call.window is not None and call.window >= self.max_length:
+            call = replace(call, window=None)
+        is_plain = call.softcap is None and call.window is None
         if (
-            softcap is None
+            call.softcap is None
             and flash_can(query, value)
             and not (is_plain and self._trains_a_rectangle(query, key))
         ):
-            return flash_attention(query, key, value, self, self, scaling=scaling, window=window)
-        if softcap is None and not query.is_cuda:
-            return self._one_by_one(query, key, value, scaling=scaling, window=window)
+            return flash_attention(query, key, value, self, self, call)
+        if call.softcap is None and not query.is_cuda:
+            return self._one_by_one(query, key, value, call)
         query_SHLK, key_SHLK, value_SHLK = self.padded(query), self.padded(key), self.padded(value)
-        allowed_LL = None if is_plain else self._window_mask(window or self.max_length)
-        out_SHLK = padded_attention(
-            query_SHLK, key_SHLK, value_SHLK, scaling=scaling, softcap=softcap, allowed=allowed_LL
-        )
+        allowed_LL = None if is_plain else self._window_mask(call.window or self.max_length)
+        out_SHLK = padded_attention(query_SHLK, key_SHLK, value_SHLK, call, allowed=allowed_LL)
         return self.packed(out_SHLK)
 
     def _trains_a_rectangle(self, query: Tensor, key: Tensor) -> bool:
@@ -110,17 +107,14 @@ class PackedLayout:
             and query.shape[1] == key.shape[1]
         )
 
-    def _one_by_one(
-        self, query: Tensor, key: Tensor, value: Tensor, *, scaling: float | None, window: int | None
-    ) -> Tensor:
+    def _one_by_one(self, query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> Tensor:
         """Attend in each sequence alone: on a CPU calls are cheap, and half a rectangle or more is padding."""
         parts = [torch.split_with_sizes(x, self.lengths, dim=2) for x in (query, key, value)]
         mask_LL = None
-        if (
-            window is not None
-        ):  # as numbers, once: of a bool mask, each call would make and keep a copy in numbers
+        if call.window is not None:
+            # As numbers, once: of a bool mask, each call would make and keep a copy in numbers.
             mask_LL = query.new_zeros(self.max_length, self.max_length)
-            mask_LL.masked_fill_(~self._window_mask(window), -torch.inf)
+            mask_LL.masked_fill_(~self._window_mask(call.window), -torch.inf)
         out_1HTK = [
             scaled_dot_product_attention(
                 query_1HLK,
@@ -128,7 +122,7 @@ class PackedLayout:
                 value_1HLK,
                 attn_mask=None if mask_LL is None else mask_LL[:length, :length],
                 is_causal=mask_LL is None,
-                scale=scaling,
+                scale=call.scaling,
                 enable_gqa=True,
             )
             for query_1HLK, key_1HLK, value_1HLK, length in zip(*parts, self.lengths, strict=True)
@@ -207,10 +201,8 @@ def packed_attention(  # noqa: PLR0913 -- the signature is that of transformers
     for name in _UNKNOWN_TERMS:
         if others.get(name) is not None:
             raise ModelError(f"{type(module).__name__} adds `{name}` to attention, which packing cannot do")
-    out = layout.attend(
-        module, query, key, value, scaling=scaling, sliding_window=sliding_window, softcap=softcap
-    )
-    return out, None
+    call = AttentionCall(getattr(module, "layer_idx", 0), scaling, sliding_window, softcap)
+    return layout.attend(query, key, value, call), None
 
 
 def use_packed_attention(model: PreTrainedModel) -> None:
@@ -226,9 +218,7 @@ def flash_attention(
     value: Tensor,
     asking: PackedLayout,
     asked: PackedLayout,
-    *,
-    scaling: float | None,
-    window: int | None,
+    call: AttentionCall,
 ) -> Tensor:
     """Compute causal attention of packed queries to packed keys of the same sequences, their last tokens aligned.
 
@@ -246,10 +236,10 @@ def flash_attention(
         asking.max_length,
         asked.max_length,
         dropout_p=0.0,
-        is_causal=window is None,
+        is_causal=call.window is None,
         return_debug_mask=False,
-        scale=scaling,
-        window_size_left=-1 if window is None else window - 1,  # the token itself is not counted
+        scale=call.scaling,
+        window_size_left=-1 if call.window is None else call.window - 1,  # the token itself is not counted
         window_size_right=0,
     )
     assert isinstance(out_THK, Tensor)
@@ -260,19 +250,25 @@ def padded_attention(
     query_SHLK: Tensor,
     key_SHLK: Tensor,
     value_SHLK: Tensor,
+    call: AttentionCall,
     *,
-    scaling: float | None,
-    softcap: float | None,
     allowed: Tensor | None,
 ) -> Tensor:
     """Compute attention over a padded rectangle, [S, H, L, K].
 
     allowed: bool, broadcast to [S, H, L, L'], True where a token may attend; None = causal, without a window or cap.
     """
-    if softcap is None:
-        return _sdpa(query_SHLK, key_SHLK, value_SHLK, scaling=scaling, allowed=allowed)
+    if call.softcap is None:
+        return _sdpa(query_SHLK, key_SHLK, value_SHLK, scaling=call.scaling, allowed=allowed)
     assert allowed is not None
-    return _softcapped(query_SHLK, key_SHLK, value_SHLK, scaling=scaling, softcap=softcap, allowed=allowed)
+    return _softcapped(
+        query_SHLK,
+        key_SHLK,
+        value_SHLK,
+        scale=call.scale(query_SHLK.shape[-1]),
+        softcap=call.softcap,
+        allowed=allowed,
+    )
 
 
 def flash_can(query: Tensor, value: Tensor) -> bool:
@@ -305,12 +301,11 @@ def _softcapped(
     key_SHLK: Tensor,
     value_SHLK: Tensor,
     *,
-    scaling: float | None,
+    scale: float,
     softcap: float,
     allowed: Tensor,
 ) -> Tensor:
     """Compute softmax(c * tanh(q k / c)) v, softmax in float32 at least (Gemma 2, arXiv:2408.00118, section 2)."""
-    scale = query_SHLK.shape[-1] ** -0.5 if scaling is None else scaling
     keys = _for_each_query_head(key_SHLK, query_SHLK.shape[1])
     scores_SHLL = torch.tanh(query_SHLK @ keys.transpose(2, 3) * (scale / softcap)) * softcap
     scores_SHLL = scores_SHLL.masked_fill(~allowed, -torch.inf)

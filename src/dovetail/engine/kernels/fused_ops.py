@@ -9,7 +9,6 @@ Shapes: B rows, D width, O and I output and input width of a product.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -162,11 +161,8 @@ def attend(
         sine=None if angles is None else angles.sine,
     )
     out_1BHK: Tensor = layout.attend(
-        SimpleNamespace(layer_idx=attention.layer),
         *(x.transpose(0, 1)[None] for x in (query, key, value)),
-        scaling=attention.scaling,
-        sliding_window=attention.window,
-        softcap=attention.softcap,
+        attention.call,
         turn=turn,
     )
     return out_1BHK[0].flatten(1)
