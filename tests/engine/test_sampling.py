@@ -34,7 +34,7 @@ def limit(degrees: int) -> float:
 
 def rows_of(num: int, *, seeds: list[int] | None = None, position: int = 0, **settings: Any) -> SamplingRows:
     sampling = Sampling(max_new_tokens=8, **settings)
-    return SamplingRows([sampling] * num, seeds or list(range(num)), [position] * num, device=CPU)
+    return SamplingRows.of([sampling] * num, seeds or list(range(num)), [position] * num, device=CPU)
 
 
 def some_logits(num_tokens: int = 12) -> Tensor:
@@ -97,11 +97,11 @@ def test_rows_keep_their_own_settings_in_a_mixed_batch() -> None:
         Sampling(max_new_tokens=1, temperature=2.0, repetition_penalty=1.5),
     ]
     seeds, seen = [5, 6, 7, 8], [[0, 3], [1], [2], [4, 5, 6]]
-    together = SamplingRows(settings, seeds, [0] * 4, device=CPU)
+    together = SamplingRows.of(settings, seeds, [0] * 4, device=CPU)
     together.remember(seen, logits.numel())
     ids, logprobs = sample_next(logits.expand(4, -1), together)
     for row in range(4):
-        alone = SamplingRows(settings[row : row + 1], seeds[row : row + 1], [0], device=CPU)
+        alone = SamplingRows.of(settings[row : row + 1], seeds[row : row + 1], [0], device=CPU)
         alone.remember(seen[row : row + 1], logits.numel())
         own_id, own_logprob = sample_next(logits[None], alone)
         assert own_id.item() == ids[row].item()
@@ -111,7 +111,7 @@ def test_rows_keep_their_own_settings_in_a_mixed_batch() -> None:
 @pytest.mark.parametrize("top_p", [None, 1.0])
 def test_a_row_that_is_not_truncated_keeps_every_token_beside_one_that_is(top_p: float | None) -> None:
     settings = [Sampling(max_new_tokens=1, top_p=top_p), Sampling(max_new_tokens=1, top_k=5)]
-    rows = SamplingRows(settings, [0, 1], [0, 0], device=CPU)
+    rows = SamplingRows.of(settings, [0, 1], [0, 0], device=CPU)
     for seed in range(3):
         drawn_V = torch.randn(128_256, generator=torch.Generator().manual_seed(seed))
         logits_SV = ((1 + seed) * drawn_V).expand(2, -1)
@@ -164,7 +164,7 @@ def test_random_numbers_are_uniform_and_uncorrelated_along_seeds_and_positions(a
 
 def test_each_draw_has_the_random_number_of_its_position_wherever_the_rows_began() -> None:
     seeds, firsts = [3, 2**40, 7], [0, 5, 90]
-    rows = SamplingRows([Sampling(max_new_tokens=1)] * 3, seeds, firsts, device=CPU)
+    rows = SamplingRows.of([Sampling(max_new_tokens=1)] * 3, seeds, firsts, device=CPU)
     for draw in range(40):
         for row, (seed, first) in enumerate(zip(seeds, firsts, strict=True)):
             expected = uniforms(random_keys(torch.tensor([seed])), torch.tensor([first + draw]))

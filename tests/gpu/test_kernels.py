@@ -35,7 +35,8 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
 def test_paged_attention_is_the_plain_one_and_stores_the_new_token(
     dtype: torch.dtype, heads: int, groups: int, width: int, window: int | None, softcap: float | None, num_rows: int
 ) -> None:  # fmt: skip
-    from dovetail.engine.graphs import Column, GraphLayout
+    from dovetail.engine.graphs import GraphLayout
+    from dovetail.engine.row_table import Column
 
     device, generator = torch.device("cuda"), torch.Generator().manual_seed(3)
     lengths = [LENGTHS[i % len(LENGTHS)] for i in range(num_rows)]
@@ -78,10 +79,10 @@ def drawn(
     logits: Tensor, temperatures: list[float], seeds: list[int], draws: list[int]
 ) -> tuple[Tensor, Tensor]:
     """Tokens and log-probabilities by the kernel."""
-    from dovetail.engine.graphs import Column
     from dovetail.engine.kernels.sampling import draw_tokens
+    from dovetail.engine.row_table import Column
 
-    rows = SamplingRows(
+    rows = SamplingRows.of(
         [Sampling(max_new_tokens=1, temperature=t) for t in temperatures], seeds, draws, device=logits.device
     )
     state = torch.zeros(len(logits), Column.PAGES + 3, dtype=torch.int32, device=logits.device)
@@ -110,7 +111,7 @@ def test_tokens_are_those_of_the_inverted_distribution_by_the_same_random_number
     ids, logprobs = drawn(logits, temperatures, seeds, draws)
     divisor = torch.tensor([t or 1.0 for t in temperatures], device=device, dtype=torch.float64)[:, None]
     probs = (logits.double() / divisor).softmax(-1)
-    rows = SamplingRows([Sampling(max_new_tokens=1)] * num, seeds, draws, device=device)
+    rows = SamplingRows.of([Sampling(max_new_tokens=1)] * num, seeds, draws, device=device)
     expected = invert_distribution(probs, uniforms(rows.keys_S, rows.positions_S))
     greedy = torch.tensor([t == 0 for t in temperatures], device=device)
     expected = torch.where(greedy, logits.argmax(-1), expected)

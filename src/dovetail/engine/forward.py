@@ -330,7 +330,7 @@ class EagerDecoder:
 
 def sampling_rows(answers: Sequence[Answer], vocabulary: int, device: torch.device) -> SamplingRows:
     """Return the sampling settings of some answers, each at the random number of its next token."""
-    rows = SamplingRows(
+    rows = SamplingRows.of(
         [answer.sampling for answer in answers],
         [answer.seed for answer in answers],
         [answer.num_drawn for answer in answers],

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,39 +88,64 @@ class Sampling:
         return self.repetition_penalty not in (None, 1.0)
 
 
+@dataclass(slots=True, kw_only=True)
 class SamplingRows:
     """The settings of the sequences that draw together, as columns on the device."""
 
-    def __init__(
-        self,
+    keys_S: Tensor
+    positions_S: Tensor
+    """The tokens each answer has already: the index of its first random number."""
+    temperature_S: Tensor
+    greedy_S: Tensor
+    top_k_S: Tensor
+    top_p_S: Tensor
+    min_p_S: Tensor
+    penalty_S: Tensor
+    all_greedy: bool
+    some_greedy: bool
+    all_at_one: bool
+    """Whether all temperatures are 0 or 1, so that logits need no division."""
+    truncates: bool
+    penalises: bool
+    num_likeliest: int
+    seen_SV: Tensor | None = None
+    """Whether a token is in the sequence already; only the repetition penalty needs it."""
+    draws_ahead: int = _DRAWS_AHEAD
+    """The number of draws whose random numbers are computed at once."""
+    _num_drawn: int = 0
+    _ahead_NS: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
         settings: Sequence[Sampling],
         seeds: Sequence[int],
         positions: Sequence[int],
         *,
         device: torch.device,
-    ) -> None:
-        """Make the columns; `positions`: the tokens each answer has already, the index of its first random number."""
-        self.keys_S = random_keys(torch.tensor([seed & (2**63 - 1) for seed in seeds], device=device))
-        self.positions_S = torch.tensor(list(positions), device=device)
-        self._num_drawn = 0
-        self._ahead_NS: Tensor | None = None
+    ) -> SamplingRows:
+        """Make the columns from settings; `positions`: the tokens that each answer has already."""
+
+        def column(values: Sequence[Any], dtype: torch.dtype | None = None) -> Tensor:
+            return torch.tensor(values, dtype=dtype, device=device)
+
         temperatures = [s.temperature for s in settings]
-        self.all_greedy = not any(temperatures)
-        self.some_greedy = 0 in temperatures
-        self.all_at_one = all(t in (0, 1) for t in temperatures)
-        self.temperature_S = torch.tensor(
-            [t or 1.0 for t in temperatures], dtype=torch.float64, device=device
+        return cls(
+            keys_S=random_keys(column([seed & (2**63 - 1) for seed in seeds])),
+            positions_S=column(list(positions)),
+            temperature_S=column([t or 1.0 for t in temperatures], torch.float64),
+            greedy_S=column([t == 0 for t in temperatures]),
+            top_k_S=column([s.top_k or 2**31 for s in settings]),
+            top_p_S=column([s.mass_limit for s in settings]),
+            min_p_S=column([s.min_p or 0.0 for s in settings]),
+            penalty_S=column([s.repetition_penalty or 1.0 for s in settings]),
+            all_greedy=not any(temperatures),
+            some_greedy=0 in temperatures,
+            all_at_one=all(t in (0, 1) for t in temperatures),
+            truncates=any(s.truncates for s in settings),
+            penalises=any(s.penalises for s in settings),
+            num_likeliest=max((s.top_logprobs for s in settings), default=0),
         )
-        self.greedy_S = torch.tensor([t == 0 for t in temperatures], device=device)
-        self.truncates = any(s.truncates for s in settings)
-        if self.truncates:
-            self.top_k_S = torch.tensor([s.top_k or 2**31 for s in settings], device=device)
-            self.top_p_S = torch.tensor([s.mass_limit for s in settings], device=device)
-            self.min_p_S = torch.tensor([s.min_p or 0.0 for s in settings], device=device)
-        self.num_likeliest = max((s.top_logprobs for s in settings), default=0)
-        self.penalises = any(s.penalises for s in settings)
-        self.penalty_S = torch.tensor([s.repetition_penalty or 1.0 for s in settings], device=device)
-        self.seen_SV: Tensor | None = None
 
     def remember(self, token_ids: Sequence[Sequence[int]], vocabulary: int) -> None:
         """Note the tokens already in each sequence; only the repetition penalty needs them."""
@@ -130,9 +156,11 @@ class SamplingRows:
 
     def uniforms_S(self) -> Tensor:
         """Return the random number of each sequence's next token. The hash is computed for some draws at once."""
-        place = self._num_drawn % _DRAWS_AHEAD
+        if self.draws_ahead == 1:
+            return uniforms(self.keys_S, self.positions_S + self._num_drawn)
+        place = self._num_drawn % self.draws_ahead
         if place == 0 or self._ahead_NS is None:
-            draws_N1 = torch.arange(_DRAWS_AHEAD, device=self.keys_S.device)[:, None] + self._num_drawn
+            draws_N1 = torch.arange(self.draws_ahead, device=self.keys_S.device)[:, None] + self._num_drawn
             self._ahead_NS = uniforms(self.keys_S, self.positions_S + draws_N1)
         return self._ahead_NS[place]
 
