@@ -12,7 +12,8 @@ from dovetail.config.run import RunConfig
 from dovetail.errors import ConfigError
 
 PAGE = Path(__file__).parents[2] / "docs" / "settings.md"
-LISTS = {"data.blend": "data.blend.0", "data.pretraining": "data.pretraining.0"}
+LISTS = {name: f"{name}.0" for name in ("data.blend", "data.pretraining", "ppo.reward_function")}
+REQUIRED = {"ppo.reward_function": "function: x"}
 
 
 def described() -> dict[str, tuple[Any, str]]:
@@ -62,7 +63,7 @@ def test_a_wrong_value_of_any_setting_is_answered_with_its_description(name: str
     place = next(
         (name.replace(key, item, 1) for key, item in LISTS.items() if name.startswith(f"{key}.")), name
     )
-    sources = [f"{key}=[{{path: x}}]" for key in LISTS if name.startswith(f"{key}.")]
+    sources = [f"{key}=[{{{REQUIRED.get(key, 'path: x')}}}]" for key in LISTS if name.startswith(f"{key}.")]
     wrong = (
         "{nonsense: [1]}" if group_of(field.annotation) is None or isinstance(field.default, tuple) else "[1]"
     )

@@ -9,7 +9,7 @@ import torch
 from dovetail.data.records import message
 from dovetail.rlhf.api import PPOTrainer, RLHFEngine, prompt_of
 from dovetail.rlhf.build import Setup
-from dovetail.rlhf.rewards import Answer, ClippedScorer
+from dovetail.rlhf.rewards import Answer, ClippedScorer, Scored
 from tests.fakes import byte_tokenizer, tiny_model
 from tests.rlhf.tiny import PROMPTS, tiny_config, tiny_reward_model
 
@@ -66,8 +66,8 @@ def test_in_a_sum_the_models_share_alone_is_clipped() -> None:
 
 
 def test_no_limit_leaves_scores_as_they_are() -> None:
-    scorer = ClippedScorer(lambda answers: torch.tensor([-90.0, 0.0, 90.0]), None)
-    assert scorer([]).tolist() == [-90.0, 0.0, 90.0]
+    scorer = ClippedScorer(lambda answers: Scored(torch.tensor([-90.0, 0.0, 90.0])), None)
+    assert scorer([]).scores_S.tolist() == [-90.0, 0.0, 90.0]
 
 
 def test_a_reward_function_gets_the_row_of_each_prompt() -> None:

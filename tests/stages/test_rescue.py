@@ -1,5 +1,6 @@
 """An error of the user's ends a stage: every finished step is kept, and the run goes on bit for bit."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 from dovetail.config.run import RunConfig
 from dovetail.errors import ConfigError, DataError, DovetailError, ModelError, TrainingStopped
 from dovetail.parallel.world import ALONE, World
+from dovetail.rlhf import attempts
 from dovetail.runs.checkpoint import Checkpoints
 from dovetail.stages import pipeline, supervised
 from dovetail.stages.rescue import Place, saved_on_error
@@ -25,7 +27,7 @@ def ask(answers):
 def score(answers):
     global calls
     calls += 1
-    if calls == {call} and not os.environ.get("JUDGE_UP"):
+    if {call} <= calls < {until} and not os.environ.get("JUDGE_UP"):
         {failure}
     return [float(len(answer.text) % 7) for answer in answers]
 
@@ -40,27 +42,51 @@ FAILURES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attempts, "PAUSES", (0.0, 0.0))
+
+
 def judged_run(
-    folder: Path, function: str = "score", *, call: int, failure: str = "ask(answers)", **ppo: Any
+    folder: Path, function: str = "score", *, call: int, until: int = 10**6, failure: str = "ask(answers)"
 ) -> RunConfig:
-    """PPO of three rollouts without held-out prompts, in one of which the reward function fails."""
+    """PPO of five rollouts without held-out prompts; the reward function fails in its calls from `call` to `until`."""
     folder.mkdir(exist_ok=True)
-    (folder / "judge.py").write_text(JUDGE.format(call=call, failure=failure))
+    (folder / "judge.py").write_text(JUDGE.format(call=call, until=until, failure=failure))
     config = tiny_run(
         folder,
         stages=("ppo",),
-        ppo={"reward_function": f"{folder}/judge.py:{function}", "save_every": 100, **ppo},
+        ppo={"reward_function": f"{folder}/judge.py:{function}", "save_every": 100, "max_steps": 5},
     )
     blend = [source for source in config.data.blend if not source.held_out]
     return config.model_copy(update={"data": config.data.model_copy(update={"blend": tuple(blend)})})
 
 
 @pytest.mark.parametrize("name", FAILURES)
-def test_a_reward_function_that_raises_is_named_and_costs_no_rollout(tmp_path: Path, name: str) -> None:
+def test_a_reward_function_that_is_lost_is_named_and_costs_no_rollout(tmp_path: Path, name: str) -> None:
     failure, message = FAILURES[name]
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=f"{message}; no answer of 3 batches in a row has a score"):
         pipeline.run(judged_run(tmp_path, name.strip(), call=3, failure=failure))
-    assert [path.name for path in (tmp_path / "run/ppo/checkpoints").glob("step-*")] == ["step-00000002"]
+    assert [path.name for path in (tmp_path / "run/ppo/checkpoints").glob("step-*")] == ["step-00000004"]
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_a_function_that_fails_in_its_first_batch_is_named_at_once(tmp_path: Path, name: str) -> None:
+    failure, message = FAILURES[name]
+    with pytest.raises(ConfigError, match=rf"{message}\nhint: "):
+        pipeline.run(judged_run(tmp_path, name.strip(), call=1, failure=failure))
+
+
+@pytest.mark.parametrize(("until", "failures"), [(4, 0.0), (6, 4.0)])
+def test_a_function_that_fails_once_is_asked_again_and_a_lost_batch_is_counted(
+    tmp_path: Path, until: int, failures: float
+) -> None:
+    pipeline.run(judged_run(tmp_path, call=3, until=until))
+    lines = (tmp_path / "run/metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [row for row in map(json.loads, lines) if "reward/score_failures" in row]
+    assert [row["reward/score_failures"] for row in rows] == [0.0, 0.0, failures, 0.0, 0.0]
+    if failures:  # the mean of the batch before, so that nothing moves
+        assert rows[2]["reward/score_mean"] == pytest.approx(rows[1]["reward/score_mean"])
 
 
 def test_the_same_command_goes_on_as_if_nothing_had_happened(
@@ -70,11 +96,12 @@ def test_the_same_command_goes_on_as_if_nothing_had_happened(
     with pytest.raises(ConfigError):
         pipeline.run(config)
     assert (
-        "ppo: the state after step 2 is saved; the same command goes on from there" in capsys.readouterr().err
+        "ppo: the state after step 4 is saved; the same command goes on from there" in capsys.readouterr().err
     )
     monkeypatch.setenv("JUDGE_UP", "1")
     pipeline.run(config)
-    pipeline.run(judged_run(tmp_path / "b", call=3))
+    monkeypatch.delenv("JUDGE_UP")
+    pipeline.run(judged_run(tmp_path / "b", call=3, until=3 + 2 * 3))  # down for two batches of three tries
     one, other = _weights(tmp_path / "a"), _weights(tmp_path / "b")
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)

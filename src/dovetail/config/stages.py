@@ -3,9 +3,17 @@
 Responsible for: the settings of supervised fine-tuning, reward model and PPO. Not responsible for: the loops.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from dovetail.config.frozen import FrozenModel
 
@@ -86,6 +94,25 @@ class SamplingConfig(FrozenModel):
     """An answer that has not ended by then is cut off; `cut_off_answers` says how it counts."""
 
 
+class RewardTerm(FrozenModel):
+    """One of several reward functions."""
+
+    function: str
+    """`package.module:function`, `file.py:function` or a built-in verifier: code, exact, json_schema, maths, number or
+    regex."""
+    weight: float = Field(default=1.0, allow_inf_nan=False)
+    """The factor of its scores in the sum; below 0 for what is to be avoided."""
+    time_limit: PositiveFloat = 300.0
+    """Seconds that one call of the function may take; it is tried three times."""
+    fallback: float | None = Field(default=None, allow_inf_nan=False)
+    """The score of an answer that the function fails on; null = the lowest score of the batch."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_short_string(cls, value: Any) -> Any:
+        return {"function": value} if isinstance(value, str) else value
+
+
 class PpoConfig(StageConfig):
     """Stage 3: PPO (Schulman et al. 2017, arXiv:1707.06347) as in InstructGPT, section 3.5 and appendix C."""
 
@@ -156,10 +183,11 @@ class PpoConfig(StageConfig):
     off. The paper's 27.8 is for its own normalisation."""
     ptx_batch_size: PositiveInt = 16
     """Texts of mixture training per optimiser step."""
-    reward_function: str | None = None
-    """`package.module:function` or `file.py:function` scoring answers instead of the reward model."""
+    reward_function: tuple[RewardTerm, ...] = ()
+    """The function that scores answers instead of the reward model, or a list of several whose weighted scores are
+    summed. A text stands for a function with weight 1: `package.module:function`, `file.py:function` or a verifier."""
     reward_function_weight: PositiveFloat | None = None
-    """Add the function's score, times this, to the reward model's, instead of replacing it."""
+    """Add the score of `reward_function`, times this, to the reward model's, instead of replacing it."""
     print_samples_every: PositiveInt = 10
     """Rollouts between printed sample answers, which are also kept in `ppo/samples.jsonl`."""
 
@@ -169,6 +197,12 @@ class PpoConfig(StageConfig):
 
     def _several_steps(self) -> bool:
         return self.ppo_epochs * self.minibatches > 1
+
+    @field_validator("reward_function", mode="before")
+    @classmethod
+    def _one_reward_function(cls, value: Any) -> Any:
+        """Return a list of functions: a text is one, and null is none."""
+        return [value] if isinstance(value, str) else value or []
 
     @model_validator(mode="after")
     def _one_step_on_generated_logprobs(self) -> "PpoConfig":

@@ -66,8 +66,8 @@ def _paths(config: RunConfig) -> Iterator[str]:
         if model.chat_template and "{" not in model.chat_template:  # the name of a file with the template
             yield model.chat_template
     yield from (source.path for source in (*config.data.blend, *config.data.pretraining))
-    if config.ppo.reward_function is not None:
-        yield config.ppo.reward_function.rpartition(":")[0]
+    places = (term.function.rpartition(":")[0] for term in config.ppo.reward_function)
+    yield from filter(None, places)  # a built-in verifier has none
 
 
 def _described(path: Path) -> Iterator[tuple[str, str]]:

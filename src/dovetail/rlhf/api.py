@@ -110,7 +110,7 @@ class RLHFEngine:
 
     def rewards(self, answers: Sequence[Answer]) -> Tensor:
         """float32 [S]: the score of each answer."""
-        return moved(self.roles.score(answers), self.roles.device)
+        return moved(self.roles.score(answers).scores_S, self.roles.device)
 
     def logprobs(self, batch: PackedBatch) -> Tensor:
         """float32 [T]: of the marked tokens under the actor, without gradient; 0 elsewhere."""

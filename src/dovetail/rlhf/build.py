@@ -30,15 +30,15 @@ from dovetail.model.scalar import scalar_model_from
 from dovetail.parallel.shard import gathered, gathered_bytes, generation_model, layout_of, world_of
 from dovetail.parallel.sharing import Sharing
 from dovetail.parallel.world import World
+from dovetail.rlhf.reward_functions import function_scorer, load_reward_function
 from dovetail.rlhf.rewards import (
     ClippedScorer,
     FirstRankScorer,
-    FunctionScorer,
+    Part,
     RewardFunction,
     RewardModelScorer,
     Scorer,
-    SumScorer,
-    load_reward_function,
+    WeightedSum,
 )
 from dovetail.rlhf.roles import Roles
 from dovetail.rlhf.splitting import split_to_generate
@@ -261,26 +261,37 @@ def _scorer(
     model_scorer: RewardModelScorer | None, reward: RewardFunction | None, config: PpoConfig, world: World
 ) -> tuple[Scorer, float | None]:
     """Return what scores answers, and the limit of its scores: those of a reward model alone have one."""
-    function: Scorer | None = None
-    if reward is not None:
-        function = FunctionScorer(reward, getattr(reward, "__name__", "reward"))
-    elif config.reward_function is not None:
-        function = load_reward_function(config.reward_function)
-    if function is not None and world.size > 1:
-        function = FirstRankScorer(function, world)
-    if model_scorer is None and function is None:
+    functions = _function_parts(reward, config, world)
+    if model_scorer is None and not functions:
         raise ConfigError(
             "PPO has neither a reward model nor a reward function",
             hint="train stage 2 first, give reward_model.path, or set ppo.reward_function=module:function",
         )
-    if model_scorer is None or (function is not None and config.reward_function_weight is None):
-        assert function is not None
-        return function, None
-    if function is None:
+    if model_scorer is not None and not functions:
         return model_scorer, config.score_clip
-    assert config.reward_function_weight is not None
-    clipped = ClippedScorer(model_scorer, config.score_clip)
-    return SumScorer(clipped, function, config.reward_function_weight), None
+    weight = config.reward_function_weight
+    if model_scorer is None or weight is None:
+        return WeightedSum(functions), None
+    model = Part("model", ClippedScorer(model_scorer, config.score_clip))
+    return WeightedSum([model, *(replace(part, weight=part.weight * weight) for part in functions)]), None
+
+
+def _function_parts(reward: RewardFunction | None, config: PpoConfig, world: World) -> list[Part]:
+    """Return the reward functions as parts of a sum: the one that is given, or those of the configuration."""
+    if reward is not None:
+        scorers = [(function_scorer(reward, getattr(reward, "__name__", "reward")), 1.0)]
+    else:
+        scorers = [
+            (
+                load_reward_function(term.function, time_limit=term.time_limit, fallback=term.fallback),
+                term.weight,
+            )
+            for term in config.reward_function
+        ]
+    return [
+        Part(scorer.label, FirstRankScorer(scorer, world) if world.size > 1 else scorer, weight)
+        for scorer, weight in scorers
+    ]
 
 
 def name_of(model: str | PreTrainedModel) -> str:

@@ -1,22 +1,15 @@
-"""Score answers: with a reward model, a Python function, or both.
+"""Score answers: with a reward model, with functions, or with a sum of both.
 
-Responsible for: turning answers into one score each; errors with names and numbers where a model would read positions
-or embedding rows out of its bounds.
-Not responsible for: penalties and the KL term, which are part of the reward's definition in PPO (rollout.py,
-maths/ppo.py), nor for clipping where a reward model scores alone.
+Responsible for: what an answer is, the scores of a reward model, sums of several rewards; errors with names and numbers
+where a model would read positions or embedding rows out of its bounds.
+Not responsible for: calling functions (reward_functions.py), penalties and the KL term, which are part of the reward's
+definition in PPO (rollout.py, maths/ppo.py), nor for clipping where a reward model scores alone.
 
 Shapes: S answers.
 """
 
-import importlib
-import importlib.util
-import sys
-import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
-from types import ModuleType
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -97,18 +90,26 @@ class Answer:
     """The columns of the data row beside the prompt, such as a reference answer; empty where there is none."""
 
 
-class Scorer(Protocol):
-    """Anything that scores answers; higher is better."""
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """The scores of answers."""
 
-    def __call__(self, answers: Sequence[Answer]) -> Tensor:
-        """float32 [S], on any device."""
+    scores_S: Tensor
+    """float32, on any device; higher is better."""
+    stats: Mapping[str, float] = field(default_factory=dict)
+    """Numbers about the scoring, for the metrics."""
+
+
+class Scorer(Protocol):
+    """Anything that scores answers."""
+
+    def __call__(self, answers: Sequence[Answer]) -> Scored:
+        """Return one score for each answer."""
         ...
 
 
-RewardFunction = Callable[[Sequence[Answer]], Sequence[float]]
-
-_MAX_FLOAT32 = torch.finfo(torch.float32).max
-_ONE_EACH = "return one finite number per answer, in the order given"
+RewardFunction = Callable[..., Any]
+"""A function of the user's that scores answers; its parameters tell its form (reward_functions.py)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +123,7 @@ class RewardModelScorer:
     """The reward model's own chat format, if its tokenizer is not the actor's: answers go through text then."""
 
     @torch.no_grad()
-    def __call__(self, answers: Sequence[Answer]) -> Tensor:
+    def __call__(self, answers: Sequence[Answer]) -> Scored:
         sequences = [self._token_ids(answer) for answer in answers]
         expect_readable(
             "reward model",
@@ -136,7 +137,7 @@ class RewardModelScorer:
             unit_tokens=lambda: [len(ids) for ids in sequences],
         )
         reshard(self.model)
-        return scores_S
+        return Scored(scores_S)
 
     def _token_ids(self, answer: Answer) -> list[int]:
         if self.chat is None:
@@ -159,80 +160,26 @@ class RewardModelScorer:
 
 
 @dataclass(frozen=True, slots=True)
-class FunctionScorer:
-    """A Python function of the answers: `function(answers) -> one finite number per answer`.
-
-    Anything else it returns, or what it raises itself, is a ConfigError at once.
-    """
-
-    function: RewardFunction
-    name: str
-
-    def __call__(self, answers: Sequence[Answer]) -> Tensor:
-        values = self._values(answers)
-        if len(values) != len(answers):
-            raise ConfigError(
-                f"reward function {self.name} returned {len(values)} scores for {len(answers)} answers",
-                hint=_ONE_EACH,
-            )
-        scores = [self._score(index, *pair) for index, pair in enumerate(zip(values, answers, strict=True))]
-        return torch.tensor(scores, dtype=torch.float32)
-
-    def _values(self, answers: Sequence[Answer]) -> list[Any]:
-        """Call the function; what it raises, if only when its values are read, is a ConfigError."""
-        with self._explained():
-            returned = self.function(answers)
-        try:
-            values = iter(returned)
-        except TypeError as error:
-            raise ConfigError(
-                f"reward function {self.name} returned {_excerpt(repr(returned))}, which is no list of numbers",
-                hint=_ONE_EACH,
-            ) from error
-        with self._explained():
-            return list(values)
-
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        try:
-            yield
-        except (Exception, SystemExit) as error:  # whatever the user's function does
-            raise ConfigError(
-                f"reward function {self.name} raised {_what_and_where(error)}",
-                hint="repair it, or what it asks, and give the same command again",
-            ) from error
-
-    def _score(self, index: int, value: Any, answer: Answer) -> float:
-        number = _number(value)
-        if number is None:
-            raise ConfigError(
-                f"reward function {self.name} gave {_excerpt(repr(value))} to answer {index}, "
-                f"{_excerpt(answer.text)}: not a finite number",
-                hint=_ONE_EACH,
-            )
-        return number
-
-
-@dataclass(frozen=True, slots=True)
 class FirstRankScorer:
     """Asks in the first process alone and tells the others: a function may be costly, or answer otherwise next time."""
 
     scorer: Scorer
     world: World
 
-    def __call__(self, answers: Sequence[Answer]) -> Tensor:
-        scores: list[float] = []
+    def __call__(self, answers: Sequence[Answer]) -> Scored:
+        found: tuple[list[float], Mapping[str, float]] = ([], {})
         failure: DovetailError | None = None
         if self.world.is_first:
             try:
-                scores = self.scorer(answers).tolist()
+                scored = self.scorer(answers)
+                found = scored.scores_S.tolist(), scored.stats
             except DovetailError as error:
                 failure = error
-        scores, failure = self.world.from_first((scores, failure))
+        (scores, stats), failure = self.world.from_first((found, failure))
         if failure is not None:
             failure.is_everywhere = True
             raise failure
-        return torch.tensor(scores, dtype=torch.float32)
+        return Scored(torch.tensor(scores, dtype=torch.float32), stats)
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,86 +189,33 @@ class ClippedScorer:
     scorer: Scorer
     limit: float | None
 
-    def __call__(self, answers: Sequence[Answer]) -> Tensor:
-        return clip_scores(self.scorer(answers), self.limit)
+    def __call__(self, answers: Sequence[Answer]) -> Scored:
+        scored = self.scorer(answers)
+        return replace(scored, scores_S=clip_scores(scored.scores_S, self.limit))
 
 
 @dataclass(frozen=True, slots=True)
-class SumScorer:
-    """A reward model plus a weighted function."""
+class Part:
+    """One of several rewards."""
 
-    first: Scorer
-    second: Scorer
-    weight: float
-
-    def __call__(self, answers: Sequence[Answer]) -> Tensor:
-        first_S, second_S = self.first(answers), self.second(answers)
-        return first_S + self.weight * moved(second_S, first_S.device)
+    name: str
+    """The name in metrics: `reward/NAME_mean` is the mean of its own scores."""
+    scorer: Scorer
+    weight: float = 1.0
 
 
-def load_reward_function(spec: str) -> FunctionScorer:
-    """`package.module:function` or `path/to/file.py:function`.
+@dataclass(frozen=True, slots=True)
+class WeightedSum:
+    """The sum of several rewards, each times its weight."""
 
-    Raises ConfigError naming what is missing, or the file and line that cannot be run.
-    """
-    place, _, name = spec.rpartition(":")
-    if not place or not name:
-        raise ConfigError(
-            f"ppo.reward_function = {spec!r} names no function",
-            hint="write package.module:function or path/to/file.py:function",
-        )
-    try:
-        module = (
-            _module_from_file(Path(place).expanduser())
-            if place.endswith(".py")
-            else importlib.import_module(place)
-        )
-    except (Exception, SystemExit) as error:  # whatever the user's file does when it is run
-        raise ConfigError(
-            f"ppo.reward_function = {spec!r} cannot be loaded: {_what_and_where(error)}",
-            hint="check the path and that the module can be imported from where you start dovetail",
-        ) from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise ConfigError(
-            f"ppo.reward_function = {spec!r} cannot be loaded: {place} has no function {name}",
-            hint="write the name of a function of the answers that returns one number for each",
-        )
-    return FunctionScorer(function, spec)
+    parts: Sequence[Part]
 
-
-def _module_from_file(file: Path) -> ModuleType:
-    module_spec = importlib.util.spec_from_file_location(f"dovetail_reward_{file.stem}", file)
-    assert module_spec is not None
-    assert module_spec.loader is not None
-    module = importlib.util.module_from_spec(module_spec)
-    sys.modules[module_spec.name] = module  # where dataclasses and pickle look for it
-    module_spec.loader.exec_module(module)
-    return module
-
-
-def _what_and_where(error: BaseException) -> str:
-    """Describe the error with the file and line of the user's code that raised it, or could not be read."""
-    what = f"{type(error).__name__}: {getattr(error, 'msg', None) or error}"
-    if isinstance(error, SyntaxError):
-        return f"{what} ({error.filename} line {error.lineno})"
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if frame.filename != __file__ and "importlib" not in frame.filename]
-    if not own:
-        return what
-    line = [frame.lineno for frame in own if frame.filename == own[0].filename][-1]
-    return f"{what} ({own[0].filename} line {line})"
-
-
-def _number(value: Any) -> float | None:
-    """`value` as a finite float32 number; None if it is none. Texts are not taken for the numbers they show."""
-    try:
-        number = None if isinstance(value, str | bytes) else float(value)
-    except (TypeError, ValueError, OverflowError, RuntimeError):  # tensors of several numbers: RuntimeError
-        return None
-    return number if number is not None and abs(number) <= _MAX_FLOAT32 else None
-
-
-def _excerpt(text: str, limit: int = 80) -> str:
-    flat = " ".join(text.split())
-    return repr(flat if len(flat) <= limit else flat[: limit - 1] + "…")
+    def __call__(self, answers: Sequence[Answer]) -> Scored:
+        found = [part.scorer(answers) for part in self.parts]
+        device = found[0].scores_S.device
+        total_S = torch.zeros(len(answers), device=device)
+        stats: dict[str, float] = {}
+        for part, scored in zip(self.parts, found, strict=True):
+            total_S = total_S + part.weight * moved(scored.scores_S, device)
+            stats |= {f"reward/{part.name}_mean": float(scored.scores_S.mean()), **scored.stats}
+        return Scored(total_S, stats)

@@ -99,7 +99,8 @@ def score_answers(
     actor = roles.actor_logprobs(rollout, temperature=temperature) if with_old_logprobs else None
     reference_T = roles.reference_logprobs(rollout, temperature=temperature)
     values_T = roles.values(rollout)
-    scores_S = moved(roles.score(answers), roles.device)
+    scored = roles.score(answers)
+    scores_S = moved(scored.scores_S, roles.device)
     old_T = actor.logprobs_T if actor else None
     penalised_T = rollout.sampled_logprobs_T if old_T is None else old_T
     rewards_T = shape_rewards(
@@ -116,6 +117,7 @@ def score_answers(
     stats = rollout_stats(rollout, experience, config, score_clip=roles.score_clip, entropy_T=entropy_T)
     stats["ppo/distinct_fraction"] = len({answer.text for answer in answers}) / len(answers)
     stats["ppo/kl_coefficient"] = kl_coefficient
+    stats |= scored.stats
     return Collected(answers, experience, stats["ppo/kl_nats_per_answer"], stats)
 
 

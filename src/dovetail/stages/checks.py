@@ -29,7 +29,8 @@ from dovetail.parallel.tensor_plan import TRAINING, expect_divisible
 from dovetail.parallel.tensor_training import expect_even_groups
 from dovetail.parallel.world import World
 from dovetail.rlhf.build import same_tokens
-from dovetail.rlhf.rewards import expect_room, load_reward_function
+from dovetail.rlhf.reward_functions import load_reward_function
+from dovetail.rlhf.rewards import expect_room
 from dovetail.rlhf.splitting import expect_possible
 from dovetail.runs.run_folder import RunFolder
 from dovetail.stages.models import chat_of
@@ -55,8 +56,9 @@ def refuse(config: RunConfig, world: World, *more: Callable[[], None]) -> None:
     for kind in run.kinds_of_rows():
         _look_at_rows(run, kind, look)
     _look_at_models(run, world, look)
-    if "ppo" in run.pending and config.ppo.reward_function is not None:
-        look.at(partial(load_reward_function, config.ppo.reward_function))
+    if "ppo" in run.pending:
+        for term in config.ppo.reward_function:
+            look.at(partial(load_reward_function, term.function))
     look.raise_found()
 
 

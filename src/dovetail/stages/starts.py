@@ -56,7 +56,7 @@ def reward_model_of(run: Run) -> ModelConfig | None:
     config, folder = run.config, run.folder
     if run.is_done("reward"):
         return _finished(config.reward_start(), folder.model("reward"))
-    if config.ppo.reward_function is not None and config.ppo.reward_function_weight is None:
+    if config.ppo.reward_function and config.ppo.reward_function_weight is None:
         return None
     if config.reward_model is None:
         raise ConfigError(

@@ -17,7 +17,7 @@ from dovetail.engine.sampling import Sampling
 from dovetail.errors import ConfigError, DataError, GenerationError
 from dovetail.model.load import load_scalar_model
 from dovetail.model.save import save_model
-from dovetail.rlhf.rewards import Answer
+from dovetail.rlhf.rewards import Answer, Scored
 from dovetail.serving.labelling.answerer import load_answerer, reward_scorer
 from dovetail.serving.labelling.prompts import read_prompts
 from dovetail.serving.labelling.supply import Plan, Supply, answer_seed
@@ -185,8 +185,8 @@ def test_scores_decide_which_task_comes_first(project: tuple[Store, int]) -> Non
     scores = iter([0.0, 9.0, 5.0, 5.5, 1.0, 1.0, 0.0, 2.0, 3.0, 0.0])
     plan = Plan(sampling=PLAN.sampling, ahead=100)
 
-    def scorer(answers: Sequence[Answer]) -> torch.Tensor:
-        return torch.tensor([next(scores) for _ in answers])
+    def scorer(answers: Sequence[Answer]) -> Scored:
+        return Scored(torch.tensor([next(scores) for _ in answers]))
 
     Supply(store, project_id, PROMPTS, [Echo("a")], plan, scorer).work()
     assert [task.margin for task in tasks(store)] == [9.0, 0.5, 0.0, 2.0, 3.0]
@@ -219,7 +219,7 @@ def test_the_scorer_reads_answers_in_the_reward_model_s_own_format(tmp_path: Pat
         PROMPTS, range(5), Sampling(max_new_tokens=6), lambda: False
     )
     answers = [answer for answer in found if answer is not None]
-    scores = reward_scorer(str(tmp_path / "reward"), device="cpu")(answers)
+    scores = reward_scorer(str(tmp_path / "reward"), device="cpu")(answers).scores_S
     chat = ChatFormat(tokenizer)
     for answer, score in zip(answers, scores, strict=True):
         ids = chat.conversation([*answer.messages, message("assistant", answer.text)])[0]

@@ -179,7 +179,7 @@ class DeepSpeedPPOTrainer(Objective):
             "ref_logprobs": roles.reference_logprobs(rollout, temperature=temperature),
             "value": roles.values(rollout),
         }
-        scores = moved(roles.score(answers), torch.device("cpu"))
+        scores = moved(roles.score(answers).scores_S, torch.device("cpu"))
         prompts = [answer.prompt_ids for answer in answers]
         return padded(prompts, rollout, columns, self.engine.tokenizer.pad_token_id or 0) | {
             "rewards": scores,

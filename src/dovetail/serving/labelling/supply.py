@@ -161,7 +161,7 @@ class Supply:
     def _scores(self, answers: Sequence[Answer]) -> list[float]:
         if self.scorer is None or not answers or self._stop.is_set():
             return []
-        return [float(score) for score in self.scorer(answers)]
+        return [float(score) for score in self.scorer(answers).scores_S]
 
 
 def answer_seed(seed: int, prompt: Prompt, position: int) -> int:
