@@ -16,7 +16,8 @@ from dovetail.model.forward import last_scores
 from dovetail.model.load import load_scalar_model
 from dovetail.model.scalar import scalar_model_from
 from dovetail.parallel.world import World
-from dovetail.stages import parts, pipeline
+from dovetail.stages import models as stage_models
+from dovetail.stages import pipeline
 from dovetail.stages.context import open_run
 from dovetail.text.chat_format import ChatFormat
 from dovetail.text.tokenizer import load_tokenizer
@@ -257,7 +258,7 @@ def test_ppo_loads_the_revision_and_the_code_of_the_settings_and_of_finished_sta
     config = tiny_run(tmp_path, stages=("reward",), actor=named, reward_model=named, **TWO_STEPS)
     finished = Path(config.output_dir) / "reward/model"
     for name in ("load_causal_lm", "load_scalar_model"):
-        monkeypatch.setattr(parts, name, noted(getattr(parts, name)))
+        monkeypatch.setattr(stage_models, name, noted(getattr(stage_models, name)))
     pipeline.run(config)
     pipeline.run(config.model_copy(update={"stages": ("ppo",)}))
     alone = {"path": str(finished), **named}
@@ -291,19 +292,19 @@ def test_ppo_refuses_a_reward_model_whose_scores_would_be_noise(tmp_path: Path) 
 def test_scores_are_centred_on_the_best_answers_of_rows_from_all_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(parts, "CENTRING_ROWS", 3)
+    monkeypatch.setattr(stage_models, "CENTRING_ROWS", 3)
     packed: list[list[list[int]]] = []
 
     def noted(sequences: Any, masks: Any) -> Any:
         packed.append(sequences)
         return pack(sequences, masks)
 
-    monkeypatch.setattr(parts, "pack", noted)
+    monkeypatch.setattr(stage_models, "pack", noted)
     # Of row n the answers are [n, 0], [n, 1] and [n, 2]; as data tells: 0 beats 1, 2 beats both.
     rows = [([[n, 0], [n, 1], [n, 2]], [(0, 1, 0.0), (2, 0, 0.0), (2, 1, 0.0)]) for n in range(9)]
     with open_run(tiny_run(tmp_path)) as context:
         model = scalar_model_from(tiny_model(), seed=0, pad_token_id=None)
-        parts.centre_on_demonstrations(model, rows, context)
+        stage_models.centre_on_demonstrations(model, rows, context)
     assert packed[0] == [[0, 2], [4, 2], [8, 2]]
 
 
