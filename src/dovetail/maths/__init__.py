@@ -5,6 +5,7 @@ Not responsible for: dividing sums by global counts (training/step.py); losses h
 
     masked        the float32 that all of them compute in; sums, means and scales over the tokens that count
     ppo           KL, rewards per token, advantages, the two losses, the weight that corrects for the generator
+    groups        advantages within the answers to one prompt, means over answers, losses of methods without a critic
     ranking       Bradley-Terry loss of the reward model
 """
 

@@ -188,7 +188,13 @@ class PolicyLoss:
 
 
 def clipped_policy_loss(
-    logprobs_T: Tensor, old_logprobs_T: Tensor, advantages_T: Tensor, mask_T: Tensor, *, clip: float
+    logprobs_T: Tensor,
+    old_logprobs_T: Tensor,
+    advantages_T: Tensor,
+    mask_T: Tensor,
+    *,
+    clip: float,
+    clip_high: float | None = None,
 ) -> PolicyLoss:
     """sum_t max(-A_t r_t, -A_t clip(r_t, 1 - eps, 1 + eps)),  r_t = exp(log p_t - log p_old,t).
 
@@ -196,23 +202,25 @@ def clipped_policy_loss(
     exp, so that one impossible token costs its own gradient and not the step; NaN in an action stays NaN, for
     the finite check to see.
 
-    logprobs_T carries the gradient; the rest are constants. mask_T: bool, True = action.
+    logprobs_T carries the gradient; the rest are constants. mask_T: bool, True = action. clip_high: eps of the upper
+    bound where it is another one (DAPO, arXiv:2503.14476, section 3.1).
     """
+    high = clip if clip_high is None else clip_high
     log_ratio_T = zero_outside(logprobs_T, mask_T) - zero_outside(old_logprobs_T, mask_T)
     advantages_T = zero_outside(advantages_T, mask_T)
     ratio_T = log_ratio_T.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()  # not an action -> ratio 1
     plain_T = -advantages_T * ratio_T
-    clipped_T = -advantages_T * ratio_T.clamp(1 - clip, 1 + clip)
+    clipped_T = -advantages_T * ratio_T.clamp(1 - clip, 1 + high)
     return PolicyLoss(
         total=masked_sum(torch.maximum(plain_T, clipped_T), mask_T),
         count=mask_T.sum(),
         num_clipped=(clipped_T > plain_T).sum(),
-        kl_sum=_kl_from_old(log_ratio_T.detach()),
+        kl_sum=kl_from_old(log_ratio_T.detach()),
         num_clamped=(log_ratio_T.abs() > MAX_LOG_RATIO).sum(),
     )
 
 
-def _kl_from_old(log_ratio_T: Tensor) -> Tensor:
+def kl_from_old(log_ratio_T: Tensor) -> Tensor:
     """sum of k3 for KL(old || new): the tokens were drawn from old, so old takes the policy's place."""
     return k3(torch.zeros_like(log_ratio_T), log_ratio_T).sum()
 
