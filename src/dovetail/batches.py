@@ -309,6 +309,16 @@ class RankedBatch(PackedBatch):
         return PackedBatch.sequences(packed, kept)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreferenceBatch(RankedBatch):
+    """Ranked answers from which a policy learns directly; `mask_T` is True on the tokens of the answers."""
+
+    reference_logprobs_S: Tensor | None
+    """float32 [S]: log-probability of each answer under the reference; None = the loss has no reference."""
+    kl: float
+    """The estimate of KL(policy || reference) before the step, over the whole batch; 0 where the loss has none."""
+
+
 def pack(sequences: Sequence[Sequence[int]], masks: Sequence[Sequence[bool]]) -> PackedBatch:
     """Lay token id lists end to end. `masks` marks the tokens the loss counts; first tokens never count."""
     lengths = tuple(len(ids) for ids in sequences)
@@ -345,6 +355,35 @@ def pack_ranked(
         margin_P=torch.tensor([p[2] for p in flat], dtype=torch.float32),
         weight_P=torch.tensor([p[3] for p in flat], dtype=torch.float32),
     )
+
+
+def pack_preferences(
+    groups: Sequence[Sequence[Sequence[int]]],
+    pairs: Sequence[Sequence[tuple[int, int, float]]],
+    prompt_tokens: Sequence[int],
+    *,
+    reference_logprobs: Sequence[float] | None = None,
+    kl: float = 0.0,
+) -> PreferenceBatch:
+    """Pack ranked answers as `pack_ranked` does, with the tokens behind each prompt marked.
+
+    prompt_tokens: how many tokens each prompt has. reference_logprobs: one number per answer.
+    """
+    ranked = pack_ranked(groups, pairs)
+    answers = pack(
+        [ids for group in groups for ids in group],
+        [
+            [place >= prompt for place in range(len(ids))]
+            for group, prompt in zip(groups, prompt_tokens, strict=True)
+            for ids in group
+        ],
+    )
+    columns: dict[str, Any] = {column.name: getattr(ranked, column.name) for column in fields(ranked)}
+    columns |= {"mask_T": answers.mask_T, "target_counts": answers.target_counts}
+    reference_S = (
+        None if reference_logprobs is None else torch.tensor(reference_logprobs, dtype=torch.float32)
+    )
+    return PreferenceBatch(**columns, reference_logprobs_S=reference_S, kl=kl)
 
 
 def balanced_parts(sizes: Sequence[int], max_tokens: int) -> list[list[int]]:

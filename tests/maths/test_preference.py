@@ -144,3 +144,24 @@ def test_sums_over_pairs_weigh_each_pair():
     assert_near(sums["reward_margin"], 1.5 - 1.0)
     assert_near(sums["chosen_reward"], 2.0 + 0.5 - 0.25)
     assert_near(sums["rejected_reward"], 0.5 + 0.5 + 0.75)
+
+
+def test_dpo_finds_the_optimum_of_the_rewards_that_made_the_preferences():
+    """pi(y) = pi_ref(y) exp(r(y) / beta) / Z (Rafailov et al., eq. 4), where pairs are won as Bradley and Terry say."""
+    rewards, reference, beta = [0.5, -0.3, 1.2, 0.0], tensor([0.1, 0.4, 0.2, 0.3]), 0.5
+    pairs = [(i, j) for i in range(4) for j in range(4) if i != j]
+    won_P = tensor([sigmoid(rewards[i] - rewards[j]) for i, j in pairs])
+    better_P, worse_P = torch.tensor(pairs).T
+    logits = reference.log().clone().requires_grad_()
+    optimizer = torch.optim.LBFGS([logits], max_iter=200, tolerance_grad=1e-12, tolerance_change=1e-14)
+
+    def loss():
+        optimizer.zero_grad()
+        ratio = logits.log_softmax(0) - reference.log()
+        total = (won_P * dpo_loss(ratio[better_P], ratio[worse_P], beta=beta)).sum()
+        total.backward()
+        return total
+
+    optimizer.step(loss)
+    wanted = [float(p) * math.exp(r / beta) for p, r in zip(reference, rewards, strict=True)]
+    assert_near(logits.softmax(0), [w / sum(wanted) for w in wanted], dtype=torch.float32)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from dovetail.text.model_folder import AdapterFolder
 
-Which = Literal["sft", "reward", "ppo", "ema", "best"]
+Which = Literal["sft", "reward", "ppo", "dpo", "ema", "best"]
 Checkpoint = Literal["newest", "best"]
 
 
@@ -32,7 +32,8 @@ def export(
     ],
     to: Annotated[Path, typer.Argument(parser=as_path, help="Folder to write; must not exist.")],
     which: Annotated[
-        Which | None, typer.Option(help="Model of a run. By default ppo, else sft.", show_default=False)
+        Which | None,
+        typer.Option(help="Model of a run. By default ppo, else dpo, else sft.", show_default=False),
     ] = None,
     from_checkpoint: Annotated[
         Checkpoint | None,
@@ -115,9 +116,10 @@ def from_run_checkpoint(folder: Path, which: Which | None, checkpoint: Checkpoin
 
     run = RunFolder(folder)
     if which is None:
-        which = "ppo" if any(run.checkpoints("ppo").glob("step-*")) else "sft"
-    if which not in ("sft", "reward", "ppo"):
-        raise ModelError(f"{which} cannot be taken from a checkpoint", hint="--which sft, reward or ppo")
+        later: tuple[Which, ...] = ("ppo", "dpo")
+        which = next((stage for stage in later if any(run.checkpoints(stage).glob("step-*"))), "sft")
+    if which not in ("sft", "reward", "ppo", "dpo"):
+        raise ModelError(f"{which} cannot be taken from a checkpoint", hint="--which sft, reward, ppo or dpo")
     checkpoints = Checkpoints(run.checkpoints(which))
     found = checkpoints.latest() if checkpoint == "newest" else checkpoints.best()
     if found is None:
@@ -141,11 +143,11 @@ def _beginning(run: Any, config: RunConfig, which: Which) -> tuple[Any, Any]:
     from dovetail.model.lora import add_lora
 
     settings = config.actor if which != "reward" else config.reward_start()
-    after_sft = which == "ppo" or (which == "reward" and config.reward.start_from == "sft")
+    after_sft = which in ("ppo", "dpo") or (which == "reward" and config.reward.start_from == "sft")
     start = settings
     if after_sft and run.is_done("sft"):
         start = start.model_copy(update={"path": str(run.model("sft")), "revision": None})
-        if which == "ppo":  # with the template that stage 1 learned
+        if which != "reward":  # with the template that stage 1 learned
             start = start.model_copy(update={"chat_template": None})
     if which == "reward":
         model, tokenizer = _scalar(start, torch.float32, seed=config.seed)

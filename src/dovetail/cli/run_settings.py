@@ -12,7 +12,8 @@ from typing import Any
 
 from dovetail.config.load import load, parse_value
 from dovetail.config.recipes import names_file, recipe_for
-from dovetail.config.run import RunConfig, StageName
+from dovetail.config.run import STAGES_OF, RunConfig, StageName
+from dovetail.config.stages import OptimizerConfig
 from dovetail.errors import ConfigError
 from dovetail.text_file import read_text
 
@@ -23,6 +24,7 @@ STAGES: dict[str, StageName] = {
     "sft": "sft",
     "reward": "reward",
     "ppo": "ppo",
+    "dpo": "dpo",
 }
 
 
@@ -76,16 +78,18 @@ def resolve(recipe: str | None, overrides: Sequence[str], flags: Flags) -> Resol
 def _choices(config: RunConfig) -> str:
     """Describe the choices of a recipe that a user would want to know."""
     weights = f"adapters of rank {config.actor.lora.rank}" if config.actor.lora else "all weights"
-    rates = {
-        "SFT": config.sft.optimizer,
-        "reward model": config.reward.optimizer,
-        "PPO": config.ppo.actor_optimizer,
+    optimizers: dict[StageName, tuple[str, OptimizerConfig]] = {
+        "sft": ("SFT", config.sft.optimizer),
+        "reward": ("reward model", config.reward.optimizer),
+        "ppo": ("PPO", config.ppo.actor_optimizer),
+        "dpo": ("DPO", config.dpo.optimizer),
     }
-    listed = ", ".join(f"{stage} {optimizer.learning_rate:g}" for stage, optimizer in rates.items())
-    start = config.reward_start().path
-    return (
-        f"it trains {weights} of the actor (learning rates: {listed}); the reward model starts from {start}"
-    )
+    named = [optimizers[stage] for stage in STAGES_OF[config.algorithm]]
+    listed = ", ".join(f"{name} {optimizer.learning_rate:g}" for name, optimizer in named)
+    trained = f"it trains {weights} of the actor (learning rates: {listed})"
+    if "reward" not in STAGES_OF[config.algorithm]:
+        return trained
+    return f"{trained}; the reward model starts from {config.reward_start().path}"
 
 
 def _settings(flags: Flags, actor: str | None) -> dict[str, tuple[str, Any]]:
@@ -144,7 +148,7 @@ def _read_sources(file: str) -> Any:
 
 def _stage(step: str) -> StageName:
     if step not in STAGES:
-        raise ConfigError(f"--step {step}: no such stage", hint="1 or sft, 2 or reward, 3 or ppo")
+        raise ConfigError(f"--step {step}: no such stage", hint="1 or sft, 2 or reward, 3 or ppo; dpo")
     return STAGES[step]
 
 

@@ -27,9 +27,9 @@ from dovetail.cli.processes import (
     expect_gpus,
     topology_for,
 )
-from dovetail.cli.run_settings import STAGES, Flags, Resolved, resolve
+from dovetail.cli.run_settings import Flags, Resolved, resolve
 from dovetail.config.load import dump
-from dovetail.config.run import RunConfig, StageName
+from dovetail.config.run import STAGES_OF, RunConfig, StageName
 from dovetail.launch.early_signals import signals_kept, stopped_by_signals
 from dovetail.launch.rank import LAUNCHER
 from dovetail.launch.topology import DEFAULT_PORT, LaunchFlags, Topology, is_rank
@@ -156,7 +156,7 @@ def train(
     actor_zero_stage: ZeroStage = None,
     reward_zero_stage: ZeroStage = None,
 ) -> None:
-    """Run all three stages: supervised fine-tuning, reward model, PPO.
+    """Run all stages: supervised fine-tuning, then reward model and PPO, or with algorithm=dpo DPO alone.
 
     The same command again skips finished stages and resumes a half-finished one.
 
@@ -242,7 +242,7 @@ def carry_out(resolved: Resolved, launch: LaunchFlags, arguments: Sequence[str],
         typer.echo("# checked: data, models, devices, packages and the folder; no problem was found")
         return
     done = carry_out_everywhere(config, launch, arguments, lambda: _run_stages(config), check)
-    if done and {"ppo", "sft"} & set(config.stages):
+    if done and {"ppo", "dpo", "sft"} & set(config.stages):
         typer.echo(f"talk to it: dovetail chat {config.output_dir}")
 
 
@@ -278,11 +278,14 @@ def plan(config: RunConfig) -> list[str]:
         "sft": f"supervised fine-tuning of {config.actor.path}",
         "reward": f"reward model from {reward_start}",
         "ppo": f"PPO, {config.ppo.batch_size} answers a rollout",
+        "dpo": f"direct preference optimisation, loss {config.dpo.loss}",
     }
-    states = {name: _state(folder, name, name in config.stages) for name in titles}
-    width = max(map(len, titles.values()))
-    numbers = {name: number for number, name in STAGES.items() if number.isdigit()}
-    lines = [f"stage {numbers[name]}  {title:<{width}}  {states[name]}" for name, title in titles.items()]
+    stages = STAGES_OF[config.algorithm]
+    width = max(len(titles[name]) for name in stages)
+    lines = [
+        f"stage {number}  {titles[name]:<{width}}  {_state(folder, name, name in config.stages)}"
+        for number, name in enumerate(stages, start=1)
+    ]
     return [*lines, f"results in {config.output_dir}; nothing was written"]
 
 

@@ -4,7 +4,7 @@ Responsible for: the root of the configuration. Not responsible for: YAML and ov
 """
 
 from os.path import expanduser
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt, model_validator
 
@@ -12,9 +12,18 @@ from dovetail.config.data import DataConfig
 from dovetail.config.frozen import FrozenModel
 from dovetail.config.model import ModelConfig, Precision
 from dovetail.config.sharding import OffloadConfig, TensorParallelConfig, ZeroStageConfig
-from dovetail.config.stages import PpoConfig, RewardConfig, SftConfig
+from dovetail.config.stages import DpoConfig, PpoConfig, RewardConfig, SftConfig
 
-StageName = Literal["sft", "reward", "ppo"]
+StageName = Literal["sft", "reward", "ppo", "dpo"]
+Algorithm = Literal["ppo", "dpo"]
+RowKind = Literal["sft", "reward", "ppo"]
+ROW_KINDS: tuple[RowKind, ...] = ("sft", "reward", "ppo")
+"""The kinds of rows in the order of `data.stage_split`."""
+
+STAGES_OF: dict[Algorithm, tuple[StageName, ...]] = {"ppo": ("sft", "reward", "ppo"), "dpo": ("sft", "dpo")}
+"""The stages of each algorithm, in order."""
+ROWS_OF: dict[StageName, RowKind] = {"sft": "sft", "reward": "reward", "ppo": "ppo", "dpo": "reward"}
+"""The kind of rows that each stage reads, named after the stage of PPO that reads it."""
 
 
 class TrackingConfig(FrozenModel):
@@ -43,9 +52,14 @@ class RunConfig(FrozenModel):
     """Stage 2."""
     ppo: PpoConfig = PpoConfig()
     """Stage 3."""
+    dpo: DpoConfig = DpoConfig()
+    """The stage after SFT with `algorithm: dpo`."""
+    algorithm: Algorithm = "ppo"
+    """The way from comparisons to a better actor. ppo: a reward model, then PPO. dpo: the actor learns from them
+    directly, in one stage after SFT."""
     stages: Annotated[tuple[StageName, ...], Field(min_length=1)] = ("sft", "reward", "ppo")
-    """The stages that run. One that is left out must have finished before in the same output folder, or is
-    replaced by the pretrained model itself."""
+    """The stages that run; with `algorithm: dpo` by default sft and dpo. One that is left out must have finished before
+    in the same output folder, or is replaced by the pretrained model itself."""
     output_dir: Annotated[str, AfterValidator(expanduser)]
     """Folder of the run: resolved config, metrics, checkpoints, final models."""
     seed: NonNegativeInt = 0
@@ -65,6 +79,25 @@ class RunConfig(FrozenModel):
     tracking: TrackingConfig = TrackingConfig()
     """The trackers that get the metrics."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _all_stages_of_the_algorithm(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "stages" not in values:
+            stages = next((own for name, own in STAGES_OF.items() if name == values.get("algorithm")), None)
+            return values if stages is None else values | {"stages": stages}
+        return values
+
+    @model_validator(mode="after")
+    def _stages_belong_to_the_algorithm(self) -> Self:
+        own = STAGES_OF[self.algorithm]
+        for stage in self.stages:
+            if stage not in own:
+                raise ValueError(
+                    f"stages = [{', '.join(self.stages)}], but algorithm = {self.algorithm} has no stage {stage}; set "
+                    f"stages to some of {', '.join(own)}, or another algorithm"
+                )
+        return self
+
     @model_validator(mode="after")
     def _what_is_offloaded_is_sharded(self) -> Self:
         for name in self.offload.models:
@@ -76,10 +109,18 @@ class RunConfig(FrozenModel):
         return self
 
     def data_of_stages(self) -> DataConfig:
-        """Return the data settings in which a stage that runs alone takes all rows, unless a split is asked for."""
-        if len(self.stages) > 1 or self.data.stage_split is not None:
+        """Return the data settings in which rows that no stage reads get no share, unless a split is asked for.
+
+        A stage that runs alone takes all rows. Among several, those of the algorithm that are left out keep theirs.
+        """
+        if self.data.stage_split is not None:
             return self.data
-        shares = tuple(float(stage in self.stages) for stage in ("sft", "reward", "ppo"))
+        is_alone = len(self.stages) == 1
+        read = {ROWS_OF[stage] for stage in (self.stages if is_alone else STAGES_OF[self.algorithm])}
+        shares = tuple(
+            (1.0 if is_alone else share) if kind in read else 0.0
+            for kind, share in zip(ROW_KINDS, self.data.shares, strict=True)
+        )
         return self.data.model_copy(update={"stage_split": shares})
 
     def reward_start(self) -> ModelConfig:

@@ -1,6 +1,7 @@
-"""The settings with which the three stages train.
+"""The settings with which the stages train.
 
-Responsible for: the settings of supervised fine-tuning, reward model and PPO. Not responsible for: the loops.
+Responsible for: the settings of supervised fine-tuning, reward model, PPO and direct preference optimisation.
+Not responsible for: the loops.
 """
 
 from typing import Annotated, Any, Literal
@@ -83,6 +84,53 @@ class RewardConfig(StageConfig):
     """Optimiser and schedule."""
     start_from: Literal["model", "sft"] = "model"
     """Begin at `reward_model.path`, or at the finished SFT model of this run."""
+
+
+PreferenceLoss = Literal["sigmoid", "ipo", "simpo", "kto", "orpo"]
+_BETAS: dict[PreferenceLoss, float] = {"sigmoid": 0.1, "ipo": 0.1, "simpo": 2.0, "kto": 0.1, "orpo": 0.1}
+
+
+class DpoConfig(StageConfig):
+    """Direct preference optimisation (Rafailov et al. 2023, arXiv:2305.18290): the actor learns from comparisons."""
+
+    batch_size: PositiveInt = 64
+    """Prompts per optimiser step, each with all its answers (the DPO paper's 64 pairs)."""
+    loss: PreferenceLoss = "sigmoid"
+    """The loss of a pair. sigmoid: DPO; ipo: Azar et al. 2023 (arXiv:2310.12036); kto: Ethayarajh et al. 2024
+    (arXiv:2402.01306), the answers of a pair as a desirable and an undesirable one. Two need no reference model:
+    simpo (Meng et al. 2024, arXiv:2405.14734) and orpo (Hong et al. 2024, arXiv:2403.07691), which imitates the better
+    answer as well."""
+    beta: PositiveFloat | None = None
+    """The strength of the pull towards the reference (sigmoid, kto), IPO's tau, SimPO's scale of rewards, or ORPO's
+    weight of the odds ratio. null = what papers and TRL use: 2.0 for simpo, else 0.1."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """The share of pairs thought to be labelled the wrong way round (conservative DPO); with loss = sigmoid alone."""
+    simpo_gamma: NonNegativeFloat = 1.0
+    """SimPO's target margin, half of its beta as the paper advises; with loss = simpo alone."""
+    epochs: PositiveFloat = 1.0
+    """Passes over the comparisons, one as in the DPO paper."""
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-6, warmup_steps=10)
+    """Optimiser and schedule. The peak rate is that of the DPO paper and TRL for full weights; adapters need about ten
+    times as much."""
+
+    @property
+    def beta_in_force(self) -> float:
+        """Return `beta`, or the default of the loss."""
+        return _BETAS[self.loss] if self.beta is None else self.beta
+
+    @property
+    def needs_reference(self) -> bool:
+        """Return whether the loss compares the actor with the model that it starts from."""
+        return self.loss not in ("simpo", "orpo")
+
+    @model_validator(mode="after")
+    def _smoothing_has_a_meaning(self) -> "DpoConfig":
+        if self.label_smoothing and self.loss != "sigmoid":
+            raise ValueError(
+                f"label_smoothing = {self.label_smoothing:g} with loss = {self.loss}: only the loss sigmoid has it; "
+                "set label_smoothing to 0, or loss to sigmoid"
+            )
+        return self
 
 
 class SamplingConfig(FrozenModel):

@@ -25,7 +25,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from dovetail.errors import DataError
 
-FORMAT = 2
+FORMAT = 3
 """The version in every key, raised when tokens come out differently for the same input, or the files change."""
 
 _FACTS = "facts.json"

@@ -39,6 +39,7 @@ _DTYPES = {
     "mask": np.bool_,  # of demonstrations alone, as long as `tokens`
     "starts": np.int64,  # bounds of sequences in `tokens`
     "rows": np.int64,  # bounds of rows in `starts`: the answers of a comparison are one row
+    "prompts": np.int32,  # of each comparison, the tokens of the prompt that stands before every answer
     "sources": np.int32,  # of each row, the index of its source
     "better": np.int32,  # of each pair, indices of answers
     "worse": np.int32,
@@ -96,6 +97,10 @@ class TokenizedComparisons:
         first, last = self.columns["pairs"][row : row + 2]
         parts = [self.columns[name][first:last].tolist() for name in ("better", "worse", "margins")]
         return _sequences(self.columns, row), list(zip(*parts, strict=True))
+
+    def prompt_tokens(self, index: int) -> int:
+        """Return how many tokens stand before each answer of a row."""
+        return int(self.columns["prompts"][self.order[index]])
 
     def __iter__(self) -> Iterator[tuple[list[list[int]], list[Pair]]]:
         return (self[i] for i in range(len(self)))
@@ -183,6 +188,8 @@ class _Row:
     sequences: Sequence[Sequence[int]]
     mask: Sequence[bool] = ()
     pairs: Sequence[Pair] = ()
+    prompt: Sequence[int] = ()
+    """The tokens that all sequences of a comparison begin with."""
 
 
 _Encode = Callable[[Sequence[RecordT], Sequence[int], ChatFormat, _Limit], Iterable[list[_Row]]]
@@ -219,7 +226,7 @@ def _encode_comparisons(
             yield []
         else:
             front = prompt_ids if messages == record.messages else chat.prompt_ids(messages)
-            yield [_Row([front + ids for ids in own], pairs=record.better_than)]
+            yield [_Row([front + ids for ids in own], pairs=record.better_than, prompt=front)]
 
 
 def _encode_texts(
@@ -296,6 +303,7 @@ def _write_row(writer: ColumnWriter, row: _Row, source: int, ends: dict[str, int
     ends["pairs"] += len(row.pairs)
     writer.append("rows", [ends["rows"]])
     writer.append("pairs", [ends["pairs"]])
+    writer.append("prompts", [len(row.prompt)])
     writer.append("sources", [source])
     writer.append("mask", row.mask)
     for place, name in enumerate(("better", "worse", "margins")):

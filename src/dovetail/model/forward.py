@@ -199,6 +199,12 @@ def token_logprobs(
     )
 
 
+def sequence_logprobs(model: Any, batch: PackedBatch) -> Tensor:
+    """Return [S]: for each sequence, the sum of log p(token | its sequence before it) where `mask_T` is True."""
+    logprobs_T = token_logprobs(model, batch).logprobs_T
+    return torch.stack([own_T.sum() for own_T in logprobs_T.split_with_sizes(batch.lengths)])
+
+
 def cross_entropy(model: Any, batch: PackedBatch) -> Tensor:
     """Return - sum of log p(token | its sequence before it) where `mask_T` is True.
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from dovetail.batches import PackedBatch, RankedBatch
 from dovetail.maths.masked import masked_mean
 from dovetail.maths.ranking import ranking_loss, won_pairs
-from dovetail.model.forward import last_scores, token_logprobs
+from dovetail.model.forward import last_scores, sequence_logprobs, token_logprobs
 from dovetail.parallel.shard import reshard, world_of
 from dovetail.parallel.world import parts_of
 from dovetail.rlhf.api import Conversation, RLHFEngine
@@ -137,17 +137,35 @@ def _within_groups(values_S: Tensor, batch: RankedBatch) -> Tensor:
     return values_S - (sums_G / sizes_G)[group_S]
 
 
-@torch.no_grad()
 def scores_of(model: PreTrainedModel, batch: RankedBatch, max_tokens: int, device: torch.device) -> Tensor:
-    """float32 [S] on the CPU."""
+    """Return what a reward model says of each answer, float32 [S] on the CPU."""
+    return _of_each_sequence(last_scores, model, batch, max_tokens, device)
+
+
+def answer_logprobs(
+    model: PreTrainedModel, batch: PackedBatch, max_tokens: int, device: torch.device
+) -> Tensor:
+    """Return the log-probability of the marked tokens of each sequence, float32 [S] on the CPU."""
+    return _of_each_sequence(sequence_logprobs, model, batch, max_tokens, device)
+
+
+@torch.no_grad()
+def _of_each_sequence(
+    read: Callable[[PreTrainedModel, PackedBatch], Tensor],
+    model: PreTrainedModel,
+    batch: PackedBatch,
+    max_tokens: int,
+    device: torch.device,
+) -> Tensor:
+    """Return what `read` finds of each sequence, in parts that the processes share; float32 [S] on the CPU."""
     was_training = model.training
     model.train(False)
-    scores_S = torch.zeros(batch.num_sequences, device=device)
+    found_S = torch.zeros(batch.num_sequences, device=device)
     for part in parts_of(batch.lengths, max_tokens, world_of(model)):
-        found_S = last_scores(model, batch.sequences(part.index).to(device)).float()
+        own_S = read(model, batch.sequences(part.index).to(device)).float()
         if part.counts:
-            scores_S[torch.tensor(part.index, device=device)] = found_S
-    world_of(model).sum(scores_S)
+            found_S[torch.tensor(part.index, device=device)] = own_S
+    world_of(model).sum(found_S)
     reshard(model)
     model.train(was_training)
-    return scores_S.cpu()
+    return found_S.cpu()

@@ -6,7 +6,7 @@ Not responsible for: the contents of checkpoints (checkpoint.py), metrics (telem
 (model/save.py).
 
     config.yaml  summary.json  metrics.jsonl  tensorboard/
-    sft/model  reward/model  ppo/model  ppo/model_ema  ppo/best  ppo/samples.jsonl
+    sft/model  reward/model  ppo/model  ppo/model_ema  ppo/best  ppo/samples.jsonl  dpo/model
     STAGE/checkpoints  STAGE/done
 """
 
@@ -27,6 +27,7 @@ _MODELS = {
     "sft": "sft/model",
     "reward": "reward/model",
     "ppo": "ppo/model",
+    "dpo": "dpo/model",
     "ema": "ppo/model_ema",
     "best": "ppo/best",
 }
@@ -115,7 +116,7 @@ class RunFolder:
         return self.path / "ppo" / "samples.jsonl"
 
     def model(self, name: str) -> Path:
-        """Return the Hugging Face folder of `sft`, `reward` or `ppo`, of PPO's `ema`, or of its `best` so far."""
+        """Return the Hugging Face folder of `sft`, `reward`, `ppo` or `dpo`, of PPO's `ema`, or of its `best` so far."""
         return self.path / _MODELS[name]
 
     def checkpoints(self, stage: str) -> Path:

@@ -108,6 +108,8 @@ def _way_out(path: Path, saved: Mapping[str, Any], found: Sequence[str]) -> str:
         after = "SFT and reward model"
     elif changed <= {"reward", "ppo"} and "sft" in models and saved["reward"]["start_from"] == "model":
         command, after = f"dovetail train {start} --step 2 3", "SFT model"
+    elif changed == {"dpo"} and "sft" in models:
+        command, after = f"dovetail train {start} --step dpo", "SFT model"
     else:
         return elsewhere
     return f"{elsewhere}; for these settings on the same {after}: {command} --output-dir NEW_FOLDER setting=value ..."

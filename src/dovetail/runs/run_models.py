@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dovetail.errors import ModelError
 
-_CHAT_MODELS = {"ppo": "ppo/model", "ppo-ema": "ppo/model_ema", "sft": "sft/model"}
+_CHAT_MODELS = {"ppo": "ppo/model", "ppo-ema": "ppo/model_ema", "dpo": "dpo/model", "sft": "sft/model"}
 """The chat models of a run, the best first."""
 
 
@@ -31,7 +31,7 @@ def chat_models(path: str) -> dict[str, str]:
             f"{path}: neither a model nor a run with a finished one",
             hint=f"finish its training first: dovetail train {path}/config.yaml"
             if (folder / "config.yaml").is_file()
-            else "give a run folder with sft/model or ppo/model, or a folder with config.json",
+            else "give a run folder with sft/model, ppo/model or dpo/model, or a folder with config.json",
         )
     return found
 

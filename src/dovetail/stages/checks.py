@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from dovetail.config.model import LoraConfig, ModelConfig
-from dovetail.config.run import RunConfig, StageName
+from dovetail.config.run import ROWS_OF, RunConfig, StageName
 from dovetail.data.blend import load_stage, sources_of
 from dovetail.data.label_rows import is_labels
 from dovetail.data.records import Kind
@@ -75,7 +75,7 @@ class _Outlook:
 
     def kinds_of_rows(self) -> Iterator[Kind]:
         """Yield the kinds of rows that the stages still to do read."""
-        yield from self.pending
+        yield from (ROWS_OF[stage] for stage in self.pending)
         if "ppo" in self.pending and self.config.data.pretraining:
             yield "text"
 
@@ -161,7 +161,7 @@ def _look_at_models(run: _Outlook, world: World, look: _Look) -> None:
     config, seen = run.config, dict[str, _Seen | None]()
     looked_at: list[ModelConfig] = []  # one model in two roles has each problem once
     starts: dict[str, Callable[[], ModelConfig | None]] = {}
-    if {"sft", "ppo"} & set(run.pending):
+    if {"sft", "ppo", "dpo"} & set(run.pending):
         starts["actor"] = partial(actor_of, run)
     if {"reward", "ppo"} & set(run.pending):
         starts["reward model"] = run.reward_model if "ppo" in run.pending else run.reward_start

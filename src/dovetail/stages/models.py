@@ -110,7 +110,7 @@ def _scalar_model(model: ModelConfig, chat: ChatFormat, context: Context) -> Pre
 
 
 def actor_start(context: Context) -> tuple[ModelConfig, ChatFormat]:
-    """Return what PPO starts from, stage 1's result or the pretrained actor, and its chat format."""
+    """Return what PPO or DPO starts from, stage 1's result or the pretrained actor, and its chat format."""
     start = actor_of(context)
     return start, chat_of(start)
 

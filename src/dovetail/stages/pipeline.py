@@ -10,7 +10,7 @@ from functools import partial
 from dovetail.config.run import RunConfig, StageName
 from dovetail.parallel.world import World, described_world
 from dovetail.rlhf.evaluation import Judge
-from dovetail.stages import ppo, reward, sft
+from dovetail.stages import dpo, ppo, reward, sft
 from dovetail.stages.checks import refuse
 from dovetail.stages.context import Context, StageReport, open_run
 from dovetail.stages.verdict import doubts_of, shown
@@ -20,6 +20,7 @@ TITLES: dict[StageName, str] = {
     "sft": "stage 1: supervised fine-tuning",
     "reward": "stage 2: reward model",
     "ppo": "stage 3: PPO",
+    "dpo": "stage 2: direct preference optimisation",
 }
 
 
@@ -43,6 +44,7 @@ def run_stages(context: Context, judge: Judge | None = None) -> None:
         "sft": sft.run,
         "reward": reward.run,
         "ppo": lambda context: ppo.run(context, judge),
+        "dpo": dpo.run,
     }
     for name, run_stage in stages.items():
         if name not in context.config.stages:

@@ -33,7 +33,7 @@ class Run(Protocol):
 
 
 def actor_of(run: Run) -> ModelConfig:
-    """Return the model that PPO starts from: stage 1's result, or the pretrained actor."""
+    """Return the model that PPO or DPO starts from: stage 1's result, or the pretrained actor."""
     start = run.config.actor
     return _finished(start, run.folder.model("sft")) if run.is_done("sft") else start
 

@@ -1,4 +1,4 @@
-"""The loop that supervised fine-tuning and reward model share: one gradient step a batch.
+"""The loop that supervised fine-tuning, reward model and DPO share: one gradient step a batch.
 
 Responsible for: order of batches, steps, evaluation, checkpoints and resuming of a stage that learns from data.
 Not responsible for: the loss, the batches and the evaluation, which the stage passes in.
@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from dovetail.batches import PackedBatch, SummedLoss, cumulative
-from dovetail.config.stages import RewardConfig, SftConfig
+from dovetail.config.stages import DpoConfig, RewardConfig, SftConfig
 from dovetail.data.loader import BatchOrder
 from dovetail.engine.parity import check_training_parity
 from dovetail.parallel.shard import reshard, world_of
@@ -33,7 +33,7 @@ class Task:
 
     stage: str
     model: PreTrainedModel
-    settings: SftConfig | RewardConfig
+    settings: SftConfig | RewardConfig | DpoConfig
     num_rows: int
     batch_of: Callable[[Sequence[int]], PackedBatch]
     """The rows of these numbers as one batch."""
