@@ -178,6 +178,9 @@ def test_without_a_word_a_checkpoint_is_that_of_ppo_else_of_sft(
     Checkpoints(run.checkpoints("sft")).save(10, {"model": weights})
     assert export(str(run.path), str(tmp_path / "one"), "--from-checkpoint", "newest") == 0
     assert "sft after step 10" in capsys.readouterr().err
+    Checkpoints(run.checkpoints("dpo")).save(3, {"model": weights})
+    assert export(str(run.path), str(tmp_path / "three"), "--from-checkpoint", "newest") == 0
+    assert "dpo after step 3" in capsys.readouterr().err
     Checkpoints(run.checkpoints("ppo")).save(2, {"engine": {"actor": weights}})
     assert export(str(run.path), str(tmp_path / "two"), "--from-checkpoint", "newest") == 0
     assert "ppo after step 2" in capsys.readouterr().err

@@ -228,6 +228,15 @@ def test_a_dry_run_tells_finished_and_begun_stages(run: Run, tmp_path: Path) -> 
     assert lines[2].endswith("not requested")
 
 
+def test_a_dry_run_of_dpo_lists_its_two_stages(run: Run, tmp_path: Path) -> None:
+    command = ("train", "opt-125m", "algorithm=dpo", "--output-dir", str(tmp_path), "--step", "dpo")
+    _, out, _ = run(*command, "--dry-run")
+    lines = [line for line in out.splitlines() if line.startswith("# stage")]
+    assert [line.split()[2] for line in lines] == ["1", "2"]
+    assert lines[0].endswith("not requested")
+    assert lines[1].endswith("runs")
+
+
 def test_an_error_is_message_and_hint_without_a_traceback(run: Run) -> None:
     code, out, err = run("train", "opt-125m", "sft.epoch=1")
     assert code == 2

@@ -196,6 +196,7 @@ def test_lr_alone_lists_every_learning_rate() -> None:
         load("opt-125m", ["lr="])
     rates = [f"{stage}.learning_rate" for stage in ("sft.optimizer", "reward.optimizer")]
     rates += [f"ppo.{role}_optimizer.learning_rate" for role in ("actor", "critic")]
+    rates += ["dpo.optimizer.learning_rate"]
     assert caught.value.hint == f"did you mean {' or '.join(rates)}?"
 
 

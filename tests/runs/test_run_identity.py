@@ -100,6 +100,12 @@ def test_other_settings_of_ppo_are_told_the_way_to_the_same_models(tmp_path: Pat
     assert command in hint_for(path, reward={"epochs": 2.0}, ppo={"gamma": 0.9})
 
 
+def test_other_settings_of_dpo_are_told_the_way_to_the_same_sft_model(tmp_path: Path) -> None:
+    path = finished_run(tmp_path, "sft", algorithm="dpo")
+    command = f"dovetail train {path} --actor-model {tmp_path}/sft/model --step dpo --output-dir"
+    assert command in hint_for(path, algorithm="dpo", dpo={"loss": "ipo"})
+
+
 @pytest.mark.parametrize(
     ("done", "changes"),
     [

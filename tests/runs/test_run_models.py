@@ -19,6 +19,11 @@ def test_a_run_means_its_ppo_model_else_its_sft_model(tmp_path: Path) -> None:
     assert model_folder(str(tmp_path)) == str(tmp_path / "ppo/model")
 
 
+def test_a_run_of_dpo_means_its_dpo_model(tmp_path: Path) -> None:
+    finish(tmp_path, "sft", "dpo")
+    assert model_folder(str(tmp_path)) == str(tmp_path / "dpo/model")
+
+
 def test_models_names_and_files_mean_themselves(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     for name in (str(tmp_path), "facebook/opt-1.3b", "x/model.gguf"):

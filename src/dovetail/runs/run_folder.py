@@ -116,7 +116,7 @@ class RunFolder:
         return self.path / "ppo" / "samples.jsonl"
 
     def model(self, name: str) -> Path:
-        """Return the Hugging Face folder of `sft`, `reward`, `ppo` or `dpo`, of PPO's `ema`, or of its `best` so far."""
+        """Return the Hugging Face folder of a stage, of PPO's moving average `ema`, or of its `best` so far."""
         return self.path / _MODELS[name]
 
     def checkpoints(self, stage: str) -> Path:
