@@ -58,3 +58,9 @@ def test_the_recipes_of_the_guide_name_functions_that_exist() -> None:
 
 def test_the_table_of_verifiers_is_whole() -> None:
     assert sorted(re.findall(r"^\| `(\w+)` \| `\w+` \|", GUIDE, re.MULTILINE)) == sorted(VERIFIERS)
+
+
+def test_the_judge_of_the_guide_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("my_judge.py").write_text(block("my_judge.py"), encoding="utf-8")
+    assert load_reward_function("my_judge.py:helpful").label == "helpful"
