@@ -19,7 +19,8 @@ def run_config(**settings: Any) -> RunConfig:
         ({}, ("sft", "dpo"), (2, 4, 0)),
         ({"stages": ("dpo",)}, ("dpo",), (0, 1, 0)),
         ({"stages": ("sft",)}, ("sft",), (1, 0, 0)),
-        ({"data": {"stage_split": (1, 2, 3)}}, ("sft", "dpo"), (1, 2, 3)),
+        ({"data": {"stage_split": (1, 2, 3)}}, ("sft", "dpo"), (1, 2, 0)),
+        ({"data": {"stage_split": (1, 2, 3)}, "stages": ("dpo",)}, ("dpo",), (1, 2, 0)),
     ],
 )
 def test_dpo_has_stages_of_its_own_and_reads_the_rows_of_the_reward_model(

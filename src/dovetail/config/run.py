@@ -109,14 +109,14 @@ class RunConfig(FrozenModel):
         return self
 
     def data_of_stages(self) -> DataConfig:
-        """Return the data settings in which rows that no stage reads get no share, unless a split is asked for.
+        """Return the data settings in which rows that the algorithm does not read get no share of `stage_split`.
 
-        A stage that runs alone takes all rows. Among several, those of the algorithm that are left out keep theirs.
+        A stage that runs alone takes all rows, unless a split is asked for.
         """
-        if self.data.stage_split is not None:
-            return self.data
-        is_alone = len(self.stages) == 1
+        is_alone = len(self.stages) == 1 and self.data.stage_split is None
         read = {ROWS_OF[stage] for stage in (self.stages if is_alone else STAGES_OF[self.algorithm])}
+        if len(read) == len(ROW_KINDS):
+            return self.data
         shares = tuple(
             (1.0 if is_alone else share) if kind in read else 0.0
             for kind, share in zip(ROW_KINDS, self.data.shares, strict=True)
