@@ -13,9 +13,10 @@ import torch
 
 from dovetail.config.stages import PpoConfig, RewardTerm
 from dovetail.errors import ConfigError
+from dovetail.parallel.world import World
 from dovetail.rlhf import attempts
 from dovetail.rlhf.reward_functions import function_scorer, load_reward_function
-from dovetail.rlhf.rewards import Answer, Part, Scored, WeightedSum
+from dovetail.rlhf.rewards import Answer, FirstRankScorer, Part, Scored, WeightedSum
 
 TEXTS = ["a", "bb", "ccc", "dddd"]
 ROWS = [{"answer": str(i), "level": i} for i in range(len(TEXTS))]
@@ -302,6 +303,40 @@ def test_a_sum_is_weighted_and_shows_its_parts() -> None:
         "reward/short_mean": 2.5,
         "reward/short_failures": 0.0,
     }
+
+
+SENT: list[Any] = []
+
+
+class Pair(World):
+    """The first or the second of two processes; what the first one sends is kept for the second."""
+
+    def from_first(self, value: Any) -> Any:
+        if self.is_first:
+            SENT.append(value)
+        return SENT[-1]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_first_process_asks_and_all_have_scores_and_numbers(fails: bool) -> None:
+    calls: list[int] = []
+
+    def score(given: list[Answer]) -> list[float]:
+        calls.append(len(given))
+        return [math.nan] * 4 if fails else batched(given)
+
+    found = []
+    for rank in range(2):
+        scorer = FirstRankScorer(function_scorer(score, "score"), Pair(rank=rank, size=2))
+        if fails:
+            with pytest.raises(ConfigError, match="gave 'nan'") as caught:
+                scorer(answers())
+            assert caught.value.is_everywhere
+        else:
+            scored = scorer(answers())
+            found.append((scored.scores_S.tolist(), scored.stats))
+    assert calls == [4]
+    assert found == ([] if fails else [([1.0, 3.0, 5.0, 7.0], {"reward/score_failures": 0.0})] * 2)
 
 
 @pytest.mark.parametrize(

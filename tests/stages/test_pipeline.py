@@ -171,6 +171,28 @@ def test_a_reward_function_sees_the_row_of_the_prompt_in_training_and_held_out(t
     assert lines == {(f"Say {i}", f"It is {i}", str(i % 3)) for i in (*range(8), *range(10, 18))}
 
 
+def test_several_rewards_are_summed_and_shown(tmp_path: Path) -> None:
+    for name, value in (("one", 3.0), ("two", -1.0)):
+        (tmp_path / f"{name}.py").write_text(f"def score(completion):\n    return {value}\n")
+    rows = [{"prompt": f"Say {i}", "answer": f"{i}"} for i in range(8)]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    terms = [
+        "number",
+        {"function": f"{tmp_path}/one.py:score", "weight": 2},
+        {"function": f"{tmp_path}/two.py:score", "weight": 0.5},
+    ]
+    blend = [{"path": str(path), "stages": ["ppo"], "held_out": False}]
+    config = tiny_run(
+        tmp_path, stages=("ppo",), data={"blend": blend}, ppo={"max_steps": 2, "reward_function": terms}
+    )
+    pipeline.run(config)
+    for row in map(json.loads, (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()):
+        if "ppo/score_mean" in row:
+            assert (row["reward/score_mean"], row["reward/score_3_mean"]) == (3.0, -1.0)
+            assert row["reward/number_failures"] == row["reward/score_failures"] == 0.0
+            assert row["ppo/score_mean"] == pytest.approx(row["reward/number_mean"] + 2 * 3.0 - 0.5)
+
+
 def test_a_reward_function_adds_to_the_reward_model(tmp_path: Path) -> None:
     file = tmp_path / "judge.py"
     file.write_text("def score(answers):\n    return [4.0 for answer in answers]\n")

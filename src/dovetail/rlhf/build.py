@@ -288,6 +288,9 @@ def _function_parts(reward: RewardFunction | None, config: PpoConfig, world: Wor
             )
             for term in config.reward_function
         ]
+    for place, (scorer, _) in enumerate(scorers):
+        if scorer.label in [earlier.label for earlier, _ in scorers[:place]]:
+            scorer.label += f"_{place + 1}"  # functions of two files may have one name, metrics may not
     return [
         Part(scorer.label, FirstRankScorer(scorer, world) if world.size > 1 else scorer, weight)
         for scorer, weight in scorers

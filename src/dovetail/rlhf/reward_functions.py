@@ -12,7 +12,7 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -53,9 +53,14 @@ class FunctionScorer:
     """Returns a value for each answer, or a Failure."""
     name: str
     fallback: float | None = None
+    label: str = field(init=False)
+    """The name in metrics: that of the function, without its module."""
     _last_mean: float | None = None
     """The mean score of the last batch that had one."""
     _lost_batches: int = 0
+
+    def __post_init__(self) -> None:
+        self.label = self.name.rpartition(":")[2]
 
     def __call__(self, answers: Sequence[Answer]) -> Scored:
         pairs = zip(self.call(answers), answers, strict=True)
@@ -76,11 +81,6 @@ class FunctionScorer:
         filled = [instead if isinstance(value, Failure) else value for value in found]
         counts = {f"reward/{self.label}_failures": float(len(failures))}
         return Scored(torch.tensor(filled, dtype=torch.float32), counts)
-
-    @property
-    def label(self) -> str:
-        """Return the name in metrics: that of the function, without its module."""
-        return self.name.rpartition(":")[2]
 
     def _expect_some(self, failures: Sequence[Failure], num_answers: int) -> None:
         """Raise ConfigError if no answer has a score, in the first batch or in too many in a row."""

@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from fractions import Fraction
+from functools import cache
 from typing import Any
 
 from dovetail.rlhf.verifiers.code_tests import passes_tests
@@ -87,9 +88,15 @@ def code(completion: str, tests: Any) -> float:
     given = [tests] if isinstance(tests, str) else list(tests)
     if not given or not all(isinstance(test, str) and test.strip() for test in given):
         raise ValueError("the column tests holds no Python code")
-    if not passes_tests("", ["assert True"]):
+    if not _runs_programs():
         raise OSError("this machine cannot run programs within limits")
     return float(passes_tests(last_block(completion), given))
+
+
+@cache
+def _runs_programs() -> bool:
+    """Return whether an empty program passes; where a limit cannot be set, all others would fail without a reason."""
+    return passes_tests("", ["assert True"])
 
 
 VERIFIERS: Mapping[str, Callable[..., float]] = {
