@@ -25,6 +25,20 @@ PackedT = TypeVar("PackedT", bound="PackedBatch")
 
 
 @dataclass(frozen=True, slots=True)
+class Run:
+    """Units of a batch, in a row, that share a micro-batch."""
+
+    units: list[int]
+    tokens: int
+    """The tokens that a model computes for them."""
+
+
+def single_runs(unit_tokens: Sequence[int]) -> list[Run]:
+    """Return a run for each unit alone."""
+    return [Run([unit], tokens) for unit, tokens in enumerate(unit_tokens)]
+
+
+@dataclass(frozen=True, slots=True)
 class SummedLoss:
     """A loss not yet normalised: one place divides by the global count (training/step.py)."""
 
@@ -65,6 +79,10 @@ class MicroBatchable(Protocol):
         """Return the record of the given units alone."""
         ...
 
+    def runs(self, max_tokens: int) -> list[Run]:
+        """Return all units in runs of at most `max_tokens` tokens (a single longer unit is a run of its own)."""
+        ...
+
     def micro_batches(self, max_tokens: int) -> list[Any]:
         """Cut into parts of at most `max_tokens` tokens (a single longer unit stays whole)."""
         ...
@@ -88,9 +106,14 @@ class PackedBatch:
     """bool [T]: True = a token the loss counts (an assistant token, an action)."""
     target_counts: tuple[int, ...]
     """The number of True tokens of `mask_T` in each sequence, on the host for the same reason."""
+    shared_lengths: tuple[int, ...] = ()
+    """The number of first tokens of each sequence that models compute with the sequence before it, which begins with
+    the same ones; 0 = none, as for the first sequence of a group; empty = none in the whole batch."""
 
     def __post_init__(self) -> None:
         expect_same_length(self)
+        if self.shared_lengths:
+            _expect_groups(self.shared_lengths, self.lengths)
         if (
             not len(self.lengths) == len(self.target_counts) == self.cu_seqlens_S1.numel() - 1
             or sum(self.lengths) != self.token_ids_T.numel()
@@ -120,6 +143,13 @@ class PackedBatch:
     @property
     def max_length(self) -> int:
         return max(self.lengths)
+
+    @property
+    def own_lengths(self) -> tuple[int, ...]:
+        """The tokens that a model computes for each sequence: all that it does not share with the one before it."""
+        if not self.shared_lengths:
+            return self.lengths
+        return tuple(a - b for a, b in zip(self.lengths, self.shared_lengths, strict=True))
 
     def position_ids_T(self) -> Tensor:
         """int64 [T]: 0, 1, 2, ... restarting with each sequence."""
@@ -161,14 +191,36 @@ class PackedBatch:
                 columns[name] = column[index_S]
         columns["cu_seqlens_S1"] = bounds_S1.int()
         counts = tuple(self.target_counts[i] for i in index)
-        return replace(self, lengths=lengths, target_counts=counts, **columns)
+        shared = self._shared_among(index)
+        return replace(self, lengths=lengths, target_counts=counts, shared_lengths=shared, **columns)
+
+    def _shared_among(self, index: Sequence[int]) -> tuple[int, ...]:
+        """Return the `shared_lengths` of the given sequences: neighbours of one group still share its prompt."""
+        if not self.shared_lengths:
+            return ()
+        groups = list(itertools.accumulate(int(shared == 0) for shared in self.shared_lengths))
+        prompts = dict(zip(groups, self.shared_lengths, strict=True))  # the last of a group knows its prompt
+        found = [0, *(prompts[groups[b]] * (groups[a] == groups[b]) for a, b in itertools.pairwise(index))]
+        return tuple(found[: len(index)]) if any(found) else ()
 
     def units(self: PackedT, index: Sequence[int]) -> PackedT:
         return self.sequences(index)
 
+    def runs(self, max_tokens: int) -> list[Run]:
+        """Keep the sequences of a group together; a group of more than `max_tokens` is cut, and repeats its prompt."""
+        runs: list[Run] = []
+        for unit, (length, own) in enumerate(zip(self.lengths, self.own_lengths, strict=True)):
+            if own < length and runs[-1].tokens + own <= max_tokens:
+                runs[-1] = Run([*runs[-1].units, unit], runs[-1].tokens + own)
+            else:
+                runs.append(Run([unit], length))
+        return runs
+
     def micro_batches(self: PackedT, max_tokens: int) -> list[PackedT]:
         """Parts of at most `max_tokens` tokens, balanced; a unit longer than that is a part of its own."""
-        return [self.units(index) for index in balanced_parts(self.unit_tokens, max_tokens)]
+        runs = self.runs(max_tokens)
+        parts = balanced_parts([run.tokens for run in runs], max_tokens)
+        return [self.units([unit for i in part for unit in runs[i].units]) for part in parts]
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +259,9 @@ class Groups:
         """Return the given groups, in that order."""
         kept = [self.size * group + i for group in index for i in range(self.size)]
         return Groups(self.batch.units(kept), self.size)
+
+    def runs(self, max_tokens: int) -> list[Run]:
+        return single_runs(self.unit_tokens)
 
     def micro_batches(self, max_tokens: int) -> list[Groups]:
         """Parts of at most `max_tokens` tokens, balanced; a group longer than that is a part of its own."""
@@ -282,6 +337,9 @@ class RankedBatch(PackedBatch):
         starts = cumulative(self.group_sizes)
         return [sum(self.lengths[a:b]) for a, b in itertools.pairwise(starts)]
 
+    def runs(self, max_tokens: int) -> list[Run]:
+        return single_runs(self.unit_tokens)
+
     @property
     def unit_targets(self) -> Sequence[float]:
         return self.is_ranked
@@ -332,6 +390,35 @@ def pack(sequences: Sequence[Sequence[int]], masks: Sequence[Sequence[bool]]) ->
         mask_T=torch.tensor([m for row in counted for m in row], dtype=torch.bool),
         target_counts=tuple(sum(row) for row in counted),
     )
+
+
+def share_prompts(batch: PackedT, prompt_lengths: Sequence[int]) -> PackedT:
+    """Let models compute a prompt once for neighbouring sequences that begin with the same one.
+
+    prompt_lengths: of each sequence. Every column stays as it is, and so does every result, up to rounding: only
+    `shared_lengths` is added. Call it where the batch is still on the host.
+    """
+    ids = batch.token_ids_T.tolist()
+    starts = cumulative(batch.lengths)
+    prompts = [ids[start : start + length] for start, length in zip(starts, prompt_lengths, strict=False)]
+    goes_on = [len(prompt) < length for prompt, length in zip(prompts, batch.lengths, strict=True)]
+    shared = [0] * batch.num_sequences
+    for before, here in itertools.pairwise(range(batch.num_sequences)):
+        if goes_on[before] and goes_on[here] and prompts[before] == prompts[here]:
+            shared[here] = len(prompts[here])
+    return replace(batch, shared_lengths=tuple(shared) if any(shared) else ())
+
+
+def _expect_groups(shared_lengths: tuple[int, ...], lengths: tuple[int, ...]) -> None:
+    """Raise ValueError unless each sequence has tokens after its prompt, and those of a group share one length."""
+    if len(shared_lengths) != len(lengths) or shared_lengths[0]:
+        raise ValueError(f"shared_lengths {shared_lengths} do not fit sequences of {lengths} tokens")
+    for s, shared in enumerate(shared_lengths):
+        before = shared_lengths[s - 1]
+        if shared and (before not in (0, shared) or not 0 < shared < min(lengths[s - 1], lengths[s])):
+            raise ValueError(
+                f"sequence {s} of {lengths[s]} tokens cannot share {shared} with the one before it"
+            )
 
 
 def pack_ranked(

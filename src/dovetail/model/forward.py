@@ -8,7 +8,8 @@ Not responsible for: finding by trial how a model reads (probe.py), attention it
 A model here is a causal language model, or a scalar model (`...ForSequenceClassification` with one label: reward models
 and critics), plain or peft-wrapped.
 
-Shapes: T packed tokens, S sequences, A tokens whose mask is True, L longest sequence, D width.
+Shapes: T packed tokens, S sequences, A tokens whose mask is True, L longest sequence, D width; U tokens that are
+computed, N rows.
 """
 
 from __future__ import annotations
@@ -27,10 +28,11 @@ from transformers import PreTrainedModel
 
 from dovetail.batches import PackedBatch, SummedLoss
 from dovetail.errors import ModelError
-from dovetail.model.attention import PackedLayout, has_attention_switch, use_packed_attention
+from dovetail.model.attention import Layout, PackedLayout, has_attention_switch, use_packed_attention
 from dovetail.model.linear_logprobs import head_of, linear_cross_entropy, linear_logprobs
 from dovetail.model.plain_forward import plain_hidden_states, use_plain_attention
 from dovetail.model.rope import unknown_rope
+from dovetail.model.shared_prompts import SharedPromptLayout, can_share_prompts, taken
 
 
 @contextmanager
@@ -120,7 +122,7 @@ class LogProbs:
 
 def hidden_states(model: Any, batch: PackedBatch) -> Tensor:
     """Return the backbone's output [T, D], no head applied. Row t has seen its sequence up to and with token t."""
-    return with_weights(model, lambda: _hidden_states(model, batch))
+    return with_weights(model, lambda: _read(model, batch).whole())
 
 
 def with_weights(model: Any, function: Callable[[], TensorsT]) -> TensorsT:
@@ -134,9 +136,34 @@ def with_weights(model: Any, function: Callable[[], TensorsT]) -> TensorsT:
     return result
 
 
-def _hidden_states(model: Any, batch: PackedBatch) -> Tensor:
+@dataclass(frozen=True, slots=True)
+class _HiddenStates:
+    """The states that a backbone computed for a batch, and the place of each token's state among them."""
+
+    computed_UD: Tensor
+    row_T: Tensor | None = None
+    """int64 [T]; None = each token has a state of its own, in order."""
+
+    def at(self, index_N: Tensor) -> Tensor:
+        """Return the states [N, D] of the given tokens."""
+        if self.row_T is None:
+            return self.computed_UD.index_select(0, index_N)
+        return taken(self.computed_UD, self.row_T.index_select(0, index_N))
+
+    def whole(self) -> Tensor:
+        """Return the states of all tokens, [T, D]."""
+        return self.spread(self.computed_UD)
+
+    def spread(self, x_U: Tensor) -> Tensor:
+        """Return [T, ...]: what was computed from each token's state."""
+        return x_U if self.row_T is None else taken(x_U, self.row_T)
+
+
+def _read(model: Any, batch: PackedBatch) -> _HiddenStates:
     inner = plain_model(model)
     reading = reading_of(inner)
+    if reading.way == "packed" and can_share_prompts(inner, batch):
+        return _read_prompts_once(inner, batch)
     if reading.way == "padded":
         _warn_of_padding(f"{reading.reason}: its batches are padded, which is slower")
     if reading.way == "alone":
@@ -146,7 +173,7 @@ def _hidden_states(model: Any, batch: PackedBatch) -> Tensor:
                 f"{reading.reason}: it reads one text at a time, which processes that share its weights cannot do",
                 hint="set zero_stage=0, or train in one process",
             )
-    return read_by(reading.way, inner, batch)
+    return _HiddenStates(read_by(reading.way, inner, batch))
 
 
 def read_by(way: ReadingWay, model: PreTrainedModel, batch: PackedBatch) -> Tensor:
@@ -161,18 +188,30 @@ def read_by(way: ReadingWay, model: PreTrainedModel, batch: PackedBatch) -> Tens
 
 
 def _packed_hidden_states(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
+    return _laid_out(model, batch.token_ids_T, batch.position_ids_T(), PackedLayout.of(batch))
+
+
+def _read_prompts_once(model: PreTrainedModel, batch: PackedBatch) -> _HiddenStates:
+    layout = SharedPromptLayout(batch)
+    token_ids_U = batch.token_ids_T.index_select(0, layout.kept_U)
+    positions_U = batch.position_ids_T().index_select(0, layout.kept_U)
+    return _HiddenStates(_laid_out(model, token_ids_U, positions_U, layout), layout.row_T)
+
+
+def _laid_out(model: PreTrainedModel, token_ids_U: Tensor, positions_U: Tensor, layout: Layout) -> Tensor:
+    """Return the states [U, D] of tokens that lie as `layout` says."""
     use_packed_attention(model)
     output = model.base_model(
-        input_ids=batch.token_ids_T[None],
-        position_ids=batch.position_ids_T()[None],
+        input_ids=token_ids_U[None],
+        position_ids=positions_U[None],
         # transformers hands a mask of four dimensions through unread. Without one, its classes look for
         # packed sequences in the positions themselves, which waits for the device in every forward.
-        attention_mask=torch.zeros(1, 1, 1, 1, device=batch.token_ids_T.device),
+        attention_mask=torch.zeros(1, 1, 1, 1, device=token_ids_U.device),
         use_cache=False,
-        layout=PackedLayout.of(batch),
+        layout=layout,
     )
-    hidden_TD: Tensor = output.last_hidden_state.squeeze(0)
-    return hidden_TD
+    hidden_UD: Tensor = output.last_hidden_state.squeeze(0)
+    return hidden_UD
 
 
 def token_logprobs(
@@ -184,7 +223,7 @@ def token_logprobs(
     def score() -> tuple[Tensor, Tensor | None]:
         # Token t was chosen by the state that had seen everything up to t - 1.
         return linear_logprobs(
-            _hidden_states(model, batch).index_select(0, index_A - 1),
+            _read(model, batch).at(index_A - 1),
             head_of(model),
             batch.token_ids_T[index_A],
             temperature=temperature,
@@ -214,7 +253,7 @@ def cross_entropy(model: Any, batch: PackedBatch) -> Tensor:
     return with_weights(
         model,
         lambda: linear_cross_entropy(
-            _hidden_states(model, batch).index_select(0, index_A - 1),
+            _read(model, batch).at(index_A - 1),
             head_of(model),
             batch.token_ids_T[index_A],
         ),
@@ -228,7 +267,12 @@ def language_model_loss(model: PreTrainedModel, micro: PackedBatch) -> SummedLos
 
 def token_values(model: Any, batch: PackedBatch) -> Tensor:
     """Return [T], float32: the value of the state in which token t was chosen; 0 for first tokens, never chosen."""
-    scores_T = with_weights(model, lambda: _scalar_head(model, _hidden_states(model, batch))).squeeze(-1)
+
+    def score() -> Tensor:
+        found = _read(model, batch)
+        return found.spread(_scalar_head(model, found.computed_UD))
+
+    scores_T = with_weights(model, score).squeeze(-1)
     values_T = pad(scores_T[:-1], (1, 0))
     return values_T.index_fill(0, batch.cu_seqlens_S1[:-1].long(), 0.0)
 
@@ -236,14 +280,12 @@ def token_values(model: Any, batch: PackedBatch) -> Tensor:
 def last_scores(model: Any, batch: PackedBatch) -> Tensor:
     """Return [S], float32: the scalar head at each sequence's last token, as `...ForSequenceClassification` does."""
     last_S = batch.last_index_S()
-    return with_weights(
-        model, lambda: _scalar_head(model, _hidden_states(model, batch).index_select(0, last_S))
-    ).squeeze(-1)
+    return with_weights(model, lambda: _scalar_head(model, _read(model, batch).at(last_S))).squeeze(-1)
 
 
 def last_hidden_states(model: Any, batch: PackedBatch) -> Tensor:
     """Return the hidden state of each sequence's last token, [S, D]."""
-    return hidden_states(model, batch).index_select(0, batch.last_index_S())
+    return with_weights(model, lambda: _read(model, batch).at(batch.last_index_S()))
 
 
 def scalar_head(model: Any, hidden_ND: Tensor) -> Tensor:

@@ -342,9 +342,9 @@ def parts_of(sizes: Sequence[int], max_tokens: int, world: World) -> list[Part]:
 
 def shared_micro_batches(batch: MicroBatchable, max_tokens: int, world: World) -> list[tuple[Any, bool]]:
     """Return (micro-batch, whether it counts) for this rank's share of the units that have targets."""
-    units = [i for i, targets in enumerate(batch.unit_targets) if targets]
-    sizes = [batch.unit_tokens[i] for i in units]
+    targets = batch.unit_targets
+    runs = [run for run in batch.runs(max_tokens) if any(targets[unit] for unit in run.units)]
     return [
-        (batch.units([units[i] for i in part.index]), part.counts)
-        for part in parts_of(sizes, max_tokens, world)
+        (batch.units([unit for i in part.index for unit in runs[i].units]), part.counts)
+        for part in parts_of([run.tokens for run in runs], max_tokens, world)
     ]

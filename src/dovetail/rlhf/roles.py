@@ -135,12 +135,14 @@ def over_tokens(
     if batch.num_tokens <= max_tokens and world.size == 1:
         return list(forward(batch))
     columns: list[Tensor] = []
-    for part in parts_of(batch.lengths, max_tokens, world):
-        found = forward(batch.sequences(part.index))
+    runs = batch.runs(max_tokens)
+    for part in parts_of([run.tokens for run in runs], max_tokens, world):
+        index = [unit for i in part.index for unit in runs[i].units]
+        found = forward(batch.sequences(index))
         if not columns:
             columns = [torch.zeros(batch.num_tokens, dtype=c.dtype, device=c.device) for c in found]
         if part.counts:
-            index_T = batch.token_index_T(part.index)
+            index_T = batch.token_index_T(index)
             for column, values in zip(columns, found, strict=True):
                 column[index_T] = values
     return [world.sum(column) for column in columns]

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dovetail.batches import Experience, Rollout, moved, pack
+from dovetail.batches import Experience, Rollout, moved, pack, share_prompts
 from dovetail.config.stages import PpoConfig, SamplingConfig
 from dovetail.data.records import Message, Prompt
 from dovetail.engine.hybrid import HybridEngine
@@ -189,12 +189,15 @@ def request_seeds(seed: int, count: int) -> list[int]:
 
 
 def pack_rollout(answers: Sequence[Answer]) -> Rollout:
-    """Prompts and answers end to end, with the sampled tokens marked as actions."""
+    """Prompts and answers end to end, with the sampled tokens marked as actions.
+
+    Models compute a prompt once for all answers to it that follow one another.
+    """
     sequences = [[*a.prompt_ids, *a.answer_ids] for a in answers]
     masks = [[False] * len(a.prompt_ids) + [True] * len(a.answer_ids) for a in answers]
     packed = pack(sequences, masks)
     sampled_A = torch.tensor([p for a in answers for p in a.logprobs], dtype=torch.float32)
-    return Rollout(
+    rollout = Rollout(
         token_ids_T=packed.token_ids_T,
         cu_seqlens_S1=packed.cu_seqlens_S1,
         lengths=packed.lengths,
@@ -203,6 +206,7 @@ def pack_rollout(answers: Sequence[Answer]) -> Rollout:
         sampled_logprobs_T=torch.zeros(packed.num_tokens).masked_scatter(packed.mask_T, sampled_A),
         finished_S=torch.tensor([a.finished for a in answers], dtype=torch.bool),
     )
+    return share_prompts(rollout, [len(a.prompt_ids) for a in answers])
 
 
 def without_cut_off(rollout: Rollout, answers: Sequence[Answer]) -> Rollout:
@@ -269,6 +273,7 @@ def with_advantages(
         lengths=rollout.lengths,
         mask_T=mask_T,
         target_counts=rollout.target_counts,
+        shared_lengths=rollout.shared_lengths,
         sampled_logprobs_T=rollout.sampled_logprobs_T,
         old_logprobs_T=old_logprobs_T,
         reference_logprobs_T=reference_T,
