@@ -50,6 +50,7 @@ def test_a_run_learns_to_prefer_what_was_chosen(loss: str, tmp_path: Path) -> No
     pipeline.run(config)
     results = results_of(config)
     assert results["accuracy"] == 1.0
+    assert results["held_out_pairs"] == 4
     assert results["reward_margin"] > 0
     rows = [json.loads(line) for line in (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()]
     losses = [row["dpo/loss"] for row in rows if "dpo/loss" in row]
@@ -96,13 +97,16 @@ def test_a_loss_without_a_reference_asks_the_start_model_nothing(
     assert made == [None, None]
 
 
-def test_before_the_first_step_the_policy_is_the_reference(tmp_path: Path) -> None:
+def test_before_the_first_step_the_policy_is_the_reference(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     optimizer = {**STAGE["optimizer"], "learning_rate": 0.0}
     config = run_of(tmp_path, lora=True, optimizer=optimizer)
     pipeline.run(config)
     results = results_of(config)
     assert results["accuracy"] == 0.5
     assert results["reward_margin"] == results["chosen_reward"] == 0.0
+    assert "accuracy 0.500 on 4 held-out pairs is not to be told from guessing" in capsys.readouterr().err
 
 
 def test_rows_with_equal_answers_alone_end_in_an_error(tmp_path: Path) -> None:

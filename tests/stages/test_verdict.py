@@ -12,18 +12,30 @@ from dovetail.training.step import StepReport
 from tests.stages.runs import tiny_run
 
 
+@pytest.mark.parametrize(
+    ("algorithm", "expected"),
+    [
+        ("ppo", [("accuracy", "reward"), ("held_out_pairs", "reward"), ("held_out_reward", "ppo")]),
+        ("dpo", [("accuracy", "dpo"), ("held_out_pairs", "dpo"), ("held_out_loss", "dpo")]),
+    ],
+)
 def test_every_result_of_the_summary_is_on_the_screen_too(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    algorithm: str,
+    expected: list[tuple[str, str]],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    pipeline.run(tiny_run(tmp_path))
+    config = tiny_run(tmp_path, algorithm=algorithm)
+    pipeline.run(config)
     lines = capsys.readouterr().err.splitlines()
     summary = json.loads((tmp_path / "run/summary.json").read_text())
-    for stage, title in pipeline.TITLES.items():
+    for stage in config.stages:
+        title = pipeline.TITLES[stage]
         for name, value in summary[stage].items():
             if name != "steps":
                 text = f"{name.replace('_', ' ')} {value:.4g}"
                 assert any(line.startswith(f"{title}: ") and text in line for line in lines), text
-    for name, stage in (("accuracy", "reward"), ("held_out_pairs", "reward"), ("held_out_reward", "ppo")):
+    for name, stage in expected:
         assert name in summary[stage]
 
 

@@ -150,7 +150,8 @@ def preference_quality(held_out: Preferences, settings: DpoConfig, score: Scorer
     batch = held_out.batch(range(len(held_out)))
     total, sums = judged(score(batch), batch, settings)
     weight = batch.weight_P.sum()
-    return {name: float(value / weight) for name, value in {"held_out_loss": total, **sums}.items()}
+    means = {name: float(value / weight) for name, value in {"held_out_loss": total, **sums}.items()}
+    return {**means, "held_out_pairs": float(len(batch.chosen_P))}
 
 
 def judged(

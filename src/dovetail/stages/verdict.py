@@ -32,11 +32,11 @@ def doubts_of(results: Mapping[str, float]) -> Iterator[str]:
     two_errors = 1 / math.sqrt(pairs)
     on = f"accuracy {accuracy:.3f} on {pairs:.0f} held-out pairs is"
     if accuracy < 0.5 - two_errors:
-        yield f"{on} worse than guessing: the reward model prefers what people rejected; are the columns swapped?"
+        yield f"{on} worse than guessing: the model prefers what people rejected; are the columns swapped?"
     elif accuracy < 0.5 + two_errors:
         yield (
-            f"{on} not to be told from guessing (0.5, give or take {two_errors:.3f}): PPO would follow noise. See "
-            "with `dovetail data preview --stage reward` whether the better answers stand where they should; give "
+            f"{on} not to be told from guessing (0.5, give or take {two_errors:.3f}): it may have learnt noise alone. "
+            "See with `dovetail data preview --stage reward` whether the better answers stand where they should; give "
             "more comparisons, or train longer"
         )
 
