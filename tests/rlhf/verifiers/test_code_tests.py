@@ -48,6 +48,20 @@ def f(x):
     assert passes_tests(code, TESTS)
 
 
+STANDARD = """
+abc argparse array ast base64 bisect calendar cmath collections concurrent.futures contextlib copy csv
+dataclasses datetime decimal difflib enum fractions functools graphlib hashlib heapq html inspect io
+itertools json linecache logging math numbers operator pathlib pickle pprint queue random re secrets shlex
+statistics string struct tempfile textwrap threading time timeit tokenize traceback types typing unicodedata
+unittest uuid warnings weakref xml.etree.ElementTree zlib zoneinfo
+""".split()  # noqa: SIM905
+
+
+def test_modules_that_reach_for_nothing_can_be_imported() -> None:
+    imports = "".join(f"import {module}\n" for module in STANDARD)
+    assert passes_tests(f"{imports}{SQUARE}", TESTS)
+
+
 WAYS_OUT = {
     "ends well before the tests": "import os; os._exit(0)",
     "exits": "raise SystemExit(0)",

@@ -36,7 +36,7 @@ REFUSED_EVENTS = frozenset([
     "os.chown", "os.fork", "os.forkpty", "os.kill", "os.killpg", "os.link", "os.mkdir", "os.remove", "os.removexattr",
     "os.rename", "os.rmdir", "os.setxattr", "os.symlink", "os.system", "os.truncate", "os.utime", "pty.spawn",
     "resource.prlimit", "resource.setrlimit", "signal.pthread_kill", "sys._current_exceptions", "sys._current_frames",
-    "sys._getframe", "sys._getframemodulename", "sys.addaudithook", "sys.setprofile", "sys.settrace",
+    "sys._getframe", "sys.addaudithook", "sys.setprofile", "sys.settrace",
 ])  # fmt: skip
 REFUSED_FAMILIES = ("ctypes.", "os.exec", "os.posix_spawn", "os.spawn", "socket.", "subprocess.")
 REMOVED_FUNCTIONS = ("mkfifo", "mknod", "pidfd_open", "pidfd_send_signal", "setpriority")
@@ -71,7 +71,9 @@ def guard_of(own: str, readable: tuple[str, ...]) -> Guard:
 
     All that the hook uses is bound here or in `opening_of`: a program may replace names in modules, and not these.
     """
-    events, families, refused, begins = REFUSED_EVENTS, REFUSED_FAMILIES, Refused, str.startswith
+    events, families, begins, refused, absent = (
+        REFUSED_EVENTS, REFUSED_FAMILIES, str.startswith, Refused, ImportError
+    )  # fmt: skip
     loadable, compiled, frames = COMPILED_MODULES, frozenset(sys.builtin_module_names), FRAMES
     may_open = opening_of(own, readable)
     judge_of: Callable[[str], Callable[[tuple[Any, ...]], bool] | None] = {
@@ -87,7 +89,8 @@ def guard_of(own: str, readable: tuple[str, ...]) -> Guard:
         judge = judge_of(event)
         allowed = judge(given) if judge is not None else event not in events and not begins(event, families)
         if not allowed:
-            raise refused(f"{event} is refused here")
+            # The standard library does without a module that it cannot import, and expects this error.
+            raise (absent if event == "import" else refused)(f"{event} is refused here")
 
     return guard
 
