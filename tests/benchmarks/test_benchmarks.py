@@ -129,6 +129,28 @@ def test_sharding_in_one_process_beside_the_plain_step() -> None:
         assert ratio[f"ratio_to_zero_{stage}"] == expected
 
 
+def test_prompts_computed_once_and_n_times_give_one_loss() -> None:
+    rows = run(
+        "prompt_once.py",
+        *TINY,
+        "--groups",
+        "2",
+        "--answers",
+        "3",
+        "--prompt",
+        "16",
+        "--answer",
+        "4",
+        "--repeats",
+        "1",
+    )
+    apart, once, ratios = rows
+    assert apart["tokens"] == 2 * 3 * (16 + 4)
+    assert once["tokens"] == 2 * (16 + 3 * 4)
+    assert once["loss"] == pytest.approx(apart["loss"], rel=1e-4)
+    assert ratios["tokens_ratio"] == pytest.approx(120 / 56, rel=1e-4)
+
+
 @pytest.mark.slow
 def test_a_ppo_step_on_one_and_two_processes() -> None:
     words = ["--reward", "tiny-350m", "--batch", "4", "--prompt", "8", "--new", "4", "--steps", "2"]
