@@ -7,7 +7,7 @@ import pytest
 
 from dovetail.config.explain import dotted, group_of, setting_names
 from dovetail.config.load import load
-from dovetail.config.reference import settings_page
+from dovetail.config.reference import explanation, settings_page
 from dovetail.config.run import RunConfig
 from dovetail.errors import ConfigError
 
@@ -54,7 +54,44 @@ def test_names_types_and_defaults_are_those_of_the_configuration() -> None:
     assert rows["reward.start_from"] == ["`model`, `sft`", '`"model"`']
     assert rows["data.stage_split"][0] == "list: number >= 0, number >= 0, number >= 0 or null"
     assert "reward.optimizer.warmup_steps" not in rows  # as sft.optimizer's, which is said
-    assert "As `sft.optimizer`, but for these defaults:" in settings_page()
+    assert "As in `sft.optimizer`: `warmup_steps`." in settings_page()
+
+
+def test_most_runs_need_few_settings() -> None:
+    everyday, _, advanced = settings_page().partition("## Advanced")
+    count = everyday.count("\n| `")
+    assert f"These {count} settings" in everyday
+    assert 40 < count <= 65
+    assert "| `ppo.kl_coefficient`" in everyday
+    assert "| `ppo.gamma`" in advanced
+
+
+def test_advanced_settings_exist() -> None:
+    models = {RunConfig, *(m for field, _ in described().values() if (m := group_of(field.annotation)))}
+    for model in models:
+        assert model.advanced <= set(model.model_fields), model.__name__
+
+
+@pytest.mark.parametrize("name", described())
+def test_every_setting_can_be_explained(name: str) -> None:
+    field, description = described()[name]
+    found = " ".join(explanation(name).split())
+    if group_of(field.annotation) is None or isinstance(field.default, tuple):
+        assert description.replace("`", "") in found
+    else:
+        assert description.rstrip(".") in found
+
+
+def test_an_explanation_has_type_default_and_meaning() -> None:
+    lines = explanation("ppo.gamma").splitlines()
+    assert lines == ["ppo.gamma: number >= 0 <= 1, default 1.0; for experts", "  Discount per token."]
+    assert explanation("data.blend.0.path") == explanation("data.blend.N.path")
+
+
+def test_a_name_that_is_no_setting_leads_to_the_nearest() -> None:
+    with pytest.raises(ConfigError, match=r"ppo\.kl_coeficient is not a setting") as caught:
+        explanation("ppo.kl_coeficient")
+    assert caught.value.hint == "did you mean ppo.kl_coefficient?"
 
 
 @pytest.mark.parametrize("name", described())

@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 import dovetail
-from dovetail.cli import chat, data, demo, doctor, export, generate, label, serve, train
+from dovetail.cli import chat, data, demo, doctor, explain, export, generate, label, serve, train
 from dovetail.cli.flag_lists import repeat_flags
 from dovetail.errors import DovetailError
 
@@ -30,6 +30,7 @@ EPILOG = """Begin here:
   dovetail train opt-1.3b data.blend='\\[my_pairs.jsonl]'
   dovetail chat runs/opt-1.3b                    talk to the result
   dovetail label runs/opt-1.3b --prompts my_prompts.jsonl
+  dovetail explain ppo.kl_coefficient            what a setting means
   dovetail serve runs/opt-1.3b                   the same in the browser, and for any OpenAI client"""
 
 app = typer.Typer(
@@ -57,6 +58,7 @@ app.command("serve", rich_help_panel=RESULTS)(serve.serve)
 app.command("api-key", rich_help_panel=RESULTS)(serve.api_key)
 app.command("export", rich_help_panel=RESULTS)(export.export)
 app.command("doctor", rich_help_panel=LOOKING)(doctor.doctor)
+app.command("explain", rich_help_panel=LOOKING)(explain.explain)
 data_app = typer.Typer(no_args_is_help=True, help="Look at the data as the model will see it.")
 data_app.command("preview")(data.preview)
 app.add_typer(data_app, name="data", rich_help_panel=LOOKING)

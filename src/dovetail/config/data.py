@@ -5,7 +5,7 @@ Responsible for: the settings of the data layer. Not responsible for: reading (d
 
 import codecs
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
@@ -27,6 +27,24 @@ class SourceConfig(FrozenModel):
     A column is a name, or a path into nested values: `question.full_text`, `passages[0].text`,
     `completions[].text` (a list of all), `rejected?` (may be absent).
     """
+
+    advanced: ClassVar[frozenset[str]] = frozenset(
+        {
+            "revision",
+            "encoding",
+            "preference_values",
+            "tie_values",
+            "ranks",
+            "margin",
+            "system",
+            "transcript",
+            "transcript_names",
+            "remove",
+            "limit",
+            "stages",
+            "held_out",
+        }
+    )
 
     path: str
     """A registered name (rm-static), a file (.json .jsonl .jsonl.gz .parquet .csv), a folder saved with
@@ -148,6 +166,10 @@ class SourceConfig(FrozenModel):
 
 class DataConfig(FrozenModel):
     """The blend, its split over the three stages, and what to do with rows that do not fit."""
+
+    advanced: ClassVar[frozenset[str]] = frozenset(
+        {"bad_rows", "split_by", "max_eval_rows", "seed", "cache_dir"}
+    )
 
     blend: tuple[SourceConfig, ...] = ()
     """Sources of all three stages. In YAML and on the command line an item may be a short string,

@@ -11,13 +11,14 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from dovetail.config.frozen import FrozenModel
 from dovetail.config.yaml_source import Path
 from dovetail.errors import ConfigError
 
-Model = type[BaseModel]
+Model = type[FrozenModel]
 
 
 def config_error(error: ValidationError, root: Model, origins: Mapping[Path, str]) -> ConfigError:
@@ -77,7 +78,7 @@ def _message(detail: ErrorDetails) -> str:
 def _hint(detail: ErrorDetails, root: Model) -> str | None:
     path = detail["loc"]
     if detail["type"] == "extra_forbidden":
-        return _nearest(path, root)
+        return nearest(path, root)
     if detail["type"] == "value_error":
         return None
     while path and isinstance(path[-1], int):  # an item of a list is described with the list
@@ -86,7 +87,7 @@ def _hint(detail: ErrorDetails, root: Model) -> str | None:
     return f"{dotted(path)}: {' '.join(field.description.split())}" if field and field.description else None
 
 
-def _nearest(path: Path, root: Model) -> str:
+def nearest(path: Path, root: Model) -> str:
     """Suggest the setting of this group with the nearest name, else the nearest anywhere, else what the group has."""
     wrong = str(path[-1])
     group = _group_at(path[:-1], root)
@@ -140,7 +141,7 @@ def _group_at(path: Path, root: Model) -> Model | None:
 
 def group_of(annotation: Any) -> Model | None:
     """Return the configuration model inside `Model`, `Model | None` or `tuple[Model, ...]`, if there is one."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+    if isinstance(annotation, type) and issubclass(annotation, FrozenModel):
         return annotation
     if typing.get_origin(annotation) in (typing.Union, types.UnionType, tuple):
         return next((found for part in typing.get_args(annotation) if (found := group_of(part))), None)

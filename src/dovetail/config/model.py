@@ -3,7 +3,7 @@
 Responsible for: the settings of one model. Not responsible for: loading it (model/load.py).
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, PositiveInt
 
@@ -14,6 +14,8 @@ Precision = Literal["auto", "bf16", "fp16", "fp32"]
 
 class LoraConfig(FrozenModel):
     """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685) on the linear layers, through peft."""
+
+    advanced: ClassVar[frozenset[str]] = frozenset({"dropout", "target_modules"})
 
     rank: PositiveInt = 64
     """Rank r of each adapter. 16 to 128; DeepSpeed-Chat's recipes use 128."""
@@ -27,6 +29,8 @@ class LoraConfig(FrozenModel):
 
 class ModelConfig(FrozenModel):
     """One pretrained model and how it is adapted."""
+
+    advanced: ClassVar[frozenset[str]] = frozenset({"revision", "trust_remote_code"})
 
     path: str
     """Hub name (facebook/opt-1.3b), a local Hugging Face folder, or a .gguf file."""

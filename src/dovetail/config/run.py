@@ -4,7 +4,7 @@ Responsible for: the root of the configuration. Not responsible for: YAML and ov
 """
 
 from os.path import expanduser
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt, model_validator
 
@@ -28,6 +28,8 @@ ROWS_OF: dict[StageName, RowKind] = {"sft": "sft", "reward": "reward", "ppo": "p
 
 class TrackingConfig(FrozenModel):
     """The trackers that get metrics beside `metrics.jsonl`."""
+
+    advanced: ClassVar[frozenset[str]] = frozenset({"print_every"})
 
     tensorboard: bool = True
     """Write TensorBoard event files to `RUN/tensorboard`."""

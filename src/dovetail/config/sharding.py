@@ -5,7 +5,7 @@ weights wait in host memory.
 Not responsible for: what they do (parallel/), how many devices there are.
 """
 
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import PositiveInt, model_validator
 
@@ -20,6 +20,8 @@ class ZeroStageConfig(FrozenModel):
     per step. 2: the same, and gradients are reduced after each micro-batch. 3: the same, and weights are gathered layer
     by layer when they are needed. Results do not depend on it but for rounding. One process alone divides nothing.
     """
+
+    advanced: ClassVar[frozenset[str]] = frozenset({"reference", "reward_model", "shard_over"})
 
     actor: Literal[0, 1, 2, 3] = 1
     """The model that stage 1 and PPO train."""
@@ -73,6 +75,8 @@ class OffloadConfig(FrozenModel):
     Weights come to the device when they are needed, gradients leave it, and AdamW steps on the CPU.
     """
 
+    advanced: ClassVar[frozenset[str]] = frozenset({"actor", "critic", "reference", "reward_model"})
+
     actor: bool = False
     """The model that stage 1 and PPO train."""
     critic: bool = False
@@ -90,6 +94,8 @@ class OffloadConfig(FrozenModel):
 
 class TensorParallelConfig(FrozenModel):
     """The number of processes that compute each layer together (Shoeybi et al. 2019, arXiv:1909.08053)."""
+
+    advanced: ClassVar[frozenset[str]] = frozenset({"generation"})
 
     training: PositiveInt = 1
     """Neighbouring processes that compute each layer of every model together while it scores and learns, each with a

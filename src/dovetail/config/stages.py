@@ -4,7 +4,7 @@ Responsible for: the settings of supervised fine-tuning, reward model, PPO and d
 Not responsible for: the loops.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     Field,
@@ -24,6 +24,10 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 
 class OptimizerConfig(FrozenModel):
     """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) with float32 master weights, and its schedule."""
+
+    advanced: ClassVar[frozenset[str]] = frozenset(
+        {"schedule", "final_fraction", "weight_decay", "betas", "eps", "max_grad_norm"}
+    )
 
     learning_rate: NonNegativeFloat = 1e-5
     """Peak learning rate. Full weights: about 1e-5; LoRA adapters: 1e-4 to 5e-4."""
@@ -45,6 +49,10 @@ class OptimizerConfig(FrozenModel):
 
 class StageConfig(FrozenModel):
     """The settings that all stages share."""
+
+    advanced: ClassVar[frozenset[str]] = frozenset(
+        {"activation_checkpointing", "save_every", "keep_checkpoints"}
+    )
 
     batch_size: PositiveInt = 32
     """Sequences (SFT), prompts (reward model) or answers (PPO) per optimiser step or rollout."""
@@ -78,6 +86,8 @@ class SftConfig(StageConfig):
 class RewardConfig(StageConfig):
     """Stage 2: the reward model on ranked answers (InstructGPT, equation 1)."""
 
+    advanced: ClassVar[frozenset[str]] = StageConfig.advanced | {"start_from"}
+
     epochs: PositiveFloat = 1.0
     """Passes over the comparisons; more than one over-fits (InstructGPT, appendix C.2)."""
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=2e-5)
@@ -92,6 +102,8 @@ _BETAS: dict[PreferenceLoss, float] = {"sigmoid": 0.1, "ipo": 0.1, "simpo": 2.0,
 
 class DpoConfig(StageConfig):
     """Direct preference optimisation (Rafailov et al. 2023, arXiv:2305.18290): the actor learns from comparisons."""
+
+    advanced: ClassVar[frozenset[str]] = StageConfig.advanced | {"label_smoothing", "simpo_gamma"}
 
     batch_size: PositiveInt = 64
     """Prompts per optimiser step, each with all its answers (the DPO paper's 64 pairs)."""
@@ -145,6 +157,8 @@ class SamplingConfig(FrozenModel):
 class RewardTerm(FrozenModel):
     """One of several reward functions."""
 
+    advanced: ClassVar[frozenset[str]] = frozenset({"time_limit", "fallback"})
+
     function: str
     """`package.module:function`, `file.py:function` or a built-in verifier: code, exact, json_schema, maths, number or
     regex."""
@@ -163,6 +177,14 @@ class RewardTerm(FrozenModel):
 
 class PpoConfig(StageConfig):
     """Stage 3: PPO (Schulman et al. 2017, arXiv:1707.06347) as in InstructGPT, section 3.5 and appendix C."""
+
+    advanced: ClassVar[frozenset[str]] = StageConfig.advanced | {
+        "critic_warmup_rollouts", "critic_warmup_learning_rate",
+        "kl_target", "kl_limit", "kl_stop", "ratio_clip", "cut_off_answers",
+        "value_clip", "old_logprobs", "importance_cap", "gamma", "gae_lambda", "score_clip", "missing_end_penalty",
+        "whiten_rewards", "ema_decay", "park_optimizer", "ptx_batch_size", "reward_function_weight",
+        "print_samples_every",
+    }  # fmt: skip
 
     batch_size: PositiveInt = 64
     """Answers per rollout."""
