@@ -1,6 +1,7 @@
 """Shared prompts that are computed once against the same sequences computed one by one."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -138,6 +139,14 @@ def test_a_model_reads_each_prompt_once():
     model = tiny_model("llama")
     assert tokens_read(model, lambda: logprobs_of(model, shared)) == [6 + 11 + 1 + 7 + 9 + 4]
     assert tokens_read(model, lambda: logprobs_of(model, plain)) == [plain.num_tokens]
+
+
+def test_a_batch_in_which_no_neighbours_share_a_prompt_is_read_as_it_is():
+    _, plain = both(GROUPS["one answer each"])
+    model = exact_model("llama")
+    none_shared = replace(plain, shared_lengths=(0,) * plain.num_sequences)
+    assert not can_share_prompts(model, none_shared)
+    assert_near(logprobs_of(model, none_shared), logprobs_of(model, plain))
 
 
 def test_a_class_that_cannot_be_packed_reads_separate_sequences():

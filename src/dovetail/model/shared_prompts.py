@@ -38,7 +38,7 @@ def can_share_prompts(model: PreTrainedModel, batch: PackedBatch) -> bool:
 
     A rope whose frequencies depend on the length gives a prompt other numbers for each length of the answer.
     """
-    if not batch.shared_lengths:
+    if not any(batch.shared_lengths):
         return False
     limit = rope_limit(model.base_model)
     return limit is None or batch.max_length <= limit
