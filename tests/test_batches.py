@@ -1,6 +1,7 @@
 """Shared prompts in packed batches: where they are found, kept, cut, and refused."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from dovetail.parallel.world import World, shared_micro_batches
 from dovetail.rlhf.rewards import Answer
 from dovetail.rlhf.roles import over_tokens
 from dovetail.rlhf.rollout import pack_rollout
+from dovetail.rlhf.update import minibatches
 
 PROMPT, OTHER = [5, 6, 7], [5, 6, 8]
 
@@ -107,3 +109,11 @@ def test_a_rollout_shares_the_prompts_of_neighbouring_answers() -> None:
         for prompt, answer in FIVE
     ]
     assert pack_rollout(answers).shared_lengths == (0, 3, 3, 0, 3)
+
+
+def test_a_minibatch_holds_each_prompt_once() -> None:
+    experience: Any = batch_of(*[(prompt, [i]) for prompt in (PROMPT, OTHER) for i in range(6)])
+    parts = list(minibatches(experience, epochs=2, count=3, seed=0))
+    assert len(parts) == 6
+    assert all(part.num_sequences == 4 for part in parts)
+    assert all(part.shared_lengths.count(0) <= 2 for part in parts)

@@ -221,15 +221,15 @@ def update_critic_alone(
 def minibatches(experience: Experience, *, epochs: int, count: int, seed: int) -> Iterator[Experience]:
     """Divide all answers, in a fresh order each epoch, into `count` minibatches of whole sequences.
 
-    With one minibatch the order of the rollout is kept: training then packs exactly as scoring did. Minibatches
-    without targets are left out.
+    Each minibatch keeps the order of the rollout, so that its answers to one prompt share it; with one minibatch
+    training packs exactly as scoring did. Minibatches without targets are left out.
     """
     num = experience.num_sequences
     for epoch in range(epochs):
         generator = torch.Generator().manual_seed(seed + epoch)
         order = torch.randperm(num, generator=generator).tolist() if count > 1 else list(range(num))
         for part in range(count):
-            index = order[part * num // count : (part + 1) * num // count]
+            index = sorted(order[part * num // count : (part + 1) * num // count])
             if any(experience.target_counts[i] for i in index):
                 yield experience.sequences(index) if count > 1 else experience
 
