@@ -26,6 +26,8 @@ GROUPS = {
         *(
             "parallel.sharing.Sharing",
             "parallel.world.World",
+            "parallel.world.joined",
+            "model.placement.resolve_device",
             "rlhf.rollout.Collected",
             "rlhf.update.UpdateReport",
         ),
@@ -33,7 +35,7 @@ GROUPS = {
     "Batches": ("batches.PackedBatch", "batches.Rollout", "batches.Experience", "training.step.StepReport"),
     "Settings as Python values": (
         *("config.stages.PpoConfig", "config.stages.SamplingConfig", "config.stages.OptimizerConfig"),
-        "config.model.LoraConfig",
+        *("config.model.LoraConfig", "config.sharding.ZeroStageConfig"),
     ),
     "Rewards": ("rlhf.rewards.Answer", "rlhf.rewards.RewardFunction", "rlhf.judge.Judge"),
     "Use a trained model": (
@@ -72,7 +74,7 @@ def described(name: str, module: str) -> Iterator[str]:
         yield _code(signature(node))
         yield _text(node)
     elif isinstance(node, ast.ClassDef):
-        yield from _of_class(node)
+        yield from _of_settings(node) if module.startswith("config.") else _of_class(node)
     else:
         yield _code(ast.unparse(node))
         yield f"{_string(body[index + 1])}\n"
@@ -109,9 +111,6 @@ def _of_class(node: ast.ClassDef) -> Iterator[str]:
     methods = [part for part in node.body if isinstance(part, Function)]
     yield from (_code(signature(method, name=node.name)) for method in methods if method.name == "__init__")
     yield _text(node)
-    if any(ast.unparse(base) == "FrozenModel" for base in node.bases):
-        yield "Its fields are the [settings](settings.md) of the same names.\n"
-        return
     if fields := list(_fields(node)):
         yield "".join(f"{field}\n" for field in fields)
     for method in methods:
@@ -119,6 +118,11 @@ def _of_class(node: ast.ClassDef) -> Iterator[str]:
             yield f"#### `{node.name}.{method.name}`\n"
             yield _code(_property(method) or signature(method))
             yield _text(method)
+
+
+def _of_settings(node: ast.ClassDef) -> Iterator[str]:
+    yield _text(node)
+    yield "Its fields are the [settings](settings.md) of the same names.\n"
 
 
 def _property(method: Function) -> str:

@@ -157,6 +157,15 @@ def test_links_in_the_guides_lead_somewhere(file: Path) -> None:
         assert (file.parent / target).exists(), target
 
 
+def test_the_tour_of_a_step_names_functions_where_they_are() -> None:
+    tour = ROOT / "docs/a-ppo-step.md"
+    named = re.findall(r"\[`(\w+)`\]\(([^)]+\.py)\)", tour.read_text(encoding="utf-8"))
+    assert named
+    for function, file in named:
+        defined = re.compile(rf"^ *(def|class) {function}\b", re.MULTILINE)
+        assert defined.search((tour.parent / file).read_text(encoding="utf-8")), f"{file} has no {function}"
+
+
 def test_both_readmes_show_the_same_commands() -> None:
     english, chinese = (
         [line for block in blocks(file, "bash") for line in block.splitlines()] for file in READMES
