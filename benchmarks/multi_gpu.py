@@ -29,7 +29,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from dovetail.config.sharding import OffloadConfig, ZeroStageConfig
 from dovetail.config.stages import PpoConfig, SamplingConfig
 from dovetail.engine import Sampling
-from dovetail.parallel.shard import layout_of
+from dovetail.parallel.shard import sharding_of
 from dovetail.parallel.sharing import Sharing
 from dovetail.parallel.world import ALONE, World, joined
 from dovetail.rlhf.build import checkpoint_activations, make_learners
@@ -125,7 +125,7 @@ def measure(options: argparse.Namespace, device: torch.device, world: World) -> 
     rate = batch / medians["seconds"]
     row = {
         "processes": world.size, "model": options.model, "lora": options.lora, "batch": batch,
-        "is_sharded": layout_of(roles.actor).is_sharded, "zero_stage": stages.model_dump(),
+        "is_sharded": sharding_of(roles.actor).layout.is_sharded, "zero_stage": stages.model_dump(),
         "offload": offload.models,
         "prompt": options.prompt, "new_tokens": options.new, **medians,
         "received_bytes": counted.received(), "sequences_per_second": rate,
@@ -148,7 +148,7 @@ def one_step(
         world=world,
     )  # fmt: skip
     generated = shapes.now(roles.device) - start
-    gather, num_bytes = layout_of(roles.actor).take_costs()
+    gather, num_bytes = sharding_of(roles.actor).layout.take_costs()
     learnt = ppo_step.learn(roles, learners, config, answers, step)
     seconds = generated + sum(learnt.values())
     own = {

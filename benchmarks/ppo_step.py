@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Sequence
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,7 +28,7 @@ from dovetail.config.stages import PpoConfig, SamplingConfig
 from dovetail.engine import HybridEngine, Sampling
 from dovetail.model.copies import copy_of
 from dovetail.model.lora import add_lora
-from dovetail.parallel.shard import gathered, generation_model
+from dovetail.parallel.shard import sharding_of
 from dovetail.parallel.sharing import Sharing
 from dovetail.rlhf.build import make_learners
 from dovetail.rlhf.rewards import Answer, RewardModelScorer
@@ -149,7 +148,7 @@ def make_roles(
     return Roles(
         actor=actor, critic=critic, reference=reference, score=RewardModelScorer(reward, budget, device),
         chat=SimpleNamespace(decode=lambda _: ""), device=device, budget=budget,
-        engine=HybridEngine(generation_model(actor), device=device, weights=partial(gathered, actor)),
+        engine=HybridEngine(sharding_of(actor).generation_model, device=device, weights=sharding_of(actor).unsharded),
     )  # type: ignore[arg-type]  # fmt: skip
 
 

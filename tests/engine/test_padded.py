@@ -10,7 +10,7 @@ from dovetail.engine import HybridEngine, Sampling
 from dovetail.engine import hybrid as hybrid_module
 from dovetail.engine import probe as probe_module
 from dovetail.errors import GenerationError
-from dovetail.parallel.tensor_training import TensorGroup
+from dovetail.parallel.world import TensorGroup
 from tests.engine.test_hybrid import hf_greedy, prompts_of
 from tests.fakes import PADDED, tiny_model
 

@@ -25,7 +25,7 @@ from dovetail.engine.sampling import Sampling
 from dovetail.model.forward import language_model_loss
 from dovetail.model.lora import add_lora
 from dovetail.model.shards import is_offloaded, local
-from dovetail.parallel.shard import gathered, generation_model, shard_model, whole_model
+from dovetail.parallel.shard import shard_model, sharding_of
 from dovetail.parallel.world import World, joined
 from dovetail.stages import pipeline
 from dovetail.training.optim import Ema, Optimizer
@@ -187,14 +187,14 @@ def test_an_offloaded_model_generates_and_is_saved_as_it_is(world: World, lora: 
     plain = made(torch.float32, lora).eval()
     offloaded = copy.deepcopy(plain)
     shard_model(offloaded, stage=3, world=world, device=DEVICE, offload=True)
-    weights = partial(gathered, offloaded)
-    engine = HybridEngine(generation_model(offloaded), device=DEVICE, weights=weights)
+    weights = sharding_of(offloaded).unsharded
+    engine = HybridEngine(sharding_of(offloaded).generation_model, device=DEVICE, weights=weights)
     prompts = [[5, 6, 7], [8, 9], [10] * 20]
     settings = Sampling(max_new_tokens=12, temperature=0.0)
     with engine.generating() as generate:
         found = [list(answer.token_ids) for answer in generate(prompts, settings, seeds=range(3))]
     check_parity(engine, prompts, trained=offloaded)
-    saved = whole_model(offloaded)
+    saved = sharding_of(offloaded).for_saving()
     same = dict(plain.named_parameters())
     assert saved is not None
     assert all(torch.equal(weight, same[name]) for name, weight in saved.named_parameters())

@@ -1,13 +1,18 @@
 """A copy has the same numbers and nothing else in common."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 
 from dovetail.batches import pack
 from dovetail.model.copies import copy_of
-from dovetail.model.forward import hidden_states
+from dovetail.model.forward import hidden_states, plain_model
 from dovetail.model.lora import add_lora
 from dovetail.model.scalar import scalar_model_from
+from dovetail.parallel.shard import shard_model, sharding_of
+from dovetail.parallel.world import ALONE, World
 from tests.fakes import TINY, tiny_model
 
 BATCH = pack([[1, 2, 3], [4, 5]], [[False] * 3, [False] * 2])
@@ -54,3 +59,14 @@ def test_a_copy_has_a_config_of_its_own():
     copied.config.pad_token_id = 1
     assert model.config.pad_token_id == 257
     assert copied.base_model.config is copied.config
+
+
+@pytest.mark.parametrize("make", [tiny_model, adapted])
+@pytest.mark.parametrize("copied", [copy_of, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_of_a_model_of_several_processes_belongs_to_this_one_alone(make, copied):
+    model = make()
+    shard_model(model, stage=0, world=World(1, 2, is_group=True), device=torch.device("cpu"))
+    other = copied(model)
+    assert (sharding_of(other).world, sharding_of(other).layout.is_sharded) == (ALONE, False)
+    assert sharding_of(model).world.size == 2
+    assert sharding_of(plain_model(model)).layout is sharding_of(model).layout

@@ -26,7 +26,7 @@ from dovetail.model.scalar import with_scalar_head
 from dovetail.model.shards import local, shard_like, whole
 from dovetail.model.slices import slice_of
 from dovetail.parallel.grid import in_rows
-from dovetail.parallel.shard import layout_of, shard_model, world_of
+from dovetail.parallel.shard import shard_model, sharding_of
 from dovetail.parallel.world import World, joined
 from dovetail.training.optim import Optimizer
 from dovetail.training.step import Term, TokenBudget, gradient_step
@@ -83,14 +83,15 @@ def result(case: Case, world: World, device: torch.device, folder: Path) -> dict
 
     def step_and_keep(scale: Tensor) -> None:
         """In the place of the optimiser's, once gradients are complete."""
-        named, division = dict(model.named_parameters()), layout_of(model).division
+        named, division = dict(model.named_parameters()), sharding_of(model).layout.division
         for key, gradient in optimizer.gradients().items():
             held = whole(shard_like(named[key], gradient))
-            gradients[key] = division.whole(held, named[key]).clone().cpu()
+            joined = held if division is None else division.whole(held, named[key])
+            gradients[key] = joined.clone().cpu()
         step(scale)
 
     optimizer.step = step_and_keep  # type: ignore[method-assign]
-    torch.manual_seed(world_of(model).rank)
+    torch.manual_seed(sharding_of(model).world.rank)
     take = partial(
         gradient_step,
         model,

@@ -25,11 +25,11 @@ from dovetail.engine.sampling import Sampling
 from dovetail.errors import ParityError
 from dovetail.model.lora import add_lora
 from dovetail.model.shards import is_shard
-from dovetail.parallel import tensor, tensor_plan
-from dovetail.parallel.shard import shard_model, whole_weights
+from dovetail.parallel import tensor_plan
+from dovetail.parallel.grid import tensor_group
+from dovetail.parallel.shard import ShardedModel, shard_model
 from dovetail.parallel.tensor import SplitModel
-from dovetail.parallel.tensor_training import TensorGroup, tensor_group
-from dovetail.parallel.world import World, joined
+from dovetail.parallel.world import TensorGroup, World, joined
 from tests.fakes import TINY, tiny_model
 
 Case = tuple[str, int, int, str]
@@ -150,13 +150,15 @@ def wholes_counted(split: SplitModel) -> Iterator[list[int]]:
     """Each time that a weight has been gathered: how many of those that are cut are there whole."""
     counts: list[int] = []
 
-    def watched(model: Any, **options: Any) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, weight in whole_weights(model, **options):
-            weights = {key: model.get_parameter(key) for key in split._cuts}
+    original = ShardedModel.whole_weights
+
+    def watched(sharded: ShardedModel, **options: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, weight in original(sharded, **options):
+            weights = {key: sharded.model.get_parameter(key) for key in split._cuts}
             counts.append(sum(not is_shard(held) for held in weights.values()))
             yield name, weight
 
-    with patch.object(tensor, "whole_weights", watched):
+    with patch.object(ShardedModel, "whole_weights", watched):
         yield counts
 
 

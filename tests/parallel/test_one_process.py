@@ -16,7 +16,7 @@ from dovetail.errors import ConfigError, ModelError
 from dovetail.model.forward import language_model_loss
 from dovetail.model.lora import add_lora
 from dovetail.model.shards import is_shard, whole
-from dovetail.parallel.shard import gathered_bytes, layout_of, reshard, shard_model
+from dovetail.parallel.shard import shard_model, sharding_of
 from dovetail.parallel.world import ALONE, World, joined
 from dovetail.training.optim import Optimizer
 from dovetail.training.step import StepReport, Term, TokenBudget, gradient_step
@@ -58,7 +58,7 @@ def three_steps(model: Any) -> list[StepReport]:
 
 
 def weights_of(model: Any) -> dict[str, Tensor]:
-    reshard(model)
+    sharding_of(model).reshard()
     return {name: whole(weight).clone() for name, weight in model.named_parameters()}
 
 
@@ -89,7 +89,7 @@ def test_offloaded_steps_are_those_of_a_plain_model(
         plain = add_lora(plain, rank=2, alpha=4, seed=0)
     offloaded = copy.deepcopy(plain)
     shard_model(offloaded, stage=stage, world=world, device=CPU, offload=True)
-    assert not layout_of(offloaded).computes_on_shards
+    assert not sharding_of(offloaded).layout.computes_on_shards
     assert three_steps(offloaded) == three_steps(plain)
     expected = weights_of(plain)
     for name, weight in weights_of(offloaded).items():
@@ -102,7 +102,7 @@ def test_what_stages_gather_for_a_pass_is_counted(world: World) -> None:
     for stage in (1, 2, 3):
         model = tiny_model().to(torch.bfloat16)
         shard_model(model, stage=stage, world=world, device=CPU, offload=True)
-        found.append(gathered_bytes(model))
+        found.append(sharding_of(model).gathered_bytes())
     # Shards on a CPU count as being on the device: whole float32 gradients are what comes on top.
     assert found == [4 * num_weights, 0, 0]
 

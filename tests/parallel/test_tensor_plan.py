@@ -10,8 +10,8 @@ from transformers import BloomConfig, LlamaConfig
 
 from dovetail.errors import ConfigError
 from dovetail.model.lora import add_lora
+from dovetail.parallel.grid import expect_even_groups
 from dovetail.parallel.tensor_plan import TRAINING, Place, cuts_of, expect_divisible, slice_bytes
-from dovetail.parallel.tensor_training import expect_even_groups
 from dovetail.parallel.world import World
 from tests.fakes import TINY, tiny_model
 

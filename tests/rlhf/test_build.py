@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from dovetail.config.stages import OptimizerConfig, SftConfig
+from dovetail.parallel.shard import Layout, ShardedModel
 from dovetail.rlhf import build, update
 from dovetail.rlhf.api import PPOTrainer
 from dovetail.rlhf.build import checkpoint_activations, same_tokens
@@ -77,8 +78,9 @@ def test_processes_that_compute_layers_together_all_compute_them_again_if_one_mu
             return [mine, True]
 
     monkeypatch.setattr(build, "free_bytes", lambda device: PLENTY)
-    monkeypatch.setattr(build, "world_of", lambda model: Neighbours())
     model = tiny_model()
+    together: Any = Neighbours()
+    monkeypatch.setattr(build, "sharding_of", lambda model: ShardedModel(model, Layout(together)))
     checkpoint_activations([model], SftConfig(), device=torch.device("cuda"), is_averaged=False)
     assert model.is_gradient_checkpointing
 

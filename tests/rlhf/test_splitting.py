@@ -3,7 +3,7 @@ import torch
 
 from dovetail.config.stages import PpoConfig, SamplingConfig
 from dovetail.errors import ConfigError
-from dovetail.parallel.shard import Layout
+from dovetail.parallel.shard import Layout, ShardedModel
 from dovetail.parallel.world import ALONE, World
 from dovetail.rlhf import splitting
 from dovetail.rlhf.splitting import _chosen, cache_bytes, smallest_that_fits, split_to_generate
@@ -41,7 +41,7 @@ def test_auto_divides_a_sharded_actor_only_if_it_does_not_fit_a_gpu_whole(
     weights = sum(weight.numel() * weight.element_size() for weight in model.parameters())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(World, "gather", lambda _, value: [value])  # the other processes measured the same
-        patch.setattr(splitting, "layout_of", lambda _: Layout(world, 3, copy))
+        patch.setattr(splitting, "sharding_of", lambda _: ShardedModel(model, Layout(world, 3, copy)))
         found = [
             _chosen(model, config, room=room, world=world, device=torch.device("cuda"))
             for room in (2 * weights, weights, weights // 2)

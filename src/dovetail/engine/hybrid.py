@@ -31,7 +31,7 @@ from dovetail.engine.sampling import Sampling
 from dovetail.engine.scheduler import Answer, Completion, DecodeText, Listener, OnToken, expect_usable
 from dovetail.errors import GenerationError
 from dovetail.model.forward import context_of, evaluation_mode, plain_model, vocabulary_of
-from dovetail.parallel.tensor_training import WHOLE, TensorGroup
+from dovetail.parallel.world import WHOLE, TensorGroup
 
 MAX_RUNNING = 256
 """The default number of answers decoded together."""

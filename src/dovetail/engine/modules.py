@@ -29,7 +29,7 @@ from dovetail.model.lora import adapters_in_use
 from dovetail.model.plain_forward import without_extras
 from dovetail.model.rope import reread_at, rope_limit
 from dovetail.parallel.tensor_plan import Place
-from dovetail.parallel.tensor_training import WHOLE, TensorGroup
+from dovetail.parallel.world import WHOLE, TensorGroup
 
 
 class PackedModules:

@@ -49,7 +49,7 @@ from dovetail.model.tolerance import (
     is_explained,
     nudged_embeddings,
 )
-from dovetail.parallel.shard import world_of
+from dovetail.parallel.shard import sharding_of
 
 PROMPT_TOKENS = (24, 60, 120)
 """The lengths of the prompts, cut to their last tokens; the second one's answer outgrows a page of keys. The last
@@ -127,7 +127,7 @@ def check_parity(
     cut = _cut(prompts, room, reach)
     with evaluation_mode(model), attention_restored(model):
         # Processes that compute each layer together must run the same sequences.
-        answers, generated = world_of(model).from_first_of_row(_generate(engine, cut))
+        answers, generated = sharding_of(model).world.from_first_of_row(_generate(engine, cut))
         batch = _packed(cut, answers).to(computing_device(model))
         trained_A = token_logprobs(model, batch).logprobs_T[batch.mask_T].tolist()
         tokens = _beside_the_reference(model, cut, answers, [p for row in generated for p in row], trained_A)

@@ -1,6 +1,6 @@
 """The processes of a run in two dimensions: neighbours compute together, the others work on other sequences.
 
-Responsible for: who stands where, and that those who compute together agree.
+Responsible for: which processes share a model, to train or to generate, and that those who compute together agree.
 Not responsible for: what they hold (tensor_training.py, shard.py).
 
 With T neighbours in a row, process r is number r % T of its row and number r // T of its column. Those of a column hold
@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from dovetail.parallel.tensor_plan import TRAINING
-from dovetail.parallel.tensor_training import WHOLE, TensorGroup, expect_even_groups
-from dovetail.parallel.world import ALONE, World, row_and_column
+from dovetail.errors import ConfigError
+from dovetail.parallel.tensor_plan import GENERATION, TRAINING
+from dovetail.parallel.world import ALONE, WHOLE, TensorGroup, World, row_and_column
 
 T = TypeVar("T")
 
@@ -58,6 +58,29 @@ class Grid(World):
         """Return the mesh of the column, which shards together."""
         assert shard_size == self.size
         return DeviceMesh.from_group(self.group, device.type, mesh_dim_names=("shard",))
+
+
+def tensor_group(world: World, size: int) -> TensorGroup:
+    """Return the group of this rank when neighbours, `size` by `size`, share a model. A collective of all ranks.
+
+    Raises ConfigError if the processes do not come out even.
+    """
+    expect_even_groups(world, size)
+    if size == 1:
+        return WHOLE
+    row, _ = row_and_column(world.size, size)
+    return TensorGroup(world.rank % size, size, row)
+
+
+def expect_even_groups(world: World, size: int, *, setting: str = GENERATION) -> None:
+    """Raise ConfigError, which names the setting, unless the processes of `world` form groups of `size`."""
+    if world.size % size:
+        possible = [str(n) for n in range(1, world.size + 1) if world.size % n == 0]
+        raise ConfigError(
+            f"{setting} = {size}: the run's {world.size} process{'es' if world.size > 1 else ''} cannot form groups "
+            f"of {size}",
+            hint=f"set {setting} to one of {', '.join(possible)}, or start another number of processes (--num-gpus)",
+        )
 
 
 def in_rows(world: World, width: int) -> World:

@@ -20,7 +20,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -38,10 +37,13 @@ from dovetail.model.forward import plain_model
 from dovetail.model.shards import is_offloaded, local, whole
 from dovetail.parallel.grid import Grid
 from dovetail.parallel.shards_in_place import compute_on_shards
-from dovetail.parallel.tensor_training import WHOLE, Division, divide, sum_in_pieces
+from dovetail.parallel.tensor_training import Division, divide, sum_in_pieces
 from dovetail.parallel.world import ALONE, World
 
 R = TypeVar("R")
+
+_LAYOUT = "dovetail_layout"
+"""The attribute of a plain model that holds its placement."""
 
 
 @dataclass(slots=True, eq=False)
@@ -56,13 +58,17 @@ class Layout:
     """Whether shards are in host memory."""
     shard_size: int = 1
     """The number of ranks that shard one copy: all of them, or groups of neighbours with a copy each."""
-    division: Division = field(default_factory=Division)
-    """The tensor parallelism of the layers, which comes before sharding."""
+    division: Division | None = None
+    """The tensor parallelism of the layers, which comes before sharding; None if each layer is in one process."""
     gather_seconds: float = 0.0
     """The time spent on gathering the whole model since the last `take_costs`."""
     gather_bytes: int = 0
     """The bytes that this rank received for it."""
     _depth: int = field(default=0)
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        """Become None in a copy or a pickle of the model, which is a model of its own and not sharded."""
+        return type(None), ()
 
     @property
     def is_sharded(self) -> bool:
@@ -90,18 +96,190 @@ class Layout:
         return costs
 
 
-_LAYOUTS: WeakKeyDictionary[nn.Module, Layout] = WeakKeyDictionary()
-_UNSHARED = Layout()
+@dataclass(frozen=True, slots=True, eq=False)
+class ShardedModel:
+    """A model, plain or peft-wrapped, with the placement of its weights: whole on one device, or over processes."""
+
+    model: Any
+    layout: Layout
+
+    @property
+    def world(self) -> World:
+        """The processes that hold the model together."""
+        return self.layout.world
+
+    @property
+    def generation_model(self) -> Any:
+        """The model that generates: the model itself, or the one that `unsharded` fills."""
+        return self.layout.skeleton or self.model
+
+    @property
+    def tensor_size(self) -> int:
+        """The number of ranks that compute each layer together."""
+        return 1 if self.layout.division is None else self.layout.division.group.size
+
+    def before_backward(self, *, is_last: bool) -> None:
+        """Prepare FSDP2 for the next micro-batch; call it before each forward pass. is_last: it is the step's last."""
+        layout, inner = self.layout, plain_model(self.model)
+        if isinstance(inner, FSDPModule):
+            inner.set_is_last_backward(is_last)
+            if layout.stage == 1 and not layout.computes_on_shards:
+                inner.set_requires_gradient_sync(is_last)
+                inner.set_reshard_after_backward(is_last)
+            elif layout.num_replicas > 1:
+                inner.set_requires_all_reduce(is_last)
+
+    def before_update(self) -> None:
+        """Reshard before an update, which gathered copies would not see; call it after the last backward pass."""
+        if not self.layout.computes_on_shards:
+            self.reshard()
+
+    def reduce_gradients(self, gradients: Mapping[str, Tensor]) -> None:
+        """All-reduce the gradients of replicas in place; those of shards are reduced already.
+
+        Weights that tensor parallelism leaves whole get the same gradient on all ranks that hold them.
+        """
+        if not self.layout.is_sharded and self.world.size > 1:
+            sum_in_pieces(self.world.sum, list(gradients.values()))
+        if self.layout.division is not None:
+            self.layout.division.complete(gradients)
+
+    def counted_elsewhere(self) -> frozenset[str]:
+        """Return the weights whose part of the gradient norm another rank counts, which holds them whole as well."""
+        return frozenset() if self.layout.division is None else self.layout.division.counted_elsewhere()
+
+    def whole_norm(self, norm: Tensor) -> Tensor:
+        """Return the gradient norm over those that compute each layer together, from the norm of what each counts."""
+        return norm if self.layout.division is None else self.layout.division.whole_norm(norm)
+
+    def gathered_bytes(self) -> int:
+        """Count the bytes that a forward and backward pass has on the device beside the shards.
+
+        These are whole weights at stages 1 and 2, and at stage 1 whole float32 gradients as well. At stage 3 one layer
+        at a time is whole, which is left out.
+        """
+        layout = self.layout
+        if layout.computes_on_shards or layout.stage not in (1, 2):
+            return 0
+        total = 0
+        for parameter in self.model.parameters():
+            gradient = 4 if layout.stage == 1 and parameter.requires_grad else 0
+            here = 0 if is_offloaded(parameter) else local(parameter).numel()
+            total += (
+                parameter.numel() * (parameter.element_size() + gradient) - here * parameter.element_size()
+            )
+        return total
+
+    def reshard(self) -> None:
+        """Free the gathered weights that a forward pass left, so that the model's parameters are shards again."""
+        inner = plain_model(self.model)
+        if isinstance(inner, FSDPModule):
+            for module in inner.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
+
+    @contextmanager
+    def resharded_after_use(self) -> Iterator[None]:
+        """Reshard after each forward pass within the block, so that the model's parameters are shards there."""
+        inner = plain_model(self.model)
+        if not isinstance(inner, FSDPModule):
+            yield
+            return
+        self.reshard()
+        inner.set_reshard_after_forward(True)
+        try:
+            yield
+        finally:
+            inner.set_reshard_after_forward(self.layout.reshards_layers)
+
+    @contextmanager
+    def unsharded(self) -> Iterator[Any]:
+        """Provide a plain model with the whole weights as they are now, on the device; it must not be trained.
+
+        It is the model itself if that is not sharded. Blocks may be nested; the outermost gathers the weights.
+        """
+        layout = self.layout
+        if layout.skeleton is None:
+            yield self.model
+            return
+        if layout._depth == 0:
+            self._fill(layout.skeleton)
+        layout._depth += 1
+        try:
+            yield layout.skeleton
+        finally:
+            layout._depth -= 1
+            if layout._depth == 0:
+                replace_weights(layout.skeleton, lambda _, tensor: torch.empty_like(tensor, device="meta"))
+
+    def _fill(self, skeleton: nn.Module) -> None:
+        start = time.monotonic()
+        self.reshard()
+        tensors = {
+            name: weight
+            if self.layout.computes_on_shards
+            else weight.clone()  # one that was gathered is there until the next
+            for name, weight in self.whole_weights()
+        }
+        replace_weights(skeleton, lambda name, _: tensors[name])
+        for device in {tensor.device for tensor in tensors.values() if tensor.is_cuda}:
+            torch.cuda.synchronize(device)  # once per generate phase, so that the seconds are true
+        self.layout.gather_seconds += time.monotonic() - start
+
+    def for_saving(self, weights: Mapping[str, Tensor] | None = None) -> Any | None:
+        """Return a plain model to save on the first rank, None on the others. A collective: one weight after another is
+        gathered and moved to the host.
+
+        weights: name -> tensor that takes the place of the model's own, whole or sharded as that is; the result is then
+        a float32 copy. Without them, and if nothing is sharded, the result is the model itself.
+        """
+        layout = self.layout
+        if layout.skeleton is None and weights is None:
+            return self.model if self.world.is_first else None
+        self.reshard()
+        host = torch.device("cpu")
+        tensors: dict[str, Tensor] = {}
+        for name, parameter in self.model.named_parameters():
+            full = self._joined(whole((weights or {}).get(name, parameter)), parameter)
+            if self.world.is_first:
+                tensors[name] = full.to(host, torch.float32 if weights is not None else None, copy=True)
+        if not self.world.is_first:
+            return None
+        made: Any = copy_of(self.generation_model, device=torch.device("meta"))
+        share_buffers(self.model, made)
+        replace_weights(made, lambda name, _: tensors[name])
+        made.to(host)
+        return made if weights is None else nn.Module.float(made)
+
+    def whole_weights(self, slices: Collection[str] = ()) -> Iterator[tuple[str, Tensor]]:
+        """Yield (name, whole weight) for each weight, gathering one layer at a time.
+
+        A collective if the model is sharded or divided; its bytes are counted. Call `reshard` before. A weight is valid
+        until the next one is asked for. slices: names of weights that are wanted as this rank's slice.
+        """
+        layout, held = self.layout, dict(self.model.named_parameters())
+        for module, names in _names_by_group(self.model).items():
+            if isinstance(module, FSDPModule):
+                module.unshard()
+            for name in names:
+                weight = self.model.get_parameter(name).detach()
+                if layout.is_sharded:
+                    num_bytes = weight.numel() * weight.element_size()
+                    layout.gather_bytes += num_bytes - num_bytes // layout.shard_size
+                full = weight if name in slices else self._joined(weight, held[name])
+                layout.gather_bytes += (full.numel() - weight.numel()) * full.element_size()
+                yield name, full
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    def _joined(self, tensor: Tensor, like: Tensor) -> Tensor:
+        return tensor if self.layout.division is None else self.layout.division.whole(tensor, like)
 
 
-def layout_of(model: Any) -> Layout:
-    """Return the placement of the model: whole on one device unless `shard_model` was called."""
-    return _LAYOUTS.get(plain_model(model), _UNSHARED)
-
-
-def world_of(model: Any) -> World:
-    """Return the processes that hold the model together."""
-    return layout_of(model).world
+def sharding_of(model: Any) -> ShardedModel:
+    """Return the model with its placement: whole on one device unless `shard_model` was called with this very model."""
+    layout: Layout | None = getattr(plain_model(model), _LAYOUT, None)
+    return ShardedModel(model, layout or Layout())
 
 
 def shard_model(
@@ -130,15 +308,16 @@ def shard_model(
     if not world.is_group:
         return
     inner: Any = plain_model(model)
-    group = world.tensor if isinstance(world, Grid) else WHOLE
-    skeleton = copy_of(model, device=torch.device("meta")) if stage or group.size > 1 else None
+    group = world.tensor if isinstance(world, Grid) else None
+    skeleton = None if stage == 0 and group is None else copy_of(model, device=torch.device("meta"))
     size = world.size if isinstance(world, Grid) else shard_size or world.size
-    layout = Layout(world, stage, skeleton, offloads=offload, shard_size=size, division=divide(model, group))
+    division = None if group is None else divide(model, group)
+    layout = Layout(world, stage, skeleton, offloads=offload, shard_size=size, division=division)
     _shard(model, layout, device)
     _mark(model, layout)
     if skeleton is not None:
         share_buffers(model, skeleton)
-    _LAYOUTS[inner] = layout
+    setattr(inner, _LAYOUT, layout)
 
 
 def _shard(model: Any, layout: Layout, device: torch.device) -> None:
@@ -165,134 +344,13 @@ def _shard(model: Any, layout: Layout, device: torch.device) -> None:
         compute_on_shards(model)
         # As nobody frees them, these may be what the model calls its weights at any time.
         _mark(model, layout)
-        reshard(model)
+        sharding_of(model).reshard()
         inner.set_reshard_after_backward(False)
 
 
-def before_backward(model: Any, *, is_last: bool) -> None:
-    """Prepare FSDP2 for the next micro-batch; call it before each forward pass. is_last: it is the step's last."""
-    layout, inner = layout_of(model), plain_model(model)
-    if isinstance(inner, FSDPModule):
-        inner.set_is_last_backward(is_last)
-        if layout.stage == 1 and not layout.computes_on_shards:
-            inner.set_requires_gradient_sync(is_last)
-            inner.set_reshard_after_backward(is_last)
-        elif layout.num_replicas > 1:
-            inner.set_requires_all_reduce(is_last)
-
-
-def before_update(model: Any) -> None:
-    """Reshard before an update, which gathered copies would not see; call it after the last backward pass."""
-    if not layout_of(model).computes_on_shards:
-        reshard(model)
-
-
-def reduce_gradients(model: Any, gradients: Mapping[str, Tensor]) -> None:
-    """All-reduce the gradients of replicas in place; those of shards are reduced already.
-
-    Weights that tensor parallelism leaves whole get the same gradient on all ranks that hold them.
-    """
-    layout = layout_of(model)
-    if not layout.is_sharded and layout.world.size > 1:
-        sum_in_pieces(layout.world.sum, list(gradients.values()))
-    layout.division.complete(gradients)
-
-
-def gathered_bytes(model: Any) -> int:
-    """Count the bytes that a forward and backward pass has on the device beside the shards.
-
-    These are whole weights at stages 1 and 2, and at stage 1 whole float32 gradients as well. At stage 3 one layer at a
-    time is whole, which is left out.
-    """
-    layout = layout_of(model)
-    if layout.computes_on_shards or layout.stage not in (1, 2):
-        return 0
-    total = 0
-    for parameter in model.parameters():
-        gradient = 4 if layout.stage == 1 and parameter.requires_grad else 0
-        here = 0 if is_offloaded(parameter) else local(parameter).numel()
-        total += parameter.numel() * (parameter.element_size() + gradient) - here * parameter.element_size()
-    return total
-
-
-def reshard(model: Any) -> None:
-    """Reshard: free the gathered weights that a forward pass left, so that the model's parameters are shards again."""
-    inner = plain_model(model)
-    if isinstance(inner, FSDPModule):
-        for module in inner.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
-
-
-@contextmanager
-def resharded_after_use(model: Any) -> Iterator[None]:
-    """Reshard after each forward pass within the block, so that the model's parameters are shards there."""
-    layout, inner = layout_of(model), plain_model(model)
-    if not isinstance(inner, FSDPModule):
-        yield
-        return
-    reshard(model)
-    inner.set_reshard_after_forward(True)
-    try:
-        yield
-    finally:
-        inner.set_reshard_after_forward(layout.reshards_layers)
-
-
-@contextmanager
-def gathered(model: Any) -> Iterator[Any]:
-    """Provide a plain model with the whole weights as they are now, on the device; it must not be trained.
-
-    It is the model itself if that is not sharded. Blocks may be nested; the outermost gathers the weights.
-    """
-    layout = layout_of(model)
-    if layout.skeleton is None:
-        yield model
-        return
-    if layout._depth == 0:
-        _fill(model, layout)
-    layout._depth += 1
-    try:
-        yield layout.skeleton
-    finally:
-        layout._depth -= 1
-        if layout._depth == 0:
-            replace_weights(layout.skeleton, lambda _, tensor: torch.empty_like(tensor, device="meta"))
-
-
-def generation_model(model: Any) -> Any:
-    """Return the model that generates: the model itself, or the one that `gathered` fills."""
-    return layout_of(model).skeleton or model
-
-
-def whole_model(model: Any, weights: Mapping[str, Tensor] | None = None) -> Any | None:
-    """Return a plain model to save on the first rank, None on the others. A collective: one weight after another is
-    gathered and moved to the host.
-
-    weights: name -> tensor that takes the place of the model's own, whole or sharded as that is; the result is then a
-    float32 copy. Without them, and if nothing is sharded, the result is the model itself.
-    """
-    layout = layout_of(model)
-    if layout.skeleton is None and weights is None:
-        return model if layout.world.is_first else None
-    reshard(model)
-    host = torch.device("cpu")
-    tensors: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
-        full = layout.division.whole(whole((weights or {}).get(name, parameter)), parameter)
-        if layout.world.is_first:
-            tensors[name] = full.to(host, torch.float32 if weights is not None else None, copy=True)
-    if not layout.world.is_first:
-        return None
-    made: Any = copy_of(layout.skeleton or model, device=torch.device("meta"))
-    share_buffers(model, made)
-    replace_weights(made, lambda name, _: tensors[name])
-    made.to(host)
-    return made if weights is None else nn.Module.float(made)
-
-
 def _mark(model: nn.Module, layout: Layout) -> None:
-    layout.division.mark(model, is_sharded=layout.is_sharded, is_first=layout.world.rank == 0)
+    if layout.division is not None:
+        layout.division.mark(model, is_sharded=layout.is_sharded, is_first=layout.world.rank == 0)
 
 
 def _run(_: nn.Module, function: Callable[[], R]) -> R:
@@ -318,44 +376,6 @@ def share_buffers(model: nn.Module, skeleton: nn.Module) -> None:
     for name, module in model.named_modules():
         for key, buffer in module._buffers.items():
             modules[name]._buffers[key] = buffer
-
-
-def _fill(model: Any, layout: Layout) -> None:
-    assert layout.skeleton is not None
-    start = time.monotonic()
-    reshard(model)
-    tensors = {
-        name: weight
-        if layout.computes_on_shards
-        else weight.clone()  # one that was gathered is there until the next
-        for name, weight in whole_weights(model)
-    }
-    replace_weights(layout.skeleton, lambda name, _: tensors[name])
-    for device in {tensor.device for tensor in tensors.values() if tensor.is_cuda}:
-        torch.cuda.synchronize(device)  # once per generate phase, so that the seconds are true
-    layout.gather_seconds += time.monotonic() - start
-
-
-def whole_weights(model: Any, slices: Collection[str] = ()) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, whole weight) for each weight, gathering one layer at a time.
-
-    A collective if the model is sharded or divided; its bytes are counted. Call `reshard` before. A weight is valid
-    until the next one is asked for. slices: names of weights that are wanted as this rank's slice.
-    """
-    layout, held = layout_of(model), dict(model.named_parameters())
-    for module, names in _names_by_group(model).items():
-        if isinstance(module, FSDPModule):
-            module.unshard()
-        for name in names:
-            weight = model.get_parameter(name).detach()
-            if layout.is_sharded:
-                num_bytes = weight.numel() * weight.element_size()
-                layout.gather_bytes += num_bytes - num_bytes // layout.shard_size
-            full = weight if name in slices else layout.division.whole(weight, held[name])
-            layout.gather_bytes += (full.numel() - weight.numel()) * full.element_size()
-            yield name, full
-        if isinstance(module, FSDPModule):
-            module.reshard()
 
 
 def _names_by_group(model: nn.Module) -> dict[nn.Module, list[str]]:

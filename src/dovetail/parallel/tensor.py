@@ -26,9 +26,9 @@ from dovetail.model.copies import copy_of
 from dovetail.model.forward import plain_model
 from dovetail.model.slices import slice_of
 from dovetail.parallel.narrow import count_fewer_heads, expect_narrower_output, look_up
-from dovetail.parallel.shard import layout_of, replace_weights, reshard, share_buffers, whole_weights
+from dovetail.parallel.shard import replace_weights, sharding_of, share_buffers
 from dovetail.parallel.tensor_plan import GENERATION, PLANS, Cut, Place, cuts_of, expect_divisible
-from dovetail.parallel.tensor_training import TensorGroup
+from dovetail.parallel.world import TensorGroup
 
 
 class SplitModel:
@@ -42,7 +42,7 @@ class SplitModel:
         self.group = group
         self._model = model
         self._device = device
-        source = layout_of(model).skeleton or model
+        source = sharding_of(model).generation_model
         expect_divisible(plain_model(source).config, group.size)
         self.modules = copy_of(source, device=torch.device("meta"))
         """The model's own classes, wrapped as it is; what generates."""
@@ -62,8 +62,10 @@ class SplitModel:
         as well is not put together first, and not copied unless it is sharded.
         """
         start = time.monotonic()
-        layout, trained = layout_of(self._model), plain_model(self._model)
-        reshard(self._model)
+        trained = plain_model(self._model)
+        sharded = sharding_of(trained)
+        layout = sharded.layout
+        sharded.reshard()
         inner = plain_model(self.modules)
         held = {name for name, weight in trained.named_parameters() if self._is_held(name, weight)}
         computes_on_shards = layout.computes_on_shards or not layout.is_sharded
@@ -71,7 +73,7 @@ class SplitModel:
             name: weight
             if name in held and computes_on_shards
             else self._cut(name, weight, is_slice=name in held)
-            for name, weight in whole_weights(trained, slices=held)
+            for name, weight in sharded.whole_weights(slices=held)
         }
         replace_weights(inner, lambda name, _: slices[name])
         if self._device.type == "cuda":
@@ -86,7 +88,7 @@ class SplitModel:
     def _is_held(self, name: str, weight: Tensor) -> bool:
         """Return whether training divides this weight as generation does."""
         cut, held = self._cuts.get(name), slice_of(weight)
-        is_same_group = layout_of(self._model).division.group.size == self.group.size
+        is_same_group = sharding_of(self._model).tensor_size == self.group.size
         return (
             is_same_group
             and cut is not None

@@ -1,20 +1,14 @@
-"""A tensor-parallel group of processes, and a model divided over it to train (Shoeybi et al. 2019, arXiv:1909.08053).
+"""A model divided over a tensor-parallel group of processes to train (Shoeybi et al. 2019, arXiv:1909.08053).
 
-Responsible for: who shares a model and the few collectives that it and its generation need; the modules of one
-process, narrowed in place with its slices as parameters; the two sums over the group in each forward and backward
-pass; gradients of whole weights that are the same in all processes.
-Not responsible for: which part of which weight (tensor_plan.py), modules that generate (tensor.py), shards of the
-slices (shard.py).
+Responsible for: the modules of one process, narrowed in place with its slices as parameters; the two sums over the
+group in each forward and backward pass; gradients of whole weights that are the same in all processes.
+Not responsible for: the group and its collectives (world.py, grid.py), which part of which weight (tensor_plan.py),
+modules that generate (tensor.py), shards of the slices (shard.py). A model that is alone never comes here.
 
 What a column layer takes in is whole in every process, and so is what a row layer puts out, once it is summed ("f" and
 "g" of the paper): forward, row layers' results are summed; backward, the gradients of what column layers took in. A row
 layer's bias is whole and added after the sum. Embedding and head are cut by the vocabulary where it comes out even:
 what is looked up is summed, and of logits their maxima and sums alone are shared (model/linear_logprobs.py).
-
-All tensors of the group's collectives stay on their device and no shape depends on their numbers, so a captured CUDA
-graph may hold these calls.
-
-Shapes: S rows, C columns of one process; other tensors are those of the layers.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,17 +17,14 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from dovetail.errors import ConfigError
 from dovetail.model.forward import plain_model
 from dovetail.model.slices import Slice, note, slice_of
 from dovetail.parallel.narrow import count_fewer_heads, expect_narrower_output, look_up
 from dovetail.parallel.tensor_plan import (
-    GENERATION,
     PLANS,
     TRAINING,
     Cut,
@@ -44,91 +35,7 @@ from dovetail.parallel.tensor_plan import (
     partial_gradients,
     training_cuts,
 )
-from dovetail.parallel.world import World, row_and_column
-
-
-@dataclass(frozen=True, slots=True)
-class TensorGroup:
-    """This process among those that share a model; by default it has the model for itself."""
-
-    rank: int = 0
-    size: int = 1
-    handle: Any = None
-    """torch's process group."""
-
-    @property
-    def is_first(self) -> bool:
-        """The one whose answers count: all have the same."""
-        return self.rank == 0
-
-    def sum(self, tensor: Tensor) -> Tensor:
-        """All-reduce the tensor in place: the sum over the group."""
-        if self.size > 1:
-            dist.all_reduce(tensor, group=self.handle)
-        return tensor
-
-    def columns(self, part_SC: Tensor, lengths: Sequence[int]) -> Tensor:
-        """[S, sum of lengths]: the first `lengths[i]` columns of process i, side by side."""
-        if self.size == 1:
-            return part_SC
-        parts = zip(self.each(part_SC), lengths, strict=True)
-        return torch.cat([part[:, :length] for part, length in parts], dim=1)
-
-    def max(self, tensor: Tensor) -> Tensor:
-        """All-reduce the tensor in place: the maximum over the group, element by element."""
-        if self.size > 1:
-            dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.handle)
-        return tensor
-
-    def each(self, part: Tensor) -> list[Tensor]:
-        """All-gather: return the `part` of every rank, all of one shape, by rank."""
-        if self.size == 1:
-            return [part]
-        parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(self.size)]
-        dist.all_gather(parts, part.contiguous(), group=self.handle)
-        return parts
-
-    def from_first(self, tensor: Tensor) -> Tensor:
-        """Broadcast the first rank's tensor in place; it must be contiguous."""
-        if self.size > 1:
-            dist.broadcast(tensor, group=self.handle, group_src=0)
-        return tensor
-
-    def least(self, number: int, device: torch.device) -> int:
-        """Return the smallest number of the group."""
-        if self.size == 1:
-            return number
-        tensor = torch.tensor(number, device=device)
-        dist.all_reduce(tensor, op=dist.ReduceOp.MIN, group=self.handle)
-        return int(tensor)
-
-
-WHOLE = TensorGroup()
-"""One process with whole weights."""
-
-
-def tensor_group(world: World, size: int) -> TensorGroup:
-    """Return the group of this rank when neighbours, `size` by `size`, share a model. A collective of all ranks.
-
-    Raises ConfigError if the processes do not come out even.
-    """
-    expect_even_groups(world, size)
-    if size == 1:
-        return WHOLE
-    row, _ = row_and_column(world.size, size)
-    return TensorGroup(world.rank % size, size, row)
-
-
-def expect_even_groups(world: World, size: int, *, setting: str = GENERATION) -> None:
-    """Raise ConfigError, which names the setting, unless the processes of `world` form groups of `size`."""
-    if world.size % size:
-        possible = [str(n) for n in range(1, world.size + 1) if world.size % n == 0]
-        raise ConfigError(
-            f"{setting} = {size}: the run's {world.size} process{'es' if world.size > 1 else ''} cannot form groups "
-            f"of {size}",
-            hint=f"set {setting} to one of {', '.join(possible)}, or start another number of processes (--num-gpus)",
-        )
-
+from dovetail.parallel.world import TensorGroup
 
 BUCKET_ELEMENTS = 1 << 24
 """Gradients are sent in pieces of about this many numbers: large enough for the network's full speed."""
@@ -138,10 +45,10 @@ BUCKET_ELEMENTS = 1 << 24
 class Division:
     """The division of a model over a group. Names are those of the model's parameters."""
 
-    group: TensorGroup = WHOLE
-    slices: Mapping[str, Slice] | None = None
-    """The slice of each parameter; None if the group has one process."""
-    partial: frozenset[str] = frozenset()
+    group: TensorGroup
+    slices: Mapping[str, Slice]
+    """The slice of each parameter."""
+    partial: frozenset[str]
     """Whole weights whose gradient is to be summed over the group."""
 
     def mark(self, model: nn.Module, *, is_sharded: bool, is_first: bool) -> None:
@@ -150,11 +57,10 @@ class Division:
         is_first: this process is the first of those with the same slices; of shards of them, each has its own.
         """
         for name, parameter in model.named_parameters():
-            if self.slices is not None:
-                found = self.slices[name]
-                is_only = found.all_pieces is not None or self.group.is_first
-                writes = is_only and (is_sharded or is_first)
-                note(parameter, Slice(found.shape, found.dim, found.pieces, found.all_pieces, writes))
+            found = self.slices[name]
+            is_only = found.all_pieces is not None or self.group.is_first
+            writes = is_only and (is_sharded or is_first)
+            note(parameter, Slice(found.shape, found.dim, found.pieces, found.all_pieces, writes))
 
     def whole(self, tensor: Tensor, like: Tensor) -> Tensor:
         """Return the whole that `tensor` is a slice of, cut as `like` is. A collective where it is cut."""
@@ -165,13 +71,13 @@ class Division:
 
     def counted_elsewhere(self) -> frozenset[str]:
         """Return the weights whose part of the gradient norm another rank of the group counts."""
-        if self.slices is None or self.group.is_first:
+        if self.group.is_first:
             return frozenset()
         return frozenset(name for name, found in self.slices.items() if found.all_pieces is None)
 
     def whole_norm(self, norm: Tensor) -> Tensor:
         """Return the gradient norm over the group, from the norm of what each rank counts."""
-        return norm if self.slices is None else self.group.sum(norm**2).sqrt()
+        return self.group.sum(norm**2).sqrt()
 
     def complete(self, gradients: Mapping[str, Tensor]) -> None:
         """Make the gradients of whole weights those of the whole model, in place, equal to the bit on all ranks.
@@ -179,8 +85,6 @@ class Division:
         Call it once per step. A gradient that every rank computed alike is taken from the first rank, because kernels
         that add in no fixed order would let replicas drift apart.
         """
-        if self.slices is None:
-            return
         whole = [name for name in gradients if self.slices[name].all_pieces is None]
         sum_in_pieces(self.group.sum, [gradients[name] for name in whole if name in self.partial])
         in_pieces(self.group.from_first, [gradients[name] for name in whole if name not in self.partial])
@@ -191,8 +95,6 @@ def divide(model: Any, group: TensorGroup) -> Division:
 
     Call it with the same weights in each process. Raises ConfigError if the group's size does not divide the model.
     """
-    if group.size == 1:
-        return Division()
     inner = plain_model(model)
     expect_divisible(inner.config, group.size, setting=TRAINING, model=type(inner).__name__)
     place = Place(group.rank, group.size)

@@ -301,6 +301,72 @@ def _silent(wanted: bool) -> Iterator[None]:
 
 
 @dataclass(frozen=True, slots=True)
+class TensorGroup:
+    """This process among those that share a model layer by layer; by default it has the model for itself.
+
+    All tensors of its collectives stay on their device and no shape depends on their numbers, so a captured CUDA graph
+    may hold these calls.
+
+    Shapes: S rows, C columns of one process.
+    """
+
+    rank: int = 0
+    size: int = 1
+    handle: Any = None
+    """torch's process group."""
+
+    @property
+    def is_first(self) -> bool:
+        """The one whose answers count: all have the same."""
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """All-reduce the tensor in place: the sum over the group."""
+        if self.size > 1:
+            dist.all_reduce(tensor, group=self.handle)
+        return tensor
+
+    def columns(self, part_SC: Tensor, lengths: Sequence[int]) -> Tensor:
+        """[S, sum of lengths]: the first `lengths[i]` columns of process i, side by side."""
+        if self.size == 1:
+            return part_SC
+        parts = zip(self.each(part_SC), lengths, strict=True)
+        return torch.cat([part[:, :length] for part, length in parts], dim=1)
+
+    def max(self, tensor: Tensor) -> Tensor:
+        """All-reduce the tensor in place: the maximum over the group, element by element."""
+        if self.size > 1:
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.handle)
+        return tensor
+
+    def each(self, part: Tensor) -> list[Tensor]:
+        """All-gather: return the `part` of every rank, all of one shape, by rank."""
+        if self.size == 1:
+            return [part]
+        parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(self.size)]
+        dist.all_gather(parts, part.contiguous(), group=self.handle)
+        return parts
+
+    def from_first(self, tensor: Tensor) -> Tensor:
+        """Broadcast the first rank's tensor in place; it must be contiguous."""
+        if self.size > 1:
+            dist.broadcast(tensor, group=self.handle, group_src=0)
+        return tensor
+
+    def least(self, number: int, device: torch.device) -> int:
+        """Return the smallest number of the group."""
+        if self.size == 1:
+            return number
+        tensor = torch.tensor(number, device=device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MIN, group=self.handle)
+        return int(tensor)
+
+
+WHOLE = TensorGroup()
+"""One process with whole weights."""
+
+
+@dataclass(frozen=True, slots=True)
 class Part:
     """Units (sequences, groups of ranked answers) of one forward pass."""
 

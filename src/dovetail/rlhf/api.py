@@ -20,7 +20,7 @@ from dovetail.data.records import Message, Prompt, message
 from dovetail.engine.parity import PROMPT_TOKENS, check_parity
 from dovetail.maths.ppo import adaptive_kl_coefficient
 from dovetail.model.forward import token_logprobs
-from dovetail.parallel.shard import layout_of, reshard
+from dovetail.parallel.shard import sharding_of
 from dovetail.rlhf.build import Setup, make_learners, make_roles, name_of
 from dovetail.rlhf.rewards import Answer, RewardFunction
 from dovetail.rlhf.rollout import Collected, collect, pack_rollout, sample_answers
@@ -77,10 +77,10 @@ class RLHFEngine:
         engine, actor = self.roles.engine, self.roles.actor
         with self.learners.parked(), nullcontext() if engine.group.size > 1 else engine.weights():
             # Slices prove nothing of themselves: they are compared with the model that is trained.
-            is_divided = max(engine.group.size, layout_of(actor).division.group.size) > 1
+            is_divided = max(engine.group.size, sharding_of(actor).tensor_size) > 1
             trained = actor if is_divided else None
             report = check_parity(engine, ids, decode_text=chat.decode, trained=trained, reach=reach)
-        reshard(actor)
+        sharding_of(actor).reshard()
         self.roles.check_readers(ids, reach)
         self._is_checked = True
         say(

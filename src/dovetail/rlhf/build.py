@@ -6,7 +6,6 @@ Not responsible for: reading weights (model/load.py), using the roles (rlhf/role
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ from dovetail.model.lora import add_lora
 from dovetail.model.placement import resolve_device, resolve_dtype
 from dovetail.model.probe import expect_no_noise, probe
 from dovetail.model.scalar import scalar_model_from
-from dovetail.parallel.shard import gathered, gathered_bytes, generation_model, layout_of, world_of
+from dovetail.parallel.shard import sharding_of
 from dovetail.parallel.sharing import Sharing
 from dovetail.parallel.world import World
 from dovetail.rlhf.reward_functions import function_scorer, load_reward_function
@@ -138,7 +137,8 @@ def _generator(
         device=device,
     )
     if split is None:
-        return HybridEngine(generation_model(actor), device=device, weights=partial(gathered, actor))
+        sharded = sharding_of(actor)
+        return HybridEngine(sharded.generation_model, device=device, weights=sharded.unsharded)
     return HybridEngine(split.modules, device=device, weights=split.filled, group=split.group)
 
 
@@ -189,7 +189,7 @@ def checkpoint_activations(
         needed += max(_pass_bytes(model, settings.micro_batch_tokens) for model in models)
         free = free_bytes(device)
         # Neighbours that compute each layer together would wait for one another's second pass.
-        wanted = any(world_of(models[0]).everyone.gather(needed > USABLE * free))
+        wanted = any(sharding_of(models[0]).world.everyone.gather(needed > USABLE * free))
         if wanted:
             say(
                 f"activation checkpointing is on: a step of {settings.micro_batch_tokens} tokens would need about "
@@ -202,13 +202,13 @@ def checkpoint_activations(
 
 def _pass_bytes(model: PreTrainedModel, tokens: int) -> int:
     """Estimate the bytes of a forward and backward pass: its activations, and what is gathered for it."""
-    inner = plain_model(model)
+    inner, sharded = plain_model(model), sharding_of(model)
     whole = architecture_of(inner)  # but for the heads, of which a divided model counts its own
-    here = replace(whole, inner_width=whole.inner_width // layout_of(model).division.group.size)
+    here = replace(whole, inner_width=whole.inner_width // sharded.tensor_size)
     activations = activation_bytes(
         here, tokens=tokens, element_bytes=inner.dtype.itemsize, is_checkpointed=False
     )
-    return activations + gathered_bytes(model)
+    return activations + sharded.gathered_bytes()
 
 
 def same_tokens(one: ChatFormat, other: ChatFormat) -> bool:

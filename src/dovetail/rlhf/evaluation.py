@@ -20,7 +20,7 @@ from dovetail.batches import PackedBatch, RankedBatch
 from dovetail.maths.masked import masked_mean
 from dovetail.maths.ranking import ranking_loss, won_pairs
 from dovetail.model.forward import last_scores, sequence_logprobs, token_logprobs
-from dovetail.parallel.shard import reshard, world_of
+from dovetail.parallel.shard import sharding_of
 from dovetail.parallel.world import parts_of
 from dovetail.rlhf.api import Conversation, RLHFEngine
 from dovetail.rlhf.rewards import Answer
@@ -86,12 +86,12 @@ def language_model_quality(
     was_training = model.training
     model.train(False)
     total = torch.zeros((), dtype=torch.float64, device=device)
-    for part in parts_of(batch.lengths, max_tokens, world_of(model)):
+    for part in parts_of(batch.lengths, max_tokens, sharding_of(model).world):
         found = token_logprobs(model, batch.sequences(part.index).to(device))
         if part.counts:
             total -= found.logprobs_T.double().sum()
-    world_of(model).sum(total)
-    reshard(model)
+    sharding_of(model).world.sum(total)
+    sharding_of(model).reshard()
     model.train(was_training)
     loss = float(total) / batch.num_targets
     return {"held_out_loss": loss, "held_out_perplexity": math.exp(min(loss, 700.0))}
@@ -161,11 +161,11 @@ def _of_each_sequence(
     was_training = model.training
     model.train(False)
     found_S = torch.zeros(batch.num_sequences, device=device)
-    for part in parts_of(batch.lengths, max_tokens, world_of(model)):
+    for part in parts_of(batch.lengths, max_tokens, sharding_of(model).world):
         own_S = read(model, batch.sequences(part.index).to(device)).float()
         if part.counts:
             found_S[torch.tensor(part.index, device=device)] = own_S
-    world_of(model).sum(found_S)
-    reshard(model)
+    sharding_of(model).world.sum(found_S)
+    sharding_of(model).reshard()
     model.train(was_training)
     return found_S.cpu()

@@ -22,7 +22,7 @@ from dovetail.errors import ConfigError, DovetailError, ModelError
 from dovetail.maths.ppo import clip_scores
 from dovetail.model.forward import context_in, context_of, last_scores, plain_model, vocabulary_of
 from dovetail.model.rope import rope_limit_in
-from dovetail.parallel.shard import reshard, world_of
+from dovetail.parallel.shard import sharding_of
 from dovetail.parallel.world import World, parts_of
 from dovetail.text.chat_format import ChatFormat
 from dovetail.training.step import TokenBudget, retry_on_out_of_memory
@@ -136,7 +136,7 @@ class RewardModelScorer:
             self.budget,
             unit_tokens=lambda: [len(ids) for ids in sequences],
         )
-        reshard(self.model)
+        sharding_of(self.model).reshard()
         return Scored(scores_S)
 
     def _token_ids(self, answer: Answer) -> list[int]:
@@ -147,7 +147,7 @@ class RewardModelScorer:
 
     def _scores_S(self, sequences: Sequence[Sequence[int]]) -> Tensor:
         """Score all answers; each rank that holds the model scores its share."""
-        world = world_of(self.model)
+        world = sharding_of(self.model).world
         parts = parts_of([len(ids) for ids in sequences], self.budget.tokens, world)
         scores_S = torch.zeros(len(sequences), device=self.device)
         for part in parts:

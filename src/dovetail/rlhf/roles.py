@@ -27,7 +27,7 @@ from dovetail.model.forward import (
     vocabulary_of,
 )
 from dovetail.model.lora import adapter_disabled
-from dovetail.parallel.shard import reshard, world_of
+from dovetail.parallel.shard import sharding_of
 from dovetail.parallel.world import ALONE, World, parts_of
 from dovetail.rlhf.rewards import Scorer, expect_readable
 from dovetail.text.chat_format import ChatFormat
@@ -101,7 +101,7 @@ class Roles:
             known = [[token_id % rows for token_id in ids][:context] for ids in sequences]
             longest = (known[-1] * (reach // len(known[-1]) + 1))[: min(reach, context or reach)]
             check_training_parity(model, known[:-1], longest=longest)
-            reshard(model)
+            sharding_of(model).reshard()
 
     @contextmanager
     def _reference(self) -> Iterator[PreTrainedModel]:
@@ -114,11 +114,11 @@ class Roles:
         self, model: PreTrainedModel, batch: PackedBatch, forward: Callable[[PackedBatch], Sequence[Tensor]]
     ) -> list[Tensor]:
         columns = retry_on_out_of_memory(
-            lambda: over_tokens(batch, forward, self.budget.tokens, world_of(model)),
+            lambda: over_tokens(batch, forward, self.budget.tokens, sharding_of(model).world),
             self.budget,
             unit_tokens=lambda: batch.lengths,
         )
-        reshard(model)
+        sharding_of(model).reshard()
         return columns
 
 

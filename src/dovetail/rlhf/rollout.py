@@ -29,7 +29,7 @@ from dovetail.maths.ppo import (
     replace_missing_end,
 )
 from dovetail.model.forward import masked_index
-from dovetail.parallel.shard import world_of
+from dovetail.parallel.shard import sharding_of
 from dovetail.parallel.world import ALONE, World, balanced_shares
 from dovetail.rlhf.rewards import Answer
 from dovetail.rlhf.roles import Roles
@@ -137,7 +137,7 @@ def sample_answers(
         max_new_tokens=sampling.max_new_tokens,
         stop_token_ids=roles.chat.stop_token_ids,
     )
-    world = world_of(roles.actor).everyone
+    world = sharding_of(roles.actor).world.everyone
     answers = complete(prompt_ids, messages, roles.engine, roles.chat, how, seed=seed, world=world)
     return [replace(answer, row=prompt.row) for answer, prompt in zip(answers, prompts, strict=True)]
 

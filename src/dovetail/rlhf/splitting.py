@@ -14,10 +14,10 @@ from dovetail.config.stages import PpoConfig
 from dovetail.engine.hybrid import MAX_RUNNING
 from dovetail.model.forward import plain_model
 from dovetail.model.widths import widths_of
-from dovetail.parallel.shard import layout_of
+from dovetail.parallel.grid import expect_even_groups, tensor_group
+from dovetail.parallel.shard import sharding_of
 from dovetail.parallel.tensor import SplitModel
 from dovetail.parallel.tensor_plan import Place, expect_divisible, slice_bytes, why_not_divisible
-from dovetail.parallel.tensor_training import expect_even_groups, tensor_group
 from dovetail.parallel.world import World
 from dovetail.telemetry.log import say
 
@@ -49,7 +49,7 @@ def expect_possible(model_config: Any, size: int, world: World) -> None:
 
 def _chosen(actor: Any, config: PpoConfig, *, room: int, world: World, device: torch.device) -> int:
     """Choose by memory; replicas, which are whole, and CPUs, whose processes share one memory, need no division."""
-    skeleton = layout_of(actor).skeleton
+    skeleton = sharding_of(actor).layout.skeleton
     if skeleton is None or device.type == "cpu":
         return 1
     model = plain_model(skeleton)

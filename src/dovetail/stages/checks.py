@@ -25,8 +25,8 @@ from dovetail.errors import ConfigError, DovetailError, ModelError
 from dovetail.model.load import expect_causal_lm, expect_rows, expect_supported, read_config
 from dovetail.model.lora import add_lora
 from dovetail.model.placement import resolve_device
+from dovetail.parallel.grid import expect_even_groups
 from dovetail.parallel.tensor_plan import TRAINING, expect_divisible
-from dovetail.parallel.tensor_training import expect_even_groups
 from dovetail.parallel.world import World
 from dovetail.rlhf.build import same_tokens
 from dovetail.rlhf.reward_functions import load_reward_function

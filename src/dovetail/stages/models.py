@@ -25,7 +25,7 @@ from dovetail.model.load import (
     load_scalar_model,
 )
 from dovetail.model.lora import add_lora
-from dovetail.parallel.shard import resharded_after_use
+from dovetail.parallel.shard import sharding_of
 from dovetail.rlhf.api import RLHFEngine
 from dovetail.rlhf.build import Setup, checkpoint_activations, loading_device
 from dovetail.rlhf.rewards import expect_room
@@ -181,7 +181,7 @@ def centre_on_demonstrations(
     batch = pack(best, [[False] * len(ids) for ids in best])
     model.train(False)
     parts = batch.micro_batches(context.config.reward.micro_batch_tokens)
-    with resharded_after_use(model):
+    with sharding_of(model).resharded_after_use():
         hidden_ND = torch.cat([last_hidden_states(model, part.to(context.device)) for part in parts])
         centring = centre_on(model, hidden_ND, scalar_head(model, hidden_ND))
     return {"centred_by": centring.mean_before, "centring_disturbance": centring.disturbance}

@@ -18,7 +18,7 @@ from dovetail.config.stages import PpoConfig
 from dovetail.data.loader import BatchOrder
 from dovetail.data.records import Prompt
 from dovetail.errors import TrainingStopped
-from dovetail.parallel.shard import layout_of
+from dovetail.parallel.shard import sharding_of
 from dovetail.rlhf.api import PPOTrainer, RLHFEngine
 from dovetail.rlhf.evaluation import Judge, evaluate_answers, held_out_text_loss
 from dovetail.runs.run_folder import RunFolder
@@ -138,7 +138,7 @@ def judge_held_out(
 
 def gather_costs(actor: PreTrainedModel) -> dict[str, float]:
     """Return what generation cost beside generating; empty where the actor generates with its weights in place."""
-    seconds, received = layout_of(actor).take_costs()
+    seconds, received = sharding_of(actor).layout.take_costs()
     return {"ppo/gather_seconds": seconds, "ppo/gather_bytes": float(received)} if seconds else {}
 
 

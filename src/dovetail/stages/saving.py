@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from dovetail.model import save
-from dovetail.parallel.shard import generation_model, whole_model, world_of
+from dovetail.parallel.shard import sharding_of
 
 
 def save_model(
@@ -27,10 +27,11 @@ def save_model(
 
     weights: saved in the place of the model's own, in float32.
     """
-    whole = whole_model(model, weights)
+    sharded = sharding_of(model)
+    whole = sharded.for_saving(weights)
     if whole is not None:
         save.save_model(whole, tokenizer, folder, stop_token_ids=stop_token_ids)
-    world_of(model).wait()
+    sharded.world.wait()
 
 
 def expect_savable(
@@ -41,5 +42,6 @@ def expect_savable(
     stop_token_ids: Sequence[int] | None = None,
 ) -> None:
     """Try to write all of a stage's folder but the weights before its first step; raise CheckpointError if it fails."""
-    if world_of(model).is_first:
-        save.expect_savable(generation_model(model), tokenizer, folder, stop_token_ids=stop_token_ids)
+    sharded = sharding_of(model)
+    if sharded.world.is_first:
+        save.expect_savable(sharded.generation_model, tokenizer, folder, stop_token_ids=stop_token_ids)

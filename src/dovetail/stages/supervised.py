@@ -16,7 +16,7 @@ from dovetail.batches import PackedBatch, SummedLoss, cumulative
 from dovetail.config.stages import DpoConfig, RewardConfig, SftConfig
 from dovetail.data.loader import BatchOrder
 from dovetail.engine.parity import check_training_parity
-from dovetail.parallel.shard import reshard, world_of
+from dovetail.parallel.shard import sharding_of
 from dovetail.rlhf.build import optimizer_for
 from dovetail.stages.context import Context, resume
 from dovetail.stages.rescue import saved_on_error
@@ -77,7 +77,7 @@ def fit(task: Task, context: Context) -> Mapping[str, float]:
     start = resume(checkpoints, load, task.stage, like=state())
     if start < task.total_steps:
         check_forward(task.model, task.batch_of(order.batch(start)), task.longest)
-        reshard(task.model)
+        sharding_of(task.model).reshard()
     results: Mapping[str, float] = {}
     losses = LossWatch()
     with (
@@ -87,7 +87,7 @@ def fit(task: Task, context: Context) -> Mapping[str, float]:
         saved_on_error(checkpoints, state, start=start, world=context.world) as place,
     ):
         for step in range(start, task.total_steps):
-            seed_step(context.config.seed, step, world_of(task.model).rank)
+            seed_step(context.config.seed, step, sharding_of(task.model).world.rank)
             report = gradient_step(
                 task.model,
                 optimizer,

@@ -26,7 +26,7 @@ from dovetail.batches import MicroBatchable, SummedLoss
 from dovetail.errors import TrainingStopped
 from dovetail.model.placement import is_out_of_memory
 from dovetail.model.shards import local
-from dovetail.parallel.shard import before_backward, before_update, layout_of, reduce_gradients, world_of
+from dovetail.parallel.shard import sharding_of
 from dovetail.parallel.world import World, shared_micro_batches
 from dovetail.telemetry.log import warn
 from dovetail.training.optim import Optimizer
@@ -215,7 +215,7 @@ def gradient_step(
         unit_tokens=lambda: [unit.num_tokens for term in terms for unit in term.batch.micro_batches(1)],
     )
     numbers = _over_all(model, sums, own_norm, device)
-    before_update(model)
+    sharding_of(model).before_update()
     optimizer.step(_clip_scale(sums, numbers, max_grad_norm, _loss_scale(optimizer)))
     sums, grad_norm = _on_host(sums, numbers, _loss_scale(optimizer))
     losses = {
@@ -283,8 +283,8 @@ def _accumulate(
     Returns this rank's sums and the norm of the gradients that are here, both on the device.
     """
     optimizer.zero_grad()
-    loss_scale, world = _loss_scale(optimizer), world_of(model)
-    cut = [_parts(term.batch, max_tokens, world) for term in terms]
+    loss_scale, sharded = _loss_scale(optimizer), sharding_of(model)
+    cut = [_parts(term.batch, max_tokens, sharded.world) for term in terms]
     num_left = sum(map(len, cut))
     sums: list[_Sums] = []
     for term, parts in zip(terms, cut, strict=True):
@@ -292,18 +292,19 @@ def _accumulate(
         factor = term.weight * loss_scale / _global_targets(term.batch)
         for part, counts in parts:
             num_left -= 1
-            before_backward(model, is_last=num_left == 0)
+            sharded.before_backward(is_last=num_left == 0)
             loss = term.loss_of(part.to(device))
             (loss.total * (factor if counts else 0.0)).backward()  # type: ignore[no-untyped-call]
             own.add(loss, counts=counts)
         sums.append(own)
-    reduce_gradients(model, optimizer.gradients())
-    return sums, optimizer.grad_norm(layout_of(model).division.counted_elsewhere())
+    sharded.reduce_gradients(optimizer.gradients())
+    return sums, optimizer.grad_norm(sharded.counted_elsewhere())
 
 
 def _over_all(model: nn.Module, sums: Sequence[_Sums], norm: Tensor, device: torch.device) -> Tensor:
     """Reduce over all ranks, in float64 on the device: sums and maxima of each term, and the gradient's norm."""
-    layout = layout_of(model)
+    sharded = sharding_of(model)
+    layout = sharded.layout
     added = [value for own in sums for value in own.sums()]
     largest = [value for own in sums for value in own.maxima.values()]
     # Processes that share a copy hold other rows of its gradient: the squares add up, replica by replica.
@@ -313,7 +314,7 @@ def _over_all(model: nn.Module, sums: Sequence[_Sums], norm: Tensor, device: tor
     else:
         summed = layout.world.sum(_together(added, device))
         numbers = torch.cat([summed, layout.world.max(_together([*largest, norm], device))])
-    return torch.cat([numbers[:-1], layout.division.whole_norm(numbers[-1:])])
+    return torch.cat([numbers[:-1], sharded.whole_norm(numbers[-1:])])
 
 
 def _clip_scale(sums: Sequence[_Sums], numbers: Tensor, max_norm: float, loss_scale: float) -> Tensor:

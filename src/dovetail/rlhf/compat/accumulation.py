@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from dovetail.batches import PackedBatch, SummedLoss
 from dovetail.config.stages import OptimizerConfig
-from dovetail.parallel.shard import reshard, world_of
+from dovetail.parallel.shard import sharding_of
 from dovetail.parallel.world import shared_micro_batches
 from dovetail.rlhf.roles import Roles
 from dovetail.training.optim import Optimizer
@@ -84,12 +84,12 @@ class AccumulatedSteps:
         total = retry_on_out_of_memory(
             lambda: self._total(term), self.roles.budget, unit_tokens=lambda: term.batch.unit_tokens
         )
-        reshard(self.model)
+        sharding_of(self.model).reshard()
         return total / term.batch.num_targets
 
     def _total(self, term: Term) -> float:
         """Return the sum over all processes' shares of the batch."""
-        world = world_of(self.model)
+        world = sharding_of(self.model).world
         total = torch.zeros((), dtype=torch.float64, device=self.roles.device)
         for micro, counts in shared_micro_batches(term.batch, self.roles.budget.tokens, world):
             loss = term.loss_of(micro.to(self.roles.device))

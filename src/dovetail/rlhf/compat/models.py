@@ -17,7 +17,7 @@ from dovetail.errors import ConfigError
 from dovetail.model.forward import plain_model
 from dovetail.model.lora import merged_copy
 from dovetail.model.save import save_model
-from dovetail.parallel.shard import layout_of, whole_model
+from dovetail.parallel.shard import sharding_of
 from dovetail.parallel.world import World
 from dovetail.rlhf.api import RLHFEngine
 from dovetail.rlhf.compat.flags import Role, config_from, setup_from
@@ -72,16 +72,16 @@ class RoleModel:
 
     def finished_here(self) -> Any:
         """Return a plain model with all that was learnt. Raises ConfigError where processes hold the model together."""
-        if layout_of(self.model).world.size > 1:
+        if sharding_of(self.model).world.size > 1:
             raise ConfigError(
-                f"{self.name} is held by {layout_of(self.model).world.size} processes together",
+                f"{self.name} is held by {sharding_of(self.model).world.size} processes together",
                 hint="call convert_lora_to_linear_layer in all of them, and save what it returns in the first",
             )
         return self.finished()
 
     def finished(self) -> Any | None:
         """Return a plain model with all that was learnt, in the first process; None in the others. A collective."""
-        whole = whole_model(self.model)
+        whole = sharding_of(self.model).for_saving()
         return merged_copy(whole) if hasattr(whole, "peft_config") else whole
 
     def gradient_checkpointing_enable(self) -> None:
@@ -130,7 +130,7 @@ class AveragedModel(RoleModel):
         self._refuse(name)
 
     def finished(self) -> Any | None:
-        whole = whole_model(self.model, self.average.averages())
+        whole = sharding_of(self.model).for_saving(self.average.averages())
         return merged_copy(whole) if hasattr(whole, "peft_config") else whole
 
 
