@@ -26,7 +26,6 @@ GUIDES = [*READMES, *sorted((ROOT / "docs").rglob("*.md"))]
 MOST_LINES = {"file": 400, "function": 60, "class": 200}
 LONGER_FOR_A_REASON = {
     "src/dovetail/engine/forward.py": "prefill and decode are read together: one cache, one attention",
-    "src/dovetail/parallel/tensor_training.py": "the group and what it divides are one subject",
     "src/dovetail/training/optim.py": "the optimiser and its average share one state",
     "src/dovetail/training/step.py": "the one gradient step, whole: seed, rate, micro-batches, clipping, retries",
 }
