@@ -27,8 +27,8 @@ LONG = {
 
 def error(got: Tensor, exact: Tensor) -> float:
     """The relative error in the 2-norm."""
-    difference = got.detach().cpu().double() - exact.detach()
-    return float(difference.norm() / exact.norm().clamp(min=1e-12))
+    got, exact = got.detach().cpu().double(), exact.detach()
+    return float((got - exact).norm() / exact.norm().clamp(min=1e-12))
 
 
 def expect_as_near(ours: list[Tensor], packed: list[Tensor], exact: list[Tensor]) -> None:
