@@ -165,6 +165,13 @@ def test_the_tour_of_a_step_names_functions_where_they_are() -> None:
         assert defined.search((tour.parent / file).read_text(encoding="utf-8")), f"{file} has no {function}"
 
 
+def test_the_index_lists_every_page_and_every_example() -> None:
+    index = (ROOT / "docs/index.md").read_text(encoding="utf-8")
+    pages = [path.name for path in (ROOT / "docs").glob("*.md") if path.name != "index.md"]
+    examples = [f"../examples/{path.name}" for path in (ROOT / "examples").iterdir() if path.is_file()]
+    assert [link for link in [*pages, *examples] if f"]({link})" not in index] == []
+
+
 def test_both_readmes_show_the_same_commands() -> None:
     english, chinese = (
         [line for block in blocks(file, "bash") for line in block.splitlines()] for file in READMES
