@@ -59,9 +59,9 @@ lint: $(VENV)/dev.stamp
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# The variable silences an advertisement of the theme's authors.
+# Not --quiet: it drops warnings before --strict counts them. The variable silences an advertisement of the theme's authors.
 docs: $(VENV)/docs.stamp
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 docs-settings: $(VENV)/runtime.stamp
 	$(BIN)/python -m dovetail.config.reference > docs/settings.md

@@ -187,6 +187,13 @@ def test_the_makefile_does_what_its_head_says() -> None:
     assert "dovetail demo --model tiny --seed 0 --num-gpus 2" in done.stdout
 
 
+def test_the_site_s_build_counts_warnings() -> None:
+    done = subprocess.run(["make", "-n", "docs"], cwd=ROOT, capture_output=True, text=True, check=True)
+    (build,) = re.findall(r"mkdocs build .*", done.stdout)
+    assert "--strict" in build
+    assert "--quiet" not in build  # which would drop warnings before they are counted
+
+
 def test_mutations_have_names_of_their_own() -> None:
     names = [mutant.name for mutant in read_table()]
     assert len(set(names)) == len(names)
