@@ -93,8 +93,8 @@ def test_a_ppo_step_waits_once_for_its_statistics_and_once_for_each_gradient_ste
             kl_coefficient=0.1,
             with_old_logprobs=config.needs_old_logprobs(),
         )
-    # The highest token id is looked up on the host, before the batch moves.
-    assert seen == ["expect_readable", "rollout_stats"]
+    # Neighbours that share a prompt, and the highest token id, are looked up on the host, before the batch moves.
+    assert seen == ["share_prompts", "expect_readable", "rollout_stats"]
     with watching(monkeypatch) as seen:
         trainer.update(collected)
     waits = [name for name in seen if name not in ("minibatches", ON_A_CPU)]
