@@ -292,18 +292,21 @@ class Experience(PackedBatch):
     forward of the one step that will be taken on this rollout, which begins there."""
     reference_logprobs_T: Tensor
     """float32 [T]: under the frozen reference, temperature applied."""
-    old_values_T: Tensor
-    """float32 [T]: the critic's, at sampling time, for the clipped value loss and explained variance."""
+    old_values_T: Tensor | None
+    """float32 [T]: the critic's, at sampling time, for the clipped value loss and explained variance. None without a
+    critic."""
     rewards_T: Tensor
     """float32 [T]: per-token reward, KL penalty included, score on the last action."""
     advantages_T: Tensor
-    """float32 [T]: normalised over the actions of the whole batch."""
-    returns_T: Tensor
-    """float32 [T]: target of the critic: advantages before normalisation + old values."""
+    """float32 [T]: as the algorithm gives them; PPO's are normalised over the actions of the whole batch."""
+    returns_T: Tensor | None
+    """float32 [T]: target of the critic: advantages before normalisation + old values. None without a critic."""
     scores_S: Tensor
     """float32 [S]: what the reward model or function said of each answer, before clipping and penalties."""
     finished_S: Tensor
     """bool [S]: False = the answer was cut off by the length limit."""
+    weights_T: Tensor | None = None
+    """float32 [T]: the weight of each action in the loss of its minibatch; None = all 1."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 from dovetail.config.load import load, parse_value
 from dovetail.config.recipes import names_file, recipe_for
-from dovetail.config.run import STAGES_OF, RunConfig, StageName
+from dovetail.config.run import RunConfig, StageName, stages_of
 from dovetail.config.stages import OptimizerConfig
 from dovetail.errors import ConfigError
 from dovetail.text_file import read_text
@@ -84,10 +84,10 @@ def _choices(config: RunConfig) -> str:
         "ppo": ("PPO", config.ppo.actor_optimizer),
         "dpo": ("DPO", config.dpo.optimizer),
     }
-    named = [optimizers[stage] for stage in STAGES_OF[config.algorithm]]
+    named = [optimizers[stage] for stage in stages_of(config.algorithm)]
     listed = ", ".join(f"{name} {optimizer.learning_rate:g}" for name, optimizer in named)
     trained = f"it trains {weights} of the actor (learning rates: {listed})"
-    if "reward" not in STAGES_OF[config.algorithm]:
+    if "reward" not in stages_of(config.algorithm):
         return trained
     return f"{trained}; the reward model starts from {config.reward_start().path}"
 

@@ -29,7 +29,7 @@ from dovetail.cli.processes import (
 )
 from dovetail.cli.run_settings import Flags, Resolved, resolve
 from dovetail.config.load import dump
-from dovetail.config.run import STAGES_OF, RunConfig, StageName
+from dovetail.config.run import RunConfig, StageName, stages_of
 from dovetail.launch.early_signals import signals_kept, stopped_by_signals
 from dovetail.launch.rank import LAUNCHER
 from dovetail.launch.topology import DEFAULT_PORT, LaunchFlags, Topology, is_rank
@@ -280,7 +280,7 @@ def plan(config: RunConfig) -> list[str]:
         "ppo": f"PPO, {config.ppo.batch_size} answers a rollout",
         "dpo": f"direct preference optimisation, loss {config.dpo.loss}",
     }
-    stages = STAGES_OF[config.algorithm]
+    stages = stages_of(config.algorithm)
     width = max(len(titles[name]) for name in stages)
     lines = [
         f"stage {number}  {titles[name]:<{width}}  {_state(folder, name, name in config.stages)}"

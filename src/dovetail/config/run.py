@@ -11,19 +11,31 @@ from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt, model_v
 from dovetail.config.data import DataConfig
 from dovetail.config.frozen import FrozenModel
 from dovetail.config.model import ModelConfig, Precision
+from dovetail.config.policy import METHODS, PolicyConfig
 from dovetail.config.sharding import OffloadConfig, TensorParallelConfig, ZeroStageConfig
 from dovetail.config.stages import DpoConfig, PpoConfig, RewardConfig, SftConfig
 
 StageName = Literal["sft", "reward", "ppo", "dpo"]
-Algorithm = Literal["ppo", "dpo"]
 RowKind = Literal["sft", "reward", "ppo"]
 ROW_KINDS: tuple[RowKind, ...] = ("sft", "reward", "ppo")
 """The kinds of rows in the order of `data.stage_split`."""
 
-STAGES_OF: dict[Algorithm, tuple[StageName, ...]] = {"ppo": ("sft", "reward", "ppo"), "dpo": ("sft", "dpo")}
-"""The stages of each algorithm, in order."""
 ROWS_OF: dict[StageName, RowKind] = {"sft": "sft", "reward": "reward", "ppo": "ppo", "dpo": "reward"}
 """The kind of rows that each stage reads, named after the stage of PPO that reads it."""
+
+
+def stages_of(algorithm: str) -> tuple[StageName, ...]:
+    """Return the stages of an algorithm, in order."""
+    return ("sft", "dpo") if algorithm == "dpo" else ("sft", "reward", "ppo")
+
+
+def _known_algorithm(name: str) -> str:
+    known = ("ppo", "dpo", *METHODS)
+    if name not in known and ".py:" not in name:
+        raise ValueError(
+            f"{name!r} is no algorithm; write one of {', '.join(known)}, or path/to/file.py:Class"
+        )
+    return name
 
 
 class TrackingConfig(FrozenModel):
@@ -56,9 +68,12 @@ class RunConfig(FrozenModel):
     """Stage 3."""
     dpo: DpoConfig = DpoConfig()
     """The stage after SFT with `algorithm: dpo`."""
-    algorithm: Algorithm = "ppo"
-    """The way from comparisons to a better actor. ppo: a reward model, then PPO. dpo: the actor learns from them
-    directly, in one stage after SFT."""
+    policy: PolicyConfig = PolicyConfig()
+    """The settings of a method without a critic, beside those of `ppo`."""
+    algorithm: Annotated[str, AfterValidator(_known_algorithm)] = "ppo"
+    """The way to a better actor. ppo: a reward model, then PPO. dpo: from comparisons directly, in one stage after SFT.
+    Without a critic, in place of PPO: grpo, dr_grpo, dapo, gspo, cispo, rloo, reinforce_plus_plus,
+    reinforce_plus_plus_baseline, or your own as `file.py:Class` (docs/algorithms.md)."""
     stages: Annotated[tuple[StageName, ...], Field(min_length=1)] = ("sft", "reward", "ppo")
     """The stages that run; with `algorithm: dpo` by default sft and dpo. One that is left out must have finished before
     in the same output folder, or is replaced by the pretrained model itself."""
@@ -85,19 +100,28 @@ class RunConfig(FrozenModel):
     @classmethod
     def _all_stages_of_the_algorithm(cls, values: Any) -> Any:
         if isinstance(values, dict) and "stages" not in values:
-            stages = next((own for name, own in STAGES_OF.items() if name == values.get("algorithm")), None)
-            return values if stages is None else values | {"stages": stages}
+            return values | {"stages": stages_of(values.get("algorithm", "ppo"))}
         return values
 
     @model_validator(mode="after")
     def _stages_belong_to_the_algorithm(self) -> Self:
-        own = STAGES_OF[self.algorithm]
+        own = stages_of(self.algorithm)
         for stage in self.stages:
             if stage not in own:
                 raise ValueError(
                     f"stages = [{', '.join(self.stages)}], but algorithm = {self.algorithm} has no stage {stage}; set "
                     f"stages to some of {', '.join(own)}, or another algorithm"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _policy_is_of_a_method_without_a_critic(self) -> Self:
+        given = sorted(self.policy.model_dump(exclude_none=True))
+        if given and self.algorithm in ("ppo", "dpo"):
+            raise ValueError(
+                f"policy.{given[0]} is set, but algorithm = {self.algorithm} takes no setting of the group policy; "
+                f"remove it, or set algorithm to one of {', '.join(METHODS)}"
+            )
         return self
 
     @model_validator(mode="after")
@@ -116,7 +140,7 @@ class RunConfig(FrozenModel):
         A stage that runs alone takes all rows, unless a split is asked for.
         """
         is_alone = len(self.stages) == 1 and self.data.stage_split is None
-        read = {ROWS_OF[stage] for stage in (self.stages if is_alone else STAGES_OF[self.algorithm])}
+        read = {ROWS_OF[stage] for stage in (self.stages if is_alone else stages_of(self.algorithm))}
         if len(read) == len(ROW_KINDS):
             return self.data
         shares = tuple(

@@ -73,6 +73,19 @@ def _zero_without_signal(advantages_GN: Tensor, rewards_GN: Tensor) -> Tensor:
     return advantages_GN.masked_fill((rewards_GN == rewards_GN[:, :1]).all(1, keepdim=True), 0.0)
 
 
+def rewards_to_come(rewards_T: Tensor, mask_T: Tensor, cu_seqlens_S1: Tensor) -> Tensor:
+    """G_t = sum of r_i over the actions i >= t of the same sequence; float32 [T], 0 where the mask is False.
+
+    Hu 2025 (REINFORCE++, arXiv:2501.03262), equation 8, before it is normalised over the batch.
+    """
+    rewards_T = zero_outside(rewards_T, mask_T).double()
+    before_T = rewards_T.cumsum(0) - rewards_T
+    ends_S = cu_seqlens_S1[1:].long() - 1
+    through_S = (before_T + rewards_T)[ends_S]
+    to_come_T = over_tokens_of_sequences(through_S, cu_seqlens_S1, mask_T.numel()) - before_T
+    return zero_outside(to_come_T.float(), mask_T)
+
+
 def overlong_penalty(lengths_S: Tensor, *, limit: int, buffer: int) -> Tensor:
     """0 up to limit - buffer tokens, then falling linearly to -1 at the limit: max(-1, (limit - buffer - n) / buffer).
 

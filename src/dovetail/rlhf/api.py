@@ -21,6 +21,8 @@ from dovetail.engine.parity import PROMPT_TOKENS, check_parity
 from dovetail.maths.ppo import adaptive_kl_coefficient
 from dovetail.model.forward import token_logprobs
 from dovetail.parallel.shard import sharding_of
+from dovetail.rlhf.algorithms.ppo import Ppo
+from dovetail.rlhf.algorithms.protocol import Algorithm
 from dovetail.rlhf.build import Setup, make_learners, make_roles, name_of
 from dovetail.rlhf.rewards import Answer, RewardFunction
 from dovetail.rlhf.rollout import Collected, collect, pack_rollout, sample_answers
@@ -41,11 +43,12 @@ class RLHFEngine:
     the critic starts as a copy of it. None: the critic starts from the actor, and `reward` must be given.
     tokenizer: the actor's; by default loaded from `actor_model`. total_steps: optimiser steps of the run, for the
     schedules. reward: a function of the answers, in place of the reward model, or beside it if
-    `config.reward_function_weight` is set. setup: device, precision, seed, adapters.
+    `config.reward_function_weight` is set. setup: device, precision, seed, adapters. algorithm: PPO by default; a
+    method without a critic makes none (`algorithm_named`).
     Raises ConfigError if neither a reward model nor a function is given, ModelError if a model cannot be loaded.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 -- every one is a part that a caller may bring along
         self,
         *,
         actor_model: str | PreTrainedModel,
@@ -55,11 +58,14 @@ class RLHFEngine:
         config: PpoConfig | None = None,
         reward: RewardFunction | None = None,
         setup: Setup | None = None,
+        algorithm: Algorithm | None = None,
     ) -> None:
         self.config = config or PpoConfig()
         self.setup = setup or Setup()
         self.tokenizer = tokenizer or load_tokenizer(name_of(actor_model))
-        self.roles = make_roles(actor_model, critic_model, self.tokenizer, reward, self.config, self.setup)
+        self.roles = make_roles(
+            actor_model, critic_model, self.tokenizer, reward, self.config, self.setup, algorithm or Ppo()
+        )
         self.learners = make_learners(self.roles, self.config, total_steps=total_steps)
         self._is_checked = False
 
@@ -161,9 +167,7 @@ class RLHFEngine:
         """Return trained weights, optimisers, EMA and counters: with PPOTrainer's, all the next step depends on."""
         return {
             "actor": trained_weights(self.roles.actor),
-            "critic": trained_weights(self.roles.critic),
             "actor_optimizer": self.learners.actor.state_dict(),
-            "critic_optimizer": self.learners.critic.state_dict(),
             "ema": self.learners.ema.state_dict(),
             "actor_step": self.learners.actor_step,
             "critic_step": self.learners.critic_step,
@@ -171,14 +175,24 @@ class RLHFEngine:
             "warmup": self.learners.warmup.state_dict(),
             "value_offset": self.roles.value_offset,
             "budget": self.roles.budget.state_dict(),
+        } | self._critic_state()
+
+    def _critic_state(self) -> dict[str, Any]:
+        """Return the critic's part of the state; empty without a critic."""
+        if self.roles.critic is None or self.learners.critic is None:
+            return {}
+        return {
+            "critic": trained_weights(self.roles.critic),
+            "critic_optimizer": self.learners.critic.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict()`, bit for bit."""
         load_trained(self.roles.actor, state["actor"])
-        load_trained(self.roles.critic, state["critic"])
         self.learners.actor.load_state_dict(state["actor_optimizer"])
-        self.learners.critic.load_state_dict(state["critic_optimizer"])
+        if self.roles.critic is not None and self.learners.critic is not None:
+            load_trained(self.roles.critic, state["critic"])
+            self.learners.critic.load_state_dict(state["critic_optimizer"])
         self.learners.ema.load_state_dict(state["ema"])
         self.learners.actor_step = state["actor_step"]
         self.learners.critic_step = state["critic_step"]
@@ -195,10 +209,10 @@ class PPOTrainer:
         self.engine = engine
         self.config = config or engine.config
         self.iteration = 0
-        self.kl_coefficient = self.config.kl_coefficient
+        self.kl_coefficient = engine.roles.algorithm.kl_weight(self.config)
 
     def generate_experience(self, prompts: Sequence[Conversation]) -> Collected:
-        """Sample an answer to each prompt and score it: everything `train_rlhf` needs.
+        """Sample the answers to each prompt and score them: everything `train_rlhf` needs.
 
         The first call compares generation and training with the plain forward (`RLHFEngine.check_parity`).
         """
@@ -213,7 +227,8 @@ class PPOTrainer:
                 seed=self.engine.setup.seed,
                 warms_up=not self.engine.learners.warmup.is_over,
             )
-        self.engine.learners.warmup.judge(collected.stats["ppo/explained_variance"])
+        if not self.engine.learners.warmup.is_over:
+            self.engine.learners.warmup.judge(collected.stats["ppo/explained_variance"])
         return collected
 
     def train_rlhf(

@@ -29,6 +29,7 @@ from dovetail.model.scalar import scalar_model_from
 from dovetail.parallel.shard import sharding_of
 from dovetail.parallel.sharing import Sharing
 from dovetail.parallel.world import World
+from dovetail.rlhf.algorithms.protocol import Algorithm
 from dovetail.rlhf.reward_functions import function_scorer, load_reward_function
 from dovetail.rlhf.rewards import (
     ClippedScorer,
@@ -75,8 +76,10 @@ def make_roles(
     reward: RewardFunction | None,
     config: PpoConfig,
     setup: Setup,
+    algorithm: Algorithm,
 ) -> Roles:
-    """Actor, reference, critic and scorer; dropout off everywhere, all but actor and critic frozen."""
+    """Actor, reference, scorer, and a critic if the algorithm has one; dropout off everywhere, all but actor and critic
+    frozen."""
     sharing, world = setup.sharing, setup.sharing.world
     device = world.device(resolve_device(setup.device))
     at = loading_device(device, world)
@@ -91,7 +94,10 @@ def make_roles(
     expect_rows_for(tokenizer, actor, name_of(actor_model))
     reward_model, reward_chat = _reward_model(critic_model, chat, dtype, at, setup)
     # A critic reads the actor's tokens: with another tokenizer it cannot start from the reward model.
-    if reward_model is not None and reward_chat is None:
+    critic: PreTrainedModel | None = None
+    if not algorithm.needs_critic:
+        pass
+    elif reward_model is not None and reward_chat is None:
         critic = copy_of(reward_model)
     else:
         critic = scalar_model_from(actor, seed=setup.seed, pad_token_id=tokenizer.pad_token_id)
@@ -101,14 +107,16 @@ def make_roles(
         sharing.shard(reward_model, "reward_model", device)
         model_scorer = RewardModelScorer(reward_model, budget, device, reward_chat)
     score, score_clip = _scorer(model_scorer, reward, config, world)
-    critic = _trainable(critic, setup.critic_lora, seed=setup.seed + 1)
-    sharing.shard(critic, "critic", device)
+    if critic is not None:
+        critic = _trainable(critic, setup.critic_lora, seed=setup.seed + 1)
+        sharing.shard(critic, "critic", device)
     reference = None if setup.actor_lora else _frozen(copy_of(actor))
     if reference is not None:
         sharing.shard(reference, "reference", device)
     actor = _trainable(actor, setup.actor_lora, seed=setup.seed)
     sharing.shard(actor, "actor", device)
-    checkpoint_activations([actor, critic], config, device=device, is_averaged=True)
+    learning = [actor] if critic is None else [actor, critic]
+    checkpoint_activations(learning, config, device=device, is_averaged=True)
     return Roles(
         actor=actor,
         critic=critic,
@@ -116,18 +124,23 @@ def make_roles(
         score=score,
         reward_model=reward_model,
         chat=chat,
-        engine=_generator(actor, critic, config, setup, device),
+        engine=_generator(learning, config, setup, device),
         device=device,
         budget=budget,
         score_clip=score_clip,
+        algorithm=algorithm,
     )
 
 
 def _generator(
-    actor: PreTrainedModel, critic: PreTrainedModel, config: PpoConfig, setup: Setup, device: torch.device
+    learning: Sequence[PreTrainedModel], config: PpoConfig, setup: Setup, device: torch.device
 ) -> HybridEngine:
-    """Make the engine that generates: with the model itself, gathered copies of it, or slices."""
-    states = state_bytes(actor, is_averaged=True) + state_bytes(critic, is_averaged=False)
+    """Make the engine that generates: with the model itself, gathered copies of it, or slices.
+
+    learning: the actor first, then a critic if there is one.
+    """
+    actor = learning[0]
+    states = sum(state_bytes(model, is_averaged=model is actor) for model in learning)
     split = split_to_generate(
         actor,
         setup.sharing.tensor_parallel.generation,
@@ -152,11 +165,11 @@ def make_learners(roles: Roles, config: PpoConfig, *, total_steps: int) -> Learn
     actor = optimizer_for(roles.actor, config.actor_optimizer)
     return Learners(
         actor=actor,
-        critic=optimizer_for(roles.critic, config.critic_optimizer),
+        critic=optimizer_for(roles.critic, config.critic_optimizer) if roles.critic is not None else None,
         ema=Ema(roles.actor, decay=config.ema_decay, optimizer=actor),
         total_steps=total_steps,
         warmup=CriticWarmup.of_run(
-            max_rollouts=config.critic_warmup_rollouts,
+            max_rollouts=config.critic_warmup_rollouts if roles.critic is not None else 0,
             rollouts_of_run=total_steps // (config.ppo_epochs * config.minibatches),
         ),
         parks=config.park_optimizer and roles.device.type != "cpu",

@@ -62,7 +62,7 @@ def evaluate_answers(
     shaped_S = shape_scores(scores_S, batch.finished_S, config, score_clip=roles.score_clip)
     kl = float(gap_T.sum()) / len(answers)
     stats = {
-        "ppo/held_out_objective": float(shaped_S.mean()) - config.kl_coefficient * kl,
+        "ppo/held_out_objective": float(shaped_S.mean()) - roles.algorithm.kl_weight(config) * kl,
         "ppo/held_out_reward": float(scores_S.mean()),
         "ppo/held_out_reward_stderr": float(scores_S.std(unbiased=False)) / len(answers) ** 0.5,
         "ppo/held_out_kl_nats_per_answer": kl,

@@ -1,4 +1,4 @@
-"""The four roles of PPO and what each of them answers.
+"""The roles of PPO and what each of them answers.
 
 Responsible for: holding actor, reference, critic and scorer, and their no-grad forwards over a packed batch.
 Not responsible for: gradients (rlhf/update.py), sampling (engine/), building models from names (rlhf/build.py).
@@ -8,7 +8,7 @@ Shapes: T packed tokens, S sequences.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
@@ -29,6 +29,8 @@ from dovetail.model.forward import (
 from dovetail.model.lora import adapter_disabled
 from dovetail.parallel.shard import sharding_of
 from dovetail.parallel.world import ALONE, World, parts_of
+from dovetail.rlhf.algorithms.ppo import Ppo
+from dovetail.rlhf.algorithms.protocol import Algorithm
 from dovetail.rlhf.rewards import Scorer, expect_readable
 from dovetail.text.chat_format import ChatFormat
 from dovetail.training.step import TokenBudget, retry_on_out_of_memory
@@ -41,7 +43,8 @@ class Roles:
     """The models of PPO by role. With LoRA the reference is the actor with its adapters off: no second model."""
 
     actor: PreTrainedModel
-    critic: PreTrainedModel
+    critic: PreTrainedModel | None
+    """None where the algorithm has none."""
     reference: PreTrainedModel | None
     """A frozen copy of the actor; None = the actor without its adapters."""
     score: Scorer
@@ -51,6 +54,8 @@ class Roles:
     device: torch.device
     budget: TokenBudget
     """Tokens of one forward pass, shared by scoring and training so that both pack alike."""
+    algorithm: Algorithm = field(default_factory=Ppo)
+    """The method that turns scores into advantages and a loss."""
     reward_model: PreTrainedModel | None = None
     """The model behind `score`, if there is one."""
     score_clip: float | None = None
@@ -78,14 +83,23 @@ class Roles:
 
     def values(self, batch: PackedBatch) -> Tensor:
         """float32 [T] critic's value of the state in which each token was chosen."""
-        return self._over_tokens(self.critic, batch, lambda part: (self.values_of(part),))[0]
+        return self._over_tokens(self.held_critic, batch, lambda part: (self.values_of(part),))[0]
 
     def values_of(self, micro: PackedBatch) -> Tensor:
         """Return the same for one micro-batch, differentiable."""
-        return token_values(self.critic, micro) + self.value_offset
+        return token_values(self.held_critic, micro) + self.value_offset
+
+    @property
+    def held_critic(self) -> PreTrainedModel:
+        """Return the critic. Raises ValueError if the algorithm has none."""
+        if self.critic is None:
+            raise ValueError(f"{self.algorithm} has no critic, so there are no values")
+        return self.critic
 
     def expect_readable(self, batch: PackedBatch) -> None:
         """Raise ModelError if the critic cannot read a batch of the actor's answers that is still on the host."""
+        if self.critic is None:
+            return
         highest_id = int(batch.token_ids_T.max())
         expect_readable("critic", self.critic, longest=batch.max_length, highest_id=highest_id)
 

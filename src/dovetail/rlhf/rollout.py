@@ -19,18 +19,17 @@ from dovetail.data.records import Message, Prompt
 from dovetail.engine.hybrid import HybridEngine
 from dovetail.engine.sampling import Sampling
 from dovetail.engine.scheduler import Completion
-from dovetail.maths.masked import cu_actions, masked_mean, masked_sum, normalise, scale_to_unit_std
+from dovetail.maths.masked import masked_mean, masked_sum, scale_to_unit_std
 from dovetail.maths.ppo import (
     clip_scores,
     explained_variance,
-    gae,
     mismatch,
     per_token_rewards,
     replace_missing_end,
 )
-from dovetail.model.forward import masked_index
 from dovetail.parallel.shard import sharding_of
 from dovetail.parallel.world import ALONE, World, balanced_shares
+from dovetail.rlhf.algorithms.protocol import Advantages, Scored, keeping
 from dovetail.rlhf.rewards import Answer
 from dovetail.rlhf.roles import Roles
 from dovetail.rlhf.update import rewards_to_come
@@ -58,12 +57,13 @@ def collect(
     seed: int,
     warms_up: bool = False,
 ) -> Collected:
-    """Sample one answer to each prompt and turn them into experience for the update of this iteration (from 0).
+    """Sample the answers to each prompt and turn them into experience for the update of this iteration (from 0).
 
     seed: the run's. warms_up: whether the critic may be learning alone. Then the actor is scored in any case, because
     without an update of its own nothing else would measure it.
     """
-    answers = sample_answers(prompts, roles, config.sampling, seed=step_seed(seed, iteration))
+    asked = [prompt for prompt in prompts for _ in range(roles.algorithm.answers_per_prompt)]
+    answers = sample_answers(asked, roles, config.sampling, seed=step_seed(seed, iteration))
     return score_answers(
         answers,
         roles,
@@ -98,26 +98,36 @@ def score_answers(
     temperature = config.sampling.temperature
     actor = roles.actor_logprobs(rollout, temperature=temperature) if with_old_logprobs else None
     reference_T = roles.reference_logprobs(rollout, temperature=temperature)
-    values_T = roles.values(rollout)
-    scored = roles.score(answers)
-    scores_S = moved(scored.scores_S, roles.device)
+    algorithm = roles.algorithm
+    values_T = roles.values(rollout) if algorithm.needs_critic else None
+    answer_scores = roles.score(answers)
+    scores_S = moved(answer_scores.scores_S, roles.device)
     old_T = actor.logprobs_T if actor else None
     penalised_T = rollout.sampled_logprobs_T if old_T is None else old_T
     rewards_T = shape_rewards(
-        rollout, penalised_T, reference_T, scores_S, config, kl_coefficient, score_clip=roles.score_clip
+        rollout,
+        penalised_T,
+        reference_T,
+        scores_S,
+        config,
+        kl_coefficient if algorithm.kl_in_reward else 0.0,
+        score_clip=roles.score_clip,
     )
     learnt = without_cut_off(rollout, answers) if config.cut_off_answers == "leave_out" else rollout
-    if shifts_values:
+    if shifts_values and values_T is not None:
         to_come_T = rewards_to_come(learnt, rewards_T, gamma=config.gamma)
         shift = float(masked_mean(to_come_T - values_T, learnt.mask_T))
         roles.value_offset += shift
         values_T = values_T + shift
-    experience = with_advantages(learnt, old_T, reference_T, values_T, rewards_T, scores_S, config)
+    scored = Scored(rollout=rollout, learnt=learnt, rewards_T=rewards_T, values_T=values_T)
+    advantages = algorithm.advantages(scored, config)
+    experience = experience_of(scored, advantages, old_T, reference_T, scores_S)
     entropy_T = actor.entropy_T if actor else None
     stats = rollout_stats(rollout, experience, config, score_clip=roles.score_clip, entropy_T=entropy_T)
     stats["ppo/distinct_fraction"] = len({answer.text for answer in answers}) / len(answers)
     stats["ppo/kl_coefficient"] = kl_coefficient
-    stats |= scored.stats
+    stats |= answer_scores.stats
+    stats |= advantages.stats
     return Collected(answers, experience, stats["ppo/kl_nats_per_answer"], stats)
 
 
@@ -211,12 +221,7 @@ def pack_rollout(answers: Sequence[Answer]) -> Rollout:
 
 def without_cut_off(rollout: Rollout, answers: Sequence[Answer]) -> Rollout:
     """Return the rollout with the tokens of cut-off answers unmarked, so that nothing is learnt from them."""
-    counts = tuple(
-        count if answer.finished else 0 for count, answer in zip(rollout.target_counts, answers, strict=True)
-    )
-    lengths_S = (rollout.cu_seqlens_S1[1:] - rollout.cu_seqlens_S1[:-1]).long()
-    finished_T = rollout.finished_S.repeat_interleave(lengths_S, output_size=rollout.num_tokens)
-    return replace(rollout, mask_T=rollout.mask_T & finished_T, target_counts=counts)
+    return keeping(rollout, torch.tensor([answer.finished for answer in answers]))
 
 
 def shape_scores(
@@ -247,42 +252,31 @@ def shape_rewards(
     return scale_to_unit_std(rewards_T, rollout.mask_T) if config.whiten_rewards else rewards_T
 
 
-def with_advantages(
-    rollout: Rollout,
+def experience_of(
+    scored: Scored,
+    advantages: Advantages,
     old_logprobs_T: Tensor | None,
     reference_T: Tensor,
-    values_T: Tensor,
-    rewards_T: Tensor,
     scores_S: Tensor,
-    config: PpoConfig,
 ) -> Experience:
-    """Add the advantages (GAE over the actions alone, then normalised over the rollout) and the critic's targets."""
-    mask_T, index_A = rollout.mask_T, masked_index(rollout)
-    advantages_A = gae(
-        rewards_T.index_select(0, index_A),
-        values_T.index_select(0, index_A),
-        cu_actions(mask_T, rollout.cu_seqlens_S1),
-        gamma=config.gamma,
-        lam=config.gae_lambda,
-        longest=max(rollout.target_counts),
-    )
-    advantages_T = advantages_A.new_zeros(rollout.num_tokens).index_copy(0, index_A, advantages_A)
+    """Put together what the update learns from."""
+    learnt = advantages.learnt
     return Experience(
-        token_ids_T=rollout.token_ids_T,
-        cu_seqlens_S1=rollout.cu_seqlens_S1,
-        lengths=rollout.lengths,
-        mask_T=mask_T,
-        target_counts=rollout.target_counts,
-        shared_lengths=rollout.shared_lengths,
-        sampled_logprobs_T=rollout.sampled_logprobs_T,
+        token_ids_T=learnt.token_ids_T,
+        cu_seqlens_S1=learnt.cu_seqlens_S1,
+        lengths=learnt.lengths,
+        mask_T=learnt.mask_T,
+        target_counts=learnt.target_counts,
+        shared_lengths=learnt.shared_lengths,
+        sampled_logprobs_T=learnt.sampled_logprobs_T,
         old_logprobs_T=old_logprobs_T,
         reference_logprobs_T=reference_T,
-        old_values_T=values_T,
-        rewards_T=rewards_T,
-        advantages_T=normalise(advantages_T, mask_T),
-        returns_T=(advantages_T + values_T).masked_fill(~mask_T, 0.0),
+        old_values_T=scored.values_T,
+        rewards_T=scored.rewards_T,
+        advantages_T=advantages.advantages_T,
+        returns_T=advantages.returns_T,
         scores_S=scores_S,
-        finished_S=rollout.finished_S,
+        finished_S=learnt.finished_S,
     )
 
 
@@ -303,8 +297,7 @@ def rollout_stats(
     old_T, sampled_T = experience.old_logprobs_T, rollout.sampled_logprobs_T
     penalised_T = sampled_T if old_T is None else old_T
     penalty_T = (penalised_T - experience.reference_logprobs_T).masked_fill(~mask_T, 0.0)
-    to_come_T = rewards_to_come(experience, experience.rewards_T, gamma=config.gamma)
-    scores_S = experience.scores_S
+    scores_S, values_T = experience.scores_S, experience.old_values_T
     kl = penalty_T.sum() / num_sequences
     answer_tokens = mask_T.sum() / num_sequences
     num_learnt = max(1, sum(count > 0 for count in experience.target_counts))
@@ -316,9 +309,11 @@ def rollout_stats(
         "ppo/kl_nats_per_token": kl / answer_tokens,
         "ppo/answer_tokens": answer_tokens,
         "ppo/cut_off_fraction": 1.0 - rollout.finished_S.float().mean(),
-        "ppo/value_mean": masked_mean(experience.old_values_T, experience.mask_T),
-        "ppo/explained_variance": explained_variance(experience.old_values_T, to_come_T, experience.mask_T),
     }
+    if values_T is not None:
+        to_come_T = rewards_to_come(experience, experience.rewards_T, gamma=config.gamma)
+        named["ppo/value_mean"] = masked_mean(values_T, experience.mask_T)
+        named["ppo/explained_variance"] = explained_variance(values_T, to_come_T, experience.mask_T)
     if score_clip is not None:
         named["ppo/score_clipped_fraction"] = (scores_S.abs() > score_clip).float().mean()
     if old_T is not None:

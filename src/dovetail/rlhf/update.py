@@ -29,8 +29,9 @@ from transformers import PreTrainedModel
 from dovetail.batches import Experience, PackedBatch, SummedLoss
 from dovetail.config.stages import OptimizerConfig, PpoConfig
 from dovetail.maths.masked import cu_actions
-from dovetail.maths.ppo import clipped_policy_loss, clipped_value_loss, gae, importance_weights, mismatch
+from dovetail.maths.ppo import clipped_value_loss, gae, importance_weights, mismatch
 from dovetail.model.forward import language_model_loss, masked_index, token_logprobs
+from dovetail.rlhf.algorithms.protocol import Algorithm
 from dovetail.rlhf.roles import Roles
 from dovetail.telemetry.log import say, warn
 from dovetail.training.optim import Ema, Optimizer
@@ -127,7 +128,8 @@ class Learners:
     """The optimisers, average and counters of the two trained roles."""
 
     actor: Optimizer
-    critic: Optimizer
+    critic: Optimizer | None
+    """None without a critic."""
     ema: Ema
     total_steps: int
     """Optimiser steps of the whole run, for the schedules."""
@@ -145,7 +147,8 @@ class Learners:
     @contextmanager
     def parked(self) -> Iterator[None]:
         """Keep optimisers and average in host memory within the block, if asked for; nothing learns meanwhile."""
-        waiting: list[Parkable] = [self.actor, self.critic, self.ema] if self.parks else []
+        learners = (self.actor, self.critic, self.ema)
+        waiting: list[Parkable] = [part for part in learners if part is not None and self.parks]
         with ExitStack() as stack:
             for part in waiting:
                 part.park()
@@ -192,7 +195,8 @@ def update(
         texts = next_texts(learners.actor_step) if next_texts else None
         actor_steps.append(actor_step(minibatch, texts, roles, learners, config))
         learners.ema.update()
-        critic_steps.append(critic_step(minibatch, roles, learners, config))
+        if roles.critic is not None:
+            critic_steps.append(critic_step(minibatch, roles, learners, config))
     return summarise(actor_steps, critic_steps)
 
 
@@ -237,8 +241,10 @@ def minibatches(experience: Experience, *, epochs: int, count: int, seed: int) -
 def actor_step(
     minibatch: Experience, texts: PackedBatch | None, roles: Roles, learners: Learners, config: PpoConfig
 ) -> StepReport:
-    """Take one step of the actor on the clipped surrogate, with the pretraining loss beside it if there are texts."""
-    terms = [Term(minibatch, partial(policy_loss, roles.actor, config=config), name="policy")]
+    """Take one step of the actor on the algorithm's loss, with the pretraining loss beside it if there are texts."""
+    algorithm = roles.algorithm
+    own_loss = partial(policy_loss, roles.actor, config=config, algorithm=algorithm)
+    terms = [Term(algorithm.prepared(minibatch, config), own_loss, name="policy")]
     if texts is not None:
         terms.append(
             Term(texts, partial(language_model_loss, roles.actor), config.ptx_coefficient, name="ptx")
@@ -267,8 +273,9 @@ def critic_gradient_step(
     minibatch: Experience, roles: Roles, learners: Learners, config: PpoConfig, learning_rate: float
 ) -> StepReport:
     """Take one step of the critic on the clipped squared error."""
+    assert learners.critic is not None
     return gradient_step(
-        roles.critic,
+        roles.held_critic,
         learners.critic,
         [Term(minibatch, partial(value_loss, roles, config=config), name="value")],
         max_grad_norm=config.critic_optimizer.max_grad_norm,
@@ -278,8 +285,10 @@ def critic_gradient_step(
     )
 
 
-def policy_loss(actor: PreTrainedModel, micro: Experience, *, config: PpoConfig) -> SummedLoss:
-    """PPO's clipped surrogate over the actions of one micro-batch, weighted for what the generator drew.
+def policy_loss(
+    actor: PreTrainedModel, micro: Experience, *, config: PpoConfig, algorithm: Algorithm
+) -> SummedLoss:
+    """Sum the algorithm's loss, such as PPO's clipped surrogate, over one micro-batch, weighted for what was drawn.
 
     Three policies: the generator's mu drew the tokens, pi_old is where this update began, pi is the actor now.
     The ratio that is clipped is pi / pi_old; the weight, a constant, is pi_old / mu. Without old log-probabilities
@@ -293,7 +302,7 @@ def policy_loss(actor: PreTrainedModel, micro: Experience, *, config: PpoConfig)
         weights_T = importance_weights(old_T, micro.sampled_logprobs_T, mask_T, cap=config.importance_cap)
         advantages_T = advantages_T * weights_T
         stats["capped"] = ((weights_T == config.importance_cap) & mask_T).sum()
-    loss = clipped_policy_loss(found.logprobs_T, old_T, advantages_T, mask_T, clip=config.ratio_clip)
+    loss = algorithm.loss(found.logprobs_T, old_T, advantages_T, micro, config)
     stats |= {"clipped": loss.num_clipped, "approx_kl": loss.kl_sum, "clamped": loss.num_clamped}
     if not begins:
         return SummedLoss(loss.total, loss.count, stats)
@@ -306,6 +315,8 @@ def policy_loss(actor: PreTrainedModel, micro: Experience, *, config: PpoConfig)
 def value_loss(roles: Roles, micro: Experience, *, config: PpoConfig) -> SummedLoss:
     """Sum the clipped squared error over the actions of one micro-batch."""
     values_T = roles.values_of(micro)
+    assert micro.old_values_T is not None
+    assert micro.returns_T is not None
     loss = clipped_value_loss(
         values_T, micro.old_values_T, micro.returns_T, micro.mask_T, clip=config.value_clip
     )

@@ -26,6 +26,7 @@ from dovetail.model.load import (
 )
 from dovetail.model.lora import add_lora
 from dovetail.parallel.shard import sharding_of
+from dovetail.rlhf.algorithms.named import algorithm_named
 from dovetail.rlhf.api import RLHFEngine
 from dovetail.rlhf.build import Setup, checkpoint_activations, loading_device
 from dovetail.rlhf.rewards import expect_room
@@ -127,6 +128,7 @@ def rlhf_engine(start: ModelConfig, chat: ChatFormat, context: Context, *, total
         tokenizer=chat.tokenizer,
         total_steps=total_steps,
         config=config.ppo,
+        algorithm=algorithm_named(config.algorithm, config.policy, config.ppo),
         setup=Setup(
             device=config.device,
             precision=config.precision,
@@ -139,6 +141,8 @@ def rlhf_engine(start: ModelConfig, chat: ChatFormat, context: Context, *, total
     )
     # A reward model that reads the actor's tokens is what the critic is a copy of; another reads text of its own.
     for role, model in (("actor", engine.roles.actor), ("critic", engine.roles.critic)):
+        if model is None:
+            continue
         expect_room(
             role,
             plain_model(model).config,

@@ -19,6 +19,7 @@ from dovetail.data.loader import BatchOrder
 from dovetail.data.records import Prompt
 from dovetail.errors import TrainingStopped
 from dovetail.parallel.shard import sharding_of
+from dovetail.rlhf.algorithms.named import algorithm_named
 from dovetail.rlhf.api import PPOTrainer, RLHFEngine
 from dovetail.rlhf.evaluation import Judge, evaluate_answers, held_out_text_loss
 from dovetail.runs.run_folder import RunFolder
@@ -43,8 +44,9 @@ def run(context: Context, judge: Judge | None = None) -> StageReport:
     config, folder = context.config.ppo, context.folder
     model, chat = actor_start(context)
     prompts, held_out = prompts_of(context, chat, "train"), prompts_of(context, chat, "held_out")
-    order = BatchOrder(len(prompts), config.batch_size, context.config.seed)
-    iterations = rollouts_of(config, len(prompts))
+    algorithm = algorithm_named(context.config.algorithm, context.config.policy, config)
+    order = BatchOrder(len(prompts), config.batch_size // algorithm.answers_per_prompt, context.config.seed)
+    iterations = rollouts_of(config, len(prompts), algorithm.answers_per_prompt)
     total_steps = iterations * config.ppo_epochs * config.minibatches
     engine = rlhf_engine(model, chat, context, total_steps=total_steps)
     trainer = PPOTrainer(engine)
@@ -107,12 +109,13 @@ def load_into(parts: Mapping[str, Any], state: Mapping[str, Any]) -> None:
         part.load_state_dict(state[name])
 
 
-def rollouts_of(config: PpoConfig, num_prompts: int) -> int:
+def rollouts_of(config: PpoConfig, num_prompts: int, answers_per_prompt: int = 1) -> int:
     """Return the number of rollouts, `max_steps` or one pass over the prompts, and say what the batch leaves over."""
     if config.max_steps is not None:
         return config.max_steps
-    rollouts = max(1, num_prompts // config.batch_size)
-    left = num_prompts - rollouts * config.batch_size
+    asked = config.batch_size // answers_per_prompt
+    rollouts = max(1, num_prompts // asked)
+    left = num_prompts - rollouts * asked
     if left > 0:
         say(f"ppo: {rollouts} rollouts of {config.batch_size}; {left} of {num_prompts} prompts are left over")
     elif left < 0:

@@ -163,7 +163,7 @@ class DeepSpeedRLHFEngine:
         )
         roles = self.engine.roles
         self.actor: Any = RoleModel("actor", roles.actor)
-        self.critic: Any = RoleModel("critic", roles.critic)
+        self.critic: Any = RoleModel("critic", roles.held_critic)
         self.ref: Any = ReferenceModel(roles.reference, roles.actor)
         assert isinstance(roles.score, RewardModelScorer)
         self.reward: Any = RoleModel("reward", roles.score.model)

@@ -126,7 +126,8 @@ class DeepSpeedPPOTrainer(Objective):
         """Do nothing, as in `train`."""
 
     def _steps(self) -> tuple[AccumulatedSteps, AccumulatedSteps]:
-        roles, learners = self.engine.roles, self.engine.learners
+        roles, learners, of_the_critic = self.engine.roles, self.engine.learners, self.engine.learners.critic
+        assert of_the_critic is not None
         of_actor, of_critic = accumulation_from(self.args, with_text=self.learns_from_text)
         total = self.rlhf_engine.num_total_iters
         return (
@@ -139,8 +140,8 @@ class DeepSpeedPPOTrainer(Objective):
                 total_steps=total,
             ),
             AccumulatedSteps(
-                roles.critic,
-                learners.critic,
+                roles.held_critic,
+                of_the_critic,
                 self.config.critic_optimizer,
                 roles,
                 size=of_critic,
@@ -199,6 +200,8 @@ class DeepSpeedPPOTrainer(Objective):
 
     def _critic_loss(self, micro: Experience) -> SummedLoss:
         values_T = self.engine.roles.values_of(micro)
+        assert micro.old_values_T is not None
+        assert micro.returns_T is not None
         return summed(self.critic_loss_fn, micro, values_T, micro.old_values_T, micro.returns_T)
 
     def _print(self, own: dict[str, Tensor], step: int | None) -> None:

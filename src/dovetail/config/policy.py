@@ -1,0 +1,64 @@
+"""The settings of the methods that compare the answers to one prompt, and their defaults by name.
+
+Responsible for: the group `policy` of a configuration. Not responsible for: the equations (maths/groups.py), the loop's
+settings (stages.py).
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveInt
+
+from dovetail.config.frozen import FrozenModel
+
+Bound = Annotated[float, Field(ge=0)]
+
+_GRPO: dict[str, Any] = {
+    "answers_per_prompt": 8,
+    "advantages": "group_std",
+    "ratio": "token",
+    "clip": (0.2, 0.2),
+    "aggregation": "sequence_mean",
+    "kl": "k3",
+    "drop_equal_groups": False,
+    "overlong_tokens": 0,
+}
+METHODS: dict[str, dict[str, Any]] = {
+    "grpo": _GRPO,
+    "dr_grpo": _GRPO | {"advantages": "group_mean", "aggregation": "constant_length", "kl": "none"},
+    "dapo": _GRPO
+    | {"clip": (0.2, 0.28), "aggregation": "token_mean", "kl": "none", "drop_equal_groups": True},
+    "gspo": _GRPO | {"ratio": "sequence", "clip": (3e-4, 4e-4), "kl": "none"},
+    "cispo": _GRPO | {"ratio": "weight", "clip": (1.0, 5.0), "aggregation": "token_mean", "kl": "none"},
+    "rloo": _GRPO
+    | {
+        "answers_per_prompt": 4,
+        "advantages": "leave_one_out",
+        "aggregation": "constant_length",
+        "kl": "reward",
+    },
+    "reinforce_plus_plus": _GRPO
+    | {"answers_per_prompt": 1, "advantages": "batch", "aggregation": "token_mean", "kl": "reward"},
+    "reinforce_plus_plus_baseline": _GRPO
+    | {"advantages": "batch_of_groups", "aggregation": "token_mean", "kl": "k2"},
+}
+"""The defaults of each method: papers, and TRL for the answers per prompt and the upper bound of CISPO."""
+
+
+class PolicyConfig(FrozenModel):
+    """The settings of a method without a critic; null = the default of `algorithm` (docs/algorithms.md)."""
+
+    answers_per_prompt: PositiveInt | None = None
+    """Answers to each prompt of a rollout; `ppo.batch_size` counts answers, so it is a multiple of this."""
+    clip: tuple[Bound, Bound] | None = None
+    """The ratio is clipped to [1 - first, 1 + second]."""
+    aggregation: Literal["sequence_mean", "token_mean", "constant_length"] | None = None
+    """The mean that the loss is: over answers, over tokens, or over answers of `ppo.sampling.max_new_tokens`."""
+    kl: Literal["none", "reward", "k2", "k3"] | None = None
+    """The place of the KL to the reference, with the weight `ppo.kl_coefficient`: nowhere, in the reward of each token
+    (k1), or in the loss by one of two estimators."""
+    drop_equal_groups: bool | None = None
+    """Leave out the prompts whose answers all have the same reward."""
+    overlong_tokens: NonNegativeInt | None = None
+    """The penalty of long answers rises from 0 to 1 over the last so many tokens before
+    `ppo.sampling.max_new_tokens`; 0 = no penalty. The DAPO paper takes a fifth of the limit; set
+    `ppo.cut_off_answers: keep_score` with it, which would be a second penalty."""

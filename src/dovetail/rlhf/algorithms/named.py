@@ -1,0 +1,94 @@
+"""Make a method from its name, or load a user's own.
+
+Responsible for: the setting `algorithm`, with errors that say what is wrong. Not responsible for: the methods.
+"""
+
+import runpy
+from pathlib import Path
+from typing import Any
+
+from dovetail.config.policy import METHODS, PolicyConfig
+from dovetail.config.stages import PpoConfig
+from dovetail.errors import ConfigError
+from dovetail.rlhf.algorithms.group import GroupMethod
+from dovetail.rlhf.algorithms.ppo import Ppo
+from dovetail.rlhf.algorithms.protocol import Algorithm
+
+_MEMBERS = (
+    "answers_per_prompt",
+    "needs_critic",
+    "kl_in_reward",
+    "kl_weight",
+    "advantages",
+    "prepared",
+    "loss",
+)
+
+
+def algorithm_named(name: str, policy: PolicyConfig, config: PpoConfig) -> Algorithm:
+    """Return the method of that name with the given settings, or the user's own of `file.py:Class`.
+
+    Raises ConfigError if there is no such method, or if it and the settings of the loop contradict each other.
+    """
+    given = {key: value for key, value in policy.model_dump().items() if value is not None}
+    if name in METHODS:
+        parts = METHODS[name] | given
+        found: Algorithm = GroupMethod(advantages_by=parts.pop("advantages"), **parts)
+    elif ":" in name:
+        found = _own(name, policy)
+    elif name != "ppo":
+        known = ", ".join(["ppo", *METHODS])
+        raise ConfigError(
+            f"algorithm = {name!r} is unknown", hint=f"write one of {known}, or path/to/file.py:Class"
+        )
+    else:
+        return Ppo()
+    _expect_consistent(name, found, config)
+    return found
+
+
+def _expect_consistent(name: str, algorithm: Algorithm, config: PpoConfig) -> None:
+    """Raise ConfigError if the loop's settings ask for what the method does not have."""
+    size = algorithm.answers_per_prompt
+    if config.batch_size % size:
+        raise ConfigError(
+            f"ppo.batch_size = {config.batch_size} answers is not divisible by the {size} answers to each prompt of "
+            f"algorithm = {name}",
+            hint=f"set ppo.batch_size to {-(-config.batch_size // size) * size}, or policy.answers_per_prompt",
+        )
+    if isinstance(algorithm, GroupMethod) and algorithm.advantages_by != "batch" and size < 2:
+        raise ConfigError(
+            f"policy.answers_per_prompt = {size}, but algorithm = {name} compares the answers to one prompt",
+            hint="set policy.answers_per_prompt to 2 or more",
+        )
+    if config.kl_target is not None and not algorithm.kl_in_reward:
+        raise ConfigError(
+            f"ppo.kl_target = {config.kl_target:g} moves the KL penalty in the reward, and algorithm = {name} has none",
+            hint="remove ppo.kl_target, or set policy.kl=reward",
+        )
+    if config.whiten_rewards and not algorithm.needs_critic:
+        raise ConfigError(
+            f"ppo.whiten_rewards = true scales the rewards of tokens, and algorithm = {name} learns from whole answers",
+            hint="set ppo.whiten_rewards=false",
+        )
+
+
+def _own(spec: str, policy: PolicyConfig) -> Algorithm:
+    """Load the class of a user's file and make it with the group `policy`."""
+    file, _, name = spec.rpartition(":")
+    try:
+        found: Any = runpy.run_path(
+            str(Path(file).expanduser()), run_name=f"dovetail_algorithm_{Path(file).stem}"
+        )[name](policy)
+    except (Exception, SystemExit) as error:  # whatever the user's file does when it is run
+        raise ConfigError(
+            f"algorithm = {spec!r} cannot be loaded: {type(error).__name__}: {error}",
+            hint="write path/to/file.py:Class; the class is called with the settings of the group policy",
+        ) from error
+    missing = [member for member in _MEMBERS if not hasattr(found, member)]
+    if missing:
+        raise ConfigError(
+            f"algorithm = {spec!r} has no {', '.join(missing)}",
+            hint="see the protocol Algorithm in dovetail.rlhf.algorithms.protocol",
+        )
+    return found  # type: ignore[no-any-return]

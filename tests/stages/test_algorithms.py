@@ -1,0 +1,75 @@
+"""Runs of methods without a critic: none is saved, a stopped run ends with the same bytes, wrong names are named."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+from safetensors import safe_open
+
+from dovetail.config.run import RunConfig
+from dovetail.stages import pipeline
+from tests.parallel.worker import run_to
+from tests.stages.runs import tiny_run
+
+OWN = """
+from dovetail.config.policy import METHODS
+from dovetail.rlhf.algorithms.group import GroupMethod
+
+
+class Mine(GroupMethod):
+    def __init__(self, policy):
+        parts = METHODS["grpo"] | {"answers_per_prompt": 2}
+        super().__init__(advantages_by=parts.pop("advantages"), **parts)
+"""
+
+
+def run_of(folder: Path, algorithm: str, *, name: str = "run", **ppo: Any) -> RunConfig:
+    policy = {} if ".py:" in algorithm else {"answers_per_prompt": 2}
+    settings = {"save_every": 1, "cut_off_answers": "keep_score", **ppo}
+    return tiny_run(folder, algorithm=algorithm, policy=policy, output_dir=str(folder / name), ppo=settings)
+
+
+def model_of(config: RunConfig) -> bytes:
+    return (Path(config.output_dir) / "ppo/model/model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "rloo", "dapo"])
+def test_a_stopped_run_ends_with_the_same_bytes(algorithm: str, tmp_path: Path) -> None:
+    undisturbed = run_of(tmp_path, algorithm)
+    stopped = run_of(tmp_path, algorithm, name="stopped")
+    pipeline.run(undisturbed)
+    run_to(("ppo", 1), stopped)
+    pipeline.run(stopped)
+    assert model_of(stopped) == model_of(undisturbed)
+
+
+def test_no_number_and_no_weight_of_a_critic_is_left(tmp_path: Path) -> None:
+    config = run_of(tmp_path, "grpo")
+    pipeline.run(config)
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    names = {name for row in rows for name in row}
+    assert "ppo/equal_groups_fraction" in names
+    assert not {name for name in names if "critic" in name or "value" in name or "explained" in name}
+    checkpoints = list((tmp_path / "run/ppo").rglob("*.safetensors"))
+    assert checkpoints
+    for file in checkpoints:
+        with safe_open(file, "pt") as held:
+            assert not [name for name in held.keys() if "critic" in name]  # noqa: SIM118 -- it is no mapping
+
+
+def test_a_method_of_the_users_own_equals_what_it_is_made_of(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(OWN)
+    own = run_of(tmp_path, f"{tmp_path}/mine.py:Mine", name="own")
+    built_in = run_of(tmp_path, "grpo")
+    pipeline.run(own)
+    pipeline.run(built_in)
+    assert model_of(own) == model_of(built_in)
+
+
+def test_the_settings_of_a_group_belong_to_a_method_without_a_critic(tmp_path: Path) -> None:
+    with pytest.raises(ValidationError, match=r"policy\.answers_per_prompt is set, but algorithm = ppo"):
+        run_of(tmp_path, "ppo")
+    with pytest.raises(ValidationError, match="no algorithm; write one of ppo, dpo, grpo"):
+        run_of(tmp_path, "grop")
