@@ -95,11 +95,9 @@ def make_roles(
     reward_model, reward_chat = _reward_model(critic_model, chat, dtype, at, setup)
     # A critic reads the actor's tokens: with another tokenizer it cannot start from the reward model.
     critic: PreTrainedModel | None = None
-    if not algorithm.needs_critic:
-        pass
-    elif reward_model is not None and reward_chat is None:
+    if algorithm.needs_critic and reward_model is not None and reward_chat is None:
         critic = copy_of(reward_model)
-    else:
+    elif algorithm.needs_critic:
         critic = scalar_model_from(actor, seed=setup.seed, pad_token_id=tokenizer.pad_token_id)
     # One after the other, so that no process has more in host memory than it must while they are sharded.
     model_scorer = None
