@@ -4,7 +4,7 @@ Responsible for: the group `policy` of a configuration. Not responsible for: the
 settings (stages.py).
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
@@ -46,6 +46,10 @@ METHODS: dict[str, dict[str, Any]] = {
 
 class PolicyConfig(FrozenModel):
     """The settings of a method without a critic; null = the default of `algorithm` (docs/algorithms.md)."""
+
+    advanced: ClassVar[frozenset[str]] = frozenset(
+        {"clip", "aggregation", "kl", "drop_equal_groups", "overlong_tokens"}
+    )
 
     answers_per_prompt: PositiveInt | None = None
     """Answers to each prompt of a rollout; `ppo.batch_size` counts answers, so it is a multiple of this."""

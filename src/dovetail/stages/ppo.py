@@ -148,6 +148,13 @@ def gather_costs(actor: PreTrainedModel) -> dict[str, float]:
 def expect_learnt(engine: RLHFEngine) -> None:
     """Raise TrainingStopped if the actor is what it was at the start, because no rollout had anything to learn from."""
     if engine.learners.actor_step == 0:
+        if engine.config.cut_off_answers != "leave_out":
+            raise TrainingStopped(
+                "training ends with the actor as it began: in every rollout all answers to each prompt had the same "
+                "reward, and policy.drop_equal_groups = true leaves such prompts out",
+                hint="take prompts that the actor answers now well, now badly, raise policy.answers_per_prompt, or "
+                "look at the answers in ppo/samples.jsonl and at what scores them",
+            )
         raise TrainingStopped(
             "PPO ends with the actor as it began: no answer of any rollout was learnt from, because all of them "
             f"reached ppo.sampling.max_new_tokens = {engine.config.sampling.max_new_tokens} and "
