@@ -13,6 +13,7 @@ from dovetail.batches import PackedBatch, SummedLoss, pack, share_prompts
 from dovetail.model import shared_prompts
 from dovetail.model.attention import AttentionCall, PackedLayout
 from dovetail.model.forward import (
+    can_share_prompts,
     hidden_states,
     language_model_loss,
     last_hidden_states,
@@ -22,7 +23,7 @@ from dovetail.model.forward import (
 )
 from dovetail.model.lora import add_lora
 from dovetail.model.scalar import scalar_model_from
-from dovetail.model.shared_prompts import SharedPromptLayout, can_share_prompts
+from dovetail.model.shared_prompts import SharedPromptLayout
 from dovetail.training.optim import build_optimizer
 from dovetail.training.step import StepReport, Term, TokenBudget, gradient_step
 from tests.fakes import TINY, tiny_model

@@ -22,7 +22,13 @@ def test_every_run_rollout_and_answer_draws_from_a_seed_of_its_own() -> None:
 
     def answers(seed: int, iteration: int) -> list[tuple[int, ...]]:
         collected = collect(
-            prompts, engine.roles, engine.config, kl_coefficient=0.1, iteration=iteration, seed=seed
+            prompts,
+            engine.roles,
+            engine.config,
+            kl_coefficient=0.1,
+            iteration=iteration,
+            seed=seed,
+            with_old_logprobs=True,
         )
         return [answer.answer_ids for answer in collected.answers]
 

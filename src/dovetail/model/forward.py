@@ -31,8 +31,8 @@ from dovetail.errors import ModelError
 from dovetail.model.attention import Layout, PackedLayout, has_attention_switch, use_packed_attention
 from dovetail.model.linear_logprobs import head_of, linear_cross_entropy, linear_logprobs
 from dovetail.model.plain_forward import plain_hidden_states, use_plain_attention
-from dovetail.model.rope import unknown_rope
-from dovetail.model.shared_prompts import SharedPromptLayout, can_share_prompts, taken
+from dovetail.model.rope import rope_limit, unknown_rope
+from dovetail.model.shared_prompts import SharedPromptLayout, taken
 
 
 @contextmanager
@@ -157,6 +157,17 @@ class _HiddenStates:
     def spread(self, x_U: Tensor) -> Tensor:
         """Return [T, ...]: what was computed from each token's state."""
         return x_U if self.row_T is None else taken(x_U, self.row_T)
+
+
+def can_share_prompts(model: PreTrainedModel, batch: PackedBatch) -> bool:
+    """Return whether a model that reads packed batches computes the shared prompts of this batch once.
+
+    A rope whose frequencies depend on the length gives a prompt other numbers for each length of the answer.
+    """
+    if not any(batch.shared_lengths):
+        return False
+    limit = rope_limit(model.base_model)
+    return limit is None or batch.max_length <= limit
 
 
 def _read(model: Any, batch: PackedBatch) -> _HiddenStates:

@@ -26,22 +26,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from dovetail.batches import PackedBatch, cumulative, moved
 from dovetail.model.attention import AttentionCall, PackedLayout, flash_can
-from dovetail.model.rope import rope_limit
-
-
-def can_share_prompts(model: PreTrainedModel, batch: PackedBatch) -> bool:
-    """Return whether a model that reads packed batches computes the shared prompts of this batch once.
-
-    A rope whose frequencies depend on the length gives a prompt other numbers for each length of the answer.
-    """
-    if not any(batch.shared_lengths):
-        return False
-    limit = rope_limit(model.base_model)
-    return limit is None or batch.max_length <= limit
 
 
 def taken(x_U: Tensor, row_N: Tensor) -> Tensor:

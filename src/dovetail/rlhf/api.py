@@ -210,6 +210,7 @@ class PPOTrainer:
         self.config = config or engine.config
         self.iteration = 0
         self.kl_coefficient = engine.roles.algorithm.kl_weight(self.config)
+        self._needs_old_logprobs = self.config.needs_old_logprobs()
 
     def generate_experience(self, prompts: Sequence[Conversation]) -> Collected:
         """Sample the answers to each prompt and score them: everything `train_rlhf` needs.
@@ -217,6 +218,8 @@ class PPOTrainer:
         The first call compares generation and training with the plain forward (`RLHFEngine.check_parity`).
         """
         self.engine.check_parity(prompts)
+        # While the critic may be learning alone, nothing but a scoring of its own measures the actor.
+        warms_up = not self.engine.learners.warmup.is_over
         with self.engine.learners.parked():
             collected = collect(
                 [prompt_of(prompt) for prompt in prompts],
@@ -225,7 +228,7 @@ class PPOTrainer:
                 kl_coefficient=self.kl_coefficient,
                 iteration=self.iteration,
                 seed=self.engine.setup.seed,
-                warms_up=not self.engine.learners.warmup.is_over,
+                with_old_logprobs=self._needs_old_logprobs or warms_up,
             )
         if not self.engine.learners.warmup.is_over:
             self.engine.learners.warmup.judge(collected.stats["ppo/explained_variance"])

@@ -55,12 +55,11 @@ def collect(
     kl_coefficient: float,
     iteration: int,
     seed: int,
-    warms_up: bool = False,
+    with_old_logprobs: bool,
 ) -> Collected:
     """Sample the answers to each prompt and turn them into experience for the update of this iteration (from 0).
 
-    seed: the run's. warms_up: whether the critic may be learning alone. Then the actor is scored in any case, because
-    without an update of its own nothing else would measure it.
+    seed: the run's. with_old_logprobs: whether the actor scores the answers in a training forward.
     """
     asked = [prompt for prompt in prompts for _ in range(roles.algorithm.answers_per_prompt)]
     answers = sample_answers(asked, roles, config.sampling, seed=step_seed(seed, iteration))
@@ -69,7 +68,7 @@ def collect(
         roles,
         config,
         kl_coefficient=kl_coefficient,
-        with_old_logprobs=config.needs_old_logprobs() or warms_up,
+        with_old_logprobs=with_old_logprobs,
         shifts_values=iteration == 0,
     )
 
