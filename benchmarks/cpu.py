@@ -25,7 +25,7 @@ import shapes
 import torch
 
 from dovetail.engine import HybridEngine, Sampling, forward
-from dovetail.engine.modules import PackedModules
+from dovetail.engine.forward import PackedModules
 
 CPU = torch.device("cpu")
 PAD = 1

@@ -25,7 +25,7 @@ READMES = [ROOT / "README.md", ROOT / "README.zh-CN.md"]
 GUIDES = [*READMES, *sorted((ROOT / "docs").rglob("*.md"))]
 MOST_LINES = {"file": 400, "function": 60, "class": 200}
 LONGER_FOR_A_REASON = {
-    "src/dovetail/engine/forward.py": "prefill and decode are read together: one cache, one attention",
+    "src/dovetail/engine/forward.py": "modules, prefill and decode: one call, one cache, one attention",
     "src/dovetail/training/optim.py": "the optimiser and its average share one state",
     "src/dovetail/training/step.py": "the one gradient step, whole: seed, rate, micro-batches, clipping, retries",
 }

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from dovetail.cli.main import main
-from dovetail.engine.modules import PackedModules
+from dovetail.engine.forward import PackedModules
 from dovetail.engine.scheduler import Load
 from dovetail.model.load import save_model
 from tests.fakes import byte_tokenizer, tiny_model

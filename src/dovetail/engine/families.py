@@ -27,7 +27,7 @@ from dovetail.engine.architecture import (
     Norm,
     Rotary,
 )
-from dovetail.engine.modules import PackedModules
+from dovetail.engine.forward import PackedModules
 from dovetail.engine.parameters import (
     UnreadableError,
     activation_of,

@@ -22,9 +22,9 @@ from transformers import PreTrainedModel
 from dovetail.engine import fused_ops
 from dovetail.engine.architecture import Architecture, Layer, Rotary
 from dovetail.engine.families import architecture_of
+from dovetail.engine.forward import PackedModules
 from dovetail.engine.fused_ops import Angles, Branch
 from dovetail.engine.kv_cache import KVArena, pages_for
-from dovetail.engine.modules import PackedModules
 from dovetail.engine.parameters import UnreadableError
 from dovetail.model.attention import Layout
 from dovetail.model.forward import context_of

@@ -1,7 +1,7 @@
 """The decode step on a GPU as one captured graph per batch size: the host replays it and never waits for it.
 
 Responsible for: the rows of the batch on the device, and which graph is replayed.
-Not responsible for: which answer has which row (row_table.py), the step that is captured (fused.py, modules.py),
+Not responsible for: which answer has which row (row_table.py), the step that is captured (fused.py, forward.py),
 capturing (capture.py), the kernels (kernels/), which answers run (scheduler.py).
 
 What the host knows of each row (length, pages, sampling, random key) is one small int32 table, sent anew with
@@ -25,12 +25,11 @@ import torch
 from torch import Tensor
 
 from dovetail.engine.capture import captured
-from dovetail.engine.forward import Draw, draw_next, to_device
+from dovetail.engine.forward import Draw, PackedModules, draw_next, to_device
 from dovetail.engine.fused import fused_step
 from dovetail.engine.kernels.paged_attention import AS_THEY_ARE, Turn, paged_attention
 from dovetail.engine.kernels.sampling import draw_tokens
 from dovetail.engine.kv_cache import KVArena
-from dovetail.engine.modules import PackedModules
 from dovetail.engine.row_table import Column, RowTable, sampling_columns, size_for
 from dovetail.engine.sampling import MOST_TOP_LOGPROBS
 from dovetail.engine.scheduler import Answer

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 import torch
 
-from dovetail.engine.modules import PackedModules, expect_causal_lm
+from dovetail.engine.forward import PackedModules, expect_causal_lm
 from dovetail.engine.padded import SLOW_WAYS, SlowGeneration
 from dovetail.engine.paged import Counts, Limits, PagedGeneration, Source
 from dovetail.engine.probe import Way, find_way

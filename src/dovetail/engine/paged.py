@@ -19,9 +19,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dovetail.engine.forward import Draw, EagerDecoder, Prefill, draw_next, sampling_rows
+from dovetail.engine.forward import Draw, EagerDecoder, PackedModules, Prefill, draw_next, sampling_rows
 from dovetail.engine.kv_cache import PAGE_TOKENS, KVArena, KVShape, allocate_arena, pages_for
-from dovetail.engine.modules import PackedModules
 from dovetail.engine.scheduler import Answer, Chunk, Listener, Load, Scheduler
 
 

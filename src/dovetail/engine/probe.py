@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from dovetail.engine.forward import PackedModules
 from dovetail.engine.kv_cache import KVShape
-from dovetail.engine.modules import PackedModules
 from dovetail.engine.padded import SlowGeneration, SlowWay
 from dovetail.engine.paged import Limits, PagedGeneration
 from dovetail.engine.sampling import Sampling

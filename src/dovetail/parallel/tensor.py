@@ -6,7 +6,7 @@ Not responsible for: which part of which weight (tensor_plan.py), collectives (t
 
 The weights are plain tensors, not DTensors: nothing is dispatched per operation, and a decode step can be captured. A
 process sends what its row layers and its embedding put out, once per layer; the head's columns are put together by
-whoever reads logits (engine/modules.py).
+whoever reads logits (engine/forward.py).
 
 Shapes: T tokens, D width.
 """

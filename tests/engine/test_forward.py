@@ -7,8 +7,8 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from dovetail.engine import HybridEngine
+from dovetail.engine.forward import PackedModules
 from dovetail.engine.kv_cache import KVShape
-from dovetail.engine.modules import PackedModules
 from dovetail.errors import GenerationError
 from dovetail.model.forward import context_of, vocabulary_of
 from tests.fakes import TINY, tiny_model
