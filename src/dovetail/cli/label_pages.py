@@ -140,7 +140,8 @@ def served_answerers(served: Sequence["ServedModel"], names: Sequence[str]) -> l
         )
     if len(names) > 2:
         raise ConfigError(
-            f"--label-model was given {len(names)} times", hint="compare the answers of one or two"
+            f"--label-model was given {len(names)} times; two models at most are compared",
+            hint="give it once or twice",
         )
     return [_answerer(model) for model in [by_name[name] for name in names] or served[:1]]
 

@@ -145,7 +145,7 @@ def _item(group: Any, part: str | int, path: SettingPath, origin: str) -> Any:
         )
     if not isinstance(part, int) or part >= len(group):
         raise ConfigError(
-            f"{origin}: {dotted(path[:-1])} is a list of {len(group)}, so {part} is no place in it",
+            f"{origin}: {dotted(path[:-1])} is a list of {len(group)}, and {part} is not an index of it",
             hint=f"count from 0, or set the whole list: {dotted(path[:-1])}='[...]'",
         )
     return group[part]

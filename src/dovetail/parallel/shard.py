@@ -76,7 +76,7 @@ class Layout:
 
     @property
     def num_replicas(self) -> int:
-        """The number of ranks that hold the same rows of a sharded model."""
+        """The number of ranks that hold a copy of the same shard of the model."""
         return self.world.size // self.shard_size
 
     @property

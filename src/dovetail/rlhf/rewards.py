@@ -146,7 +146,7 @@ class RewardModelScorer:
         return self.chat.conversation([*answer.messages, turn])[0]
 
     def _scores_S(self, sequences: Sequence[Sequence[int]]) -> Tensor:
-        """Score all answers; each rank that holds the model scores its share."""
+        """Score all answers; each rank that holds the model scores its share, and all get all scores."""
         world = sharding_of(self.model).world
         parts = parts_of([len(ids) for ids in sequences], self.budget.tokens, world)
         scores_S = torch.zeros(len(sequences), device=self.device)

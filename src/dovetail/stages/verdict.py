@@ -49,7 +49,7 @@ def is_absurd(name: str, value: float) -> bool:
 
 
 class LossWatch:
-    """The losses of a stage's steps, each of which is warned of once."""
+    """The watch over the losses of a stage's steps, which warns once for each kind of loss."""
 
     def __init__(self) -> None:
         self._told: set[str] = set()

@@ -1,4 +1,4 @@
-"""The four roles and the moving average as the predecessor's script holds them, and how they reach the disk.
+"""The four models and the moving average under the names that DeepSpeed-Chat gives them, and how they are saved.
 
 Responsible for: `DeepSpeedRLHFEngine`, its `actor`, `critic`, `ref`, `reward` and `actor_ema`, and the functions that
 average, merge and save them.
