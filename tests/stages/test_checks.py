@@ -107,6 +107,18 @@ LATE: dict[str, tuple[Callable[[Path, RunConfig], RunConfig], type[DovetailError
         ConfigError,
         r"ppo\.reward_function",
     ),
+    "the batch does not divide into groups": (
+        lambda folder, config: config.model_copy(
+            update={"algorithm": "grpo", "ppo": config.ppo.model_copy(update={"batch_size": 12})}
+        ),
+        ConfigError,
+        "is not divisible by the 8 answers to each prompt",
+    ),
+    "the algorithm is missing": (
+        lambda folder, config: config.model_copy(update={"algorithm": f"{folder}/none.py:Mine"}),
+        ConfigError,
+        "cannot be loaded",
+    ),
     "answers are too long": (
         lambda folder, config: changed(config, ppo={"sampling": {"max_new_tokens": 300}}),
         ConfigError,

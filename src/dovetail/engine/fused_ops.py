@@ -127,7 +127,7 @@ def split_heads(qkv_BO: Tensor, attention: Attention) -> tuple[Tensor, Tensor, T
 
 
 def turned(x_BHK: Tensor, norm: Norm | None, kind: NormKind, angles: Angles | None) -> Tensor:
-    """Normalise each head, then rotate pairs of its entries by the angles of the token's position (arXiv:2104.09864)."""
+    """Normalise each head, then rotate pairs of its entries by the angles of its position (arXiv:2104.09864)."""
     dtype = x_BHK.dtype
     x = x_BHK.to(torch.promote_types(dtype, torch.float32))
     if norm is not None:

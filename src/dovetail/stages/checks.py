@@ -28,6 +28,7 @@ from dovetail.model.placement import resolve_device
 from dovetail.parallel.grid import expect_even_groups
 from dovetail.parallel.tensor_plan import TRAINING, expect_divisible
 from dovetail.parallel.world import World
+from dovetail.rlhf.algorithms.named import algorithm_named
 from dovetail.rlhf.build import same_tokens
 from dovetail.rlhf.reward_functions import load_reward_function
 from dovetail.rlhf.rewards import expect_room
@@ -57,6 +58,7 @@ def refuse(config: RunConfig, world: World, *more: Callable[[], None]) -> None:
         _look_at_rows(run, kind, look)
     _look_at_models(run, world, look)
     if "ppo" in run.pending:
+        look.at(lambda: algorithm_named(config.algorithm, config.policy, config.ppo))
         for term in config.ppo.reward_function:
             look.at(partial(load_reward_function, term.function))
     look.raise_found()
