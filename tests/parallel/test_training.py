@@ -4,7 +4,7 @@ The reference is the path of one process, which knows nothing of groups. Toleran
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,12 @@ RECOMPUTED = {stage: {"activation_checkpointing": True} for stage in ("sft", "re
 def zero(stage: int) -> dict[str, Any]:
     frozen = 3 if stage == 3 else 0
     return {"zero_stage": {"actor": stage, "critic": stage, "reference": frozen, "reward_model": frozen}}
+
+
+def at_stage(config: RunConfig, stage: int) -> RunConfig:
+    """The run with all models at this ZeRO stage."""
+    zero_stage = type(config.zero_stage).model_validate(zero(stage)["zero_stage"])
+    return config.model_copy(update={"zero_stage": zero_stage})
 
 
 def hybrid(stage: int) -> dict[str, Any]:
@@ -249,12 +255,17 @@ def metrics_of(run: Path) -> list[tuple[int, dict[str, float]]]:
 def expect_alike(run: Path, reference: Path) -> None:
     """All numbers and all weights of two runs are the same to float32 tolerance, and every answer."""
     assert (run / "ppo/samples.jsonl").read_text() == (reference / "ppo/samples.jsonl").read_text()
+    expect_same_numbers(run, reference, MODELS)
+
+
+def expect_same_numbers(run: Path, reference: Path, models: Iterable[str]) -> None:
+    """All numbers and the weights of these models are the same to float32 tolerance."""
     for (step, row), (expected_step, expected) in zip(metrics_of(run), metrics_of(reference), strict=True):
         assert step == expected_step
         assert row.keys() == expected.keys()
         for name, value in row.items():
             assert_near(torch.tensor(value), expected[name]), name
-    for model in MODELS:
+    for model in models:
         weights, same = (load_file(folder / model / "model.safetensors") for folder in (run, reference))
         assert weights.keys() == same.keys()
         for name, weight in weights.items():

@@ -91,7 +91,7 @@ class PackedModules:
         self.rope_limit = rope_limit(model)
         """The longest sequence read with the rope of short ones; None if all lengths have the same rope."""
         self.cannot_be_captured = False
-        """Whether its forward does what a CUDA graph cannot record; found by trying."""
+        """True after a capture failed: the forward does what a CUDA graph cannot record."""
         self.why_not_fused: str | None = None
         """The reason why the modules decode on a GPU, given in a warning when it was found (graphs.py)."""
         self.captured: Any = None
@@ -276,9 +276,9 @@ class PageMap:
                 table[b * self.width + n] = q
                 self._owned.append(q)
         self.in_order = table == list(range(self.num_pages))
-        """Whether pages lie in the order of the sequences, unshared and without padding: nothing is regrouped."""
+        """True where pages lie in the order of the sequences, unshared and without padding: nothing is regrouped."""
         self.all_owned = len(self._owned) == len(owner)
-        """Whether every page up to the last belongs to these sequences, each to equally many."""
+        """True where every page up to the last belongs to these sequences, each to equally many."""
         self.table_BN = torch.tensor(table, device=device)
         self.owner_Q = torch.tensor(owner, device=device)
         self.place_Q = torch.tensor(place, device=device)

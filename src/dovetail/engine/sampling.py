@@ -104,12 +104,12 @@ class SamplingRows:
     all_greedy: bool
     some_greedy: bool
     all_at_one: bool
-    """Whether all temperatures are 0 or 1, so that logits need no division."""
+    """True where all temperatures are 0 or 1: logits need no division."""
     truncates: bool
     penalises: bool
     num_likeliest: int
     seen_SV: Tensor | None = None
-    """Whether a token is in the sequence already; only the repetition penalty needs it."""
+    """The tokens that are in each sequence already, marked True; only the repetition penalty needs them."""
     draws_ahead: int = _DRAWS_AHEAD
     """The number of draws whose random numbers are computed at once."""
     _num_drawn: int = 0

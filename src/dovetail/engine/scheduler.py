@@ -84,12 +84,12 @@ class Answer:
 
     @property
     def is_unread(self) -> bool:
-        """Whether a part of the prompt, or of what was drawn before a preemption, is yet to be read."""
+        """Return whether a part of the prompt, or of what was drawn before a preemption, is yet to be read."""
         return self.num_cached < self.num_tokens - min(1, self.num_drawn)
 
     @property
     def can_decode(self) -> bool:
-        """Whether its last token is drawn and not yet fed, and another one is wanted."""
+        """Return whether its last token is drawn and not yet fed, and another one is wanted."""
         return (
             self.finish_reason is None
             and 0 < self.num_drawn < self.max_new_tokens

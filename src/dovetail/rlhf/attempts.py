@@ -1,11 +1,14 @@
-"""Call code of the user's that may raise, hang or return nonsense.
+"""Load and call code of the user's, which may raise, hang or return nonsense.
 
-Responsible for: time limits, further tries, async functions, and reasons that name the file and line of an error.
+Responsible for: a file as a module, time limits, further tries, async functions, and reasons that name the file and
+line of an error.
 Not responsible for: what is called, and what a failure costs (reward_functions.py).
 """
 
 import asyncio
+import importlib.util
 import inspect
+import sys
 import threading
 import time
 import traceback
@@ -13,6 +16,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -129,3 +133,15 @@ def what_and_where(error: BaseException) -> str:
         return what
     line = [frame.lineno for frame in own if frame.filename == own[0].filename][-1]
     return f"{what} ({own[0].filename} line {line})"
+
+
+def module_from_file(path: Path, kind: str) -> ModuleType:
+    """Run a user's file and return it as a module; kind says what it is loaded for, and is part of its name."""
+    file = path.expanduser()
+    module_spec = importlib.util.spec_from_file_location(f"dovetail_{kind}_{file.stem}", file)
+    assert module_spec is not None
+    assert module_spec.loader is not None
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_spec.name] = module  # where dataclasses and pickle look for it
+    module_spec.loader.exec_module(module)
+    return module

@@ -9,20 +9,25 @@ import difflib
 import importlib
 import importlib.util
 import inspect
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import fmean
-from types import ModuleType
 from typing import Any
 
 import torch
 
 from dovetail.errors import ConfigError
-from dovetail.rlhf.attempts import ONE_EACH, Failure, WrongResultError, attempt, what_and_where
+from dovetail.rlhf.attempts import (
+    ONE_EACH,
+    Failure,
+    WrongResultError,
+    attempt,
+    module_from_file,
+    what_and_where,
+)
 from dovetail.rlhf.rewards import Answer, Scored
 from dovetail.rlhf.verifiers.builtin import NEEDS, VERIFIERS
 from dovetail.rlhf.verifiers.pool import VerifierError, verdicts
@@ -140,7 +145,7 @@ def load_reward_function(
         )
     try:
         module = (
-            _module_from_file(Path(place).expanduser())
+            module_from_file(Path(place), "reward")
             if place.endswith(".py")
             else importlib.import_module(place)
         )
@@ -165,16 +170,6 @@ def _expect_installed(verifier: str) -> None:
                 f"ppo.reward_function = {verifier!r} needs the module {module}, which is not installed",
                 hint='pip install "dovetail-rlhf[verifiers]"',
             )
-
-
-def _module_from_file(file: Path) -> ModuleType:
-    module_spec = importlib.util.spec_from_file_location(f"dovetail_reward_{file.stem}", file)
-    assert module_spec is not None
-    assert module_spec.loader is not None
-    module = importlib.util.module_from_spec(module_spec)
-    sys.modules[module_spec.name] = module  # where dataclasses and pickle look for it
-    module_spec.loader.exec_module(module)
-    return module
 
 
 Parameters = Mapping[str, inspect.Parameter]

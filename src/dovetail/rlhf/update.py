@@ -60,7 +60,7 @@ class CriticWarmup:
     steps: int = 0
     """Optimiser steps that the critic took alone."""
     is_over: bool = False
-    """Whether the actor learns, too."""
+    """True when the actor learns, too."""
 
     @classmethod
     def of_run(cls, *, max_rollouts: int, rollouts_of_run: int) -> "CriticWarmup":

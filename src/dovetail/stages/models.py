@@ -26,7 +26,7 @@ from dovetail.model.load import (
 )
 from dovetail.model.lora import add_lora
 from dovetail.parallel.shard import sharding_of
-from dovetail.rlhf.algorithms.named import algorithm_named
+from dovetail.rlhf.algorithms.protocol import Algorithm
 from dovetail.rlhf.api import RLHFEngine
 from dovetail.rlhf.build import Setup, checkpoint_activations, loading_device
 from dovetail.rlhf.rewards import expect_room
@@ -116,7 +116,9 @@ def actor_start(context: Context) -> tuple[ModelConfig, ChatFormat]:
     return start, chat_of(start)
 
 
-def rlhf_engine(start: ModelConfig, chat: ChatFormat, context: Context, *, total_steps: int) -> RLHFEngine:
+def rlhf_engine(
+    start: ModelConfig, chat: ChatFormat, context: Context, algorithm: Algorithm, *, total_steps: int
+) -> RLHFEngine:
     """Actor from what `actor_start` says, critic and reward from stage 2, with what trains them."""
     config = context.config
     scored = reward_model_of(context)
@@ -128,7 +130,7 @@ def rlhf_engine(start: ModelConfig, chat: ChatFormat, context: Context, *, total
         tokenizer=chat.tokenizer,
         total_steps=total_steps,
         config=config.ppo,
-        algorithm=algorithm_named(config.algorithm, config.policy, config.ppo),
+        algorithm=algorithm,
         setup=Setup(
             device=config.device,
             precision=config.precision,

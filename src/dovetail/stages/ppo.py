@@ -48,7 +48,7 @@ def run(context: Context, judge: Judge | None = None) -> StageReport:
     order = BatchOrder(len(prompts), config.batch_size // algorithm.answers_per_prompt, context.config.seed)
     iterations = rollouts_of(config, len(prompts), algorithm.answers_per_prompt)
     total_steps = iterations * config.ppo_epochs * config.minibatches
-    engine = rlhf_engine(model, chat, context, total_steps=total_steps)
+    engine = rlhf_engine(model, chat, context, algorithm, total_steps=total_steps)
     trainer = PPOTrainer(engine)
     texts = plain_text(context, chat, engine.roles.actor)
     guard, best = Guard(config), Best(folder.model("best"), kl_limit=config.kl_limit)

@@ -3,7 +3,6 @@
 Responsible for: the setting `algorithm`, with errors that say what is wrong. Not responsible for: the methods.
 """
 
-import runpy
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from dovetail.errors import ConfigError
 from dovetail.rlhf.algorithms.group import GroupMethod
 from dovetail.rlhf.algorithms.ppo import Ppo
 from dovetail.rlhf.algorithms.protocol import Algorithm
+from dovetail.rlhf.attempts import module_from_file, what_and_where
 
 _MEMBERS = (
     "answers_per_prompt",
@@ -77,12 +77,10 @@ def _own(spec: str, policy: PolicyConfig) -> Algorithm:
     """Load the class of a user's file and make it with the group `policy`."""
     file, _, name = spec.rpartition(":")
     try:
-        found: Any = runpy.run_path(
-            str(Path(file).expanduser()), run_name=f"dovetail_algorithm_{Path(file).stem}"
-        )[name](policy)
+        found: Any = getattr(module_from_file(Path(file), "algorithm"), name)(policy)
     except (Exception, SystemExit) as error:  # whatever the user's file does when it is run
         raise ConfigError(
-            f"algorithm = {spec!r} cannot be loaded: {type(error).__name__}: {error}",
+            f"algorithm = {spec!r} cannot be loaded: {what_and_where(error)}",
             hint="write path/to/file.py:Class; the class is called with the settings of the group policy",
         ) from error
     missing = [member for member in _MEMBERS if not hasattr(found, member)]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dovetail.batches import Experience, Rollout, moved
 from dovetail.config.stages import PpoConfig
+from dovetail.maths.groups import over_tokens_of_sequences
 from dovetail.maths.ppo import PolicyLoss
 
 
@@ -56,12 +57,12 @@ class Algorithm(Protocol):
 
     @property
     def needs_critic(self) -> bool:
-        """Whether a critic is made and trained."""
+        """Return whether a critic is made and trained."""
         ...
 
     @property
     def kl_in_reward(self) -> bool:
-        """Whether the KL penalty is part of the reward."""
+        """Return whether the KL penalty is part of the reward."""
         ...
 
     def kl_weight(self, config: PpoConfig) -> float:
@@ -95,6 +96,6 @@ def keeping(rollout: Rollout, kept_S: Tensor) -> Rollout:
     counts = tuple(
         count if kept else 0 for count, kept in zip(rollout.target_counts, kept_S.tolist(), strict=True)
     )
-    lengths_S = (rollout.cu_seqlens_S1[1:] - rollout.cu_seqlens_S1[:-1]).long()
-    kept_T = moved(kept_S, lengths_S.device).repeat_interleave(lengths_S, output_size=rollout.num_tokens)
+    bounds_S1 = rollout.cu_seqlens_S1
+    kept_T = over_tokens_of_sequences(moved(kept_S, bounds_S1.device), bounds_S1, rollout.num_tokens)
     return replace(rollout, mask_T=torch.logical_and(rollout.mask_T, kept_T), target_counts=counts)
