@@ -93,8 +93,8 @@ def test_a_checkpoint_of_a_half_finished_stage_can_be_had(
         return {"model": weights} if which == "sft" else {"engine": {"actor": weights}}
 
     checkpoints = Checkpoints(run.checkpoints(which))
-    checkpoints.save(10, state(weights if checkpoint == "best" else other), merit=-0.5)
-    checkpoints.save(20, state(weights if checkpoint == "newest" else other), merit=-0.6)
+    checkpoints.save(10, state(weights if checkpoint == "best" else other), metric=-0.5)
+    checkpoints.save(20, state(weights if checkpoint == "newest" else other), metric=-0.6)
     arguments = (
         str(run.path),
         str(tmp_path / "out"),

@@ -37,6 +37,14 @@ def test_an_override_wins_over_a_flag_and_a_flag_over_the_recipe(recipe: str) ->
     assert (config.sft.epochs, config.seed) == (4, 5)
 
 
+def test_a_renamed_setting_is_read_under_its_old_name_and_written_under_the_new_one(recipe: str) -> None:
+    assert not load(recipe).ppo.offload_while_generating
+    for name in ("park_optimizer", "offload_while_generating"):
+        config = load(recipe, [f"ppo.{name}=true"])
+        assert config.ppo.offload_while_generating
+        assert "park_optimizer" not in dump(config)
+
+
 def test_overrides_reach_groups_that_are_not_there_yet(recipe: str) -> None:
     config = load(recipe, ["actor.lora.rank=128", "ppo.sampling.temperature=0.9", "ppo.kl_stop=null"])
     assert config.actor.lora is not None

@@ -158,9 +158,9 @@ def test_what_is_offloaded_takes_no_memory_of_the_gpu(world: World) -> None:
     held = torch.cuda.memory_allocated() - before
     assert held < num_bytes / 2  # of weights alone; what is left is cuBLAS's own
     room = torch.cuda.memory_allocated()
-    optimizer.park()
+    optimizer.offload()
     optimizer.restore()
-    assert torch.cuda.memory_allocated() == room  # nothing to park, nothing to bring back
+    assert torch.cuda.memory_allocated() == room  # nothing to offload, nothing to bring back
 
 
 def test_an_offloaded_state_goes_on_where_it_was(world: World) -> None:

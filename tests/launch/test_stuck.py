@@ -16,9 +16,9 @@ import pytest
 from dovetail.launch import stuck as module
 from dovetail.launch.rank import ERROR_FILE
 from dovetail.launch.stuck import Position, diagnosis
-from dovetail.parallel.stand import frames_of
 from dovetail.runs.checkpoint import Checkpoints
 from dovetail.runs.disk import open_file
+from dovetail.telemetry.stack import frames_of
 from tests.parallel.group import new_store
 
 WORKER = Path(__file__).parent / "stuck_worker.py"

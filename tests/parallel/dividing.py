@@ -83,10 +83,10 @@ def result(case: Case, world: World, device: torch.device, folder: Path) -> dict
 
     def step_and_keep(scale: Tensor) -> None:
         """In the place of the optimiser's, once gradients are complete."""
-        named, division = dict(model.named_parameters()), sharding_of(model).layout.division
+        named, tensor_parallel = dict(model.named_parameters()), sharding_of(model).layout.tensor_parallel
         for key, gradient in optimizer.gradients().items():
             held = whole(shard_like(named[key], gradient))
-            joined = held if division is None else division.whole(held, named[key])
+            joined = held if tensor_parallel is None else tensor_parallel.whole(held, named[key])
             gradients[key] = joined.clone().cpu()
         step(scale)
 

@@ -154,7 +154,7 @@ def wholes_counted(split: SplitModel) -> Iterator[list[int]]:
 
     def watched(sharded: ShardedModel, **options: Any) -> Iterator[tuple[str, torch.Tensor]]:
         for name, weight in original(sharded, **options):
-            weights = {key: sharded.model.get_parameter(key) for key in split._cuts}
+            weights = {key: sharded.model.get_parameter(key) for key in split._partitions}
             counts.append(sum(not is_shard(held) for held in weights.values()))
             yield name, weight
 

@@ -11,7 +11,13 @@ from transformers import BloomConfig, LlamaConfig
 from dovetail.errors import ConfigError
 from dovetail.model.lora import add_lora
 from dovetail.parallel.grid import expect_even_groups
-from dovetail.parallel.tensor_plan import TRAINING, Place, cuts_of, expect_divisible, slice_bytes
+from dovetail.parallel.tensor_plan import (
+    TRAINING,
+    Place,
+    expect_divisible,
+    generation_partitions,
+    slice_bytes,
+)
 from dovetail.parallel.world import World
 from tests.fakes import TINY, tiny_model
 
@@ -24,7 +30,7 @@ def slices(name: str, weight: str, size: int) -> list[Tensor]:
     """What each process of a group holds of a weight of a tiny model."""
     model = tiny_model(name)
     whole = model.get_parameter(weight)
-    return [cuts_of(model, Place(rank, size))[weight].of(whole) for rank in range(size)]
+    return [generation_partitions(model, Place(rank, size))[weight].of(whole) for rank in range(size)]
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -75,20 +81,20 @@ def test_every_number_of_a_cut_weight_has_its_place_and_biases_of_row_layers_are
 ) -> None:
     model = tiny_model(name)
     has_key_heads = getattr(model.config, "num_key_value_heads", HEADS) == KEY_HEADS
-    cuts = [cuts_of(model, Place(rank, size)) for rank in range(size)]
-    assert len({frozenset(found) for found in cuts}) == 1
-    for weight, first in cuts[0].items():
+    partitions = [generation_partitions(model, Place(rank, size)) for rank in range(size)]
+    assert len({frozenset(found) for found in partitions}) == 1
+    for weight, first in partitions[0].items():
         num = model.get_parameter(weight).shape[first.dim]
         held = Counter(
             i
-            for found in cuts
+            for found in partitions
             for start, length in found[weight].pieces
             for i in range(start, start + length)
         )
         assert held.keys() == set(range(num)), weight
         repeats = size // KEY_HEADS if has_key_heads and size > KEY_HEADS else 1
         assert set(held.values()) <= {1, repeats}, weight
-        assert len({found[weight].length for found in cuts}) == 1, weight
+        assert len({found[weight].length for found in partitions}) == 1, weight
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -115,18 +121,18 @@ def test_more_processes_than_rows_leave_some_with_zeros_alone() -> None:
 @pytest.mark.parametrize("name", TINY)
 def test_adapters_are_cut_where_their_layer_is(name: str) -> None:
     model = add_lora(tiny_model(name), rank=4, alpha=8, seed=0).get_base_model()
-    cuts = cuts_of(model, Place(1, 2))
+    partitions = generation_partitions(model, Place(1, 2))
     for path, layer in model.named_modules():
         if not hasattr(layer, "lora_A"):
             continue
         base, down, up = (
             f"{path}.{key}.weight" for key in ("base_layer", "lora_A.default", "lora_B.default")
         )
-        assert not (down in cuts and up in cuts)
-        assert (base in cuts) == (down in cuts or up in cuts)
-        if base in cuts:
-            found = (up if up in cuts else down, base)
-            lengths = {cuts[key].length for key in found}
+        assert not (down in partitions and up in partitions)
+        assert (base in partitions) == (down in partitions or up in partitions)
+        if base in partitions:
+            found = (up if up in partitions else down, base)
+            lengths = {partitions[key].length for key in found}
             assert len(lengths) == 1
 
 
@@ -134,8 +140,11 @@ def test_adapters_are_cut_where_their_layer_is(name: str) -> None:
 @pytest.mark.parametrize("name", ["gpt2", "llama", "opt-post-norm"])
 def test_the_bytes_of_slices_are_those_of_the_tensors_cut(name: str, size: int) -> None:
     model = tiny_model(name, dtype=torch.bfloat16)
-    cuts = cuts_of(model, Place(0, size)) if size > 1 else {}
-    held = [cuts[key].of(weight) if key in cuts else weight for key, weight in model.named_parameters()]
+    partitions = generation_partitions(model, Place(0, size)) if size > 1 else {}
+    held = [
+        partitions[key].of(weight) if key in partitions else weight
+        for key, weight in model.named_parameters()
+    ]
     assert slice_bytes(model, size) == sum(tensor.numel() * 2 for tensor in held)
 
 

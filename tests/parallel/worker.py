@@ -47,8 +47,8 @@ def _interrupted_at(stage: str, step: int) -> Iterator[None]:
     """Within the block that step ends a run as a signal would: saved, in all processes alike."""
     begin_save = Checkpoints.begin_save
 
-    def save_and_stop(self: Checkpoints, at: int, state: Any, *, merit: float | None) -> None:
-        begin_save(self, at, state, merit=merit)
+    def save_and_stop(self: Checkpoints, at: int, state: Any, *, metric: float | None) -> None:
+        begin_save(self, at, state, metric=metric)
         if self.folder.parent.name == stage and at == step:
             self.finish()
             raise RunInterrupted("as asked for")

@@ -87,35 +87,35 @@ def test_processes_that_compute_layers_together_all_compute_them_again_if_one_mu
 
 def test_parking_changes_no_bit_of_a_run_and_nothing_waits_on_the_device_while_answers_are_drawn() -> None:
     states = []
-    for parks in (False, True):
+    for offloads in (False, True):
         trainer = PPOTrainer(tiny_engine("llama", tiny_config()))
         learners = trainer.engine.learners
-        learners.parks = parks
+        learners.offloads = offloads
         seen: list[bool] = []
         honest = trainer.engine.roles.engine.generating
 
         def generating(learners: Any = learners, seen: Any = seen, honest: Any = honest) -> Any:
-            seen += [part._parking.is_parked for part in (learners.actor, learners.critic, learners.ema)]
+            seen += [part._offloaded.is_offloaded for part in (learners.actor, learners.critic, learners.ema)]
             return honest()
 
         trainer.engine.roles.engine.generating = generating
         for _ in range(2):
             trainer.train_rlhf(trainer.generate_experience(PROMPTS))
-        assert seen == [parks] * 9  # the parity check draws answers, too
+        assert seen == [offloads] * 9  # the parity check draws answers, too
         states.append(trainer.state_dict()["engine"])
-    plain, parked = states
+    plain, offloaded = states
     for part in ("actor", "critic"):
-        assert all(torch.equal(plain[part][name], parked[part][name]) for name in plain[part])
+        assert all(torch.equal(plain[part][name], offloaded[part][name]) for name in plain[part])
     averages = [state["ema"]["averages"] for state in states]
     assert all(torch.equal(averages[0][name], averages[1][name]) for name in averages[0])
 
 
 def test_what_is_parked_comes_back_when_drawing_fails() -> None:
     learners = tiny_engine().learners
-    learners.parks = True
-    with pytest.raises(RuntimeError, match="no"), learners.parked():
+    learners.offloads = True
+    with pytest.raises(RuntimeError, match="no"), learners.offloaded():
         raise RuntimeError("no")
-    assert not any(part._parking.is_parked for part in (learners.actor, learners.critic, learners.ema))
+    assert not any(part._offloaded.is_offloaded for part in (learners.actor, learners.critic, learners.ema))
 
 
 def test_the_average_of_a_half_precision_actor_is_of_its_full_precision_weights() -> None:

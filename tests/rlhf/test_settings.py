@@ -43,8 +43,8 @@ ADAPTERS = (
     LoraConfig(rank=2, alpha=7.0),
 )
 NOT_IN_THE_WEIGHTS = {
-    "micro_batch_tokens", "activation_checkpointing", "park_optimizer", "eval_every", "save_every", "keep_checkpoints",
-    "kl_limit", "kl_stop", "print_samples_every",
+    "micro_batch_tokens", "activation_checkpointing", "offload_while_generating", "eval_every", "save_every",
+    "keep_checkpoints", "kl_limit", "kl_stop", "print_samples_every",
 }  # fmt: skip
 OF_THE_STAGE = {"max_steps", "ptx_batch_size", "reward_function", "reward_function_weight"}
 """tests/stages/test_ppo_by_definition.py has these."""

@@ -92,21 +92,21 @@ def test_the_newest_few_are_kept(tmp_path: Path) -> None:
 
 def test_the_best_is_kept_beside_the_newest(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, keep=2)
-    merits = {1: None, 2: -0.5, 3: -0.25, 4: math.nan, 5: -0.75, 6: math.inf, 7: None}
-    for step, merit in merits.items():
-        checkpoints.save(step, state(step), merit=merit)
+    metrics = {1: None, 2: -0.5, 3: -0.25, 4: math.nan, 5: -0.75, 6: math.inf, 7: None}
+    for step, metric in metrics.items():
+        checkpoints.save(step, state(step), metric=metric)
     assert names(tmp_path) == ["step-00000003", "step-00000006", "step-00000007"]
     found = checkpoints.best()
     assert found is not None
     assert found[0] == 3
     assert is_state(found[1], 3)
-    checkpoints.save(8, state(8), merit=-0.25)  # as good, and newer
+    checkpoints.save(8, state(8), metric=-0.25)  # as good, and newer
     assert names(tmp_path) == ["step-00000007", "step-00000008"]
 
 
 def test_a_damaged_best_is_named_and_does_not_stop_a_run(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path, keep=1)
-    checkpoints.save(1, state(1), merit=0.0)
+    checkpoints.save(1, state(1), metric=0.0)
     checkpoints.save(2, state(2))
     damage_flip(tmp_path / "step-00000001")
     with pytest.raises(CheckpointError, match=r"step-00000001 is damaged: .*SHA-256"):

@@ -90,11 +90,11 @@ def test_a_checkpoint_knows_how_good_its_model_was(
     found = {}
     for folder in (run_of_each / stage / "checkpoints").iterdir():
         manifest = json.loads((folder / "manifest.json").read_text())
-        found[manifest["step"]] = manifest.get("merit")
-    step, merit = measured[-1]
-    is_best = stage != "ppo" or merit > measured[0][1]  # of step 0, which has no checkpoint
+        found[manifest["step"]] = manifest.get("metric")
+    step, metric = measured[-1]
+    is_best = stage != "ppo" or metric > measured[0][1]  # of step 0, which has no checkpoint
     assert (step, found[1]) == (2, None)
-    assert found[2] == (merit if is_best else None)
+    assert found[2] == (metric if is_best else None)
 
 
 def test_the_average_is_a_float32_model_of_its_own(run_of_each: Path) -> None:

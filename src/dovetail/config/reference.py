@@ -78,16 +78,16 @@ class _Group:
 
 def settings_page() -> str:
     """Return the page: the settings of each group in the order of the configuration, those for experts after all."""
-    told: set[str] = set()
-    everyday, advanced = _tables(told, are_advanced=False), _tables(told, are_advanced=True)
+    introduced: set[str] = set()
+    everyday, advanced = _tables(introduced, are_advanced=False), _tables(introduced, are_advanced=True)
     count = sum(line.startswith("| `") for line in everyday)
     return "\n".join([HEAD.format(count=count), *everyday, ADVANCED, *advanced])
 
 
-def _tables(told: set[str], *, are_advanced: bool) -> list[str]:
+def _tables(introduced: set[str], *, are_advanced: bool) -> list[str]:
     """Return the lines of all groups' tables; what an earlier group says alike is named and not said again.
 
-    told: the groups that were introduced, to which these are added.
+    introduced: the groups that were introduced, to which these are added.
     """
     said: dict[tuple[str, str, str], str] = {}
     lines: list[str] = []
@@ -106,8 +106,12 @@ def _tables(told: set[str], *, are_advanced: bool) -> list[str]:
                 rows_here.append(_row(f"{group.path}.{name}".lstrip("."), rows[name], default))
         if not rows_here and not as_there:
             continue
-        about = "" if group.path in told else " ".join(f"{group.meaning} {group.model.__doc__ or ''}".split())
-        told.add(group.path)
+        about = (
+            ""
+            if group.path in introduced
+            else " ".join(f"{group.meaning} {group.model.__doc__ or ''}".split())
+        )
+        introduced.add(group.path)
         lines += [f"{'###' if are_advanced else '##'} {f'`{group.path}`' if group.path else 'The run'}", ""]
         lines += [about, ""] if about else []
         lines += [

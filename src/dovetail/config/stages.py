@@ -7,6 +7,7 @@ Not responsible for: the loops.
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
+    AliasChoices,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -182,7 +183,7 @@ class PpoConfig(StageConfig):
         "critic_warmup_rollouts", "critic_warmup_learning_rate",
         "kl_target", "kl_limit", "kl_stop", "ratio_clip", "cut_off_answers",
         "value_clip", "old_logprobs", "importance_cap", "gamma", "gae_lambda", "score_clip", "missing_end_penalty",
-        "whiten_rewards", "ema_decay", "park_optimizer", "ptx_batch_size", "reward_function_weight",
+        "whiten_rewards", "ema_decay", "offload_while_generating", "ptx_batch_size", "reward_function_weight",
         "print_samples_every",
     }  # fmt: skip
 
@@ -244,7 +245,9 @@ class PpoConfig(StageConfig):
     """Divide per-token rewards by their standard deviation over the batch, keeping the mean, before GAE."""
     ema_decay: Fraction = 0.992
     """Decay per optimiser step of the float32 average of the actor (`ppo/model_ema`)."""
-    park_optimizer: bool = False
+    offload_while_generating: Annotated[
+        bool, Field(validation_alias=AliasChoices("offload_while_generating", "park_optimizer"))
+    ] = False
     """Keep optimiser states and the moving average in host memory while answers are generated and scored: room
     for longer answers on the device, for two copies over the bus per rollout. Nothing to do on the CPU."""
     ptx_coefficient: NonNegativeFloat = 0.1

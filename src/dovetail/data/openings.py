@@ -26,9 +26,9 @@ def faults_at_opening(record: Record, chat: ChatFormat) -> list[str]:
 
 def opening_notes(faults: Mapping[str, int], chat: ChatFormat) -> list[str]:
     """Return a line for each kind of fault that was found, with what to do."""
-    told = {
+    texts = {
         "repeated": f"answers begin with {chat.opening}, as the generation prompt ends: it stands once, in the prompt",
         "unclosed": f"answers lack {chat.closing_tag}, though the generation prompt ends with {chat.opening}: they are "
         "learnt as what it opens. Write the tag before them, or set chat_template to one that opens nothing",
     }
-    return [f"{faults[fault]:,} {text}" for fault, text in told.items() if fault in faults]
+    return [f"{faults[fault]:,} {text}" for fault, text in texts.items() if fault in faults]

@@ -157,8 +157,8 @@ class GraphDecoder:
             self._compute(kind)
         else:
             graph.replay()
-        told = self._numbers[: 2 + 2 * kind.num_likeliest]
-        return Draw.of(answers, told[:, to_device(rows, self._device)])
+        numbers = self._numbers[: 2 + 2 * kind.num_likeliest]
+        return Draw.of(answers, numbers[:, to_device(rows, self._device)])
 
     def _remember(self, answers: Sequence[Answer], rows_S: Tensor, ids_S: Tensor) -> None:
         """Note the tokens already in each sequence, for the repetition penalty."""
@@ -199,9 +199,9 @@ class GraphDecoder:
             return
         seen_BV = self._seen_BV[:size] if kind.penalises and self._seen_BV is not None else None
         columns = sampling_columns(state, seen_BV, truncates=kind.truncates, num_likeliest=kind.num_likeliest)
-        drawn_B, told = self._modules.from_first(*draw_next(logits_BV, columns))
+        drawn_B, drawn_numbers = self._modules.from_first(*draw_next(logits_BV, columns))
         ids_B.copy_(drawn_B)
-        numbers.copy_(told)
+        numbers.copy_(drawn_numbers)
         if seen_BV is not None:
             seen_BV.scatter_(1, drawn_B[:, None], True)
 

@@ -25,9 +25,9 @@ from torch.distributed import DistError, Store  # type: ignore[attr-defined]
 from dovetail.errors import LaunchError
 from dovetail.launch.activity import Effort, effort_of, has_worked, uses_gpu
 from dovetail.launch.rank import record
-from dovetail.parallel.stand import frames_of, own_line
 from dovetail.runs.checkpoint import WRITER, Checkpoints
 from dovetail.telemetry.log import warn
+from dovetail.telemetry.stack import frames_of, own_line
 
 STUCK_AFTER_S = 480
 """Seconds without a move of any process. They are less than the 600 s after which NCCL gives up without a diagnosis

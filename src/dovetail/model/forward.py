@@ -152,9 +152,9 @@ class _HiddenStates:
 
     def whole(self) -> Tensor:
         """Return the states of all tokens, [T, D]."""
-        return self.spread(self.computed_UD)
+        return self.expand(self.computed_UD)
 
-    def spread(self, x_U: Tensor) -> Tensor:
+    def expand(self, x_U: Tensor) -> Tensor:
         """Return [T, ...]: what was computed from each token's state."""
         return x_U if self.row_T is None else taken(x_U, self.row_T)
 
@@ -281,7 +281,7 @@ def token_values(model: Any, batch: PackedBatch) -> Tensor:
 
     def score() -> Tensor:
         found = _read(model, batch)
-        return found.spread(_scalar_head(model, found.computed_UD))
+        return found.expand(_scalar_head(model, found.computed_UD))
 
     scores_T = with_weights(model, score).squeeze(-1)
     values_T = pad(scores_T[:-1], (1, 0))

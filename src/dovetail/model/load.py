@@ -337,8 +337,8 @@ def explained(name: str) -> Iterator[None]:
         raise
     except Exception as error:  # a dozen kinds, from OSError to AssertionError; all mean the same to the user
         first, _, rest = str(error).strip().partition("\n")
-        told = f"{first} {rest.partition(chr(10))[0]}" if first.endswith(":") else first
-        reason = " ".join(told.split()) or type(error).__name__
+        text = f"{first} {rest.partition(chr(10))[0]}" if first.endswith(":") else first
+        reason = " ".join(text.split()) or type(error).__name__
         if Path(name).exists():
             hint = "it is damaged, incomplete, or of a kind that this version of transformers cannot read"
             if "trust_remote_code" in str(error):

@@ -85,7 +85,7 @@ def add_lora(
             ) from error
     _share_adapters_of_shared_weights(adapted)
     if not next(model.parameters()).is_meta:
-        _tell_reach(model, adapted)
+        _say_reach(model, adapted)
     return adapted
 
 
@@ -220,7 +220,7 @@ def _factors(layer: Any) -> list[torch.Tensor]:
     return [parameter for name, parameter in layer.named_parameters() if not name.startswith("base_layer.")]
 
 
-def _tell_reach(model: PreTrainedModel, adapted: Any) -> None:
+def _say_reach(model: PreTrainedModel, adapted: Any) -> None:
     """Say which share of the backbone's weights the adapters change; warn where most of them are out of reach."""
     layers = [layer.get_base_layer().weight for layer in _adapted_layers(adapted).values()]
     reached = sum({id(weight): weight.numel() for weight in layers}.values())

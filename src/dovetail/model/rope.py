@@ -38,7 +38,7 @@ class SequenceRope(nn.Module):
             _forget(self, layer_type)
             whole: tuple[Tensor, Tensor] = super().forward(x, position_ids, **kind)
             return whole
-        lengths_T = _told_apart(self, self.lengths_T, layer_type)
+        lengths_T = _distinct_lengths(self, self.lengths_T, layer_type)
         lengths = sorted(set(lengths_T.tolist()))
         chosen: list[Tensor] = []
         for length in lengths:
@@ -61,7 +61,7 @@ def give_sequences_their_rope(backbone: Any) -> None:
     for rope in ropes:
         rope.__class__ = type(f"Sequence{type(rope).__name__}", (SequenceRope, type(rope)), {})
     if ropes:
-        backbone.register_forward_pre_hook(partial(_tell_lengths, ropes), with_kwargs=True)
+        backbone.register_forward_pre_hook(partial(_set_lengths, ropes), with_kwargs=True)
 
 
 def rope_limit(model: Any) -> int | None:
@@ -73,7 +73,7 @@ def rope_limit(model: Any) -> int | None:
 def reread_at(model: Any, length: int) -> bool:
     """Return whether a sequence that has just grown to `length` is read with other frequencies than before."""
     here = torch.tensor([length - 1, length])
-    apart = [_told_apart(rope, here, kind).tolist() for rope in _ropes(model) for kind in _kinds(rope)]
+    apart = [_distinct_lengths(rope, here, kind).tolist() for rope in _ropes(model) for kind in _kinds(rope)]
     return any(before != after for before, after in apart)
 
 
@@ -143,7 +143,7 @@ def _limit(rope: Any, kind: str | None) -> int:
     return int(rope.original_max_seq_len)
 
 
-def _told_apart(rope: Any, lengths: Tensor, kind: str | None) -> Tensor:
+def _distinct_lengths(rope: Any, lengths: Tensor, kind: str | None) -> Tensor:
     """Map lengths that share their frequencies to one length."""
     limit = _limit(rope, kind)
     return lengths.clamp(min=limit, max=limit + 1 if _type(rope, kind) == "longrope" else None)
@@ -160,7 +160,7 @@ def _forget(rope: Any, kind: str | None) -> None:
     setattr(rope, f"{prefix}max_seq_len_cached", rope.original_max_seq_len)
 
 
-def _tell_lengths(ropes: list[Any], _: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+def _set_lengths(ropes: list[Any], _: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
     """Set the lengths before each forward of the backbone; a layout without them reads one new token per sequence."""
     layout = kwargs.get("layout")
     for rope in ropes:

@@ -12,14 +12,14 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from dovetail.model.widths import widths_of
-from dovetail.parallel.tensor_plan import Cut, Place
+from dovetail.parallel.tensor_plan import Partition, Place
 
 
-def expect_narrower_output(model: PreTrainedModel, cuts: Mapping[str, Cut]) -> None:
+def expect_narrower_output(model: PreTrainedModel, partitions: Mapping[str, Partition]) -> None:
     """Tell GPT-2's layers, which compute with their output width, the new one."""
     for path, layer in model.named_modules():
-        if isinstance(layer, Conv1D) and f"{path}.bias" in cuts:
-            layer.nf = cuts[f"{path}.bias"].length
+        if isinstance(layer, Conv1D) and f"{path}.bias" in partitions:
+            layer.nf = partitions[f"{path}.bias"].length
 
 
 def count_fewer_heads(model: PreTrainedModel, place: Place) -> None:

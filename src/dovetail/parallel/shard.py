@@ -37,7 +37,7 @@ from dovetail.model.forward import plain_model
 from dovetail.model.shards import is_offloaded, local, whole
 from dovetail.parallel.grid import Grid
 from dovetail.parallel.shards_in_place import compute_on_shards
-from dovetail.parallel.tensor_training import Division, divide, sum_in_pieces
+from dovetail.parallel.tensor_training import TensorParallel, make_tensor_parallel, sum_in_pieces
 from dovetail.parallel.world import ALONE, World
 
 R = TypeVar("R")
@@ -58,7 +58,7 @@ class Layout:
     """Whether shards are in host memory."""
     shard_size: int = 1
     """The number of ranks that shard one copy: all of them, or groups of neighbours with a copy each."""
-    division: Division | None = None
+    tensor_parallel: TensorParallel | None = None
     """The tensor parallelism of the layers, which comes before sharding; None if each layer is in one process."""
     gather_seconds: float = 0.0
     """The time spent on gathering the whole model since the last `take_costs`."""
@@ -116,7 +116,7 @@ class ShardedModel:
     @property
     def tensor_size(self) -> int:
         """The number of ranks that compute each layer together."""
-        return 1 if self.layout.division is None else self.layout.division.group.size
+        return 1 if self.layout.tensor_parallel is None else self.layout.tensor_parallel.group.size
 
     def before_backward(self, *, is_last: bool) -> None:
         """Prepare FSDP2 for the next micro-batch; call it before each forward pass. is_last: it is the step's last."""
@@ -141,16 +141,20 @@ class ShardedModel:
         """
         if not self.layout.is_sharded and self.world.size > 1:
             sum_in_pieces(self.world.sum, list(gradients.values()))
-        if self.layout.division is not None:
-            self.layout.division.complete(gradients)
+        if self.layout.tensor_parallel is not None:
+            self.layout.tensor_parallel.complete(gradients)
 
     def counted_elsewhere(self) -> frozenset[str]:
         """Return the weights whose part of the gradient norm another rank counts, which holds them whole as well."""
-        return frozenset() if self.layout.division is None else self.layout.division.counted_elsewhere()
+        return (
+            frozenset()
+            if self.layout.tensor_parallel is None
+            else self.layout.tensor_parallel.counted_elsewhere()
+        )
 
     def whole_norm(self, norm: Tensor) -> Tensor:
         """Return the gradient norm over those that compute each layer together, from the norm of what each counts."""
-        return norm if self.layout.division is None else self.layout.division.whole_norm(norm)
+        return norm if self.layout.tensor_parallel is None else self.layout.tensor_parallel.whole_norm(norm)
 
     def gathered_bytes(self) -> int:
         """Count the bytes that a forward and backward pass has on the device beside the shards.
@@ -273,7 +277,9 @@ class ShardedModel:
                 module.reshard()
 
     def _joined(self, tensor: Tensor, like: Tensor) -> Tensor:
-        return tensor if self.layout.division is None else self.layout.division.whole(tensor, like)
+        return (
+            tensor if self.layout.tensor_parallel is None else self.layout.tensor_parallel.whole(tensor, like)
+        )
 
 
 def sharding_of(model: Any) -> ShardedModel:
@@ -311,8 +317,10 @@ def shard_model(
     group = world.tensor if isinstance(world, Grid) else None
     skeleton = None if stage == 0 and group is None else copy_of(model, device=torch.device("meta"))
     size = world.size if isinstance(world, Grid) else shard_size or world.size
-    division = None if group is None else divide(model, group)
-    layout = Layout(world, stage, skeleton, offloads=offload, shard_size=size, division=division)
+    tensor_parallel = None if group is None else make_tensor_parallel(model, group)
+    layout = Layout(
+        world, stage, skeleton, offloads=offload, shard_size=size, tensor_parallel=tensor_parallel
+    )
     _shard(model, layout, device)
     _mark(model, layout)
     if skeleton is not None:
@@ -349,8 +357,8 @@ def _shard(model: Any, layout: Layout, device: torch.device) -> None:
 
 
 def _mark(model: nn.Module, layout: Layout) -> None:
-    if layout.division is not None:
-        layout.division.mark(model, is_sharded=layout.is_sharded, is_first=layout.world.rank == 0)
+    if layout.tensor_parallel is not None:
+        layout.tensor_parallel.mark(model, is_sharded=layout.is_sharded, is_first=layout.world.rank == 0)
 
 
 def _run(_: nn.Module, function: Callable[[], R]) -> R:

@@ -27,7 +27,14 @@ from dovetail.model.forward import plain_model
 from dovetail.model.slices import slice_of
 from dovetail.parallel.narrow import count_fewer_heads, expect_narrower_output, look_up
 from dovetail.parallel.shard import replace_weights, sharding_of, share_buffers
-from dovetail.parallel.tensor_plan import GENERATION, PLANS, Cut, Place, cuts_of, expect_divisible
+from dovetail.parallel.tensor_plan import (
+    GENERATION,
+    PLANS,
+    Partition,
+    Place,
+    expect_divisible,
+    generation_partitions,
+)
 from dovetail.parallel.world import TensorGroup
 
 
@@ -49,8 +56,8 @@ class SplitModel:
         share_buffers(model, self.modules)
         inner, place = plain_model(self.modules), Place(group.rank, group.size)
         _expect_equal_ends(inner)
-        self._cuts = cuts_of(inner, place)
-        _make_layers_narrow(inner, self._cuts, group)
+        self._partitions = generation_partitions(inner, place)
+        _make_layers_narrow(inner, self._partitions, group)
         _look_up_together(inner, place, group)
         count_fewer_heads(inner, place)
 
@@ -87,19 +94,19 @@ class SplitModel:
 
     def _is_held(self, name: str, weight: Tensor) -> bool:
         """Return whether training divides this weight as generation does."""
-        cut, held = self._cuts.get(name), slice_of(weight)
+        own, held = self._partitions.get(name), slice_of(weight)
         is_same_group = sharding_of(self._model).tensor_size == self.group.size
         return (
             is_same_group
-            and cut is not None
+            and own is not None
             and held is not None
             and held.all_pieces is not None
-            and (cut.dim, cut.pieces, cut.num_zeros) == (held.dim, held.pieces, 0)
+            and (own.dim, own.pieces, own.num_zeros) == (held.dim, held.pieces, 0)
         )
 
     def _cut(self, name: str, weight: Tensor, *, is_slice: bool) -> Tensor:
-        cut = None if is_slice else self._cuts.get(name)
-        return (weight.clone() if cut is None else cut.of(weight)).to(self._device)
+        own = None if is_slice else self._partitions.get(name)
+        return (weight.clone() if own is None else own.of(weight)).to(self._device)
 
 
 def _expect_equal_ends(model: PreTrainedModel) -> None:
@@ -113,9 +120,11 @@ def _expect_equal_ends(model: PreTrainedModel) -> None:
         )
 
 
-def _make_layers_narrow(model: PreTrainedModel, cuts: Mapping[str, Cut], group: TensorGroup) -> None:
+def _make_layers_narrow(
+    model: PreTrainedModel, partitions: Mapping[str, Partition], group: TensorGroup
+) -> None:
     """Row layers put out the group's sum."""
-    expect_narrower_output(model, cuts)
+    expect_narrower_output(model, partitions)
     rows = PLANS[model.config.model_type].rows
     for path, layer in model.named_modules():
         if path.rpartition(".")[2] in rows:

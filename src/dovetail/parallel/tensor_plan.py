@@ -1,6 +1,6 @@
 """Plan the part of each weight that a rank of a tensor-parallel group holds (Shoeybi et al. 2019, arXiv:1909.08053).
 
-Responsible for: the plan of each architecture, the cut of each weight, and which sizes of a group are possible.
+Responsible for: the plan of each architecture, the partition of each weight, and which sizes of a group are possible.
 Not responsible for: the modules and what they send (tensor.py), the processes (tensor_training.py).
 
 Of two linear layers in a row the first is cut by columns, what it puts out (whole heads, or numbers of the
@@ -59,7 +59,7 @@ PLANS: dict[str, Plan] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Cut:
+class Partition:
     """The part of a weight that a rank holds: pieces of one dimension, end to end, and zeros after them."""
 
     dim: int
@@ -111,47 +111,49 @@ class Place:
         return first, rows, held - rows
 
 
-def cuts_of(model: PreTrainedModel, place: Place) -> dict[str, Cut]:
-    """Name of a weight -> its cut to generate with, for all that are not whole; plain or with adapters inside."""
-    cuts = layer_cuts(model, place)
+def generation_partitions(model: PreTrainedModel, place: Place) -> dict[str, Partition]:
+    """Return the partition of each weight that is not whole when generating, by name; plain or with adapters inside."""
+    partitions = layer_partitions(model, place)
     ends = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[no-untyped-call]
     for path, layer in model.named_modules():
         if any(layer is end for end in ends):
-            cuts |= {f"{path}.{key}": cut for key, cut in _vocabulary_cuts(layer, place)}
+            partitions |= {f"{path}.{key}": own for key, own in _vocabulary_partitions(layer, place)}
         elif path.rpartition(".")[2] in PLANS[model.config.model_type].rows:
-            cuts |= {f"{path}.{key}": cut for key, cut in _row_bias_cuts(layer, place)}
-    return cuts
+            partitions |= {f"{path}.{key}": own for key, own in _row_bias_partitions(layer, place)}
+    return partitions
 
 
-def layer_cuts(model: PreTrainedModel, place: Place) -> dict[str, Cut]:
-    """Name of a weight -> its cut, of those inside the layers: no two processes have a number of them in common,
-    unless they repeat a head of keys.
+def layer_partitions(model: PreTrainedModel, place: Place) -> dict[str, Partition]:
+    """Return the partition of each weight inside the layers, by name.
+
+    No two ranks hold the same number, except where they repeat a head of keys.
     """
     plan, widths = PLANS[model.config.model_type], widths_of(model.config)
-    cuts: dict[str, Cut] = {}
+    partitions: dict[str, Partition] = {}
     for path, layer in model.named_modules():
         name = path.rpartition(".")[2]
         if name in plan.columns:
-            found = _column_cuts(layer, plan.columns[name], place, widths)
+            found = _column_partitions(layer, plan.columns[name], place, widths)
         elif name in plan.rows:
-            found = _row_cuts(layer, place)
+            found = _row_partitions(layer, place)
         else:
             continue
-        cuts |= {f"{path}.{key}": cut for key, cut in found}
-    return cuts
+        partitions |= {f"{path}.{key}": own for key, own in found}
+    return partitions
 
 
-def training_cuts(model: PreTrainedModel, place: Place) -> dict[str, Cut]:
-    """Name of a weight -> its cut in a model to train, where nothing is filled up with zeros: embedding and head are
-    whole if their rows do not come out even.
+def training_partitions(model: PreTrainedModel, place: Place) -> dict[str, Partition]:
+    """Return the partition of each weight that is not whole when training, by name; no rank holds zeros.
+
+    Embedding and head stay whole unless each rank gets the same number of rows.
     """
-    cuts = layer_cuts(model, place)
+    partitions = layer_partitions(model, place)
     ends = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[no-untyped-call]
     for path, layer in model.named_modules():
         if any(layer is end for end in ends) and is_cut_evenly(layer, place.size):
             for key, weight in layer.named_parameters(recurse=False):
-                cuts[f"{path}.{key}"] = Cut(0, (place.even(0, len(weight)),))
-    return cuts
+                partitions[f"{path}.{key}"] = Partition(0, (place.even(0, len(weight)),))
+    return partitions
 
 
 def is_cut_evenly(end: Any, size: int) -> bool:
@@ -180,11 +182,11 @@ def partial_gradients(model: PreTrainedModel) -> set[str]:
 
 def slice_bytes(model: PreTrainedModel, size: int) -> int:
     """Bytes of all weights that the first process of a group of `size` holds, the one with most."""
-    cuts = {} if size == 1 else cuts_of(model, Place(0, size))
+    partitions = {} if size == 1 else generation_partitions(model, Place(0, size))
     total = 0
     for name, weight in model.named_parameters():
-        cut, num = cuts.get(name), weight.numel()
-        kept = num if cut is None else num // weight.shape[cut.dim] * cut.length
+        own, num = partitions.get(name), weight.numel()
+        kept = num if own is None else num // weight.shape[own.dim] * own.length
         total += kept * weight.element_size()
     return total
 
@@ -227,40 +229,43 @@ def why_not_divisible(
     return None
 
 
-def _vocabulary_cuts(layer: nn.Module, place: Place) -> Iterator[tuple[str, Cut]]:
+def _vocabulary_partitions(layer: nn.Module, place: Place) -> Iterator[tuple[str, Partition]]:
     for key, weight in layer.named_parameters(recurse=False):
         first, rows, zeros = place.vocabulary(len(weight))
-        yield key, Cut(0, ((first, rows),), zeros)
+        yield key, Partition(0, ((first, rows),), zeros)
 
 
-def _column_cuts(
+def _column_partitions(
     layer: nn.Module, sections: Sections, place: Place, widths: Widths
-) -> Iterator[tuple[str, Cut]]:
+) -> Iterator[tuple[str, Partition]]:
     base = base_of(layer)
     out_dim = 1 if isinstance(base, Conv1D) else 0
     pieces = _pieces(sections, base.weight.shape[out_dim], place, widths)
-    yield f"{_prefix(layer)}weight", Cut(out_dim, pieces)
+    yield f"{_prefix(layer)}weight", Partition(out_dim, pieces)
     if base.bias is not None:
-        yield f"{_prefix(layer)}bias", Cut(0, pieces)
+        yield f"{_prefix(layer)}bias", Partition(0, pieces)
     for adapter in getattr(layer, "lora_B", ()):
-        yield f"lora_B.{adapter}.weight", Cut(0, pieces)
+        yield f"lora_B.{adapter}.weight", Partition(0, pieces)
 
 
-def _row_cuts(layer: nn.Module, place: Place) -> Iterator[tuple[str, Cut]]:
+def _row_partitions(layer: nn.Module, place: Place) -> Iterator[tuple[str, Partition]]:
     base = base_of(layer)
     in_dim = 0 if isinstance(base, Conv1D) else 1
     pieces = (place.even(0, base.weight.shape[in_dim]),)
-    yield f"{_prefix(layer)}weight", Cut(in_dim, pieces)
+    yield f"{_prefix(layer)}weight", Partition(in_dim, pieces)
     for adapter in getattr(layer, "lora_A", ()):
-        yield f"lora_A.{adapter}.weight", Cut(1, pieces)
+        yield f"lora_A.{adapter}.weight", Partition(1, pieces)
 
 
-def _row_bias_cuts(layer: nn.Module, place: Place) -> Iterator[tuple[str, Cut]]:
+def _row_bias_partitions(layer: nn.Module, place: Place) -> Iterator[tuple[str, Partition]]:
     """Give the bias to the first rank alone, because the results of all ranks are summed."""
     base = base_of(layer)
     if base.bias is not None:
         width = len(base.bias)
-        yield f"{_prefix(layer)}bias", Cut(0, ((0, width),)) if place.rank == 0 else Cut(0, (), width)
+        yield (
+            f"{_prefix(layer)}bias",
+            Partition(0, ((0, width),)) if place.rank == 0 else Partition(0, (), width),
+        )
 
 
 def _prefix(layer: nn.Module) -> str:

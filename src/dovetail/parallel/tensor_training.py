@@ -27,13 +27,13 @@ from dovetail.parallel.narrow import count_fewer_heads, expect_narrower_output, 
 from dovetail.parallel.tensor_plan import (
     PLANS,
     TRAINING,
-    Cut,
+    Partition,
     Place,
     base_of,
     expect_divisible,
     is_cut_evenly,
     partial_gradients,
-    training_cuts,
+    training_partitions,
 )
 from dovetail.parallel.world import TensorGroup
 
@@ -42,8 +42,8 @@ BUCKET_ELEMENTS = 1 << 24
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Division:
-    """The division of a model over a group. Names are those of the model's parameters."""
+class TensorParallel:
+    """The slices of a model's weights over a tensor-parallel group. Names are those of the model's parameters."""
 
     group: TensorGroup
     slices: Mapping[str, Slice]
@@ -90,7 +90,7 @@ class Division:
         in_pieces(self.group.from_first, [gradients[name] for name in whole if name not in self.partial])
 
 
-def divide(model: Any, group: TensorGroup) -> Division:
+def make_tensor_parallel(model: Any, group: TensorGroup) -> TensorParallel:
     """Make the model's layers this process's part of them, in place; plain or peft-wrapped, with any head.
 
     Call it with the same weights in each process. Raises ConfigError if the group's size does not divide the model.
@@ -98,21 +98,21 @@ def divide(model: Any, group: TensorGroup) -> Division:
     inner = plain_model(model)
     expect_divisible(inner.config, group.size, setting=TRAINING, model=type(inner).__name__)
     place = Place(group.rank, group.size)
-    cuts = [training_cuts(inner, Place(rank, group.size)) for rank in range(group.size)]
-    slices = {id(p): _slice_of(name, p, cuts, group) for name, p in inner.named_parameters()}
+    partitions = [training_partitions(inner, Place(rank, group.size)) for rank in range(group.size)]
+    slices = {id(p): _slice_of(name, p, partitions, group) for name, p in inner.named_parameters()}
     partial_ids = {id(inner.get_parameter(name)) for name in partial_gradients(inner)}
     named = dict(model.named_parameters())
-    division = Division(
+    tensor_parallel = TensorParallel(
         group,
         {name: slices[id(parameter)] for name, parameter in named.items()},
         frozenset(name for name, parameter in named.items() if id(parameter) in partial_ids),
     )
     _connect(inner, group)
     _share_vocabulary(inner, place, group)
-    _cut(inner, cuts[group.rank])
-    expect_narrower_output(inner, cuts[group.rank])
+    _cut(inner, partitions[group.rank])
+    expect_narrower_output(inner, partitions[group.rank])
     count_fewer_heads(inner, place)
-    return division
+    return tensor_parallel
 
 
 def sum_in_pieces(add_up: Callable[[Tensor], Tensor], tensors: Sequence[Tensor]) -> None:
@@ -141,24 +141,26 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         yield bucket
 
 
-def _slice_of(name: str, parameter: Tensor, cuts: Sequence[Mapping[str, Cut]], group: TensorGroup) -> Slice:
-    cut = cuts[group.rank].get(name)
-    if cut is None:
+def _slice_of(
+    name: str, parameter: Tensor, partitions: Sequence[Mapping[str, Partition]], group: TensorGroup
+) -> Slice:
+    own = partitions[group.rank].get(name)
+    if own is None:
         return Slice(parameter.shape, 0, ((0, len(parameter)),), None, is_first=group.is_first)
-    all_pieces = tuple(own[name].pieces for own in cuts)
-    return Slice(parameter.shape, cut.dim, cut.pieces, all_pieces, is_first=True)
+    all_pieces = tuple(theirs[name].pieces for theirs in partitions)
+    return Slice(parameter.shape, own.dim, own.pieces, all_pieces, is_first=True)
 
 
 @torch.no_grad()
-def _cut(model: PreTrainedModel, cuts: Mapping[str, Cut]) -> None:
+def _cut(model: PreTrainedModel, partitions: Mapping[str, Partition]) -> None:
     made: dict[int, nn.Parameter] = {}
-    for name, cut in cuts.items():
+    for name, own in partitions.items():
         path, _, key = name.rpartition(".")
         module = model.get_submodule(path)
         weight = module._parameters[key]
         assert weight is not None
         if id(weight) not in made:  # tied ones stay tied
-            made[id(weight)] = nn.Parameter(cut.of(weight), requires_grad=weight.requires_grad)
+            made[id(weight)] = nn.Parameter(own.of(weight), requires_grad=weight.requires_grad)
         module._parameters[key] = made[id(weight)]
 
 

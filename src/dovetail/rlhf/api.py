@@ -81,7 +81,7 @@ class RLHFEngine:
         ids = [chat.prompt_ids(prompt_of(prompt).messages) for prompt in prompts[: len(PROMPT_TOKENS)]]
         reach = self._reach(prompts)
         engine, actor = self.roles.engine, self.roles.actor
-        with self.learners.parked(), nullcontext() if engine.group.size > 1 else engine.weights():
+        with self.learners.offloaded(), nullcontext() if engine.group.size > 1 else engine.weights():
             # Slices prove nothing of themselves: they are compared with the model that is trained.
             is_divided = max(engine.group.size, sharding_of(actor).tensor_size) > 1
             trained = actor if is_divided else None
@@ -105,7 +105,7 @@ class RLHFEngine:
     def generate(self, prompts: Sequence[Conversation], *, seed: int, greedy: bool = False) -> list[Answer]:
         """One answer to each prompt, sampled (or greedy) by the actor as it is now."""
         asked = [prompt_of(prompt) for prompt in prompts]
-        with self.learners.parked():
+        with self.learners.offloaded():
             return sample_answers(asked, self.roles, self.config.sampling, seed=seed, greedy=greedy)
 
     def pack(self, answers: Sequence[Answer]) -> Rollout:
@@ -220,7 +220,7 @@ class PPOTrainer:
         self.engine.check_parity(prompts)
         # While the critic may be learning alone, nothing but a scoring of its own measures the actor.
         warms_up = not self.engine.learners.warmup.is_over
-        with self.engine.learners.parked():
+        with self.engine.learners.offloaded():
             collected = collect(
                 [prompt_of(prompt) for prompt in prompts],
                 self.engine.roles,

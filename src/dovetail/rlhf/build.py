@@ -143,7 +143,7 @@ def _generator(
         actor,
         setup.sharing.tensor_parallel.generation,
         config,
-        room=int(USABLE * free_bytes(device)) - (0 if config.park_optimizer else states),
+        room=int(USABLE * free_bytes(device)) - (0 if config.offload_while_generating else states),
         world=setup.sharing.world,
         device=device,
     )
@@ -170,7 +170,7 @@ def make_learners(roles: Roles, config: PpoConfig, *, total_steps: int) -> Learn
             max_rollouts=config.critic_warmup_rollouts if roles.critic is not None else 0,
             rollouts_of_run=total_steps // (config.ppo_epochs * config.minibatches),
         ),
-        parks=config.park_optimizer and roles.device.type != "cpu",
+        offloads=config.offload_while_generating and roles.device.type != "cpu",
     )
 
 

@@ -34,8 +34,8 @@ from dovetail.model.forward import language_model_loss, masked_index, token_logp
 from dovetail.rlhf.algorithms.protocol import Algorithm
 from dovetail.rlhf.roles import Roles
 from dovetail.telemetry.log import say, warn
+from dovetail.training.offload import Offloadable
 from dovetail.training.optim import Ema, Optimizer
-from dovetail.training.parking import Parkable
 from dovetail.training.step import StepReport, Term, gradient_step, learning_rate_at, step_seed
 
 ENOUGH = 0.2
@@ -141,17 +141,17 @@ class Learners:
     """The part of `total_steps` that the critic's warm-up takes from both schedules."""
     warmup: CriticWarmup
     """The progress of the critic's warm-up."""
-    parks: bool = False
-    """Whether `parked` moves anything."""
+    offloads: bool = False
+    """True where `offloaded` moves anything."""
 
     @contextmanager
-    def parked(self) -> Iterator[None]:
+    def offloaded(self) -> Iterator[None]:
         """Keep optimisers and average in host memory within the block, if asked for; nothing learns meanwhile."""
         learners = (self.actor, self.critic, self.ema)
-        waiting: list[Parkable] = [part for part in learners if part is not None and self.parks]
+        waiting: list[Offloadable] = [part for part in learners if part is not None and self.offloads]
         with ExitStack() as stack:
             for part in waiting:
-                part.park()
+                part.offload()
                 stack.callback(part.restore)
             yield
 

@@ -79,20 +79,20 @@ class Checkpoints:
                 raise
             warn(f"the last checkpoint in {self.folder} was not finished: {failure}")
 
-    def save(self, step: int, state: Mapping[str, Any], *, merit: float | None = None) -> Path:
+    def save(self, step: int, state: Mapping[str, Any], *, metric: float | None = None) -> Path:
         """Write the state after `step` steps, then remove what is older than the last `keep`. A collective.
 
-        merit: how good the state was found to be, more is better; the best stays. None or not finite: nothing is known.
+        metric: the quality of the state, more is better; the best one is kept. None or not finite: not known.
 
         Raises CheckpointError if the disk refuses; the checkpoints before are intact then, and no rest is
         left.
         """
-        self.begin_save(step, state, merit=merit)
+        self.begin_save(step, state, metric=metric)
         saved = self.finish()
         assert saved is not None
         return saved
 
-    def begin_save(self, step: int, state: Mapping[str, Any], *, merit: float | None = None) -> None:
+    def begin_save(self, step: int, state: Mapping[str, Any], *, metric: float | None = None) -> None:
         """Save in the background; returns once the state is copied to host memory and may change again.
 
         Waits for the save before, and raises what went wrong in it.
@@ -103,7 +103,7 @@ class Checkpoints:
         own = {name: tensor for name, tensor in tensors.items() if _writes(self._world, tensor)}
         places = {name: place(tensor) for name, tensor in own.items() if is_part(tensor)}
         copies = {name: local(tensor).to("cpu", copy=True) for name, tensor in own.items()}
-        facts = {"step": step} | ({"merit": merit} if merit is not None and math.isfinite(merit) else {})
+        facts = {"step": step} | ({"metric": metric} if metric is not None and math.isfinite(metric) else {})
         self._saving = self._thread.submit(self._save, facts, values, copies, places)
         self.last_step = step
 
@@ -156,7 +156,7 @@ class Checkpoints:
         return None if found is None else (found[0], _load(found[1], like or {}))
 
     def best(self) -> tuple[int, dict[str, Any]] | None:
-        """Step and state of the best checkpoint among those of known merit, tensors on the CPU; None if there is none.
+        """Return step and state of the checkpoint with the largest metric, tensors on the CPU; None if none has one.
 
         For one process. Raises CheckpointError if it is damaged.
         """
@@ -327,15 +327,17 @@ def _free_name(folder: Path, step: int) -> Path:
 
 
 def _best(folder: Path) -> tuple[int, Path] | None:
-    """(step, folder) of the one with most merit, of equal ones the newest."""
-    rated = [(merit, step, path) for step, path in _finished(folder) if (merit := _merit(path)) is not None]
+    """Return (step, folder) of the checkpoint with the largest metric, among equal ones the newest."""
+    rated = [
+        (metric, step, path) for step, path in _finished(folder) if (metric := _metric(path)) is not None
+    ]
     return max(rated)[1:] if rated else None
 
 
-def _merit(folder: Path) -> float | None:
-    """Return the merit that was saved with a checkpoint; None for a damaged one."""
+def _metric(folder: Path) -> float | None:
+    """Return the metric that was saved with a checkpoint; None for a damaged one."""
     try:
-        merit: float | None = json.loads((folder / MANIFEST).read_text()).get("merit")
+        metric: float | None = json.loads((folder / MANIFEST).read_text()).get("metric")
     except (OSError, ValueError):
         return None
-    return merit
+    return metric

@@ -33,7 +33,7 @@ MAY_CHANGE = (
     "data.cache_dir",
     "*.micro_batch_tokens",
     "*.activation_checkpointing",
-    "*.park_optimizer",
+    "*.offload_while_generating",
     "*.save_every",
     "*.keep_checkpoints",
     "*.print_samples_every",

@@ -63,7 +63,7 @@ class Ticket:
     num_prompt_top: int | None = None
     """The number of likeliest tokens to list at each place of the prompt; None: it is not scored."""
     prompt_scores: Sequence[TokenScore] = ()
-    num_told: int = 0
+    num_reported: int = 0
     is_cancelled: bool = False
     answer: Answer = field(init=False)
 
@@ -75,10 +75,10 @@ class Ticket:
     def news(self) -> Progress | None:
         """Return the progress since the last call, or None if there is none."""
         ids, answer = self.answer.token_ids, self.answer
-        if len(ids) == self.num_told and answer.finish_reason is None:
+        if len(ids) == self.num_reported and answer.finish_reason is None:
             return None
-        new = slice(self.num_told, len(ids))
-        self.num_told = len(ids)
+        new = slice(self.num_reported, len(ids))
+        self.num_reported = len(ids)
         scores, self.prompt_scores = self.prompt_scores, ()
         return Progress(
             ids[new], answer.logprobs[new], answer.top_logprobs[new], scores, answer.finish_reason
@@ -241,7 +241,9 @@ class EngineThread:
             warn(f"a prompt could not be scored: {error}\n{traceback.format_exc()}")
             with self._changed:
                 self._under_way.remove(ticket)
-            self._tell([(ticket, Progress(error=EngineFailed(f"the prompt could not be scored: {error}")))])
+            self._deliver(
+                [(ticket, Progress(error=EngineFailed(f"the prompt could not be scored: {error}")))]
+            )
             return False
         return True
 
@@ -265,7 +267,7 @@ class EngineThread:
                 self._failure = error
                 left, self._arrived, self._under_way = [*self._under_way, *self._arrived], [], []
             ready.set()
-            self._tell([(ticket, Progress(error=_ended(error))) for ticket in left])
+            self._deliver([(ticket, Progress(error=_ended(error))) for ticket in left])
 
     def _answer(self) -> None:
         """Answer requests until the thread is to end or a batch fails; after a failure it can be called again."""
@@ -280,7 +282,7 @@ class EngineThread:
             with self._changed:
                 failed, self._under_way = self._under_way, []
             self._num_failures += 1
-            self._tell([(ticket, Progress(error=reason)) for ticket in failed])
+            self._deliver([(ticket, Progress(error=reason)) for ticket in failed])
             if isinstance(error, torch.AcceleratorError):
                 raise  # the process has lost the device, and later results from there would be wrong
 
@@ -292,9 +294,9 @@ class EngineThread:
         self._num_failures = 0
         with self._changed:
             self._under_way = [ticket for ticket in self._under_way if not ticket.answer.finish_reason]
-        self._tell(news)
+        self._deliver(news)
 
-    def _tell(self, news: Sequence[tuple[Ticket, Progress]]) -> None:
+    def _deliver(self, news: Sequence[tuple[Ticket, Progress]]) -> None:
         """Send the progress of all tickets of a step in one call of `post`."""
         assert self._post is not None
 

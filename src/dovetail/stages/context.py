@@ -82,11 +82,11 @@ class Context:
         *,
         done: int,
         total: int,
-        merit: float | None,
+        metric: float | None,
     ) -> None:
         """After step `done` of `total`: save the state every few steps, in the background, and at the end of the stage.
 
-        merit: of what the model has become, if it was evaluated after this very step; more is better.
+        metric: the quality of the model, if it was evaluated after this very step; more is better.
 
         A signal that asked for an end is answered here: the state is saved, and RunInterrupted raised. A collective.
         Raises CheckpointError as soon as a save is known to have failed.
@@ -95,7 +95,7 @@ class Context:
         is_last = done == total
         name = None if is_last else self.stop.asked()
         if is_last or name or done % settings.save_every == 0:
-            checkpoints.begin_save(done, state(), merit=merit)
+            checkpoints.begin_save(done, state(), metric=metric)
         if is_last or name:
             checkpoints.finish()
         if name:
@@ -105,12 +105,12 @@ class Context:
     @contextmanager
     def metrics(self, stage: str, *, start: int) -> Iterator[Metrics]:
         """Sinks of this stage; rows of steps that a killed run wrote after its last checkpoint are dropped. A
-        collective, which begins to compare the pace of the processes."""
-        pace = self.stop.pace
-        pace.begin()
+        collective, from which on slow ranks are looked for."""
+        stragglers = self.stop.stragglers
+        stragglers.begin()
         metrics = Metrics(
             self._sinks(stage, start) if self.world.is_first else [],
-            more=lambda: {f"{stage}/{name}": value for name, value in pace.figures.items()},
+            more=lambda: {f"{stage}/{name}": value for name, value in stragglers.figures.items()},
         )
         try:
             yield metrics

@@ -91,8 +91,8 @@ def run(context: Context, judge: Judge | None = None) -> StageReport:
             samples.show_if_due(done, collected)
             progress.advance({"score": row["ppo/score_mean"], "kl": row["ppo/kl_nats_per_answer"]})
             guard.check(row, step=done)
-            merit = best.objective if best.step == done else None
-            context.save_if_due(checkpoints, state, config, done=done, total=iterations, merit=merit)
+            metric = best.objective if best.step == done else None
+            context.save_if_due(checkpoints, state, config, done=done, total=iterations, metric=metric)
     expect_learnt(engine)
     save_actor(engine, folder)
     return StageReport(iterations, results or judged(iterations))

@@ -15,8 +15,8 @@ from types import FrameType
 import torch
 
 from dovetail.errors import RunInterrupted
-from dovetail.parallel.pace import Pace, pace_of
 from dovetail.parallel.world import World
+from dovetail.training.stragglers import StragglerDetector, straggler_detector
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -24,8 +24,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 class StopRequest:
     """The request of a signal that the processes of `world` end."""
 
-    def __init__(self, world: World, pace: Pace | None = None) -> None:
-        self.pace = pace or Pace(world)
+    def __init__(self, world: World, stragglers: StragglerDetector | None = None) -> None:
+        self.stragglers = stragglers or StragglerDetector(world)
         self._world = world
         self._number = 0
 
@@ -34,13 +34,13 @@ class StopRequest:
         self._number = number
 
     def asked(self) -> str | None:
-        """Name of the signal, the same in all processes. A collective, which takes along how long each has worked."""
+        """Return the name of the signal, the same on all ranks. A collective, which also exchanges working times."""
         number = self._number
         if self._world.size > 1:
-            told = torch.tensor([number, *self.pace.worked()], dtype=torch.float64)
-            signalled, *worked = self._world.max(told).tolist()
+            own = torch.tensor([number, *self.stragglers.working_seconds()], dtype=torch.float64)
+            signalled, *worked = self._world.max(own).tolist()
             number = int(signalled)
-            self.pace.judge(worked)
+            self.stragglers.judge(worked)
         return signal.Signals(number).name if number else None
 
     def expect_none(self, before: str) -> None:
@@ -58,8 +58,8 @@ def stop_request(world: World) -> Iterator[StopRequest]:
     a cluster may signal it and its launcher, which passes the same on. In another thread than the main one, which
     alone takes signals in Python, nothing changes.
     """
-    with pace_of(world) as pace:
-        request = StopRequest(world, pace)
+    with straggler_detector(world) as stragglers:
+        request = StopRequest(world, stragglers)
         if threading.current_thread() is not threading.main_thread():
             yield request
         else:
@@ -79,7 +79,7 @@ def _taking_signals(request: StopRequest, world: World) -> Iterator[None]:
         request.take(number)
         if not world.is_group:
             restore()
-            _tell(number)
+            _announce(number)
 
     for number, handler in before.items():
         if handler is not signal.SIG_IGN:
@@ -90,7 +90,7 @@ def _taking_signals(request: StopRequest, world: World) -> Iterator[None]:
         restore()
 
 
-def _tell(number: int) -> None:
+def _announce(number: int) -> None:
     """Print without buffers and locks, which the main thread may hold at this moment; the terminal may be gone."""
     name = signal.Signals(number).name
     text = f"\n{name}: the run saves a checkpoint after this step and ends; a second one ends it now\n"

@@ -106,9 +106,9 @@ def fit(task: Task, context: Context) -> Mapping[str, float]:
             losses.see(row, step=done)
             metrics.record(done, row)
             progress.advance({"loss": report.loss})
-            merit = None if loss is None else -loss
+            metric = None if loss is None else -loss
             context.save_if_due(
-                checkpoints, state, task.settings, done=done, total=task.total_steps, merit=merit
+                checkpoints, state, task.settings, done=done, total=task.total_steps, metric=metric
             )
     return results or task.evaluate()
 

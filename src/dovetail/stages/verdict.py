@@ -52,13 +52,13 @@ class LossWatch:
     """The watch over the losses of a stage's steps, which warns once for each kind of loss."""
 
     def __init__(self) -> None:
-        self._told: set[str] = set()
+        self._warned: set[str] = set()
 
     def see(self, row: Mapping[str, float], *, step: int) -> None:
         """Warn of a loss in a row of metrics that is out of all proportion."""
-        for name in row.keys() - self._told:
+        for name in row.keys() - self._warned:
             if is_absurd(name, row[name]):
-                self._told.add(name)
+                self._warned.add(name)
                 warn(
                     f"{name} is {row[name]:.4g} at step {step}, where a model that knows nothing has a few units",
                     hint="lower the learning rate, and look at the rows with `dovetail data preview`; a model with "

@@ -126,7 +126,7 @@ class OnePassAdamW:
         """Build the table of the kernel, one row per weight.
 
         A row holds the addresses of weight, gradient, both moments and image, the number of elements, and whether the
-        gradient is float32. It is made anew each step, because parked state comes back to other addresses.
+        gradient is float32. It is made anew each step, because offloaded state comes back to other addresses.
         """
         rows = [
             [

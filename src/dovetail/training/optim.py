@@ -27,7 +27,7 @@ from dovetail.model.placement import is_out_of_memory
 from dovetail.model.shards import assign, is_offloaded, is_shard, local, shard_like
 from dovetail.model.slices import noted
 from dovetail.training.loss_scale import LossScaler
-from dovetail.training.parking import ParkingSpace
+from dovetail.training.offload import OffloadableTensors
 from dovetail.training.weights import trained_weights
 
 if TYPE_CHECKING:
@@ -118,7 +118,9 @@ class Optimizer:
             _Group(slots, decay, self._one_pass(slots) if one_pass else None)
             for (decay, _, one_pass), slots in grouped.items()
         ]
-        self._parking = ParkingSpace([tensor for slot in self._slots.values() for tensor in _large(slot)])
+        self._offloaded = OffloadableTensors(
+            [tensor for slot in self._slots.values() for tensor in _large(slot)]
+        )
         hooks = [
             _on_gradient(slot.parameter, slot.take_gradient)
             for slot in self._slots.values()
@@ -162,13 +164,13 @@ class Optimizer:
         )
         return norm
 
-    def park(self) -> None:
+    def offload(self) -> None:
         """Keep masters and moments in host memory until `restore`; no step can be taken meanwhile."""
-        self._parking.park()
+        self._offloaded.offload()
 
     def restore(self) -> None:
         """Masters and moments are back on the device, bit for bit."""
-        self._parking.restore()
+        self._offloaded.restore()
 
     @torch.no_grad()
     def step(self, scale: Tensor | None = None) -> None:
@@ -177,7 +179,7 @@ class Optimizer:
         scale: scalar on the device that multiplies all gradients first; NaN leaves everything as it is. On a GPU
         nothing waits for it.
         """
-        assert not self._parking.is_parked, "a step while the optimiser is parked"
+        assert not self._offloaded.is_offloaded, "a step while the optimiser is offloaded"
         for group in self._groups:
             if group.one_pass is None:
                 self._update(group, scale)
@@ -400,22 +402,22 @@ class Ema:
             name: _full_precision(local(weight)).clone() for name, weight in self._weights().items()
         }
         self._parameters = {name: p for name, p in model.named_parameters() if name in self._averages}
-        self._parking = ParkingSpace(
+        self._offloaded = OffloadableTensors(
             [self._averages[name] for name, p in self._parameters.items() if not is_offloaded(p)]
         )
 
-    def park(self) -> None:
+    def offload(self) -> None:
         """Keep the averages in host memory until `restore`."""
-        self._parking.park()
+        self._offloaded.offload()
 
     def restore(self) -> None:
         """Move the averages back to the device, bit for bit."""
-        self._parking.restore()
+        self._offloaded.restore()
 
     @torch.no_grad()
     def update(self) -> None:
         """Move the averages towards the weights as they are now."""
-        assert not self._parking.is_parked, "an update while the average is parked"
+        assert not self._offloaded.is_offloaded, "an update while the average is offloaded"
         weights = [_full_precision(local(weight)) for weight in self._weights().values()]
         torch._foreach_lerp_(list(self._averages.values()), weights, 1.0 - self.decay)
 

@@ -3,21 +3,21 @@
 import pytest
 import torch
 
+from dovetail.training.offload import OffloadableTensors
 from dovetail.training.optim import Ema, build_optimizer
-from dovetail.training.parking import ParkingSpace
 from tests.training.toy import Toy, loss_of, same_bits, toy_batch, weights_of
 
 ON_A_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 DEVICES = ["cpu", pytest.param("cuda", marks=ON_A_GPU)]
 
 
-def train(model: Toy, device: str, *, park: bool) -> tuple[dict[str, torch.Tensor], dict, dict]:
-    """Three steps, with everything parked in between or not: weights, and both states."""
+def train(model: Toy, device: str, *, offload: bool) -> tuple[dict[str, torch.Tensor], dict, dict]:
+    """Three steps, with everything offloaded in between or not: weights, and both states."""
     optimizer = build_optimizer(model, learning_rate=0.1, weight_decay=0.1)
     ema = Ema(model, decay=0.9, optimizer=optimizer)
     for step in range(3):
-        if park:
-            optimizer.park(), ema.park()
+        if offload:
+            optimizer.offload(), ema.offload()
             ema.restore(), optimizer.restore()
         batch = toy_batch(step).to(torch.device(device))
         (loss_of(model, batch).total / batch.num_targets).backward()
@@ -34,19 +34,19 @@ def test_training_with_pauses_in_host_memory_ends_with_the_same_bits(dtype: torc
     model = Toy().to(device=device, dtype=dtype)
     other = Toy().to(device=device, dtype=dtype)
     other.load_state_dict(model.state_dict())
-    plain, parked = train(model, device, park=False), train(other, device, park=True)
-    assert same_bits(plain[0], parked[0])
+    plain, offloaded = train(model, device, offload=False), train(other, device, offload=True)
+    assert same_bits(plain[0], offloaded[0])
     for name, state in plain[1]["parameters"].items():
-        assert same_bits(state, parked[1]["parameters"][name])
-    assert same_bits(plain[2]["averages"], parked[2]["averages"])
+        assert same_bits(state, offloaded[1]["parameters"][name])
+    assert same_bits(plain[2]["averages"], offloaded[2]["averages"])
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_parked_tensor_is_the_same_object_elsewhere(device: str) -> None:
     tensor = torch.arange(5.0, device=device)
     values, place = tensor.tolist(), tensor.data_ptr()
-    space = ParkingSpace([tensor])
-    space.park()
+    space = OffloadableTensors([tensor])
+    space.offload()
     assert (tensor.device.type, tensor.is_pinned()) == ("cpu", device == "cuda")
     assert tensor.data_ptr() != place
     assert tensor.tolist() == values
@@ -59,8 +59,8 @@ def test_a_parked_tensor_is_the_same_object_elsewhere(device: str) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_parking_frees_the_memory_of_the_device() -> None:
     tensor = torch.zeros(2**20, device="cuda")
-    space, before = ParkingSpace([tensor]), torch.cuda.memory_allocated()
-    space.park()
+    space, before = OffloadableTensors([tensor]), torch.cuda.memory_allocated()
+    space.offload()
     assert torch.cuda.memory_allocated() == before - 4 * 2**20
     space.restore()
     assert torch.cuda.memory_allocated() == before
@@ -69,9 +69,9 @@ def test_parking_frees_the_memory_of_the_device() -> None:
 def test_nothing_learns_while_it_is_parked() -> None:
     optimizer = build_optimizer(Toy(), learning_rate=0.1)
     ema = Ema(Toy(), decay=0.9)
-    optimizer.park()
-    ema.park()
-    with pytest.raises(AssertionError, match="parked"):
+    optimizer.offload()
+    ema.offload()
+    with pytest.raises(AssertionError, match="offloaded"):
         optimizer.step()
-    with pytest.raises(AssertionError, match="parked"):
+    with pytest.raises(AssertionError, match="offloaded"):
         ema.update()

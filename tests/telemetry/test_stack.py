@@ -8,7 +8,7 @@ from types import FrameType
 import pytest
 import torch
 
-from dovetail.parallel.stand import frames_of, own_line
+from dovetail.telemetry.stack import frames_of, own_line
 
 TORCH = Path(torch.__file__).parent
 

@@ -1,6 +1,6 @@
 """One process of a group that steps along as a stage does; the ranks that are named sleep in each step.
 
-RANK=0 WORLD_SIZE=3 ... python -m tests.parallel.pacing STEPS SLEEPER...
+RANK=0 WORLD_SIZE=3 ... python -m tests.training.straggling STEPS SLEEPER...
 """
 
 import sys
@@ -8,9 +8,9 @@ import time
 
 import torch
 
-from dovetail.parallel import pace as module
 from dovetail.parallel.world import joined
 from dovetail.stages.stopping import stop_request
+from dovetail.training import stragglers as module
 
 STEP_S = 0.2
 
@@ -18,13 +18,13 @@ STEP_S = 0.2
 def main(steps: str, *sleepers: str) -> None:
     module.AT_LEAST_S = STEP_S / 2
     with joined(torch.device("cpu")) as world, stop_request(world) as stop:
-        stop.pace.begin()
+        stop.stragglers.begin()
         for _ in range(int(steps)):
             if str(world.rank) in sleepers:
                 time.sleep(STEP_S)
             world.sum(torch.ones(1))
             stop.asked()
-        sys.stdout.write(f"figures {sorted(stop.pace.figures.items())}\n")
+        sys.stdout.write(f"figures {sorted(stop.detector.figures.items())}\n")
 
 
 if __name__ == "__main__":

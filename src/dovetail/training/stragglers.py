@@ -1,8 +1,8 @@
-"""Find the rank that the others wait for, step after step.
+"""Find a straggler: a rank that the others wait for, step after step.
 
 Responsible for: the part of each step that a process spends outside of collectives, and naming one that needs much
-longer than the others. Not responsible for: exchanging the numbers (the caller of `worked` and `judge`, once a step),
-a run that stands still (launch/stuck.py).
+longer than the others. Not responsible for: exchanging the numbers (the caller of `working_seconds` and `judge`, once
+a step), a run that stands still (launch/stuck.py).
 
 A thread looks now and then whether the main one is in a call of torch.distributed. That costs the step nothing, and
 takes no notice of a GPU: one that waits within its own queue, for a kernel of its own or of another, counts as working.
@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from statistics import median
 
-from dovetail.parallel.stand import frames_of, own_line
 from dovetail.parallel.world import World
 from dovetail.telemetry.log import warn
+from dovetail.telemetry.stack import frames_of, own_line
 
 RATIO = 1.5
 """A rank is slow if it works this many times as long as the median of the others."""
@@ -54,8 +54,8 @@ class WorkClock:
         return seconds
 
 
-class Pace:
-    """The working time of each rank, and the judgement of it. `figures`: metrics of the last judgement."""
+class StragglerDetector:
+    """The working time of each rank, and the search for one that needs much longer. `figures`: its last metrics."""
 
     def __init__(self, world: World, own: WorkClock | None = None) -> None:
         self.figures: dict[str, float] = {}
@@ -69,13 +69,13 @@ class Pace:
         self._in_a_row = 0
 
     def begin(self) -> None:
-        """Start anew with a stage, because the time before its first step is no step. A collective."""
+        """Start anew at the beginning of a stage, because the time before its first step is no step. A collective."""
         self._hosts = self._world.gather(socket.gethostname())
         self._own.take()
         self._reset()
         self._slowest, self._in_a_row, self.figures = None, 0, {}
 
-    def worked(self) -> list[float]:
+    def working_seconds(self) -> list[float]:
         """Return this rank's seconds in its place among all ranks, 0 elsewhere; a maximum over ranks joins them."""
         seconds = [0.0] * self._world.size
         seconds[self._world.rank] = self._own.take()
@@ -99,10 +99,10 @@ class Pace:
         self._in_a_row = self._in_a_row + 1 if is_slow and slowest == self._slowest else int(is_slow)
         self._slowest = slowest if is_slow else None
         if self._in_a_row == IN_A_ROW:
-            self._tell(slowest, longest / self._steps, others / self._steps)
+            self._warn(slowest, longest / self._steps, others / self._steps)
         self._reset()
 
-    def _tell(self, rank: int, longest: float, others: float) -> None:
+    def _warn(self, rank: int, longest: float, others: float) -> None:
         host = f" on {self._hosts[rank]}" if self._hosts else ""
         warn(
             f"rank {rank}{host} is slow: it needs {longest:.3g} s per step, the other ranks {others:.3g} s; check its "
@@ -114,19 +114,19 @@ class Pace:
 
 
 @contextmanager
-def pace_of(world: World) -> Iterator[Pace]:
-    """Measure the pace of a run within the block: a thread samples the main one, if there are other ranks."""
+def straggler_detector(world: World) -> Iterator[StragglerDetector]:
+    """Look for slow ranks within the block: a thread samples the main one, if there are other ranks."""
     clock, done = WorkClock(), threading.Event()
 
     def look() -> None:
         while not done.wait(_PERIOD_S):
             clock.look()
 
-    thread = threading.Thread(target=look, name="pace", daemon=True)
+    thread = threading.Thread(target=look, name="stragglers", daemon=True)
     if world.size > 1:
         thread.start()
     try:
-        yield Pace(world, clock)
+        yield StragglerDetector(world, clock)
     finally:
         done.set()
         if world.size > 1:
