@@ -12,6 +12,7 @@ from dovetail.rlhf.rewards import Answer
 from dovetail.rlhf.roles import over_tokens
 from dovetail.rlhf.rollout import pack_rollout
 from dovetail.rlhf.update import minibatches
+from dovetail.training.step import step_seed
 
 PROMPT, OTHER = [5, 6, 7], [5, 6, 8]
 
@@ -111,9 +112,39 @@ def test_a_rollout_shares_the_prompts_of_neighbouring_answers() -> None:
     assert pack_rollout(answers).shared_lengths == (0, 3, 3, 0, 3)
 
 
-def test_a_minibatch_holds_each_prompt_once() -> None:
-    experience: Any = batch_of(*[(prompt, [i]) for prompt in (PROMPT, OTHER) for i in range(6)])
-    parts = list(minibatches(experience, epochs=2, count=3, seed=0))
-    assert len(parts) == 6
-    assert all(part.num_sequences == 4 for part in parts)
-    assert all(part.shared_lengths.count(0) <= 2 for part in parts)
+def epochs_of(experience: Any, *, epochs: int, count: int, seed: int) -> list[list[list[tuple[int, ...]]]]:
+    """The sequences of each minibatch of each epoch."""
+    parts = list(minibatches(experience, epochs=epochs, count=count, seed=seed))
+    rows = [[tuple(ids.tolist()) for ids in part.token_ids_T.split(part.lengths)] for part in parts]
+    return [rows[start : start + count] for start in range(0, len(rows), count)]
+
+
+@pytest.mark.parametrize(
+    ("groups", "size", "count", "cut"),
+    [(6, 3, 3, 0), (6, 3, 2, 0), (8, 2, 4, 0), (4, 3, 3, 2), (1, 6, 3, 2), (12, 1, 3, 0)],
+)
+def test_minibatches_hold_each_answer_once_and_whole_groups(
+    groups: int, size: int, count: int, cut: int
+) -> None:
+    """cut: how many groups are divided, where minibatches of one size cannot hold whole ones."""
+    answers = [(group, i) for group in range(groups) for i in range(size)]
+    experience: Any = batch_of(*[([7, 1, group], [i]) for group, i in answers])
+    epochs = epochs_of(experience, epochs=3, count=count, seed=0)
+    assert len(epochs) == 3
+    for parts in epochs:
+        assert [len(part) for part in parts] == [groups * size // count] * count
+        assert sorted(row for part in parts for row in part) == [(7, 1, group, i) for group, i in answers]
+        assert sum(len({row[:3] for row in part}) for part in parts) == groups + cut
+    for part in minibatches(experience, epochs=1, count=count, seed=0):
+        prompts = [tuple(ids.tolist()[:3]) for ids in part.token_ids_T.split(part.lengths)]
+        assert (part.shared_lengths or (0,) * len(prompts)).count(0) == len(set(prompts))
+
+
+def test_no_two_epochs_of_a_run_have_the_same_order() -> None:
+    experience: Any = batch_of(*[(prompt, [i]) for prompt in ([1], [2], [3]) for i in range(14)])
+    orders = [
+        str(parts)
+        for rollout in range(5)
+        for parts in epochs_of(experience, epochs=4, count=2, seed=step_seed(3, rollout))
+    ]
+    assert len(set(orders)) == len(orders) == 20

@@ -1,16 +1,24 @@
 """Two processes come to what one comes to with methods that have no critic: metrics and weights."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dovetail.config.run import RunConfig
 from dovetail.stages import pipeline
 from tests.parallel.group import run_all
-from tests.parallel.test_training import at_stage, expect_same_numbers
+from tests.parallel.test_training import at_stage, expect_same_numbers, metrics_of
 from tests.stages.test_algorithms import run_of
 
-CASES = {"zero-0": "gspo", "zero-3": "grpo"}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "zero-0": ("gspo", {}),
+    "zero-3": ("grpo", {}),
+    "zero-1": (
+        "grpo", {"batch_size": 6, "minibatches": 2, "ppo_epochs": 3, "approx_kl_stop": 1e-3, "kl_coefficient": 0.5}
+    ),
+}  # fmt: skip
+"""Case -> the method, and settings of `ppo`. Three answers of a minibatch are shared by two processes."""
 
 
 @pytest.fixture(scope="module")
@@ -18,9 +26,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path
     """Case -> (the run of two processes, that of one)."""
     folder = tmp_path_factory.mktemp("algorithms")
     together: list[RunConfig] = []
-    for name, algorithm in CASES.items():
-        pipeline.run(run_of(folder, algorithm, name=f"{name}-alone"))
-        config = run_of(folder, algorithm, name=name, micro_batch_tokens=100)
+    for name, (algorithm, ppo) in CASES.items():
+        pipeline.run(run_of(folder, algorithm, name=f"{name}-alone", **ppo))
+        config = run_of(folder, algorithm, name=name, micro_batch_tokens=100, **ppo)
         together.append(at_stage(config, int(name[5])))
     run_all([(config, None) for config in together], size=2)
     return {name: (folder / name, folder / f"{name}-alone") for name in CASES}
@@ -29,3 +37,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_equal_one(runs: dict[str, tuple[Path, Path]], case: str) -> None:
     expect_same_numbers(*runs[case], ["ppo/model"])
+
+
+def test_all_processes_stop_together_when_the_actor_has_gone_far(runs: dict[str, tuple[Path, Path]]) -> None:
+    rows = [row for _, row in metrics_of(runs["zero-1"][0]) if "ppo/stopped_by_kl" in row]
+    steps = [row["ppo/actor_steps"] for row in rows]
+    assert len(steps) == 3
+    assert [row["ppo/stopped_by_kl"] for row in rows] == [float(taken < 6) for taken in steps]
+    assert min(steps) < 6

@@ -73,13 +73,22 @@ class Ppo:
         if has_time and self.explained_variance(experience) < ENOUGH:
             self.learn_values_alone(experience)
         else:
-            self.actor_waits = False
+            self.actor_waits, limit, first_step = (
+                False,
+                self.config.approx_kl_stop or math.inf,
+                self.actor_step,
+            )
             for batch in self.minibatches(experience, self.config.ppo_epochs, self.config.minibatches):
+                distance = self.distance(batch)
                 self.step_actor(batch, texts_of(self.actor_step) if texts_of else [])
                 critic_rate = rate(self.critic_step, self.config.critic_optimizer, self.steps_left)
                 self.step_critic(batch, critic_rate, self.config.value_clip)
                 self.actor_step += 1
                 self.critic_step += 1
+                if distance > limit:
+                    break
+            planned = self.config.ppo_epochs * self.config.minibatches
+            self.steps_left -= planned - (self.actor_step - first_step)
             if self.config.kl_target is not None:
                 self.beta *= 1 + 0.1 * max(-0.2, min(0.2, kl / self.config.kl_target - 1))
         self.rollout += 1
@@ -100,7 +109,7 @@ class Ppo:
         """A fresh deal of all answers in each epoch; one minibatch keeps their order."""
         batches, num = [], len(experience)
         for epoch in range(epochs):
-            own_seed = self.seed * 1_000_003 + self.rollout + epoch
+            own_seed = (self.seed * 1_000_003 + self.rollout) * 1_000_003 + epoch
             order = torch.randperm(num, generator=torch.Generator().manual_seed(own_seed)).tolist()
             order = order if count > 1 else list(range(num))
             parts = [order[num * k // count : num * (k + 1) // count] for k in range(count)]
@@ -223,6 +232,17 @@ class Ppo:
             for table in (missed, to_come)
         )
         return 1 - left / whole
+
+    @torch.no_grad()
+    def distance(self, batch: list[Experience]) -> float:
+        """How far the actor is from where the rollout's update began: r - 1 - log r, a mean over the tokens."""
+        logprobs = self.actor.logprobs([one.ids for one in batch], self.config.sampling.temperature)
+        gaps = [
+            float(p) - old
+            for one, row in zip(batch, logprobs, strict=True)
+            for p, old in zip(row[one.start - 1 :], one.old, strict=True)
+        ]
+        return sum(math.exp(gap) - 1 - gap for gap in gaps) / len(gaps)
 
     def step_actor(self, batch: list[Experience], texts: list[Row]) -> None:
         """The clipped surrogate per token, and the texts' cross-entropy per token beside it."""

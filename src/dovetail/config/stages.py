@@ -181,7 +181,7 @@ class PpoConfig(StageConfig):
 
     advanced: ClassVar[frozenset[str]] = StageConfig.advanced | {
         "critic_warmup_rollouts", "critic_warmup_learning_rate",
-        "kl_target", "kl_limit", "kl_stop", "ratio_clip", "cut_off_answers",
+        "kl_target", "kl_limit", "kl_stop", "approx_kl_stop", "ratio_clip", "cut_off_answers",
         "value_clip", "old_logprobs", "importance_cap", "gamma", "gae_lambda", "score_clip", "missing_end_penalty",
         "whiten_rewards", "ema_decay", "offload_while_generating", "ptx_batch_size", "reward_function_weight",
         "print_samples_every",
@@ -215,6 +215,9 @@ class PpoConfig(StageConfig):
     """Nats per answer: `ppo/best` is the model with the highest held-out objective among those below this."""
     kl_stop: PositiveFloat | None = 50.0
     """Nats per answer above which the run stops with a diagnosis."""
+    approx_kl_stop: PositiveFloat | None = None
+    """Nats per token: the first optimiser step that finds the actor farther than this from where the rollout's update
+    began is the last on that rollout, in all processes; for several epochs or minibatches. null = take all steps."""
     ratio_clip: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """PPO epsilon: the probability ratio is clipped to [1 - ratio_clip, 1 + ratio_clip]."""
     value_clip: PositiveFloat | None = 0.2

@@ -91,9 +91,9 @@ def score_answers(
     shifts_values: the critic's values are shifted, from here on, so that their mean over these actions is that of the
     rewards to come.
     """
-    rollout = pack_rollout(answers)
-    roles.expect_readable(rollout)
-    rollout = rollout.to(roles.device)
+    packed = pack_rollout(answers)
+    roles.expect_readable(packed)
+    rollout = packed.to(roles.device)
     temperature = config.sampling.temperature
     actor = roles.actor_logprobs(rollout, temperature=temperature) if with_old_logprobs else None
     reference_T = roles.reference_logprobs(rollout, temperature=temperature)
@@ -112,7 +112,7 @@ def score_answers(
         kl_coefficient if algorithm.kl_in_reward else 0.0,
         score_clip=roles.score_clip,
     )
-    learnt = without_cut_off(rollout, answers) if config.cut_off_answers == "leave_out" else rollout
+    learnt = keeping(rollout, packed.finished_S) if config.cut_off_answers == "leave_out" else rollout
     if shifts_values and values_T is not None:
         to_come_T = rewards_to_come(learnt, rewards_T, gamma=config.gamma)
         shift = float(masked_mean(to_come_T - values_T, learnt.mask_T))
@@ -194,7 +194,7 @@ def answer_of(
 
 def request_seeds(seed: int, count: int) -> list[int]:
     """Return a seed for each request, different for every (seed, index)."""
-    return [step_seed(seed, index * 7919 + 17) % (2**63 - 1) for index in range(count)]
+    return [step_seed(seed, index * 7919 + 17) for index in range(count)]
 
 
 def pack_rollout(answers: Sequence[Answer]) -> Rollout:
@@ -216,11 +216,6 @@ def pack_rollout(answers: Sequence[Answer]) -> Rollout:
         finished_S=torch.tensor([a.finished for a in answers], dtype=torch.bool),
     )
     return share_prompts(rollout, [len(a.prompt_ids) for a in answers])
-
-
-def without_cut_off(rollout: Rollout, answers: Sequence[Answer]) -> Rollout:
-    """Return the rollout with the tokens of cut-off answers unmarked, so that nothing is learnt from them."""
-    return keeping(rollout, torch.tensor([answer.finished for answer in answers]))
 
 
 def shape_scores(

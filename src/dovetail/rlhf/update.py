@@ -15,7 +15,7 @@ Shapes: T packed tokens.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -182,7 +182,8 @@ def update(
     (PPO-ptx, InstructGPT equation 2), each normalised by its own number of tokens.
 
     Until its warm-up is over the critic learns alone (`update_critic_alone`). A minibatch whose answers are all left
-    out of the loss is skipped.
+    out of the loss is skipped. The first step whose forward finds the actor beyond `approx_kl_stop` is the last; the KL
+    is that of all processes, so they stop together. The schedules leave out the steps that are not taken.
     """
     own_seed = step_seed(seed, iteration)
     if not learners.warmup.is_over:
@@ -197,7 +198,18 @@ def update(
         learners.ema.update()
         if roles.critic is not None:
             critic_steps.append(critic_step(minibatch, roles, learners, config))
-    return summarise(actor_steps, critic_steps)
+        if is_far(actor_steps[-1], config.approx_kl_stop):
+            break
+    learners.left_out += config.ppo_epochs * config.minibatches - len(actor_steps)
+    report = summarise(actor_steps, critic_steps)
+    if config.approx_kl_stop is not None and actor_steps:
+        report.stats["ppo/stopped_by_kl"] = float(is_far(actor_steps[-1], config.approx_kl_stop))
+    return report
+
+
+def is_far(step: StepReport, limit: float | None) -> bool:
+    """Return whether a step began with the actor farther than the limit from where the update began."""
+    return limit is not None and step.stats["policy/approx_kl"] > limit
 
 
 def update_critic_alone(
@@ -225,17 +237,28 @@ def update_critic_alone(
 def minibatches(experience: Experience, *, epochs: int, count: int, seed: int) -> Iterator[Experience]:
     """Divide all answers, in a fresh order each epoch, into `count` minibatches of whole sequences.
 
-    Each minibatch keeps the order of the rollout, so that its answers to one prompt share it; with one minibatch
-    training packs exactly as scoring did. Minibatches without targets are left out.
+    Answers that share a prompt stay together, so that it is computed once, but for those at the bounds of minibatches
+    where the groups do not divide evenly. Each minibatch keeps the order of the rollout; with one minibatch training
+    packs exactly as scoring did. Minibatches without targets are left out.
     """
     num = experience.num_sequences
+    group_of = [g for g, run in enumerate(experience.runs(experience.num_tokens)) for _ in run.units]
     for epoch in range(epochs):
-        generator = torch.Generator().manual_seed(seed + epoch)
-        order = torch.randperm(num, generator=generator).tolist() if count > 1 else list(range(num))
+        generator = torch.Generator().manual_seed(step_seed(seed, epoch))
+        shuffled = torch.randperm(num, generator=generator).tolist() if count > 1 else list(range(num))
+        order = with_groups_together(shuffled, group_of)
         for part in range(count):
             index = sorted(order[part * num // count : (part + 1) * num // count])
             if any(experience.target_counts[i] for i in index):
                 yield experience.sequences(index) if count > 1 else experience
+
+
+def with_groups_together(order: Sequence[int], group_of: Sequence[int]) -> list[int]:
+    """Return the order with all members of a group moved up to its first."""
+    members: dict[int, list[int]] = {}
+    for index in order:
+        members.setdefault(group_of[index], []).append(index)
+    return [index for group in members.values() for index in group]
 
 
 def actor_step(
@@ -346,8 +369,11 @@ def of_the_rollout(step: StepReport) -> dict[str, float]:
 
 
 def summarise(actor_steps: list[StepReport], critic_steps: list[StepReport]) -> UpdateReport:
-    """Average over the steps of one rollout; nothing is said of a model that took none."""
-    stats = {"ppo/skipped_steps": float(sum(r.skipped for r in [*actor_steps, *critic_steps]))}
+    """Average over the steps of one rollout; a model that took none has no averages."""
+    stats = {
+        "ppo/actor_steps": float(len(actor_steps)),
+        "ppo/skipped_steps": float(sum(r.skipped for r in [*actor_steps, *critic_steps])),
+    }
     if critic_steps:
         stats |= {
             "ppo/critic_loss": fmean(r.loss for r in critic_steps),

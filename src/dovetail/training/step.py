@@ -36,8 +36,11 @@ STRIDE = 1_000_003
 
 
 def step_seed(seed: int, step: int) -> int:
-    """Return the seed of a step, a function of (seed, step) alone, so that a resumed run draws the same numbers."""
-    return seed * STRIDE + step
+    """Return the seed of a step, a function of (seed, step) alone, so that a resumed run draws the same numbers.
+
+    Seeds may be nested: `step_seed(step_seed(seed, i), j)` is of its own for each (seed, i, j). 63 bits hold it.
+    """
+    return (seed * STRIDE + step) % (2**63 - 1)
 
 
 def learning_rate_at(
