@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dovetail.maths.groups import sequence_ratio_loss
 from dovetail.maths.ppo import clipped_policy_loss
 from tests.maths.strategies import POISONS, columns, cut, poisoned, property_test, reordered, tensor
 from tests.tolerance import assert_near
@@ -101,6 +102,27 @@ def test_gradient_stops_only_where_the_step_has_gone_far_enough(ratio, advantage
     loss.total.backward()
     assert_near(logprobs.grad, [gradient])
     assert bool(loss.num_clipped) == (gradient == 0.0)
+
+
+@pytest.mark.parametrize("log_ratio", [-3.0, math.log(0.85), 0.0, math.log(1.25), math.log(1.4), 2.0, 30.0])
+@pytest.mark.parametrize("advantage", [-2.0, 0.0, 0.5])
+@pytest.mark.parametrize("of", ["tokens", "sequences"])
+def test_bounds_act_on_the_side_of_their_sign(of, advantage, log_ratio):
+    """The table: a good action is bounded above, by 1.28; a bad one below, by 0.8, and far above, by 3."""
+    logprobs = tensor([log_ratio]).requires_grad_()
+    rest = tensor([0.0]), tensor([advantage]), torch.tensor([True])
+    if of == "tokens":
+        loss = clipped_policy_loss(logprobs, *rest, clip=0.2, clip_high=0.28, dual_clip=3.0)
+    else:
+        bounds = torch.tensor([0, 1], dtype=torch.int32)
+        loss = sequence_ratio_loss(logprobs, *rest, bounds, clip=(0.2, 0.28), dual_clip=3.0)
+    loss.total.backward()
+    ratio = math.exp(min(log_ratio, 20.0))
+    low, high = {-2.0: (0.8, 3.0), 0.0: (-math.inf, math.inf), 0.5: (-math.inf, 1.28)}[advantage]
+    is_inside = low <= ratio <= high
+    assert_near(loss.total, -advantage * min(max(ratio, low), high))
+    assert_near(logprobs.grad, [-advantage * ratio if is_inside and log_ratio < 20 else 0.0])
+    assert bool(loss.num_clipped) == (not is_inside)
 
 
 def test_low_precision_is_widened_before_the_ratio():

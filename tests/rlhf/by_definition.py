@@ -256,7 +256,10 @@ class Ppo:
                 self.note("ratio", float(ratio.detach()) - 1)
                 self.note("weight", weight)
                 scaled = advantage * (1.0 if config.importance_cap is None else min(weight, cap))
-                terms.append(torch.minimum(scaled * ratio, scaled * ratio.clamp(1 - clip, 1 + clip)))
+                term = torch.minimum(scaled * ratio, scaled * ratio.clamp(1 - clip, 1 + clip))
+                if config.dual_clip is not None and scaled < 0:
+                    term = term.clamp(min=scaled * config.dual_clip)
+                terms.append(term)
         loss = -torch.stack(terms).mean()
         if texts:
             found = self.actor.logprobs([ids for ids, _ in texts], 1.0)

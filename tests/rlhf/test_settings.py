@@ -36,6 +36,7 @@ CASES: dict[str, dict[str, Any]] = {
     "cut-off answers with their scores": {"cut_off_answers": "keep_score"},
     "cut-off answers left out": {"cut_off_answers": "leave_out"},
     "steps end with the first that is far": {"approx_kl_stop": 0.2},
+    "the ratio of a bad action is bounded": {"dual_clip": 1.3},
     "the critic first": {"critic_warmup_rollouts": 3, "critic_warmup_learning_rate": 2e-2},
     "the critic first, at its own rate": {**ONE_STEP, "critic_warmup_rollouts": 1, "old_logprobs": "generation"},
 }  # fmt: skip

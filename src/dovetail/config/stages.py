@@ -181,7 +181,7 @@ class PpoConfig(StageConfig):
 
     advanced: ClassVar[frozenset[str]] = StageConfig.advanced | {
         "critic_warmup_rollouts", "critic_warmup_learning_rate",
-        "kl_target", "kl_limit", "kl_stop", "approx_kl_stop", "ratio_clip", "cut_off_answers",
+        "kl_target", "kl_limit", "kl_stop", "approx_kl_stop", "ratio_clip", "dual_clip", "cut_off_answers",
         "value_clip", "old_logprobs", "importance_cap", "gamma", "gae_lambda", "score_clip", "missing_end_penalty",
         "whiten_rewards", "ema_decay", "offload_while_generating", "ptx_batch_size", "reward_function_weight",
         "print_samples_every",
@@ -220,6 +220,9 @@ class PpoConfig(StageConfig):
     began is the last on that rollout, in all processes; for several epochs or minibatches. null = take all steps."""
     ratio_clip: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """PPO epsilon: the probability ratio is clipped to [1 - ratio_clip, 1 + ratio_clip]."""
+    dual_clip: Annotated[float, Field(gt=1)] | None = None
+    """The ratio counts as at most this where the advantage is negative (Ye et al. 2020, arXiv:1912.09729, who take 3);
+    with several epochs or minibatches. null = without bound."""
     value_clip: PositiveFloat | None = 0.2
     """The new value is clipped to within this of the old one in the value loss; null = no clipping."""
     old_logprobs: Literal["auto", "training", "generation"] = "auto"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dovetail.maths.masked import at_least_float32, masked_sum, zero_outside
-from dovetail.maths.ppo import MAX_LOG_RATIO, PolicyLoss, k1, k3, kl_from_old
+from dovetail.maths.ppo import MAX_LOG_RATIO, PolicyLoss, clipped_surrogate, k1, k3, kl_from_old
 
 Aggregation = Literal["sequence_mean", "token_mean", "constant_length"]
 EPSILON = 1e-4
@@ -142,10 +142,12 @@ def sequence_ratio_loss(
     cu_seqlens_S1: Tensor,
     *,
     clip: tuple[float, float],
+    dual_clip: float | None = None,
 ) -> PolicyLoss:
     """sum_t max(-A_t s_i, -A_t clip(s_i, 1 - low, 1 + high)),  s_i = exp(mean over i's tokens of log p - log p_old).
 
-    Zheng et al. 2025 (GSPO, arXiv:2507.18071), equations 5 and 7: one ratio for each answer.
+    Zheng et al. 2025 (GSPO, arXiv:2507.18071), equations 5 and 7: one ratio for each answer. dual_clip: see
+    `clipped_surrogate`.
     """
     log_ratio_T = zero_outside(logprobs_T, mask_T) - zero_outside(old_logprobs_T, mask_T)
     advantages_T = zero_outside(advantages_T, mask_T)
@@ -153,13 +155,12 @@ def sequence_ratio_loss(
     mean_S = sums_of_sequences(log_ratio_T, mask_T, cu_seqlens_S1) / counts_S
     ratio_S = mean_S.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     ratio_T = over_tokens_of_sequences(ratio_S, cu_seqlens_S1, mask_T.numel())
-    plain_T = -advantages_T * ratio_T
-    clipped_T = -advantages_T * ratio_T.clamp(1 - clip[0], 1 + clip[1])
+    loss_T, is_clipped_T = clipped_surrogate(ratio_T, advantages_T, clip=clip, dual_clip=dual_clip)
     mean_T = over_tokens_of_sequences(mean_S, cu_seqlens_S1, mask_T.numel())
     return PolicyLoss(
-        total=masked_sum(torch.maximum(plain_T, clipped_T), mask_T),
+        total=masked_sum(loss_T, mask_T),
         count=mask_T.sum(),
-        num_clipped=(clipped_T > plain_T).sum(),
+        num_clipped=is_clipped_T.sum(),
         kl_sum=kl_from_old(log_ratio_T.detach()),
         num_clamped=((mean_T.abs() > MAX_LOG_RATIO) & mask_T).sum(),
     )

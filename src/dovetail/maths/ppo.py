@@ -176,11 +176,11 @@ class PolicyLoss:
     """
 
     total: Tensor
-    """Differentiable: sum of max(-A r, -A clip(r))."""
+    """Differentiable: the sum of the losses of the actions."""
     count: Tensor
     """int64: the number of actions."""
     num_clipped: Tensor
-    """int64: actions where the clipped branch won, so that they send no gradient."""
+    """int64: actions whose ratio a bound replaced; only in a loss on weights do they send a gradient."""
     kl_sum: Tensor
     """sum of r - 1 - log r (k3 of KL(old || new)), from log-ratios as they are, not clamped."""
     num_clamped: Tensor
@@ -195,6 +195,7 @@ def clipped_policy_loss(
     *,
     clip: float,
     clip_high: float | None = None,
+    dual_clip: float | None = None,
 ) -> PolicyLoss:
     """sum_t max(-A_t r_t, -A_t clip(r_t, 1 - eps, 1 + eps)),  r_t = exp(log p_t - log p_old,t).
 
@@ -203,21 +204,37 @@ def clipped_policy_loss(
     the finite check to see.
 
     logprobs_T carries the gradient; the rest are constants. mask_T: bool, True = action. clip_high: eps of the upper
-    bound where it is another one (DAPO, arXiv:2503.14476, section 3.1).
+    bound where it is another one (DAPO, arXiv:2503.14476, section 3.1). dual_clip: see `clipped_surrogate`.
     """
     high = clip if clip_high is None else clip_high
     log_ratio_T = zero_outside(logprobs_T, mask_T) - zero_outside(old_logprobs_T, mask_T)
     advantages_T = zero_outside(advantages_T, mask_T)
     ratio_T = log_ratio_T.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()  # not an action -> ratio 1
-    plain_T = -advantages_T * ratio_T
-    clipped_T = -advantages_T * ratio_T.clamp(1 - clip, 1 + high)
+    loss_T, is_clipped_T = clipped_surrogate(ratio_T, advantages_T, clip=(clip, high), dual_clip=dual_clip)
     return PolicyLoss(
-        total=masked_sum(torch.maximum(plain_T, clipped_T), mask_T),
+        total=masked_sum(loss_T, mask_T),
         count=mask_T.sum(),
-        num_clipped=(clipped_T > plain_T).sum(),
+        num_clipped=is_clipped_T.sum(),
         kl_sum=kl_from_old(log_ratio_T.detach()),
         num_clamped=(log_ratio_T.abs() > MAX_LOG_RATIO).sum(),
     )
+
+
+def clipped_surrogate(
+    ratio_T: Tensor, advantages_T: Tensor, *, clip: tuple[float, float], dual_clip: float | None
+) -> tuple[Tensor, Tensor]:
+    """l_t = max(-A_t r_t, -A_t clip(r_t, 1 - low, 1 + high)), and where a bound replaced the ratio, bool; both [T].
+
+    dual_clip: c, with which l_t is at most -A_t c where A_t < 0 (Ye et al. 2020, arXiv:1912.09729, equation 5). Without
+    it the loss of a bad action that became much likelier has no bound, and neither has its gradient.
+    """
+    plain_T = -advantages_T * ratio_T
+    clipped_T = -advantages_T * ratio_T.clamp(1 - clip[0], 1 + clip[1])
+    loss_T, is_clipped_T = torch.maximum(plain_T, clipped_T), clipped_T > plain_T
+    if dual_clip is None:
+        return loss_T, is_clipped_T
+    most_T = torch.where(advantages_T < 0, -advantages_T * dual_clip, torch.inf)
+    return torch.minimum(loss_T, most_T), is_clipped_T | (most_T < loss_T)
 
 
 def kl_from_old(log_ratio_T: Tensor) -> Tensor:

@@ -15,10 +15,11 @@ from dovetail.config.policy import METHODS, PolicyConfig
 from dovetail.config.stages import PpoConfig, SamplingConfig
 from dovetail.errors import ConfigError
 from dovetail.rlhf.algorithms.named import algorithm_named
+from dovetail.rlhf.algorithms.protocol import Algorithm, Scored
 from dovetail.rlhf.api import PPOTrainer, RLHFEngine
 from dovetail.rlhf.build import Setup
 from dovetail.rlhf.rewards import Answer
-from dovetail.rlhf.rollout import Collected
+from dovetail.rlhf.rollout import Collected, pack_rollout
 from dovetail.rlhf.update import policy_loss
 from tests.fakes import byte_tokenizer, tiny_model
 from tests.rlhf.tiny import end_often, tiny_config
@@ -87,8 +88,9 @@ class ByDefinition:
                 found.append(reward - statistics.mean(group))
             else:
                 found.append((reward - statistics.mean(group)) / (statistics.stdev(group) + 1e-4))
-        spread = [[a] * len(own) for a, own in zip(found, penalties, strict=True)]
-        return self.normalised(spread) if self.name == "reinforce_plus_plus_baseline" else spread
+        if self.name == "reinforce_plus_plus_baseline":
+            [found] = self.normalised([found])
+        return [[a] * len(own) for a, own in zip(found, penalties, strict=True)]
 
     @staticmethod
     def normalised(rows: list[list[float]]) -> list[list[float]]:
@@ -228,12 +230,41 @@ def test_prompts_with_equal_rewards_are_left_out_by_dapo() -> None:
     assert collected.stats["ppo/equal_groups_fraction"] == 0.5
 
 
+def advantages_of(method: Algorithm, lengths: Sequence[int], scores: Sequence[float]) -> list[float]:
+    """The advantage of each answer, by its last token; answers of these lengths with these scores and no penalty."""
+    answers = [
+        Answer(
+            messages=(), text="", prompt_ids=(1,), answer_ids=(2,) * n, logprobs=(-1.0,) * n, finished=True
+        )
+        for n in lengths
+    ]
+    rollout = pack_rollout(answers)
+    rewards_T = torch.zeros(rollout.num_tokens).index_add(0, rollout.last_index_S(), torch.tensor(scores))
+    scored = Scored(rollout=rollout, learnt=rollout, rewards_T=rewards_T, values_T=None)
+    found = method.advantages(scored, tiny_config(batch_size=8)).advantages_T[rollout.last_index_S()]
+    return [float(advantage) for advantage in found]
+
+
+@pytest.mark.parametrize("name", METHODS.keys() - {"reinforce_plus_plus"})
+def test_a_long_answer_does_not_dominate_the_statistics(name: str) -> None:
+    """With one advantage for each answer. (REINFORCE++ without a baseline has one for each token, by definition.)"""
+    policy = PolicyConfig(answers_per_prompt=4)
+    method = algorithm_named(name, policy, tiny_config(batch_size=8))
+    scores = [3.0, 0.0, 1.0, 0.5, -1.0, 0.0, 0.25, 2.0]
+    short = advantages_of(method, [3] * 8, scores)
+    assert advantages_of(method, [500, *[3] * 7], scores) == short
+    if name == "reinforce_plus_plus_baseline":
+        assert statistics.mean(short) == pytest.approx(0.0, abs=1e-6)
+        assert statistics.pstdev(short) == pytest.approx(1.0, rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("name", "policy", "settings", "said"),
     [
         ("grpo", {}, {"batch_size": 12}, "set ppo.batch_size to 16"),
         ("rloo", {"answers_per_prompt": 1}, {}, "2 or more"),
         ("dapo", {}, {"kl_target": 3.0, "batch_size": 8}, "ppo.kl_target"),
+        ("cispo", {}, {"dual_clip": 3.0, "batch_size": 8}, "ppo.dual_clip"),
         ("gspo", {}, {"whiten_rewards": True, "batch_size": 8}, "ppo.whiten_rewards"),
         ("nothing.py:Here", {}, {}, "cannot be loaded"),
         ("grop", {}, {}, "write one of ppo, grpo"),

@@ -20,9 +20,10 @@ Shapes: T packed tokens, S sequences.
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
 from torch import Tensor
 
-from dovetail.batches import Experience
+from dovetail.batches import Experience, moved
 from dovetail.config.stages import PpoConfig
 from dovetail.maths.groups import (
     Aggregation,
@@ -85,11 +86,12 @@ class GroupMethod:
         else:
             by_std = self.advantages_by == "group_std"
             advantages_S = group_advantages(rewards_S, size, divides_by_std=by_std)
-        spread_T = over_tokens_of_sequences(advantages_S, rollout.cu_seqlens_S1, rollout.num_tokens)
-        advantages_T = zero_outside(spread_T, learnt.mask_T)
         if self.advantages_by == "batch_of_groups":
-            advantages_T = normalise(advantages_T, learnt.mask_T)
-        return Advantages(learnt=learnt, advantages_T=advantages_T, stats=stats)
+            # Over answers: over tokens one long answer would decide mean and deviation.
+            is_learnt_S = torch.tensor([count > 0 for count in learnt.target_counts])
+            advantages_S = normalise(advantages_S, moved(is_learnt_S, advantages_S.device))
+        spread_T = over_tokens_of_sequences(advantages_S, rollout.cu_seqlens_S1, rollout.num_tokens)
+        return Advantages(learnt=learnt, advantages_T=zero_outside(spread_T, learnt.mask_T), stats=stats)
 
     def _with_overlong_penalty(self, scored: Scored, config: PpoConfig) -> Tensor:
         if not self.overlong_tokens:
@@ -115,19 +117,25 @@ class GroupMethod:
         weights_T, mask_T = micro.weights_T, micro.mask_T
         assert weights_T is not None
         # Weights are not negative, so they may join the advantages within any maximum.
-        loss = self._surrogate(logprobs_T, old_T, advantages_T * weights_T, micro)
+        loss = self._surrogate(logprobs_T, old_T, advantages_T * weights_T, micro, config.dual_clip)
         if self.kl == "none" or self.kl == "reward":
             return loss
         kl = kl_loss(logprobs_T, micro.reference_logprobs_T, weights_T, mask_T, estimator=self.kl)
         return replace(loss, total=loss.total + config.kl_coefficient * kl)
 
     def _surrogate(
-        self, logprobs_T: Tensor, old_T: Tensor, advantages_T: Tensor, micro: Experience
+        self,
+        logprobs_T: Tensor,
+        old_T: Tensor,
+        advantages_T: Tensor,
+        micro: Experience,
+        dual_clip: float | None,
     ) -> PolicyLoss:
         columns, mask_T = (logprobs_T, old_T, advantages_T), micro.mask_T
         if self.ratio == "sequence":
-            return sequence_ratio_loss(*columns, mask_T, micro.cu_seqlens_S1, clip=self.clip)
+            bounds_S1 = micro.cu_seqlens_S1
+            return sequence_ratio_loss(*columns, mask_T, bounds_S1, clip=self.clip, dual_clip=dual_clip)
         if self.ratio == "weight":
             return clipped_weight_loss(*columns, mask_T, clip=self.clip)
         low, high = self.clip
-        return clipped_policy_loss(*columns, mask_T, clip=low, clip_high=high)
+        return clipped_policy_loss(*columns, mask_T, clip=low, clip_high=high, dual_clip=dual_clip)

@@ -61,6 +61,12 @@ def _expect_consistent(name: str, algorithm: Algorithm, config: PpoConfig) -> No
             f"policy.answers_per_prompt = {size}, but algorithm = {name} compares the answers to one prompt",
             hint="set policy.answers_per_prompt to 2 or more",
         )
+    if config.dual_clip is not None and isinstance(algorithm, GroupMethod) and algorithm.ratio == "weight":
+        raise ConfigError(
+            f"ppo.dual_clip = {config.dual_clip:g} bounds a ratio from above where the advantage is negative, and "
+            f"algorithm = {name} bounds its weights for all advantages",
+            hint="remove ppo.dual_clip, or set the second number of policy.clip",
+        )
     if config.kl_target is not None and not algorithm.kl_in_reward:
         raise ConfigError(
             f"ppo.kl_target = {config.kl_target:g} moves the KL penalty in the reward, and algorithm = {name} has none",

@@ -52,4 +52,6 @@ class Ppo:
     def loss(
         self, logprobs_T: Tensor, old_T: Tensor, advantages_T: Tensor, micro: Experience, config: PpoConfig
     ) -> PolicyLoss:
-        return clipped_policy_loss(logprobs_T, old_T, advantages_T, micro.mask_T, clip=config.ratio_clip)
+        return clipped_policy_loss(
+            logprobs_T, old_T, advantages_T, micro.mask_T, clip=config.ratio_clip, dual_clip=config.dual_clip
+        )
