@@ -35,9 +35,14 @@ GROUPS = {
     "Batches": ("batches.PackedBatch", "batches.Rollout", "batches.Experience", "training.step.StepReport"),
     "Settings as Python values": (
         *("config.stages.PpoConfig", "config.stages.SamplingConfig", "config.stages.OptimizerConfig"),
+        "config.stages.EnvironmentConfig",
         *("config.model.LoraConfig", "config.sharding.ZeroStageConfig"),
     ),
     "Rewards": ("rlhf.rewards.Answer", "rlhf.rewards.RewardFunction", "rlhf.judge.Judge"),
+    "Environments": (
+        *("rlhf.environments.Environment", "rlhf.environments.Turn", "rlhf.environments.Step"),
+        *("rlhf.environments.Tools", "text.tools.ToolCall", "rlhf.rewards.Episode"),
+    ),
     "Use a trained model": (
         *("serving.inference.chat_model.ChatModel", "serving.inference.chat_model.Reply"),
         "engine.sampling.Sampling",

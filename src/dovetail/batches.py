@@ -279,6 +279,8 @@ class Rollout(PackedBatch):
     """float32 [T]: log-probability of each action under the generator, at the sampling temperature."""
     finished_S: Tensor
     """bool [S]: True = the answer ended with a stop token; False = it was cut off by the length limit."""
+    turn_rewards_T: Tensor | None = None
+    """float32 [T]: what an environment paid for each turn, at its last token; a part of the answer's score."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -176,6 +176,28 @@ class RewardTerm(FrozenModel):
         return {"function": value} if isinstance(value, str) else value
 
 
+class EnvironmentConfig(FrozenModel):
+    """An environment, with which each answer becomes an episode of several turns."""
+
+    advanced: ClassVar[frozenset[str]] = frozenset({"max_turns", "time_limit", "fallback"})
+
+    source: str
+    """`package.module:name` or `file.py:name` of a class with `reset` and `step`, or of a list of functions that the
+    model may call as tools."""
+    max_turns: PositiveInt = 8
+    """The model's turns in one episode. An episode that has not ended by then is cut off, as one that reached
+    `sampling.max_new_tokens`, which counts the tokens of all turns and replies."""
+    time_limit: PositiveFloat = 60.0
+    """Seconds that one call of the environment may take."""
+    fallback: float | None = Field(default=None, allow_inf_nan=False)
+    """The score of an episode whose environment fails; null = the lowest score of the batch."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_short_string(cls, value: Any) -> Any:
+        return {"source": value} if isinstance(value, str) else value
+
+
 class PpoConfig(StageConfig):
     """Stage 3: PPO (Schulman et al. 2017, arXiv:1707.06347) as in InstructGPT, section 3.5 and appendix C."""
 
@@ -265,6 +287,9 @@ class PpoConfig(StageConfig):
     reward_function: tuple[RewardTerm, ...] = ()
     """The function that scores answers instead of the reward model, or a list of several whose weighted scores are
     summed. A text stands for a function with weight 1: `package.module:function`, `file.py:function` or a verifier."""
+    environment: EnvironmentConfig | None = None
+    """The environment that answers the model's turns, or tools that it may call. A text stands for its `source`. Its
+    rewards are added to the scores of `reward_function`, and replace the reward model's if there are none."""
     reward_function_weight: PositiveFloat | None = None
     """Add the score of `reward_function`, times this, to the reward model's, instead of replacing it."""
     print_samples_every: PositiveInt = 10

@@ -59,6 +59,13 @@ class Generate(Protocol):
         """
         ...
 
+    def serve(self, longest: Sequence[int]) -> Serve:
+        """Return what answers requests that come one by one.
+
+        longest: the most tokens, with their prompts, of each of the requests that may run at once.
+        """
+        ...
+
 
 class HybridEngine:
     """Generation for one causal language model, plain or wrapped by peft."""
@@ -120,7 +127,9 @@ class HybridEngine:
                 return
             try:
                 with evaluation_mode(self._wrapped), self.modules.our_attention():
-                    yield Serve(self, paged, min(paged.reserve_for(longest), longest))
+                    yield Serve(
+                        self, paged, min(paged.reserve_for([longest] * self._limits.max_running), longest)
+                    )
             finally:
                 paged.close()
 
@@ -246,6 +255,14 @@ class _Session:
         if answers:
             self._run(answers, listener)
         return [answer.completion() for answer in answers]
+
+    def serve(self, longest: Sequence[int]) -> Serve:
+        """Return what answers requests that come one by one, see `Generate`."""
+        assert self._is_open, "serve() outlived its `with engine.generating()` block"
+        if self._paged is None:
+            return Serve(self._engine, self._engine.slow_generation(), max(longest))
+        capacity = self._paged.reserve_for(longest)
+        return Serve(self._engine, self._paged, min(capacity, max(longest)))
 
     def _run(self, answers: list[Answer], listener: Listener) -> None:
         if self._paged is None:

@@ -95,9 +95,9 @@ class PagedGeneration:
         """Make the arena as large as these answers can use; returns how many tokens it holds."""
         return self._reserve([pages_for(answer.max_tokens) for answer in answers])
 
-    def reserve_for(self, num_tokens: int) -> int:
-        """Reserve for as many answers as may run, of up to `num_tokens` with their prompts."""
-        return self._reserve([pages_for(num_tokens)] * self._limits.max_running)
+    def reserve_for(self, longest: Sequence[int]) -> int:
+        """Reserve for answers of up to so many tokens each, prompts included."""
+        return self._reserve([pages_for(num_tokens) for num_tokens in longest])
 
     def _reserve(self, pages: Sequence[int]) -> int:
         """Make the arena and the decoder for answers that can use so many pages each; returns its tokens."""

@@ -66,8 +66,10 @@ def _paths(config: RunConfig) -> Iterator[str]:
         if model.chat_template and "{" not in model.chat_template:  # the name of a file with the template
             yield model.chat_template
     yield from (source.path for source in (*config.data.blend, *config.data.pretraining))
-    places = (term.function.rpartition(":")[0] for term in config.ppo.reward_function)
-    yield from filter(None, places)  # a built-in verifier has none
+    code = [term.function for term in config.ppo.reward_function]
+    if config.ppo.environment is not None:
+        code.append(config.ppo.environment.source)
+    yield from filter(None, (spec.rpartition(":")[0] for spec in code))  # a built-in verifier has none
 
 
 def _described(path: Path) -> Iterator[tuple[str, str]]:

@@ -112,6 +112,19 @@ def per_token_rewards(
     return penalty_T.index_add(0, last_action_index_S, scores_S.to(penalty_T.dtype))
 
 
+def move_to_turns(
+    rewards_T: Tensor, turn_rewards_T: Tensor, cu_seqlens_S1: Tensor, last_action_index_S: Tensor
+) -> Tensor:
+    """r_t + u_t - [t is the last action] sum of u over the sequence; [T].
+
+    rewards_T: r, with the score of each sequence on its last action. turn_rewards_T: u, the parts of that score that
+    turns of a conversation earned, each at the last token of its turn. The sum of each sequence stays.
+    """
+    lengths_S = (cu_seqlens_S1[1:] - cu_seqlens_S1[:-1]).long()
+    sums_S = torch.segment_reduce(turn_rewards_T, "sum", lengths=lengths_S, unsafe=True)
+    return (rewards_T + turn_rewards_T).index_add(0, last_action_index_S, -sums_S)
+
+
 def gae(
     rewards_A: Tensor,
     values_A: Tensor,

@@ -14,7 +14,7 @@ import gc
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -387,6 +387,21 @@ def balanced_shares(sizes: Sequence[int], num_ranks: int) -> list[list[int]]:
         shares[target].append(i)
         used[target] += sizes[i]
     return [sorted(share) for share in shares]
+
+
+def divided(
+    sizes: Sequence[int], work: Callable[[list[int]], list[T]], world: World, group: TensorGroup = WHOLE
+) -> list[T]:
+    """Return one result for each item; every process works on a share of them, and gets the results of all.
+
+    sizes: an estimate of each item's work. work: takes the indices of some items and returns their results. group: the
+    processes that work on one share together; what their first one returns counts.
+    """
+    shares = balanced_shares(sizes, world.size // group.size)
+    own = work(shares[world.rank // group.size])
+    gathered = zip(shares, world.gather(own if group.is_first else [])[:: group.size], strict=True)
+    found = {i: result for share, part in gathered for i, result in zip(share, part, strict=True)}
+    return [found[i] for i in range(len(sizes))]
 
 
 def parts_of(sizes: Sequence[int], max_tokens: int, world: World) -> list[Part]:

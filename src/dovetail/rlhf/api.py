@@ -24,6 +24,7 @@ from dovetail.parallel.shard import sharding_of
 from dovetail.rlhf.algorithms.ppo import Ppo
 from dovetail.rlhf.algorithms.protocol import Algorithm
 from dovetail.rlhf.build import Setup, make_learners, make_roles, name_of
+from dovetail.rlhf.environments import EnvironmentSource
 from dovetail.rlhf.rewards import Answer, RewardFunction
 from dovetail.rlhf.rollout import Collected, collect, pack_rollout, sample_answers
 from dovetail.rlhf.update import UpdateReport, rate_at, update
@@ -44,7 +45,8 @@ class RLHFEngine:
     tokenizer: the actor's; by default loaded from `actor_model`. total_steps: optimiser steps of the run, for the
     schedules. reward: a function of the answers, in place of the reward model, or beside it if
     `config.reward_function_weight` is set. setup: device, precision, seed, adapters. algorithm: PPO by default; a
-    method without a critic makes none (`algorithm_named`).
+    method without a critic makes none (`algorithm_named`). environment: a class with `reset` and `step`, or a list of
+    functions as tools, in place of `config.environment.source`.
     Raises ConfigError if neither a reward model nor a function is given, ModelError if a model cannot be loaded.
     """
 
@@ -59,12 +61,20 @@ class RLHFEngine:
         reward: RewardFunction | None = None,
         setup: Setup | None = None,
         algorithm: Algorithm | None = None,
+        environment: EnvironmentSource | None = None,
     ) -> None:
         self.config = config or PpoConfig()
         self.setup = setup or Setup()
         self.tokenizer = tokenizer or load_tokenizer(name_of(actor_model))
         self.roles = make_roles(
-            actor_model, critic_model, self.tokenizer, reward, self.config, self.setup, algorithm or Ppo()
+            actor_model,
+            critic_model,
+            self.tokenizer,
+            reward,
+            self.config,
+            self.setup,
+            algorithm or Ppo(),
+            environment,
         )
         self.learners = make_learners(self.roles, self.config, total_steps=total_steps)
         self._is_checked = False

@@ -1,11 +1,12 @@
 """Load and call code of the user's, which may raise, hang or return nonsense.
 
-Responsible for: a file as a module, time limits, further tries, async functions, and reasons that name the file and
-line of an error.
-Not responsible for: what is called, and what a failure costs (reward_functions.py).
+Responsible for: a file as a module, calls in the background, time limits, further tries, async functions, and reasons
+that name the file and line of an error.
+Not responsible for: what is called, and what a failure costs (reward_functions.py, environments.py).
 """
 
 import asyncio
+import importlib
 import importlib.util
 import inspect
 import sys
@@ -13,11 +14,14 @@ import threading
 import time
 import traceback
 from collections.abc import Awaitable, Callable
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
+
+from dovetail.errors import ConfigError
 
 T = TypeVar("T")
 
@@ -29,7 +33,7 @@ _REPAIR = "repair it, or what it asks, and give the same command again"
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """The reason why an answer has no score; it goes on from "reward function NAME"."""
+    """The reason why an answer has no score; it goes on from "reward function NAME" or "environment NAME"."""
 
     reason: str
     hint: str = _REPAIR
@@ -44,43 +48,52 @@ def attempt(call: Callable[[], T], time_limit: float) -> T | Failure:
     failure = Failure("was not called")
     for pause in (0.0, *PAUSES):
         time.sleep(pause)
-        try:
-            return _within(time_limit, call)
-        except _TooLongError:
-            failure = Failure(
-                f"gave no answer within {time_limit:g} s", hint=f"{_REPAIR}; or raise time_limit"
-            )
-        except WrongResultError as error:
-            failure = Failure(str(error), hint=ONE_EACH)
-        except (Exception, SystemExit) as error:  # whatever the user's function does
-            failure = Failure(f"raised {what_and_where(error)}")
+        found = within(call, time_limit)
+        if not isinstance(found, Failure):
+            return found
+        failure = found
     return failure
+
+
+def within(call: Callable[[], T], time_limit: float) -> T | Failure:
+    """Call once, in a thread of its own; return what it returns, or why it failed."""
+    under_way = begin(call, time_limit)
+    wait([under_way], time_limit)
+    return outcome(under_way, time_limit)
 
 
 class _TooLongError(Exception):
     """A call did not return in time."""
 
 
-def _within(seconds: float, call: Callable[[], T]) -> T:
-    """Return what `call` returns, which runs in a thread of its own; one that hangs is left behind."""
-    returned: list[T] = []
-    raised: list[BaseException] = []
+def begin(call: Callable[[], T], time_limit: float) -> Future[T]:
+    """Begin a call in a thread of its own; one that hangs is left behind. A coroutine that it returns is awaited."""
+    under_way: Future[T] = Future()
 
     def run() -> None:
         try:
             value: Any = call()
-            returned.append(_awaited(value, seconds) if inspect.isawaitable(value) else value)
+            under_way.set_result(_awaited(value, time_limit) if inspect.isawaitable(value) else value)
         except BaseException as error:
-            raised.append(error)
+            under_way.set_exception(error)
 
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if raised:
-        raise raised[0]
-    if not returned:
-        raise _TooLongError
-    return returned[0]
+    threading.Thread(target=run, daemon=True).start()
+    return under_way
+
+
+def outcome(under_way: Future[T], time_limit: float) -> T | Failure:
+    """Return what a call has returned, or why it failed; one that is not over has taken too long."""
+    too_long = Failure(f"gave no answer within {time_limit:g} s", hint=f"{_REPAIR}; or raise time_limit")
+    if not under_way.done():
+        return too_long
+    try:
+        return under_way.result()
+    except _TooLongError:
+        return too_long
+    except WrongResultError as error:
+        return Failure(str(error), hint=ONE_EACH)
+    except BaseException as error:  # whatever the user's function does; it ran in a thread of its own
+        return Failure(f"raised {what_and_where(error)}")
 
 
 def _awaited(coroutine: Awaitable[Any], seconds: float) -> Any:
@@ -89,7 +102,7 @@ def _awaited(coroutine: Awaitable[Any], seconds: float) -> Any:
     async def held() -> tuple[Any, BaseException | None]:
         try:
             return await coroutine, None
-        except (Exception, SystemExit) as error:  # SystemExit would end the event loop
+        except BaseException as error:  # SystemExit would end the event loop
             return None, error
 
     async def limited() -> tuple[Any, BaseException | None]:
@@ -104,6 +117,15 @@ def _awaited(coroutine: Awaitable[Any], seconds: float) -> Any:
     if error is not None:
         raise error
     return value
+
+
+def awaited_by_thread(value: Awaitable[T]) -> T:
+    """Wait for a coroutine in this thread, while it runs in the one event loop."""
+
+    async def held() -> T:
+        return await value
+
+    return asyncio.run_coroutine_threadsafe(held(), _event_loop()).result()
 
 
 @cache
@@ -133,6 +155,28 @@ def what_and_where(error: BaseException) -> str:
         return what
     line = [frame.lineno for frame in own if frame.filename == own[0].filename][-1]
     return f"{what} ({own[0].filename} line {line})"
+
+
+def loaded(spec: str, setting: str, kind: str, *, hint: str) -> Any:
+    """Return what `package.module:name` or `path/to/file.py:name` names.
+
+    Raises ConfigError naming the setting, and what is missing or the file and line that cannot be run.
+    """
+    place, _, name = spec.rpartition(":")
+    if not place or not name:
+        raise ConfigError(f"{setting} = {spec!r} names no {kind}", hint=hint)
+    try:
+        module = (
+            module_from_file(Path(place), kind) if place.endswith(".py") else importlib.import_module(place)
+        )
+    except (Exception, SystemExit) as error:  # whatever the user's file does when it is run
+        raise ConfigError(
+            f"{setting} = {spec!r} cannot be loaded: {what_and_where(error)}",
+            hint="check the path and that the module can be imported from where you start dovetail",
+        ) from error
+    if not hasattr(module, name):
+        raise ConfigError(f"{setting} = {spec!r} cannot be loaded: {place} has no {kind} {name}", hint=hint)
+    return getattr(module, name)
 
 
 def module_from_file(path: Path, kind: str) -> ModuleType:

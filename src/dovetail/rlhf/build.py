@@ -30,7 +30,13 @@ from dovetail.parallel.shard import sharding_of
 from dovetail.parallel.sharing import Sharing
 from dovetail.parallel.world import World
 from dovetail.rlhf.algorithms.protocol import Algorithm
-from dovetail.rlhf.reward_functions import function_scorer, load_reward_function
+from dovetail.rlhf.environments import Environments, EnvironmentSource, environments_of
+from dovetail.rlhf.reward_functions import (
+    EnvironmentScorer,
+    MissingScores,
+    function_scorer,
+    load_reward_function,
+)
 from dovetail.rlhf.rewards import (
     ClippedScorer,
     FirstRankScorer,
@@ -69,7 +75,7 @@ class Setup:
     """The processes that hold the models together, and how."""
 
 
-def make_roles(
+def make_roles(  # noqa: PLR0913 -- every one is a part that a caller may bring along
     actor_model: str | PreTrainedModel,
     critic_model: str | PreTrainedModel | None,
     tokenizer: PreTrainedTokenizerBase,
@@ -77,6 +83,7 @@ def make_roles(
     config: PpoConfig,
     setup: Setup,
     algorithm: Algorithm,
+    environment: EnvironmentSource | None = None,
 ) -> Roles:
     """Actor, reference, scorer, and a critic if the algorithm has one; dropout off everywhere, all but actor and critic
     frozen."""
@@ -85,6 +92,7 @@ def make_roles(
     at = loading_device(device, world)
     dtype = resolve_dtype(setup.precision, device)
     chat = ChatFormat(tokenizer)
+    environments = environments_of(environment, config.environment, chat)
     budget = TokenBudget(config.micro_batch_tokens, may_shrink=sharing.may_retry)
     actor = (
         load_causal_lm(actor_model, dtype=dtype, device=at)
@@ -104,7 +112,7 @@ def make_roles(
     if reward_model is not None:
         sharing.shard(reward_model, "reward_model", device)
         model_scorer = RewardModelScorer(reward_model, budget, device, reward_chat)
-    score, score_clip = _scorer(model_scorer, reward, config, world)
+    score, score_clip = _scorer(model_scorer, reward, environments, config, world)
     if critic is not None:
         critic = _trainable(critic, setup.critic_lora, seed=setup.seed + 1)
         sharing.shard(critic, "critic", device)
@@ -127,6 +135,7 @@ def make_roles(
         budget=budget,
         score_clip=score_clip,
         algorithm=algorithm,
+        environments=environments,
     )
 
 
@@ -269,10 +278,28 @@ def _reward_model(
 
 
 def _scorer(
-    model_scorer: RewardModelScorer | None, reward: RewardFunction | None, config: PpoConfig, world: World
+    model_scorer: RewardModelScorer | None,
+    reward: RewardFunction | None,
+    environments: Environments | None,
+    config: PpoConfig,
+    world: World,
 ) -> tuple[Scorer, float | None]:
     """Return what scores answers, and the limit of its scores: those of a reward model alone have one."""
     functions = _function_parts(reward, config, world)
+    if environments is None:
+        return _scorer_of_answers(model_scorer, functions, config)
+    fallback = config.environment.fallback if config.environment else None
+    missing = MissingScores(f"environment {environments.name}", fallback)
+    if environments.pays and not functions:
+        return EnvironmentScorer(missing, None), None
+    others, score_clip = _scorer_of_answers(model_scorer, functions, config)
+    return EnvironmentScorer(missing, ClippedScorer(others, score_clip)), None
+
+
+def _scorer_of_answers(
+    model_scorer: RewardModelScorer | None, functions: Sequence[Part], config: PpoConfig
+) -> tuple[Scorer, float | None]:
+    """Return the reward model, functions or both as one scorer."""
     if model_scorer is None and not functions:
         raise ConfigError(
             "PPO has neither a reward model nor a reward function",

@@ -6,14 +6,12 @@ several rewards (rewards.py).
 """
 
 import difflib
-import importlib
 import importlib.util
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -25,10 +23,9 @@ from dovetail.rlhf.attempts import (
     Failure,
     WrongResultError,
     attempt,
-    module_from_file,
-    what_and_where,
+    loaded,
 )
-from dovetail.rlhf.rewards import Answer, Scored
+from dovetail.rlhf.rewards import Answer, Scored, Scorer
 from dovetail.rlhf.verifiers.builtin import NEEDS, VERIFIERS
 from dovetail.rlhf.verifiers.pool import VerifierError, verdicts
 from dovetail.telemetry.log import warn
@@ -46,46 +43,37 @@ _MAX_FLOAT32 = torch.finfo(torch.float32).max
 
 
 @dataclass(slots=True)
-class FunctionScorer:
-    """The scores of a function, and a score for answers that it fails on.
+class MissingScores:
+    """The scores that answers without one get.
 
-    An answer without a score (an error, too long a wait, no finite number) is counted and gets `fallback`, by default
-    the lowest score of the batch: a policy must not gain by answers that break its judge. A function that scores
-    nothing in its first batch, or in three batches in a row, is a ConfigError.
+    An answer without a score is counted and gets `fallback`, by default the lowest score of the batch: a policy must
+    not gain by answers that break its judge. A source of scores that fails in its whole first batch, or in three
+    batches in a row, is a ConfigError.
     """
 
-    call: Callable[[Sequence[Answer]], Sequence[Any]]
-    """Returns a value for each answer, or a Failure."""
-    name: str
+    source: str
+    """The source of the scores, for messages: "reward function NAME"."""
     fallback: float | None = None
-    label: str = field(init=False)
-    """The name in metrics: that of the function, without its module."""
     _last_mean: float | None = None
     """The mean score of the last batch that had one."""
     _lost_batches: int = 0
 
-    def __post_init__(self) -> None:
-        self.label = self.name.rpartition(":")[2]
-
-    def __call__(self, answers: Sequence[Answer]) -> Scored:
-        pairs = zip(self.call(answers), answers, strict=True)
-        found = [_score(index, value, answer) for index, (value, answer) in enumerate(pairs)]
+    def filled(self, found: Sequence[float | Failure]) -> list[float]:
+        """Return a score for each answer."""
         scores = [value for value in found if not isinstance(value, Failure)]
         failures = [value for value in found if isinstance(value, Failure)]
         if failures:
-            self._expect_some(failures, len(answers))
+            self._expect_some(failures, len(found))
         self._lost_batches = 0 if scores or not failures else self._lost_batches + 1
         instead = self._instead(scores)
         if failures:
             warn(
-                f"reward function {self.name} gave no score to {len(failures)} of {len(answers)} answers, which count "
-                f"as {instead:g}; for the first it {failures[0].reason}"
+                f"{self.source} gave no score to {len(failures)} of {len(found)} answers, which count as {instead:g}; "
+                f"for the first it {failures[0].reason}"
             )
         if scores:
             self._last_mean = fmean(scores)
-        filled = [instead if isinstance(value, Failure) else value for value in found]
-        counts = {f"reward/{self.label}_failures": float(len(failures))}
-        return Scored(torch.tensor(filled, dtype=torch.float32), counts)
+        return [instead if isinstance(value, Failure) else value for value in found]
 
     def _expect_some(self, failures: Sequence[Failure], num_answers: int) -> None:
         """Raise ConfigError if no answer has a score, in the first batch or in too many in a row."""
@@ -93,10 +81,10 @@ class FunctionScorer:
         if len(failures) < num_answers:
             return
         if self._last_mean is None:
-            raise ConfigError(f"reward function {self.name} {first.reason}", hint=first.hint)
+            raise ConfigError(f"{self.source} {first.reason}", hint=first.hint)
         if self._lost_batches + 1 >= MOST_LOST:
             raise ConfigError(
-                f"reward function {self.name} {first.reason}; no answer of {MOST_LOST} batches in a row has a score",
+                f"{self.source} {first.reason}; no answer of {MOST_LOST} batches in a row has a score",
                 hint=first.hint,
             )
 
@@ -105,6 +93,54 @@ class FunctionScorer:
         if self.fallback is not None:
             return self.fallback
         return min(scores) if scores else self._last_mean or 0.0
+
+
+@dataclass(slots=True)
+class FunctionScorer:
+    """The scores of a function; an answer that it raises at, is too slow for or gives no finite number has none."""
+
+    call: Callable[[Sequence[Answer]], Sequence[Any]]
+    """Returns a value for each answer, or a Failure."""
+    name: str
+    fallback: float | None = None
+    label: str = field(init=False)
+    """The name in metrics: that of the function, without its module."""
+    _missing: MissingScores = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.label = self.name.rpartition(":")[2]
+        self._missing = MissingScores(f"reward function {self.name}", self.fallback)
+
+    def __call__(self, answers: Sequence[Answer]) -> Scored:
+        pairs = zip(self.call(answers), answers, strict=True)
+        found = [_score(index, value, answer) for index, (value, answer) in enumerate(pairs)]
+        num_failures = sum(isinstance(value, Failure) for value in found)
+        filled = torch.tensor(self._missing.filled(found), dtype=torch.float32)
+        return Scored(filled, {f"reward/{self.label}_failures": float(num_failures)})
+
+
+@dataclass(slots=True)
+class EnvironmentScorer:
+    """The rewards of environments, with other scores added to them; a failed episode has no score."""
+
+    missing: MissingScores
+    others: Scorer | None
+    """The other scores, which are added; None = there are none."""
+
+    def __call__(self, answers: Sequence[Answer]) -> Scored:
+        failures = [answer.episode.failure if answer.episode else None for answer in answers]
+        sound = [answer for answer, failure in zip(answers, failures, strict=True) if failure is None]
+        paid = [
+            sum(reward for _, reward in answer.episode.rewards) if answer.episode else 0.0 for answer in sound
+        ]
+        stats: dict[str, float] = {"reward/environment_mean": fmean(paid)} if paid else {}
+        if self.others is not None and sound:
+            added = self.others(sound)
+            paid = [own + more for own, more in zip(paid, added.scores_S.tolist(), strict=True)]
+            stats |= added.stats
+        scores = iter(paid)
+        found = [next(scores) if failure is None else failure for failure in failures]
+        return Scored(torch.tensor(self.missing.filled(found), dtype=torch.float32), stats)
 
 
 def function_scorer(
@@ -132,32 +168,18 @@ def load_reward_function(
 
     Raises ConfigError naming what is missing, or the file and line that cannot be run.
     """
-    place, _, name = spec.rpartition(":")
-    if not place and name in VERIFIERS:
-        _expect_installed(name)
-        return FunctionScorer(partial(_verified, name), name, fallback)
-    if not place or not name:
-        near = difflib.get_close_matches(name, VERIFIERS, n=1)
-        raise ConfigError(
-            f"ppo.reward_function = {spec!r} names no function",
-            hint=f"{f'did you mean {near[0]}? ' if near else ''}write package.module:function, "
-            f"path/to/file.py:function, or a built-in verifier: {', '.join(VERIFIERS)}",
-        )
-    try:
-        module = (
-            module_from_file(Path(place), "reward")
-            if place.endswith(".py")
-            else importlib.import_module(place)
-        )
-    except (Exception, SystemExit) as error:  # whatever the user's file does when it is run
-        raise ConfigError(
-            f"ppo.reward_function = {spec!r} cannot be loaded: {what_and_where(error)}",
-            hint="check the path and that the module can be imported from where you start dovetail",
-        ) from error
-    function = getattr(module, name, None)
+    if spec in VERIFIERS:
+        _expect_installed(spec)
+        return FunctionScorer(partial(_verified, spec), spec, fallback)
+    near = difflib.get_close_matches(spec, VERIFIERS, n=1)
+    hint = (
+        f"{f'did you mean {near[0]}? ' if near else ''}write package.module:function, path/to/file.py:function, or a "
+        f"built-in verifier: {', '.join(VERIFIERS)}"
+    )
+    function = loaded(spec, "ppo.reward_function", "function", hint=hint)
     if not callable(function):
         raise ConfigError(
-            f"ppo.reward_function = {spec!r} cannot be loaded: {place} has no function {name}",
+            f"ppo.reward_function = {spec!r} is no function, but {type(function).__name__}",
             hint="write the name of a function of the answers that returns one number for each",
         )
     return function_scorer(function, spec, time_limit=time_limit, fallback=fallback)

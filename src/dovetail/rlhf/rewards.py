@@ -8,8 +8,9 @@ definition in PPO (rollout.py, maths/ppo.py), nor for clipping where a reward mo
 Shapes: S answers.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from statistics import fmean
 from typing import Any, Protocol
 
 import torch
@@ -24,6 +25,7 @@ from dovetail.model.forward import context_in, context_of, last_scores, plain_mo
 from dovetail.model.rope import rope_limit_in
 from dovetail.parallel.shard import sharding_of
 from dovetail.parallel.world import World, parts_of
+from dovetail.rlhf.attempts import Failure
 from dovetail.text.chat_format import ChatFormat
 from dovetail.training.step import TokenBudget, retry_on_out_of_memory
 
@@ -72,22 +74,60 @@ def expect_readable(role: str, model: Any, *, longest: int, highest_id: int) -> 
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Episode:
+    """The part that an environment had in an answer of several turns (episodes.py)."""
+
+    chosen: tuple[bool, ...]
+    """Marks of `answer_ids`: True = the actor sampled it, False = the environment's."""
+    rewards: tuple[tuple[int, float], ...] = ()
+    """The index in `answer_ids` of the last token of each turn, and what the environment paid for the turn."""
+    num_turns: int = 0
+    num_calls: int = 0
+    """The tool calls that the environment got."""
+    num_unread_calls: int = 0
+    """The tool calls that could not be read, and were answered with an error."""
+    failure: Failure | None = None
+    """The reason why the environment ended before the episode did."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
     """One sampled answer, on the host."""
 
     messages: tuple[Message, ...]
-    """The conversation up to and including the last user turn."""
+    """The conversation up to and including the last user turn, or the last reply of an environment."""
     text: str
-    """The answer, decoded, without the end-of-turn token."""
+    """The answer to these messages, decoded, without the end-of-turn token."""
     prompt_ids: tuple[int, ...]
     answer_ids: tuple[int, ...]
-    """Exactly the sampled tokens, end-of-turn token included if it was sampled."""
+    """Exactly the sampled tokens, end-of-turn token included if it was sampled. In an episode they are those of all
+    turns, with the environment's between them."""
     logprobs: tuple[float, ...]
     """The log-probabilities of the sampled tokens under the generator."""
     finished: bool
-    """False = cut off by the length limit."""
+    """False = cut off by the limit of tokens, or of turns."""
     row: Mapping[str, Any] = field(default_factory=dict)
     """The columns of the data row beside the prompt, such as a reference answer; empty where there is none."""
+    episode: Episode | None = None
+    """The environment's part; None without one."""
+
+    @property
+    def chosen(self) -> tuple[bool, ...]:
+        """Marks of `answer_ids`: True = the actor sampled it."""
+        return (True,) * len(self.answer_ids) if self.episode is None else self.episode.chosen
+
+
+def episode_stats(answers: Iterable[Answer]) -> dict[str, float]:
+    """Return the numbers of a rollout's episodes, for the metrics; nothing without an environment."""
+    episodes = [answer.episode for answer in answers if answer.episode is not None]
+    if not episodes:
+        return {}
+    return {
+        "environment/turns_mean": fmean(episode.num_turns for episode in episodes),
+        "environment/calls_mean": fmean(episode.num_calls for episode in episodes),
+        "environment/unread_calls": float(sum(episode.num_unread_calls for episode in episodes)),
+        "environment/failures": float(sum(episode.failure is not None for episode in episodes)),
+    }
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ from dovetail.engine.hybrid import HybridEngine
 from dovetail.engine.parity import check_training_parity
 from dovetail.model.forward import (
     LogProbs,
+    context_in,
     context_of,
     plain_model,
     token_logprobs,
@@ -27,10 +28,12 @@ from dovetail.model.forward import (
     vocabulary_of,
 )
 from dovetail.model.lora import adapter_disabled
+from dovetail.model.rope import rope_limit_in
 from dovetail.parallel.shard import sharding_of
 from dovetail.parallel.world import ALONE, World, parts_of
 from dovetail.rlhf.algorithms.ppo import Ppo
 from dovetail.rlhf.algorithms.protocol import Algorithm
+from dovetail.rlhf.environments import Environments
 from dovetail.rlhf.rewards import Scorer, expect_readable
 from dovetail.text.chat_format import ChatFormat
 from dovetail.training.step import TokenBudget, retry_on_out_of_memory
@@ -56,6 +59,8 @@ class Roles:
     """Tokens of one forward pass, shared by scoring and training so that both pack alike."""
     algorithm: Algorithm = field(default_factory=Ppo)
     """The method that turns scores into advantages and a loss."""
+    environments: Environments | None = None
+    """The environments that the actor talks to; None = it answers each prompt once."""
     reward_model: PreTrainedModel | None = None
     """The model behind `score`, if there is one."""
     score_clip: float | None = None
@@ -95,6 +100,13 @@ class Roles:
         if self.critic is None:
             raise ValueError(f"{self.algorithm} has no critic, so there are no values")
         return self.critic
+
+    @property
+    def context(self) -> int | None:
+        """The most tokens that the actor, and the critic if there is one, can read; None = they have no limit."""
+        models = [plain_model(model) for model in (self.actor, self.critic) if model is not None]
+        limits = [limit(model.config) for model in models for limit in (context_in, rope_limit_in)]
+        return min((limit for limit in limits if limit is not None), default=None)
 
     def expect_readable(self, batch: PackedBatch) -> None:
         """Raise ModelError if the critic cannot read a batch of the actor's answers that is still on the host."""

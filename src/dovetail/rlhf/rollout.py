@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dovetail.batches import Experience, Rollout, moved, pack, share_prompts
+from dovetail.batches import Experience, PackedBatch, Rollout, moved, pack, share_prompts
 from dovetail.config.stages import PpoConfig, SamplingConfig
 from dovetail.data.records import Message, Prompt
 from dovetail.engine.hybrid import HybridEngine
@@ -24,13 +24,14 @@ from dovetail.maths.ppo import (
     clip_scores,
     explained_variance,
     mismatch,
+    move_to_turns,
     per_token_rewards,
     replace_missing_end,
 )
 from dovetail.parallel.shard import sharding_of
-from dovetail.parallel.world import ALONE, World, balanced_shares
+from dovetail.parallel.world import ALONE, World, divided
 from dovetail.rlhf.algorithms.protocol import Advantages, Scored, keeping
-from dovetail.rlhf.rewards import Answer
+from dovetail.rlhf.rewards import Answer, episode_stats
 from dovetail.rlhf.roles import Roles
 from dovetail.rlhf.update import rewards_to_come
 from dovetail.text.chat_format import ChatFormat
@@ -127,6 +128,7 @@ def score_answers(
     stats["ppo/kl_coefficient"] = kl_coefficient
     stats |= answer_scores.stats
     stats |= advantages.stats
+    stats |= episode_stats(answers)
     return Collected(answers, experience, stats["ppo/kl_nats_per_answer"], stats)
 
 
@@ -138,15 +140,23 @@ def sample_answers(
     seed: int,
     greedy: bool = False,
 ) -> list[Answer]:
-    """Sample one answer to each prompt. Answer i depends on (weights, prompt i, seed, i) alone."""
-    messages = [prompt.messages for prompt in prompts]
-    prompt_ids = [roles.chat.prompt_ids(turns) for turns in messages]
+    """Sample one answer to each prompt. Answer i depends on (weights, prompt i, seed, i) alone.
+
+    With an environment each answer is an episode of several turns.
+    """
     how = Sampling(
         temperature=0.0 if greedy else sampling.temperature,
         max_new_tokens=sampling.max_new_tokens,
         stop_token_ids=roles.chat.stop_token_ids,
     )
     world = sharding_of(roles.actor).world.everyone
+    if roles.environments is not None:
+        from dovetail.rlhf.episodes import play  # most runs have no environment
+
+        seeds = request_seeds(seed, len(prompts))
+        return play(prompts, seeds, roles.environments, roles.engine, how, context=roles.context, world=world)
+    messages = [prompt.messages for prompt in prompts]
+    prompt_ids = [roles.chat.prompt_ids(turns) for turns in messages]
     answers = complete(prompt_ids, messages, roles.engine, roles.chat, how, seed=seed, world=world)
     return [replace(answer, row=prompt.row) for answer, prompt in zip(answers, prompts, strict=True)]
 
@@ -164,14 +174,14 @@ def complete(
     """Generate and decode one answer to each tokenised prompt; the processes of `world` that hold one model together
     answer a share.
     """
-    seeds, together = request_seeds(seed, len(prompt_ids)), engine.group.size
-    shares = balanced_shares([len(ids) + how.max_new_tokens for ids in prompt_ids], world.size // together)
-    mine = shares[world.rank // together]
-    with engine.generating() as generate:
-        own = generate([prompt_ids[i] for i in mine], how, seeds=[seeds[i] for i in mine])
-    gathered = zip(shares, world.gather(own if engine.group.is_first else [])[::together], strict=True)
-    found = {i: completion for share, part in gathered for i, completion in zip(share, part, strict=True)}
-    completions = [found[i] for i in range(len(prompt_ids))]
+    seeds = request_seeds(seed, len(prompt_ids))
+
+    def generated(mine: list[int]) -> list[Completion]:
+        with engine.generating() as generate:
+            return generate([prompt_ids[i] for i in mine], how, seeds=[seeds[i] for i in mine])
+
+    sizes = [len(ids) + how.max_new_tokens for ids in prompt_ids]
+    completions = divided(sizes, generated, world, engine.group)
     return [
         answer_of(messages, ids, completion, chat)
         for messages, ids, completion in zip(prompts, prompt_ids, completions, strict=True)
@@ -203,7 +213,7 @@ def pack_rollout(answers: Sequence[Answer]) -> Rollout:
     Models compute a prompt once for all answers to it that follow one another.
     """
     sequences = [[*a.prompt_ids, *a.answer_ids] for a in answers]
-    masks = [[False] * len(a.prompt_ids) + [True] * len(a.answer_ids) for a in answers]
+    masks = [[*[False] * len(a.prompt_ids), *a.chosen] for a in answers]
     packed = pack(sequences, masks)
     sampled_A = torch.tensor([p for a in answers for p in a.logprobs], dtype=torch.float32)
     rollout = Rollout(
@@ -214,8 +224,20 @@ def pack_rollout(answers: Sequence[Answer]) -> Rollout:
         target_counts=packed.target_counts,
         sampled_logprobs_T=torch.zeros(packed.num_tokens).masked_scatter(packed.mask_T, sampled_A),
         finished_S=torch.tensor([a.finished for a in answers], dtype=torch.bool),
+        turn_rewards_T=_turn_rewards_T(answers, packed),
     )
     return share_prompts(rollout, [len(a.prompt_ids) for a in answers])
+
+
+def _turn_rewards_T(answers: Sequence[Answer], packed: PackedBatch) -> Tensor | None:
+    """Return what environments paid, at the last token of each turn; None without an environment."""
+    if all(answer.episode is None for answer in answers):
+        return None
+    rewards_T = torch.zeros(packed.num_tokens)
+    for start, answer in zip(packed.cu_seqlens_S1.tolist(), answers, strict=False):
+        for place, reward in answer.episode.rewards if answer.episode else ():
+            rewards_T[start + len(answer.prompt_ids) + place] = reward
+    return rewards_T
 
 
 def shape_scores(
@@ -238,11 +260,18 @@ def shape_rewards(
     *,
     score_clip: float | None,
 ) -> Tensor:
-    """Put the shaped score on the last action and subtract the KL penalty at each; float32 [T]."""
+    """Put the shaped score on the last action and subtract the KL penalty at each; float32 [T].
+
+    What an environment paid for a turn is a part of the score, and moves to the last token of that turn.
+    """
     shaped_S = shape_scores(scores_S, rollout.finished_S, config, score_clip=score_clip)
     rewards_T = per_token_rewards(
         logprobs_T, reference_T, shaped_S, rollout.mask_T, rollout.last_index_S(), kl_coefficient=beta
     )
+    if rollout.turn_rewards_T is not None:
+        rewards_T = move_to_turns(
+            rewards_T, rollout.turn_rewards_T, rollout.cu_seqlens_S1, rollout.last_index_S()
+        )
     return scale_to_unit_std(rewards_T, rollout.mask_T) if config.whiten_rewards else rewards_T
 
 

@@ -30,6 +30,7 @@ from dovetail.parallel.tensor_plan import TRAINING, expect_divisible
 from dovetail.parallel.world import World
 from dovetail.rlhf.algorithms.named import algorithm_named
 from dovetail.rlhf.build import same_tokens
+from dovetail.rlhf.environments import load_environment
 from dovetail.rlhf.reward_functions import load_reward_function
 from dovetail.rlhf.rewards import expect_room
 from dovetail.rlhf.splitting import expect_possible
@@ -61,6 +62,8 @@ def refuse(config: RunConfig, world: World, *more: Callable[[], None]) -> None:
         look.at(lambda: algorithm_named(config.algorithm, config.policy, config.ppo))
         for term in config.ppo.reward_function:
             look.at(partial(load_reward_function, term.function))
+        if config.ppo.environment is not None:
+            look.at(partial(load_environment, config.ppo.environment.source))
     look.raise_found()
 
 

@@ -58,6 +58,8 @@ def reward_model_of(run: Run) -> ModelConfig | None:
         return _finished(config.reward_start(), folder.model("reward"))
     if config.ppo.reward_function and config.ppo.reward_function_weight is None:
         return None
+    if config.ppo.environment is not None and config.reward_model is None:
+        return None
     if config.reward_model is None:
         raise ConfigError(
             f"PPO needs a reward model, and {folder.model('reward')} is not finished",

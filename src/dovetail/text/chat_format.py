@@ -32,6 +32,7 @@ from dovetail.errors import ModelError
 from dovetail.text.message import Message, is_learnt, message
 from dovetail.text.template import Encoder, Passage, Template, model_ends, special_token_texts
 from dovetail.text.text_stream import TextStream
+from dovetail.text.tools import ParsedCalls, Schema, parse_calls
 from dovetail.text.turn_shape import HOLE, learn_shape
 
 DEFAULT_TEMPLATE = (
@@ -53,7 +54,10 @@ _HOLES = re.compile(HOLE.format("([0-9]+)"))
 class ChatFormat:
     """The written form of conversations for one tokenizer, whose `chat_template` is always the one in use."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str | None = None) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, template: str | None = None, *, tools: Sequence[Schema] = ()
+    ) -> None:
+        """Learn the form from the template; tools: those that every conversation offers to the assistant."""
         chosen = template or tokenizer.chat_template or default_template(tokenizer)
         if chosen != tokenizer.chat_template:
             tokenizer = copy.copy(tokenizer)  # the caller's tokenizer keeps its template
@@ -62,7 +66,8 @@ class ChatFormat:
         self._encoder = Encoder(tokenizer)
         specials = special_token_texts(tokenizer)
         self._special = re.compile("|".join(map(re.escape, specials))) if specials else None
-        self._template = Template(tokenizer)
+        self._template = Template(tokenizer, tools)
+        self._tools = tools
         self._shape = learn_shape(tokenizer, self._template.render)
         self._end_id = _one_token(self._encoder, tokenizer, self._shape.end_token)
 
@@ -77,6 +82,30 @@ class ChatFormat:
     def answer_ids(self, text: str) -> list[int]:
         """Return the tokens of an answer, end-of-turn token included."""
         return self.encode_answers([text])[0]
+
+    def reply_ids(self, replies: Sequence[Message]) -> list[int]:
+        """Return the tokens between an answer and the next one: the replies to it, as the template prints them.
+
+        Raises ModelError if the template does not print an answer as it was sampled once a reply follows.
+        """
+        passages = self._prompt([message("user", "u"), message("assistant", "a"), *replies])
+        answers = [place for place, passage in enumerate(passages) if passage.is_learnt]
+        if len(answers) != 1:
+            roles = ", ".join(reply["role"] for reply in replies)
+            raise ModelError(
+                f"the chat template prints an answer in another form once a reply ({roles}) follows it",
+                hint="set chat_template to one that prints earlier answers as they are",
+            )
+        encoded = self._encoder.many([passages[answers[0] + 1 :]])
+        return [i for piece in encoded[0] for i in piece]
+
+    def calls_in(self, ids: Sequence[int]) -> ParsedCalls:
+        """Return the tool calls in the tokens of an answer, read as the tokenizer's own parser does if it has one."""
+        kept = list(ids)
+        while kept and kept[-1] in self.stop_token_ids:
+            kept.pop()
+        text = str(self.tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        return parse_calls(text, self.tokenizer, prefix=self._shape.tail, tools=self._tools)
 
     def text_ids(self, text: str) -> list[int]:
         """Return the tokens of a text that is no conversation, its special tokens recognised."""
@@ -201,7 +230,7 @@ class ChatFormat:
 
     def _prompt(self, messages: Sequence[Message]) -> list[Passage]:
         """Return the passages of a prompt: stretches of template and users' text, with the answers between them."""
-        turns = self._template.fold_system(messages)
+        turns = self._template.adapted(messages)
         has_special = [self._has_special(turn["content"]) for turn in turns]
         holes = [i for i, turn in enumerate(turns) if turn["role"] == "assistant" or has_special[i]]
         holed = [message(t["role"], HOLE.format(i)) if i in holes else t for i, t in enumerate(turns)]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Literal, TypedDict
 
-Role = Literal["system", "user", "assistant"]
+Role = Literal["system", "user", "assistant", "tool"]
 
 
 class _RoleAndContent(TypedDict):
@@ -22,6 +22,8 @@ class Message(_RoleAndContent, total=False):
 
     learnt: bool
     """The mark of an assistant's turn that is only context in training: False there, absent elsewhere."""
+    name: str
+    """The name of the tool whose result a message of the role `tool` is."""
 
 
 def message(role: Role, content: str) -> Message:

@@ -1,8 +1,8 @@
 """Messages as text and text as token ids, by the rules of a tokenizer and its chat template.
 
-Responsible for: rendering, and errors of conversations that a template refuses; system messages for templates that
-take none; encoding a passage behind another without a token across the border or an added space, many passages in one
-call, from several threads; the tokens that a model's own files say end an answer, as transformers' `generate` would
+Responsible for: rendering, and errors of conversations that a template refuses; system messages and tools for templates
+that take none; encoding a passage behind another without a token across the border or an added space, many passages in
+one call, from several threads; the tokens that a model's own files say end an answer, as transformers' `generate` would
 read them.
 Not responsible for: conversations with their loss mask (chat_format.py), the text around an answer (turn_shape.py).
 
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
@@ -28,6 +28,7 @@ from transformers.utils.hub import cached_file
 
 from dovetail.errors import DataError, ModelError
 from dovetail.text.message import Message, message
+from dovetail.text.tools import Schema, as_user_turns, with_tools
 
 _ATTRIBUTE = "dovetail_model_ends"
 _FILES = ("generation_config.json", "config.json")
@@ -164,6 +165,9 @@ class RefusedByTemplateError(DataError):
     """A conversation that the chat template does not take, such as one that the assistant begins."""
 
 
+_PRINTED: tuple[Literal["role", "content", "name"], ...] = ("role", "content", "name")
+"""The keys of a message that templates see."""
+
 _stopped_at: datetime | None = None
 
 
@@ -182,25 +186,33 @@ def clock_stopped(at: datetime) -> Iterator[None]:
 
 
 class Template:
-    """The chat template of one tokenizer."""
+    """The chat template of one tokenizer, with the tools that every conversation offers."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, tools: Sequence[Schema] = ()) -> None:
         self._tokenizer = tokenizer
         self._tells_time = "strftime_now" in str(tokenizer.chat_template)
+        self._tools: Sequence[Schema] = ()
+        """The tools that the template prints by itself."""
+        self._written_tools = tools
+        """The tools that are written into the system message, because the template has no place for them."""
         self._takes_system = self._renders([message("system", "s"), message("user", "u")])
+        if tools and self._prints(tools):
+            self._tools, self._written_tools = tools, ()
 
     def render(self, turns: Sequence[Message], generation: bool = True) -> str:
         """Return the text of a conversation, with the generation prompt behind it if asked for."""
-        clock: dict[str, Any] = (
+        more: dict[str, Any] = (
             {"strftime_now": _stopped_at.strftime} if _stopped_at and self._tells_time else {}
         )
+        if self._tools:
+            more["tools"] = list(self._tools)
         try:
             return str(
                 self._tokenizer.apply_chat_template(
-                    [{"role": turn["role"], "content": turn["content"]} for turn in turns],
+                    [{str(key): turn[key] for key in _PRINTED if key in turn} for turn in turns],
                     tokenize=False,
                     add_generation_prompt=generation,
-                    **clock,
+                    **more,
                 )
             )
         except jinja2.TemplateSyntaxError as error:
@@ -215,9 +227,25 @@ class Template:
                 hint="change these rows, or set chat_template to one that takes them",
             ) from error
 
-    def fold_system(self, messages: Sequence[Message]) -> list[Message]:
-        """Put a system message in front of the first user's message where the template refuses one."""
+    def adapted(self, messages: Sequence[Message]) -> list[Message]:
+        """Put into other turns what the template has no place for: tools, their results, a system message."""
         turns = list(messages)
+        if self._written_tools:
+            turns = as_user_turns(with_tools(turns, self._written_tools))
+        return self._with_system_folded(turns)
+
+    def _prints(self, tools: Sequence[Schema]) -> bool:
+        """Return whether the template prints tools."""
+        asked = [message("user", "u")]
+        without = self.render(asked)
+        self._tools = tools
+        try:
+            return self.render(asked) != without
+        finally:
+            self._tools = ()
+
+    def _with_system_folded(self, turns: list[Message]) -> list[Message]:
+        """Put a system message in front of the first user's message where the template refuses one."""
         if self._takes_system or len(turns) < 2 or turns[0]["role"] != "system" or turns[1]["role"] != "user":
             return turns
         return [message("user", f"{turns[0]['content']}\n\n{turns[1]['content']}"), *turns[2:]]
