@@ -75,7 +75,7 @@ class _Game:
     def request(self, sampling: Sampling) -> Request:
         """Return the request for the next turn."""
         prompt = (*self.prompt_ids, *self.token_ids)
-        seed = step_seed(self.seed, self.num_turns) % (2**63 - 1) if self.num_turns else self.seed
+        seed = step_seed(self.seed, self.num_turns) if self.num_turns else self.seed
         return Request(0, prompt, sampling, seed, self.max_tokens - len(prompt))
 
     def take(self, request: Request, text: str) -> None:
