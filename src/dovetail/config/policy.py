@@ -28,7 +28,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "dapo": _GRPO
     | {"clip": (0.2, 0.28), "aggregation": "token_mean", "kl": "none", "drop_equal_groups": True},
     "gspo": _GRPO | {"ratio": "sequence", "clip": (3e-4, 4e-4), "kl": "none"},
-    "cispo": _GRPO | {"ratio": "weight", "clip": (1.0, 5.0), "aggregation": "token_mean", "kl": "none"},
+    "cispo": _GRPO | {"ratio": "weight", "clip": (1.0, 4.0), "aggregation": "token_mean", "kl": "none"},
     "rloo": _GRPO
     | {
         "answers_per_prompt": 4,
@@ -41,7 +41,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "reinforce_plus_plus_baseline": _GRPO
     | {"advantages": "batch_of_groups", "aggregation": "token_mean", "kl": "k2"},
 }
-"""The defaults of each method: papers, and TRL for the answers per prompt and the upper bound of CISPO."""
+"""The defaults of each method: papers, TRL for 8 answers per prompt, and for CISPO's weights of at most 5 what TRL
+recommends after Khatri et al. 2025 (ScaleRL, arXiv:2510.13786)."""
 
 
 class PolicyConfig(FrozenModel):

@@ -101,7 +101,7 @@ class ByDefinition:
     def token_losses(
         self, new: list[Tensor], old: list[float], ref: list[float], a: list[float]
     ) -> list[Tensor]:
-        low, high = {"dapo": (0.2, 0.28), "gspo": (3e-4, 4e-4), "cispo": (1.0, 5.0)}.get(
+        low, high = {"dapo": (0.2, 0.28), "gspo": (3e-4, 4e-4), "cispo": (1.0, 4.0)}.get(
             self.name, (0.2, 0.2)
         )
         ratios = [(p - o).exp() for p, o in zip(new, old, strict=True)]
