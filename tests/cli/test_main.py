@@ -49,7 +49,7 @@ def pipeline(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
     return ran
 
 
-COMMANDS = ["train", "sft", "reward", "ppo", "demo", "chat", "export", "doctor", "data", "data preview",
+COMMANDS = ["train", "sft", "reward", "ppo", "demo", "plan", "chat", "export", "doctor", "data", "data preview",
             "label", "label start", "label export", "label invite"]  # fmt: skip
 
 

@@ -18,8 +18,10 @@ from dovetail.model.lora import add_lora
 from dovetail.model.shards import is_shard, whole
 from dovetail.parallel.shard import shard_model, sharding_of
 from dovetail.parallel.world import ALONE, World, joined
+from dovetail.planning.memory import total
 from dovetail.training.optim import Optimizer
 from dovetail.training.step import StepReport, Term, TokenBudget, gradient_step
+from dovetail.training.step_memory import held_as
 from tests.fakes import tiny_model
 from tests.parallel.group import new_store
 
@@ -102,9 +104,11 @@ def test_what_stages_gather_for_a_pass_is_counted(world: World) -> None:
     for stage in (1, 2, 3):
         model = tiny_model().to(torch.bfloat16)
         shard_model(model, stage=stage, world=world, device=CPU, offload=True)
-        found.append(sharding_of(model).gathered_bytes())
-    # Shards on a CPU count as being on the device: whole float32 gradients are what comes on top.
-    assert found == [4 * num_weights, 0, 0]
+        held = held_as(model)
+        gradients = held.training(1, 3, is_checkpointed=False)[f"{held.role} gradients"]
+        found.append((total(held.gathered()), gradients))
+    # The shards are in the host's memory: all weights come (of two layers), at stage 1 whole float32 gradients.
+    assert found == [(2 * num_weights, 4 * num_weights), (2 * num_weights, 0), (2 * num_weights, 0)]
 
 
 def test_layers_that_are_not_found_are_not_sharded_as_one(world: World) -> None:

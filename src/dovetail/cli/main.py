@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 import dovetail
-from dovetail.cli import chat, data, demo, doctor, explain, export, generate, label, serve, train
+from dovetail.cli import chat, data, demo, doctor, explain, export, generate, label, plan, serve, train
 from dovetail.cli.flag_lists import repeat_flags
 from dovetail.errors import DovetailError
 
@@ -27,6 +27,7 @@ when you run the same command again, a half-finished one continues where it stop
 EPILOG = """Begin here:
   dovetail demo                                  the whole system in minutes, no GPU, no downloads
   dovetail train opt-1.3b --dry-run              every setting, and what stands in the way of a run
+  dovetail plan opt-13b --gpu a100-80g           will it fit, how long, what does it cost
   dovetail train opt-1.3b data.blend='\\[my_pairs.jsonl]'
   dovetail chat runs/opt-1.3b                    talk to the result
   dovetail label runs/opt-1.3b --prompts my_prompts.jsonl
@@ -58,6 +59,7 @@ app.command("serve", rich_help_panel=RESULTS)(serve.serve)
 app.command("api-key", rich_help_panel=RESULTS)(serve.api_key)
 app.command("export", rich_help_panel=RESULTS)(export.export)
 app.command("doctor", rich_help_panel=LOOKING)(doctor.doctor)
+app.command("plan", rich_help_panel=LOOKING)(plan.plan)
 app.command("explain", rich_help_panel=LOOKING)(explain.explain)
 data_app = typer.Typer(no_args_is_help=True, help="Look at the data as the model will see it.")
 data_app.command("preview")(data.preview)

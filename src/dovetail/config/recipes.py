@@ -121,7 +121,8 @@ def _size(name: str) -> float | None:
 
 
 def _read_shape(model: str) -> Mapping[str, Any]:
-    file = Path(model).expanduser() / "config.json"
+    given = Path(model).expanduser()
+    file = given if given.suffix == ".json" else given / "config.json"
     if not file.is_file():
         return {}
     try:

@@ -32,9 +32,8 @@ from dovetail.engine.scheduler import Answer, Completion, DecodeText, Listener, 
 from dovetail.errors import GenerationError
 from dovetail.model.forward import context_of, evaluation_mode, plain_model, vocabulary_of
 from dovetail.parallel.world import WHOLE, TensorGroup
+from dovetail.planning.memory import MAX_RUNNING, PREFILL_TOKENS
 
-MAX_RUNNING = 256
-"""The default number of answers decoded together."""
 _PADDED_BATCH = 32
 _UNLIMITED_CONTEXT = 32768
 """The context assumed where a model names no limit."""
@@ -76,7 +75,7 @@ class HybridEngine:
         *,
         device: torch.device | None = None,
         max_running: int = MAX_RUNNING,
-        max_prefill_tokens: int = 8192,
+        max_prefill_tokens: int = PREFILL_TOKENS,
         max_cache_tokens: int | None = None,
         weights: Callable[[], AbstractContextManager[Any]] = nullcontext,
         group: TensorGroup = WHOLE,

@@ -29,9 +29,8 @@ from torch import Tensor
 
 from dovetail.errors import GenerationError
 from dovetail.model.placement import is_out_of_memory
-
-_USABLE = 0.8
-"""The share of the free memory that the arena may take; the rest is for activations of the prefill."""
+from dovetail.planning.memory import ARENA_SHARE
+from dovetail.planning.memory import PAGE_TOKENS as PAGE_TOKENS
 
 
 def free_bytes(device: torch.device) -> int:
@@ -50,7 +49,7 @@ def allocate_arena(
     shape: KVShape, wanted_pages: int, device: torch.device, *, dense: bool = True, lone: bool = False
 ) -> KVArena:
     """Return an arena of `wanted_pages`, or of what fits, down to a single page; sequences then take turns."""
-    planned = num_pages = max(1, min(wanted_pages, int(_USABLE * free_bytes(device)) // shape.page_bytes))
+    planned = num_pages = max(1, min(wanted_pages, int(ARENA_SHARE * free_bytes(device)) // shape.page_bytes))
     while True:
         try:
             arena = KVArena(shape, num_pages, device, dense=dense, lone=lone)
@@ -70,10 +69,6 @@ def allocate_arena(
                 stacklevel=2,
             )
         return arena
-
-
-PAGE_TOKENS = 64
-"""The tokens in a page. Smaller pages cost 7 to 15 % of GPU attention speed, larger ones waste memory."""
 
 
 def pages_for(num_tokens: int) -> int:

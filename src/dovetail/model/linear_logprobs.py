@@ -22,10 +22,11 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from dovetail.errors import ModelError
+from dovetail.planning.memory import LOGITS_CHUNK_BYTES
 
 CHUNK_BYTES = 256 * 2**20
-CUDA_CHUNK_BYTES = 2**30
-"""The size of one chunk of logits. On a GPU each chunk also adds a gradient as large as the weight to the sum."""
+"""The size of one chunk of logits on a CPU. On a GPU each chunk also adds a gradient as large as the weight to the
+sum, so that they are larger."""
 
 
 class SharedVocabulary(Protocol):
@@ -144,9 +145,9 @@ class _How:
     ) -> _How:
         """Return the settings for a head.
 
-        chunk_tokens: None for as many as CHUNK_BYTES hold, or CUDA_CHUNK_BYTES on a GPU.
+        chunk_tokens: None for as many as CHUNK_BYTES hold, or LOGITS_CHUNK_BYTES on a GPU.
         """
-        limit = CUDA_CHUNK_BYTES if hidden_AD.is_cuda else CHUNK_BYTES
+        limit = LOGITS_CHUNK_BYTES if hidden_AD.is_cuda else CHUNK_BYTES
         tokens = chunk_tokens or max(1, limit // (4 * head.weight_VD.shape[0]))
         scale, dtype = head.logit_scale, head.weight_VD.dtype
         return cls(temperature, head.softcap, scale, with_entropy, tokens, dtype, head.shared)

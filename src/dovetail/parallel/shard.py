@@ -34,7 +34,7 @@ from torch.distributed.fsdp import (
 from dovetail.errors import ConfigError, ModelError
 from dovetail.model.copies import copy_of
 from dovetail.model.forward import plain_model
-from dovetail.model.shards import is_offloaded, local, whole
+from dovetail.model.shards import whole
 from dovetail.parallel.grid import Grid
 from dovetail.parallel.shards_in_place import compute_on_shards
 from dovetail.parallel.tensor_training import TensorParallel, make_tensor_parallel, sum_in_pieces
@@ -155,24 +155,6 @@ class ShardedModel:
     def whole_norm(self, norm: Tensor) -> Tensor:
         """Return the gradient norm over those that compute each layer together, from the norm of what each counts."""
         return norm if self.layout.tensor_parallel is None else self.layout.tensor_parallel.whole_norm(norm)
-
-    def gathered_bytes(self) -> int:
-        """Count the bytes that a forward and backward pass has on the device beside the shards.
-
-        These are whole weights at stages 1 and 2, and at stage 1 whole float32 gradients as well. At stage 3 one layer
-        at a time is whole, which is left out.
-        """
-        layout = self.layout
-        if layout.computes_on_shards or layout.stage not in (1, 2):
-            return 0
-        total = 0
-        for parameter in self.model.parameters():
-            gradient = 4 if layout.stage == 1 and parameter.requires_grad else 0
-            here = 0 if is_offloaded(parameter) else local(parameter).numel()
-            total += (
-                parameter.numel() * (parameter.element_size() + gradient) - here * parameter.element_size()
-            )
-        return total
 
     def reshard(self) -> None:
         """Free the gathered weights that a forward pass left, so that the model's parameters are shards again."""

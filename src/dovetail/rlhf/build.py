@@ -20,7 +20,7 @@ from dovetail.engine.kv_cache import free_bytes
 from dovetail.errors import ConfigError, DataError
 from dovetail.model.copies import copy_of
 from dovetail.model.dropout import disable_dropout
-from dovetail.model.forward import is_probed, plain_model
+from dovetail.model.forward import is_probed
 from dovetail.model.load import expect_reward_head, expect_rows_for, load_causal_lm, load_scalar_model
 from dovetail.model.lora import add_lora
 from dovetail.model.placement import resolve_device, resolve_dtype
@@ -29,6 +29,7 @@ from dovetail.model.scalar import scalar_model_from
 from dovetail.parallel.shard import sharding_of
 from dovetail.parallel.sharing import Sharing
 from dovetail.parallel.world import World
+from dovetail.planning.memory import USABLE, needed_bytes, total
 from dovetail.rlhf.algorithms.protocol import Algorithm
 from dovetail.rlhf.environments import Environments, EnvironmentSource, environments_of
 from dovetail.rlhf.reward_functions import (
@@ -54,10 +55,7 @@ from dovetail.text.chat_format import ChatFormat
 from dovetail.text.tokenizer import load_tokenizer
 from dovetail.training.optim import Ema, Optimizer, build_optimizer
 from dovetail.training.step import TokenBudget
-from dovetail.training.step_memory import activation_bytes, architecture_of, state_bytes
-
-USABLE = 0.9
-"""The share of free memory that a step may need by estimate; the rest is for fragments and what the estimate omits."""
+from dovetail.training.step_memory import held_as
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,7 +145,7 @@ def _generator(
     learning: the actor first, then a critic if there is one.
     """
     actor = learning[0]
-    states = sum(state_bytes(model, is_averaged=model is actor) for model in learning)
+    states = int(sum(total(held_as(model, is_averaged=model is actor).states()) for model in learning))
     split = split_to_generate(
         actor,
         setup.sharing.tensor_parallel.generation,
@@ -205,8 +203,8 @@ def checkpoint_activations(
     """
     wanted = settings.activation_checkpointing
     if wanted == "auto" and device.type != "cpu":
-        needed = sum(state_bytes(m, is_averaged=is_averaged and m is models[0]) for m in models)
-        needed += max(_pass_bytes(model, settings.micro_batch_tokens) for model in models)
+        held = [held_as(m, is_averaged=is_averaged and m is models[0]) for m in models]
+        needed = needed_bytes(held, tokens=settings.micro_batch_tokens)
         free = free_bytes(device)
         # Neighbours that compute each layer together would wait for one another's second pass.
         wanted = any(sharding_of(models[0]).world.everyone.gather(needed > USABLE * free))
@@ -218,17 +216,6 @@ def checkpoint_activations(
     if wanted is True:
         for model in models:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-
-
-def _pass_bytes(model: PreTrainedModel, tokens: int) -> int:
-    """Estimate the bytes of a forward and backward pass: its activations, and what is gathered for it."""
-    inner, sharded = plain_model(model), sharding_of(model)
-    whole = architecture_of(inner)  # but for the heads, of which a divided model counts its own
-    here = replace(whole, inner_width=whole.inner_width // sharded.tensor_size)
-    activations = activation_bytes(
-        here, tokens=tokens, element_bytes=inner.dtype.itemsize, is_checkpointed=False
-    )
-    return activations + sharded.gathered_bytes()
 
 
 def same_tokens(one: ChatFormat, other: ChatFormat) -> bool:

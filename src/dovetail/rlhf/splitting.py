@@ -11,7 +11,6 @@ import torch
 from transformers import PreTrainedModel
 
 from dovetail.config.stages import PpoConfig
-from dovetail.engine.hybrid import MAX_RUNNING
 from dovetail.model.forward import plain_model
 from dovetail.model.widths import widths_of
 from dovetail.parallel.grid import expect_even_groups, tensor_group
@@ -19,6 +18,7 @@ from dovetail.parallel.shard import sharding_of
 from dovetail.parallel.tensor import SplitModel
 from dovetail.parallel.tensor_plan import Place, expect_divisible, slice_bytes, why_not_divisible
 from dovetail.parallel.world import World
+from dovetail.planning.memory import MAX_RUNNING
 from dovetail.telemetry.log import say
 
 
