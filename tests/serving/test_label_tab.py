@@ -101,7 +101,7 @@ def test_the_answers_come_from_the_served_weights_and_no_others() -> None:
     assert [answerer.complete for answerer in served_answerers(models, [])] == [models[0].thread.complete]  # type: ignore[attr-defined]
     both = served_answerers(models, ["ppo", "sft"])
     assert [answerer.complete for answerer in both] == [models[1].thread.complete, models[0].thread.complete]  # type: ignore[attr-defined]
-    with pytest.raises(ConfigError, match="--label-model rm: no served model has that name") as caught:
+    with pytest.raises(ConfigError, match="--compare rm: no served model has that name") as caught:
         served_answerers(models, ["rm"])
     assert caught.value.hint == "there are: sft, ppo"
     with pytest.raises(ConfigError, match="was given 3 times"):
@@ -140,8 +140,8 @@ def test_an_engine_that_fails_ends_the_sampling(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("flags", "missing"),
     [
-        (["--label-prompts", "prompts.jsonl"], "--label-store sqlite:///labels.db"),
-        (["--label-store", "sqlite:///labels.db", "--label-model", "sft"], "--label-prompts prompts.jsonl"),
+        (["--prompts", "prompts.jsonl"], "--store sqlite:///labels.db"),
+        (["--store", "sqlite:///labels.db", "--compare", "sft"], "--prompts prompts.jsonl"),
     ],
 )
 def test_flags_that_need_another_say_so(
@@ -157,11 +157,11 @@ def test_flags_that_need_another_say_so(
 def test_the_command_serves_chat_and_labelling_on_one_port(tmp_path: Path) -> None:
     save_model(tiny_model(), byte_tokenizer(), tmp_path / "tiny")
     rows = write_rows(tmp_path / "prompts.jsonl", [{"prompt": f"Say {number}"} for number in range(3)])
-    flags = ["--label-store", f"sqlite:///{tmp_path / 'labels.db'}", "--label-prompts", str(rows)]
+    flags = ["--store", f"sqlite:///{tmp_path / 'labels.db'}", "--prompts", str(rows)]
     script = "import sys; from dovetail.cli.main import main; main(sys.argv[1:])"
     command = [sys.executable, "-c", script, "serve", str(tmp_path / "tiny"), "--port", "0", *flags]
     process = subprocess.Popen(
-        [*command, "--label-max-new-tokens", "8", "--device", "cpu"], stdout=subprocess.PIPE, text=True
+        [*command, "--max-new-tokens", "8", "--device", "cpu"], stdout=subprocess.PIPE, text=True
     )
     try:
         assert process.stdout is not None

@@ -13,6 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from dovetail.cli.label_pages import Wanted, loaded_answerers, opened, print_links, supply_of
+from dovetail.cli.labelling_flags import Project, Prompts, StoreUrl, UncertainFirst
 from dovetail.cli.network_flags import AllowHost, Host, Port, TlsCertificate, TlsKey
 from dovetail.cli.user_paths import path
 from dovetail.errors import ConfigError
@@ -25,18 +26,6 @@ if TYPE_CHECKING:
 
 PEOPLE = "People"
 SAMPLING = "Sampling"
-
-StoreUrl = Annotated[
-    str,
-    typer.Option(
-        "--store",
-        help="Database of the labels: a SQLite file (sqlite:///labels.db), which is made if it does not exist, or "
-        "postgresql://user@host/database.",
-    ),
-]
-Project = Annotated[
-    str, typer.Option(help="Name of the project: tasks that are labelled under the same guidelines.")
-]
 
 
 class StartByDefault(TyperGroup):
@@ -65,13 +54,6 @@ Models = Annotated[
         show_default=False,
     ),
 ]
-Prompts = Annotated[
-    str | None,
-    typer.Option(
-        help="Source of the prompts: a file, a registered name, or {path: rows.csv, prompt: question}.",
-        show_default=False,
-    ),
-]
 Overlap = Annotated[
     int | None,
     typer.Option(min=1, help="Annotators per pair. By default the project's own number, at first 1."),
@@ -79,13 +61,6 @@ Overlap = Annotated[
 Guidelines = Annotated[
     Path | None,
     typer.Option(parser=path, help="A text file that annotators see beside their work.", show_default=False),
-]
-UncertainFirst = Annotated[
-    str | None,
-    typer.Option(
-        help="A reward model, or a run with one: pairs on which it is least sure are offered first.",
-        show_default=False,
-    ),
 ]
 Invite = Annotated[
     list[str] | None,

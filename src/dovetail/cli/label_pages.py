@@ -135,12 +135,12 @@ def served_answerers(served: Sequence["ServedModel"], names: Sequence[str]) -> l
     unknown = [name for name in names if name not in by_name]
     if unknown:
         raise ConfigError(
-            f"--label-model {unknown[0]}: no served model has that name",
+            f"--compare {unknown[0]}: no served model has that name",
             hint=f"there are: {', '.join(by_name)}",
         )
     if len(names) > 2:
         raise ConfigError(
-            f"--label-model was given {len(names)} times; two models at most are compared",
+            f"--compare was given {len(names)} times; two models at most are compared",
             hint="give it once or twice",
         )
     return [_answerer(model) for model in [by_name[name] for name in names] or served[:1]]

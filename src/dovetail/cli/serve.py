@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dovetail.cli.labelling_flags import LABELLING, OptionalStoreUrl, Project, Prompts, UncertainFirst
 from dovetail.cli.network_flags import NETWORK, AllowHost, Host, Port, TlsCertificate, TlsKey
 from dovetail.cli.user_paths import path
 from dovetail.errors import ConfigError
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from dovetail.serving.served_model import EngineSettings
 
 _LIMITS = "Limits"
-_LABELLING = "Labelling"
 _PATHS = "Run folders, model folders, LoRA adapters, .gguf files or hub names; NAME=PATH names one."
 
 Paths = Annotated[list[str], typer.Argument(metavar="PATH...", help=_PATHS)]
@@ -62,7 +62,9 @@ PromptTokens = Annotated[
 ]
 NewTokens = Annotated[
     int | None,
-    typer.Option(min=1, help="Longest answer.", rich_help_panel=_LIMITS, show_default="the context"),
+    typer.Option(
+        min=1, help="Longest answer.", rich_help_panel=_LIMITS, show_default="the context; 256 for labelling"
+    ),
 ]
 Choices = Annotated[int, typer.Option(min=1, help="Most answers to one request.", rich_help_panel=_LIMITS)]
 PerMinute = Annotated[
@@ -74,44 +76,13 @@ PerMinute = Annotated[
         show_default="no limit",
     ),
 ]
-
-
-LabelStore = Annotated[
-    str | None,
-    typer.Option(
-        help="Serve the labelling pages too, with this database: sqlite:///labels.db; see dovetail label.",
-        rich_help_panel=_LABELLING,
-        show_default=False,
-    ),
-]
-LabelProject = Annotated[str, typer.Option(help="Name of the project.", rich_help_panel=_LABELLING)]
-LabelPrompts = Annotated[
-    str | None,
-    typer.Option(
-        help="Source of prompts that the served models answer for labelling. Left out: only what was sampled before "
-        "is labelled.",
-        rich_help_panel=_LABELLING,
-        show_default=False,
-    ),
-]
-LabelModels = Annotated[
+Compare = Annotated[
     list[str] | None,
     typer.Option(
         help="Name of a served model whose answers are compared; twice for two models.",
-        rich_help_panel=_LABELLING,
+        rich_help_panel=LABELLING,
         show_default="the first",
     ),
-]
-UncertainFirst = Annotated[
-    str | None,
-    typer.Option(
-        help="A reward model, or a run with one: pairs on which it is least sure are offered first.",
-        rich_help_panel=_LABELLING,
-        show_default=False,
-    ),
-]
-LabelNewTokens = Annotated[
-    int, typer.Option(min=1, help="Longest answer to compare.", rich_help_panel=_LABELLING)
 ]
 
 
@@ -133,19 +104,18 @@ def serve(
     max_new_tokens: NewTokens = None,
     max_choices: Choices = 16,
     requests_per_minute: PerMinute = None,
-    label_store: LabelStore = None,
-    label_project: LabelProject = "default",
-    label_prompts: LabelPrompts = None,
-    label_model: LabelModels = None,
-    label_uncertain_first: UncertainFirst = None,
-    label_max_new_tokens: LabelNewTokens = 256,
+    store: OptionalStoreUrl = None,
+    project: Project = "default",
+    prompts: Prompts = None,
+    compare: Compare = None,
+    uncertain_first: UncertainFirst = None,
     drain_seconds: DrainSeconds = 60,
 ) -> None:
     """Serve models to any OpenAI client, and a chat page to browsers.
 
       dovetail serve runs/demo
       dovetail serve before=HuggingFaceTB/SmolLM2-135M after=runs/smollm2 --port 8080
-      dovetail serve runs/demo --label-store sqlite:///labels.db --label-prompts my_prompts.jsonl
+      dovetail serve runs/demo --store sqlite:///labels.db --prompts my_prompts.jsonl
 
     A run folder stands for all its finished chat models: ppo, ppo-ema, sft.
     """
@@ -163,11 +133,10 @@ def serve(
     settings = EngineSettings(
         device=device, max_running=max_running, max_waiting=max_waiting, cache_tokens=cache_tokens
     )
-    _expect_what_labels_need(label_store, label_prompts, label_model or label_uncertain_first)
+    _expect_what_labels_need(store, prompts, compare or uncertain_first)
     tab = None
-    if label_store is not None:
-        models, new_tokens = label_model or (), label_max_new_tokens
-        tab = LabelTab(label_store, label_project, label_prompts, models, label_uncertain_first, new_tokens)
+    if store is not None:
+        tab = LabelTab(store, project, prompts, compare or (), uncertain_first, max_new_tokens or 256)
     network = Network(host, port, tls_certificate, tls_key, allow_host or (), cors_origin or (), api_key_file)
     _serve(paths, settings, limits, network, tab, drain_seconds)
 
@@ -228,11 +197,11 @@ def _serve(
 
 def _expect_what_labels_need(store: str | None, prompts: str | None, sampled: object) -> None:
     if store is None and (prompts or sampled):
-        raise ConfigError("labelling needs a database", hint="name one: --label-store sqlite:///labels.db")
+        raise ConfigError("labelling needs a database", hint="name one: --store sqlite:///labels.db")
     if prompts is None and sampled:
         raise ConfigError(
-            "--label-model and --label-uncertain-first are for answers that are sampled here",
-            hint="name the prompts to answer: --label-prompts prompts.jsonl",
+            "--compare and --uncertain-first are for answers that are sampled here",
+            hint="name the prompts to answer: --prompts prompts.jsonl",
         )
 
 
