@@ -33,10 +33,6 @@ def test_an_order_is_evenly_shuffled() -> None:
     assert all(abs(count - 400) < 4 * (2_000 * 0.2 * 0.8) ** 0.5 for count in first.values())
 
 
-def test_steps_per_epoch_round_up() -> None:
-    assert BatchOrder(10, 3, seed=0).steps_per_epoch == 4
-
-
 def test_no_rows_make_no_batches() -> None:
     with pytest.raises(ValueError, match="cannot make batches of 4 from 0 rows"):
         BatchOrder(0, 4, seed=0)

@@ -10,9 +10,10 @@ import torch
 from dovetail.batches import pack
 from dovetail.config.stages import OptimizerConfig
 from dovetail.rlhf import update
+from dovetail.rlhf.algorithms.ppo import rewards_to_come
 from dovetail.rlhf.api import PPOTrainer
 from dovetail.rlhf.rollout import Collected
-from dovetail.rlhf.update import CriticWarmup, rewards_to_come
+from dovetail.rlhf.update import CriticWarmup
 from tests.rlhf.tiny import PROMPTS, tiny_config, tiny_engine
 
 

@@ -15,9 +15,7 @@ from transformers import AutoModelForCausalLM
 from dovetail.config.model import LoraConfig
 from dovetail.config.run import RunConfig
 from dovetail.config.stages import OptimizerConfig
-from dovetail.model import placement
-from dovetail.stages import pipeline, supervised
-from dovetail.training.weights import trained_weights
+from dovetail.stages import pipeline
 from tests.by_definition import Learner, rate
 from tests.stages.runs import tiny_run, write_rows
 from tests.stages.test_supervised_by_definition import (
@@ -130,21 +128,6 @@ def loss_of_step(loss: str, learner: Learner, step: int, start: Mapping[Any, Ten
             before = (start[i, pair[0]], start[i, pair[1]])
             total = total + loss_of_pair(loss, now, before, kl) / len(pairs)
     return total / len(rows)
-
-
-@pytest.fixture
-def first_weights(monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
-    """What the trained weights are when the optimiser is made; the run computes in float64."""
-    seen: dict[str, Tensor] = {}
-    honest = supervised.optimizer_for
-
-    def optimizer_for(model: Any, settings: OptimizerConfig) -> Any:
-        seen.update({name: weight.clone() for name, weight in trained_weights(model).items()})
-        return honest(model, settings)
-
-    monkeypatch.setattr(supervised, "optimizer_for", optimizer_for)
-    monkeypatch.setitem(placement._DTYPES, "fp32", torch.float64)
-    return seen
 
 
 @pytest.mark.parametrize("lora", [None, ADAPTERS], ids=["weights", "adapters"])

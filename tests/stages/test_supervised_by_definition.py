@@ -15,9 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from dovetail.config.model import LoraConfig
 from dovetail.config.run import RunConfig
 from dovetail.config.stages import OptimizerConfig
-from dovetail.model import placement
 from dovetail.stages import pipeline, reward, supervised
-from dovetail.training.weights import trained_weights
 from tests.by_definition import Learner, rate
 from tests.fakes import byte_tokenizer
 from tests.stages.runs import tiny_run, write_rows
@@ -126,20 +124,10 @@ def causal_lm(folder: str) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
 
 
-@pytest.fixture
-def first_weights(monkeypatch: pytest.MonkeyPatch) -> dict[str, Tensor]:
-    """What the trained weights are when the optimiser is made; the run computes in float64."""
-    seen: dict[str, Tensor] = {}
-    honest = supervised.optimizer_for
-
-    def optimizer_for(model: Any, settings: OptimizerConfig) -> Any:
-        seen.update({name: weight.clone() for name, weight in trained_weights(model).items()})
-        return honest(model, settings)
-
-    monkeypatch.setattr(supervised, "optimizer_for", optimizer_for)
-    monkeypatch.setitem(placement._DTYPES, "fp32", torch.float64)
+@pytest.fixture(autouse=True)
+def uncentred_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reward model keeps its scores as they are at the end of the stage."""
     monkeypatch.setattr(reward, "centre_on_demonstrations", lambda *_: {})
-    return seen
 
 
 STAGES: dict[str, tuple[Callable[[str], Any], Callable[[Learner, int], Tensor]]] = {

@@ -27,11 +27,6 @@ class BatchOrder:
         self.seed = seed
         self._permutation = lru_cache(maxsize=2)(self._permutation_of)
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """The number of batches after which every row has been seen."""
-        return -(-self.num_rows // self.batch_size)
-
     def batch(self, step: int) -> list[int]:
         """Return the rows of batch number `step`, counted from 0."""
         first = step * self.batch_size

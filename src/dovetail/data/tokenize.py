@@ -10,11 +10,12 @@ is tokenised anew. Tokens are memory-mapped int32; a row becomes a Python list w
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,12 +50,13 @@ _DTYPES = {
 
 RecordT = TypeVar("RecordT", bound=Record)
 EncodedT = TypeVar("EncodedT")
+TokensT = TypeVar("TokensT")
 Pair = tuple[int, int, float]
 
 
 @dataclass(frozen=True, slots=True)
-class TokenizedRows:
-    """Sequences with masks of the tokens to learn: rows[i] is (token ids, mask)."""
+class _Tokenized(ABC, Generic[TokensT]):
+    """The tokens of a stage's rows; rows[i] is read from the columns when it is asked for."""
 
     columns: Columns
     order: NDArray[np.int64]
@@ -65,6 +67,18 @@ class TokenizedRows:
 
     def __len__(self) -> int:
         return len(self.order)
+
+    def __iter__(self) -> Iterator[TokensT]:
+        return (self[i] for i in range(len(self)))
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> TokensT:
+        """Return the tokens of a row."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedRows(_Tokenized[tuple[list[int], list[bool]]]):
+    """Sequences with masks of the tokens to learn: rows[i] is (token ids, mask)."""
 
     def __getitem__(self, index: int) -> tuple[list[int], list[bool]]:
         row = int(self.order[index])
@@ -74,23 +88,10 @@ class TokenizedRows:
         start = self.columns["starts"][self.columns["rows"][row]]
         return ids, self.columns["mask"][start : start + len(ids)].tolist()
 
-    def __iter__(self) -> Iterator[tuple[list[int], list[bool]]]:
-        return (self[i] for i in range(len(self)))
-
 
 @dataclass(frozen=True, slots=True)
-class TokenizedComparisons:
+class TokenizedComparisons(_Tokenized[tuple[list[list[int]], list[Pair]]]):
     """Answers and their pairs: rows[i] is (token ids of each answer, prompt included; pairs)."""
-
-    columns: Columns
-    order: NDArray[np.int64]
-    """The indices of stored rows that make one epoch, weights applied."""
-    report: DataReport
-    fingerprint: str
-    """A hash that changes with the rows before they were tokenised."""
-
-    def __len__(self) -> int:
-        return len(self.order)
 
     def __getitem__(self, index: int) -> tuple[list[list[int]], list[Pair]]:
         row = int(self.order[index])
@@ -101,9 +102,6 @@ class TokenizedComparisons:
     def prompt_tokens(self, index: int) -> int:
         """Return how many tokens stand before each answer of a row."""
         return int(self.columns["prompts"][self.order[index]])
-
-    def __iter__(self) -> Iterator[tuple[list[list[int]], list[Pair]]]:
-        return (self[i] for i in range(len(self)))
 
 
 def tokenize_demonstrations(

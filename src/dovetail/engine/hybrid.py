@@ -18,7 +18,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -37,33 +37,6 @@ from dovetail.planning.memory import MAX_RUNNING, PREFILL_TOKENS
 _PADDED_BATCH = 32
 _UNLIMITED_CONTEXT = 32768
 """The context assumed where a model names no limit."""
-
-
-class Generate(Protocol):
-    """The function that `generating()` yields."""
-
-    def __call__(
-        self,
-        prompts: Sequence[Sequence[int]],
-        sampling: Sampling | Sequence[Sampling],
-        *,
-        seeds: Sequence[int],
-        on_token: OnToken | None = None,
-        decode_text: DecodeText | None = None,
-    ) -> list[Completion]:
-        """Answer every prompt. `sampling`: one for all, or one each.
-
-        The answer to one request depends on weights, prompt, sampling and seed alone, whatever runs beside it
-        (up to rounding: another batch may add up in another order).
-        """
-        ...
-
-    def serve(self, longest: Sequence[int]) -> Serve:
-        """Return what answers requests that come one by one.
-
-        longest: the most tokens, with their prompts, of each of the requests that may run at once.
-        """
-        ...
 
 
 class HybridEngine:
@@ -106,7 +79,7 @@ class HybridEngine:
     def generating(self) -> Iterator[Generate]:
         """Set evaluation mode, Dovetail's attention and a KV arena within the block; undo all at its end."""
         with self._occupied(), self.weights():
-            session = _Session(self)
+            session = Generate(self)
             try:
                 with evaluation_mode(self._wrapped), session.attention():
                     yield session
@@ -208,8 +181,8 @@ class Serve:
         self._generation.serve(source, Listener(decode_text=decode_text))
 
 
-class _Session:
-    """The `generate` of one `generating()` block."""
+class Generate:
+    """The object that `generating()` yields: it answers lists of prompts until the block ends."""
 
     def __init__(self, engine: HybridEngine) -> None:
         self._engine = engine
@@ -238,7 +211,11 @@ class _Session:
         on_token: OnToken | None = None,
         decode_text: DecodeText | None = None,
     ) -> list[Completion]:
-        """Answer every prompt, see `Generate`."""
+        """Answer every prompt. `sampling`: one for all, or one each.
+
+        The answer to one request depends on weights, prompt, sampling and seed alone, whatever runs beside it
+        (up to rounding: another batch may add up in another order).
+        """
         assert self._is_open, "generate() outlived its `with engine.generating()` block"
         settings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
         listener = Listener(on_token, decode_text)
@@ -256,7 +233,10 @@ class _Session:
         return [answer.completion() for answer in answers]
 
     def serve(self, longest: Sequence[int]) -> Serve:
-        """Return what answers requests that come one by one, see `Generate`."""
+        """Return what answers requests that come one by one.
+
+        longest: the most tokens, with their prompts, of each of the requests that may run at once.
+        """
         assert self._is_open, "serve() outlived its `with engine.generating()` block"
         if self._paged is None:
             return Serve(self._engine, self._engine.slow_generation(), max(longest))

@@ -16,19 +16,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dovetail.maths.masked import at_least_float32, masked_sum, zero_outside
+from dovetail.maths.masked import at_least_float32, masked_sum, sums_of_sequences, zero_outside
 from dovetail.maths.ppo import MAX_LOG_RATIO, PolicyLoss, clipped_surrogate, k1, k3, kl_from_old
 
 Aggregation = Literal["sequence_mean", "token_mean", "constant_length"]
 EPSILON = 1e-4
 """The number beside a standard deviation in a denominator (TRL's GRPO)."""
-
-
-def sums_of_sequences(x_T: Tensor, mask_T: Tensor, cu_seqlens_S1: Tensor) -> Tensor:
-    """X_s = sum of x_t over the tokens of sequence s with m_t; [S], differentiable."""
-    lengths_S = (cu_seqlens_S1[1:] - cu_seqlens_S1[:-1]).long()
-    # In a fixed order on every device, which index_add does not have on a GPU.
-    return torch.segment_reduce(zero_outside(x_T, mask_T), "sum", lengths=lengths_S, unsafe=True)
 
 
 def over_tokens_of_sequences(x_S: Tensor, cu_seqlens_S1: Tensor, num_tokens: int) -> Tensor:
@@ -71,19 +64,6 @@ def leave_one_out_advantages(rewards_S: Tensor, group_size: int) -> Tensor:
 def _zero_without_signal(advantages_GN: Tensor, rewards_GN: Tensor) -> Tensor:
     """Return exactly 0 where all rewards of a group are equal, so that no rounding is learnt from."""
     return advantages_GN.masked_fill((rewards_GN == rewards_GN[:, :1]).all(1, keepdim=True), 0.0)
-
-
-def rewards_to_come(rewards_T: Tensor, mask_T: Tensor, cu_seqlens_S1: Tensor) -> Tensor:
-    """G_t = sum of r_i over the actions i >= t of the same sequence; float32 [T], 0 where the mask is False.
-
-    Hu 2025 (REINFORCE++, arXiv:2501.03262), equation 8, before it is normalised over the batch.
-    """
-    rewards_T = zero_outside(rewards_T, mask_T).double()
-    before_T = rewards_T.cumsum(0) - rewards_T
-    ends_S = cu_seqlens_S1[1:].long() - 1
-    through_S = (before_T + rewards_T)[ends_S]
-    to_come_T = over_tokens_of_sequences(through_S, cu_seqlens_S1, mask_T.numel()) - before_T
-    return zero_outside(to_come_T.float(), mask_T)
 
 
 def overlong_penalty(lengths_S: Tensor, *, limit: int, buffer: int) -> Tensor:

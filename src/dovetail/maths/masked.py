@@ -84,3 +84,10 @@ def cu_actions(mask_T: Tensor, cu_seqlens_S1: Tensor) -> Tensor:
     counted_T = mask_T.long().cumsum(0)
     counted_T1 = torch.cat([counted_T.new_zeros(1), counted_T])
     return counted_T1[cu_seqlens_S1.long()]
+
+
+def sums_of_sequences(x_T: Tensor, mask_T: Tensor, cu_seqlens_S1: Tensor) -> Tensor:
+    """X_s = sum of x_t over the tokens of sequence s with m_t; [S], differentiable."""
+    lengths_S = (cu_seqlens_S1[1:] - cu_seqlens_S1[:-1]).long()
+    # In a fixed order on every device, which index_add does not have on a GPU.
+    return torch.segment_reduce(zero_outside(x_T, mask_T), "sum", lengths=lengths_S, unsafe=True)

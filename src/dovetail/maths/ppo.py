@@ -9,8 +9,8 @@ Sign of the KL: d_t = log p_policy(y_t) - log p_reference(y_t), y_t drawn from t
 estimators would speak of another divergence, or of none. Nothing is clamped or made positive: a mean of k1 that is
 negative over many tokens says that the tokens were not drawn from the policy (forced ends, top-k, a wrong temperature).
 
-Order of the rewards: clip the model's scores, replace those of cut-off answers, then spread with the penalty. Only
-scores are clipped, never the penalty: that would free the policy to move once it is far enough.
+Order of the rewards: clip the model's scores, replace those of cut-off answers, then place them on tokens with the
+penalty. Only scores are clipped, never the penalty: that would free the policy to move once it is far enough.
 
 Three policies: the generator's mu drew the tokens, pi_old is where an update begins, pi is the actor now. With one
 set of weights mu and pi_old differ by what kernels round, and by whatever else went wrong.

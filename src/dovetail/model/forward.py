@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 
 from dovetail.batches import PackedBatch, SummedLoss
 from dovetail.errors import ModelError
+from dovetail.maths.masked import sums_of_sequences
 from dovetail.model.attention import Layout, PackedLayout, has_attention_switch, use_packed_attention
 from dovetail.model.linear_logprobs import head_of, linear_cross_entropy, linear_logprobs
 from dovetail.model.plain_forward import plain_hidden_states, use_plain_attention
@@ -251,8 +252,7 @@ def token_logprobs(
 
 def sequence_logprobs(model: Any, batch: PackedBatch) -> Tensor:
     """Return [S]: for each sequence, the sum of log p(token | its sequence before it) where `mask_T` is True."""
-    logprobs_T = token_logprobs(model, batch).logprobs_T
-    return torch.stack([own_T.sum() for own_T in logprobs_T.split_with_sizes(batch.lengths)])
+    return sums_of_sequences(token_logprobs(model, batch).logprobs_T, batch.mask_T, batch.cu_seqlens_S1)
 
 
 def cross_entropy(model: Any, batch: PackedBatch) -> Tensor:

@@ -11,6 +11,7 @@ from pathlib import Path
 from dovetail.errors import ModelError
 from dovetail.text.hub_names import expect_available
 from dovetail.text.model_folder import expect_downloaded, is_adapter
+from dovetail.text.tokenizer import only_gguf_in
 
 
 def existing(path: str | Path, revision: str | None = None) -> str:
@@ -56,10 +57,4 @@ def gguf_in(name: str) -> Path | None:
         return place
     if not place.is_dir() or (place / "config.json").exists():
         return None
-    found = sorted(place.glob("*.gguf"))
-    if len(found) > 1:
-        raise ModelError(
-            f"{place} holds {len(found)} GGUF files: {', '.join(file.name for file in found)}",
-            hint=f"name the one to load, such as {found[0]}",
-        )
-    return found[0] if found else None
+    return only_gguf_in(place)

@@ -30,10 +30,10 @@ from dovetail.maths.ppo import (
 )
 from dovetail.parallel.shard import sharding_of
 from dovetail.parallel.world import ALONE, World, divided
+from dovetail.rlhf.algorithms.ppo import rewards_to_come
 from dovetail.rlhf.algorithms.protocol import Advantages, Scored, keeping
 from dovetail.rlhf.rewards import Answer, episode_stats
 from dovetail.rlhf.roles import Roles
-from dovetail.rlhf.update import rewards_to_come
 from dovetail.text.chat_format import ChatFormat
 from dovetail.training.step import step_seed
 

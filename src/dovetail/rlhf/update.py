@@ -28,9 +28,9 @@ from transformers import PreTrainedModel
 
 from dovetail.batches import Experience, PackedBatch, SummedLoss
 from dovetail.config.stages import OptimizerConfig, PpoConfig
-from dovetail.maths.masked import cu_actions
-from dovetail.maths.ppo import clipped_value_loss, gae, importance_weights, mismatch
-from dovetail.model.forward import language_model_loss, masked_index, token_logprobs
+from dovetail.maths.ppo import clipped_value_loss, importance_weights, mismatch
+from dovetail.model.forward import language_model_loss, token_logprobs
+from dovetail.rlhf.algorithms.ppo import rewards_to_come
 from dovetail.rlhf.algorithms.protocol import Algorithm
 from dovetail.rlhf.roles import Roles
 from dovetail.telemetry.log import say, warn
@@ -106,21 +106,6 @@ class CriticWarmup:
 def minibatch_count(num_answers: int, minibatches: int) -> int:
     """Return into how many steps an epoch of the warm-up is divided: no fewer than an ordinary one."""
     return min(num_answers, max(minibatches, math.ceil(num_answers / ANSWERS_PER_STEP)))
-
-
-def rewards_to_come(batch: PackedBatch, rewards_T: Tensor, *, gamma: float) -> Tensor:
-    """G_t = sum_l gamma^l r_{t+l} to the end of the answer; float32 [T], 0 where the mask is False."""
-    index_A = masked_index(batch)
-    rewards_A = rewards_T.index_select(0, index_A)
-    sums_A = gae(
-        rewards_A,
-        rewards_A.new_zeros(rewards_A.shape),
-        cu_actions(batch.mask_T, batch.cu_seqlens_S1),
-        gamma=gamma,
-        lam=1.0,
-        longest=max(batch.target_counts),
-    )
-    return sums_A.new_zeros(batch.num_tokens).index_copy(0, index_A, sums_A)
 
 
 @dataclass(slots=True, kw_only=True)

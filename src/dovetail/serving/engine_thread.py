@@ -241,9 +241,7 @@ class EngineThread:
             warn(f"a prompt could not be scored: {error}\n{traceback.format_exc()}")
             with self._changed:
                 self._under_way.remove(ticket)
-            self._deliver(
-                [(ticket, Progress(error=EngineFailed(f"the prompt could not be scored: {error}")))]
-            )
+            self._send([(ticket, Progress(error=EngineFailed(f"the prompt could not be scored: {error}")))])
             return False
         return True
 
@@ -267,7 +265,7 @@ class EngineThread:
                 self._failure = error
                 left, self._arrived, self._under_way = [*self._under_way, *self._arrived], [], []
             ready.set()
-            self._deliver([(ticket, Progress(error=_ended(error))) for ticket in left])
+            self._send([(ticket, Progress(error=_ended(error))) for ticket in left])
 
     def _answer(self) -> None:
         """Answer requests until the thread is to end or a batch fails; after a failure it can be called again."""
@@ -282,7 +280,7 @@ class EngineThread:
             with self._changed:
                 failed, self._under_way = self._under_way, []
             self._num_failures += 1
-            self._deliver([(ticket, Progress(error=reason)) for ticket in failed])
+            self._send([(ticket, Progress(error=reason)) for ticket in failed])
             if isinstance(error, torch.AcceleratorError):
                 raise  # the process has lost the device, and later results from there would be wrong
 
@@ -294,9 +292,9 @@ class EngineThread:
         self._num_failures = 0
         with self._changed:
             self._under_way = [ticket for ticket in self._under_way if not ticket.answer.finish_reason]
-        self._deliver(news)
+        self._send(news)
 
-    def _deliver(self, news: Sequence[tuple[Ticket, Progress]]) -> None:
+    def _send(self, news: Sequence[tuple[Ticket, Progress]]) -> None:
         """Send the progress of all tickets of a step in one call of `post`."""
         assert self._post is not None
 

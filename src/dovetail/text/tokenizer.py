@@ -79,10 +79,15 @@ def gguf_file(place: Path) -> Path | None:
         (place / name).exists() for name in ("tokenizer_config.json", "tokenizer.json")
     ):
         return None
-    found = sorted(place.glob("*.gguf"))
+    return only_gguf_in(place)
+
+
+def only_gguf_in(folder: Path) -> Path | None:
+    """Return the GGUF file of a folder, None if it has none; raise ModelError if it has several."""
+    found = sorted(folder.glob("*.gguf"))
     if len(found) > 1:
         raise ModelError(
-            f"{place} holds {len(found)} GGUF files: {', '.join(file.name for file in found)}",
+            f"{folder} holds {len(found)} GGUF files: {', '.join(file.name for file in found)}",
             hint=f"name the one to load, such as {found[0]}",
         )
     return found[0] if found else None

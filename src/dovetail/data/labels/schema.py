@@ -28,10 +28,6 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
 from dovetail.text.message import Message
 
-VERDICTS = ("answer", "tie", "both_bad")
-"""The verdicts: one answer is best, the answers are equally good, or all of them are bad."""
-STATES = ("open", "labelled", "skipped", "voided")
-"""The states of an assignment. Labelled ones take a place of their task, open ones do while the lease lasts."""
 _NAMES = {
     "ix": "ix_%(table_name)s_%(column_0_N_name)s",
     "uq": "uq_%(table_name)s_%(column_0_N_name)s",
@@ -140,6 +136,8 @@ class Assignment(Table):
     shown_order: Mapped[list[int]] = mapped_column(JSON)
     """The positions of the answers in the order shown."""
     state: Mapped[str] = mapped_column(String(10))
+    """open, labelled, skipped or voided. It takes a place of its task while labelled, and while open until the lease
+    ends."""
     leased_until: Mapped[float] = mapped_column(Double)
     """The end of the lease; an open assignment keeps its place until then."""
     created_at: Mapped[float] = mapped_column(Double)
@@ -159,6 +157,7 @@ class Label(Table):
     id: Mapped[int] = mapped_column(primary_key=True)
     assignment_id: Mapped[int] = mapped_column(ForeignKey("assignments.id"), index=True)
     verdict: Mapped[str] = mapped_column(String(10))
+    """answer, tie (equally good) or both_bad (all of them)."""
     chosen: Mapped[int | None]
     """The position of the better answer, if the verdict names one."""
     ratings: Mapped[list[int | None]] = mapped_column(JSON)

@@ -33,13 +33,12 @@ from dovetail.maths.groups import (
     leave_one_out_advantages,
     over_tokens_of_sequences,
     overlong_penalty,
-    rewards_to_come,
     sequence_ratio_loss,
-    sums_of_sequences,
     token_weights,
 )
-from dovetail.maths.masked import normalise, zero_outside
+from dovetail.maths.masked import normalise, sums_of_sequences, zero_outside
 from dovetail.maths.ppo import PolicyLoss, clipped_policy_loss
+from dovetail.rlhf.algorithms.ppo import rewards_to_come
 from dovetail.rlhf.algorithms.protocol import Advantages, Scored, keeping
 
 
@@ -79,7 +78,8 @@ class GroupMethod:
         if self.drop_equal_groups:
             learnt = keeping(learnt, ~is_equal_G.repeat_interleave(size))
         if self.advantages_by == "batch":
-            to_come_T = rewards_to_come(rewards_T, rollout.mask_T, rollout.cu_seqlens_S1)
+            # Hu 2025 (REINFORCE++, arXiv:2501.03262), equation 8
+            to_come_T = rewards_to_come(rollout, rewards_T, gamma=1.0)
             return Advantages(learnt=learnt, advantages_T=normalise(to_come_T, learnt.mask_T), stats=stats)
         if self.advantages_by == "leave_one_out":
             advantages_S = leave_one_out_advantages(rewards_S, size)
@@ -90,8 +90,8 @@ class GroupMethod:
             # Over answers: over tokens one long answer would decide mean and deviation.
             is_learnt_S = torch.tensor([count > 0 for count in learnt.target_counts])
             advantages_S = normalise(advantages_S, moved(is_learnt_S, advantages_S.device))
-        spread_T = over_tokens_of_sequences(advantages_S, rollout.cu_seqlens_S1, rollout.num_tokens)
-        return Advantages(learnt=learnt, advantages_T=zero_outside(spread_T, learnt.mask_T), stats=stats)
+        placed_T = over_tokens_of_sequences(advantages_S, rollout.cu_seqlens_S1, rollout.num_tokens)
+        return Advantages(learnt=learnt, advantages_T=zero_outside(placed_T, learnt.mask_T), stats=stats)
 
     def _with_overlong_penalty(self, scored: Scored, config: PpoConfig) -> Tensor:
         if not self.overlong_tokens:

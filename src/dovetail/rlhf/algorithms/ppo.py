@@ -1,13 +1,14 @@
-"""PPO: advantages from a critic, and the clipped surrogate (Schulman et al. 2017, arXiv:1707.06347, equation 7).
+"""PPO: advantages over a critic, and the clipped surrogate (Schulman et al. 2017, arXiv:1707.06347, equation 7).
 
 Responsible for: PPO as a method of the engine. Not responsible for: the critic's loss and warm-up (rlhf/update.py).
 """
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from dovetail.batches import Experience
+from dovetail.batches import Experience, PackedBatch
 from dovetail.config.stages import PpoConfig
 from dovetail.maths.masked import cu_actions, normalise
 from dovetail.maths.ppo import PolicyLoss, clipped_policy_loss, gae
@@ -30,20 +31,13 @@ class Ppo:
         """Return GAE over the actions alone, normalised over the rollout, and the critic's targets."""
         rollout, values_T = scored.learnt, scored.values_T
         assert values_T is not None
-        mask_T, index_A = rollout.mask_T, masked_index(rollout)
-        advantages_A = gae(
-            scored.rewards_T.index_select(0, index_A),
-            values_T.index_select(0, index_A),
-            cu_actions(mask_T, rollout.cu_seqlens_S1),
-            gamma=config.gamma,
-            lam=config.gae_lambda,
-            longest=max(rollout.target_counts),
+        advantages_T = gae_over_actions(
+            rollout, scored.rewards_T, values_T, gamma=config.gamma, lam=config.gae_lambda
         )
-        advantages_T = advantages_A.new_zeros(rollout.num_tokens).index_copy(0, index_A, advantages_A)
         return Advantages(
             learnt=rollout,
-            advantages_T=normalise(advantages_T, mask_T),
-            returns_T=(advantages_T + values_T).masked_fill(~mask_T, 0.0),
+            advantages_T=normalise(advantages_T, rollout.mask_T),
+            returns_T=(advantages_T + values_T).masked_fill(~rollout.mask_T, 0.0),
         )
 
     def prepared(self, minibatch: Experience, config: PpoConfig) -> Experience:
@@ -55,3 +49,27 @@ class Ppo:
         return clipped_policy_loss(
             logprobs_T, old_T, advantages_T, micro.mask_T, clip=config.ratio_clip, dual_clip=config.dual_clip
         )
+
+
+def gae_over_actions(
+    batch: PackedBatch, rewards_T: Tensor, values_T: Tensor, *, gamma: float, lam: float
+) -> Tensor:
+    """Return `gae` of the marked tokens alone; float32 [T], 0 where the mask is False."""
+    index_A = masked_index(batch)
+    advantages_A = gae(
+        rewards_T.index_select(0, index_A),
+        values_T.index_select(0, index_A),
+        cu_actions(batch.mask_T, batch.cu_seqlens_S1),
+        gamma=gamma,
+        lam=lam,
+        longest=max(batch.target_counts),
+    )
+    return advantages_A.new_zeros(batch.num_tokens).index_copy(0, index_A, advantages_A)
+
+
+def rewards_to_come(batch: PackedBatch, rewards_T: Tensor, *, gamma: float) -> Tensor:
+    """G_t = sum_l gamma^l r_{t+l} over the actions to the end of the answer; float32 [T], 0 where the mask is False.
+
+    It is the advantage over a critic that is 0 everywhere, with lambda = 1.
+    """
+    return gae_over_actions(batch, rewards_T, torch.zeros_like(rewards_T), gamma=gamma, lam=1.0)

@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 from pydantic import Field, StrictInt, StrictStr
 
 from dovetail.config.frozen import FrozenModel
+from dovetail.data.labels.statistics import Progress
 
 Id = Annotated[StrictInt, Field(ge=1, le=2**31 - 1)]
 Text = Annotated[StrictStr, Field(max_length=100_000)]
@@ -43,7 +44,7 @@ class Skip(FrozenModel):
 
 
 class NewLabel(FrozenModel):
-    """An annotator's judgement of a task; see `preferences.labels.Submission`."""
+    """An annotator's judgement of a task; see `data.labels.labels.Submission`."""
 
     assignment_id: Id
     verdict: Literal["answer", "tie", "both_bad"]
@@ -81,14 +82,6 @@ class Revoked(FrozenModel):
     links: int
 
 
-class Progress(FrozenModel):
-    """The number of labels of the annotator, of all annotators, and wanted for the existing tasks."""
-
-    own_labels: int
-    labels: int
-    wanted: int
-
-
 class Me(FrozenModel):
     """The person who is logged in, and the project."""
 
@@ -123,7 +116,7 @@ class Next(FrozenModel):
 
     task: ShownTask | None
     is_waiting: bool = False
-    """Whether answers are being sampled, so that the page should ask again."""
+    """True while answers are being sampled: the page should ask again."""
     problem: str | None = None
     """The reason why no more answers are sampled; None without a problem."""
     progress: Progress
@@ -133,53 +126,6 @@ class Kept(FrozenModel):
     """The id of a label that is stored on the disk."""
 
     label_id: int
-
-
-class Line(FrozenModel):
-    """A label in a list; see `preferences.labels.LabelLine`."""
-
-    id: int
-    task_id: int
-    annotator: str
-    prompt: str
-    verdict: str
-    chosen: str | None
-    edited: str | None
-    note: str | None
-    seconds: float
-    created_at: float
-    void: str | None
-
-
-class PairLine(FrozenModel):
-    """The agreement of two annotators; see `preferences.statistics.Pair`."""
-
-    first: str
-    second: str
-    tasks: int
-    agreement: float
-    kappa: float | None
-
-
-class SpeedLine(FrozenModel):
-    """One annotator's work; see `preferences.statistics.Speed`."""
-
-    name: str
-    is_admin: bool
-    labels: int
-    median_seconds: float | None
-    links: int
-
-
-class Overview(FrozenModel):
-    """The admin's figures; see `preferences.statistics.Statistics`."""
-
-    progress: Progress
-    verdicts: dict[str, int]
-    shared_tasks: int
-    fleiss: float | None
-    pairs: tuple[PairLine, ...]
-    speeds: tuple[SpeedLine, ...]
 
 
 class Done(FrozenModel):

@@ -6,7 +6,6 @@ Responsible for: routes. Not responsible for: permissions (access.py), bodies (p
     app.include_router(labelling_router(store, project_id))        # pages under /label/
 """
 
-import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -122,7 +121,7 @@ def _add_login(router: APIRouter, access: Access, store: Store, project_id: int)
             write_token=write_token(shown_secret(request) or ""),
             project=project.name,
             guidelines=project.guidelines,
-            progress=_progress(store, project_id, person),
+            progress=statistics.progress(store, project_id, person.id),
         )
 
 
@@ -139,7 +138,7 @@ def _add_work(
             task=None if found is None else _shown(found, store),
             is_waiting=found is None and state.is_sampling,
             problem=state.problem,
-            progress=_progress(store, project_id, person),
+            progress=statistics.progress(store, project_id, person.id),
         )
 
     @router.post("/api/labels", status_code=201)
@@ -155,16 +154,19 @@ def _add_work(
     @router.post("/api/undo")
     def undo(person: Writer) -> protocol.Next:
         again = labels.undo(store, project_id, person.id)
-        return protocol.Next(task=_shown(again, store), progress=_progress(store, project_id, person))
+        progress = statistics.progress(store, project_id, person.id)
+        return protocol.Next(task=_shown(again, store), progress=progress)
 
 
 def _add_lists(router: APIRouter, access: Access, store: Store, project_id: int) -> None:
     @router.get("/api/labels")
-    def own(person: Annotated[Person, Depends(access.reader)], before: Before = None) -> list[protocol.Line]:
+    def own(
+        person: Annotated[Person, Depends(access.reader)], before: Before = None
+    ) -> list[labels.LabelLine]:
         return _lines(store, project_id, before, annotator_id=person.id)
 
     @router.get("/api/admin/labels", dependencies=[Depends(access.admin)])
-    def everybodys(before: Before = None) -> list[protocol.Line]:
+    def everybodys(before: Before = None) -> list[labels.LabelLine]:
         return _lines(store, project_id, before)
 
     @router.get("/api/admin/export", dependencies=[Depends(access.admin)], response_class=StreamingResponse)
@@ -182,10 +184,8 @@ def _add_administration(router: APIRouter, access: Access, store: Store, project
     Writer = Annotated[Person, Depends(access.writing_admin)]
 
     @router.get("/api/admin/overview")
-    def overview(person: Annotated[Person, Depends(access.admin)]) -> protocol.Overview:
-        return protocol.Overview.model_validate(
-            dataclasses.asdict(statistics.statistics(store, project_id, person.id))
-        )
+    def overview(person: Annotated[Person, Depends(access.admin)]) -> statistics.Statistics:
+        return statistics.statistics(store, project_id, person.id)
 
     @router.post("/api/admin/labels/{label_id}/void")
     def void(label_id: LabelId, body: protocol.Reason, person: Writer) -> protocol.Done:
@@ -206,10 +206,6 @@ def _add_administration(router: APIRouter, access: Access, store: Store, project
         return protocol.Revoked(links=revoke(store, body.name))
 
 
-def _progress(store: Store, project_id: int, person: Person) -> protocol.Progress:
-    return protocol.Progress(**dataclasses.asdict(statistics.progress(store, project_id, person.id)))
-
-
 def _shown(found: queue.Assigned, store: Store) -> protocol.ShownTask:
     return protocol.ShownTask(
         assignment_id=found.id,
@@ -221,9 +217,8 @@ def _shown(found: queue.Assigned, store: Store) -> protocol.ShownTask:
 
 def _lines(
     store: Store, project_id: int, before: int | None, annotator_id: int | None = None
-) -> list[protocol.Line]:
-    found = labels.list_labels(store, project_id, annotator_id=annotator_id, limit=_MOST_LINES, before=before)
-    return [protocol.Line(**dataclasses.asdict(line)) for line in found]
+) -> list[labels.LabelLine]:
+    return labels.list_labels(store, project_id, annotator_id=annotator_id, limit=_MOST_LINES, before=before)
 
 
 def _json_lines(store: Store, project: str) -> Iterator[str]:
