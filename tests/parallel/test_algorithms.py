@@ -5,11 +5,10 @@ from typing import Any
 
 import pytest
 
-from dovetail.config.run import RunConfig
 from dovetail.stages import pipeline
 from tests.parallel.group import run_all
 from tests.parallel.test_training import at_stage, expect_same_numbers, metrics_of
-from tests.stages.test_algorithms import run_of
+from tests.stages.test_algorithms import refilling_run, run_of
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "zero-0": ("gspo", {}),
@@ -25,16 +24,17 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
     """Case -> (the run of two processes, that of one)."""
     folder = tmp_path_factory.mktemp("algorithms")
-    together: list[RunConfig] = []
+    pipeline.run(refilling_run(folder, name="zero-2-alone"))
+    together = [at_stage(refilling_run(folder, name="zero-2", micro_batch_tokens=100), 2)]
     for name, (algorithm, ppo) in CASES.items():
         pipeline.run(run_of(folder, algorithm, name=f"{name}-alone", **ppo))
         config = run_of(folder, algorithm, name=name, micro_batch_tokens=100, **ppo)
         together.append(at_stage(config, int(name[5])))
     run_all([(config, None) for config in together], size=2)
-    return {name: (folder / name, folder / f"{name}-alone") for name in CASES}
+    return {name: (folder / name, folder / f"{name}-alone") for name in (*CASES, "zero-2")}
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, "zero-2"])
 def test_two_processes_equal_one(runs: dict[str, tuple[Path, Path]], case: str) -> None:
     expect_same_numbers(*runs[case], ["ppo/model"])
 

@@ -31,6 +31,17 @@ def run_of(folder: Path, algorithm: str, *, name: str = "run", **ppo: Any) -> Ru
     return tiny_run(folder, algorithm=algorithm, policy=policy, output_dir=str(folder / name), ppo=settings)
 
 
+COARSE = "def score(answers):\n    return [float(sum(a.answer_ids) % 4 == 0) for a in answers]\n"
+"""A reward that is often the same for two answers."""
+
+
+def refilling_run(folder: Path, *, name: str = "run", **ppo: Any) -> RunConfig:
+    """A run that asks further prompts, of some rollouts more than of others."""
+    (folder / "coarse.py").write_text(COARSE)
+    settings = {"batch_size": 6, "reward_function": f"{folder}/coarse.py:score", **ppo}
+    return run_of(folder, "dapo", name=name, **settings)
+
+
 def model_of(config: RunConfig) -> bytes:
     return (Path(config.output_dir) / "ppo/model/model.safetensors").read_bytes()
 
@@ -42,6 +53,17 @@ def test_a_stopped_run_ends_with_the_same_bytes(algorithm: str, tmp_path: Path) 
     pipeline.run(undisturbed)
     run_to(("ppo", 1), stopped)
     pipeline.run(stopped)
+    assert model_of(stopped) == model_of(undisturbed)
+
+
+def test_a_run_that_asks_further_prompts_resumes_with_the_next(tmp_path: Path) -> None:
+    undisturbed, stopped = refilling_run(tmp_path), refilling_run(tmp_path, name="stopped")
+    pipeline.run(undisturbed)
+    run_to(("ppo", 2), stopped)
+    pipeline.run(stopped)
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    asked = [row["ppo/prompts_asked"] for row in rows if "ppo/prompts_asked" in row]
+    assert len(set(asked[:2])) == 2, "no round of the first two rollouts was refilled, or all alike"
     assert model_of(stopped) == model_of(undisturbed)
 
 

@@ -20,13 +20,20 @@ _GRPO: dict[str, Any] = {
     "aggregation": "sequence_mean",
     "kl": "k3",
     "drop_equal_groups": False,
+    "refill_rounds": 0,
     "overlong_tokens": 0,
 }
 METHODS: dict[str, dict[str, Any]] = {
     "grpo": _GRPO,
     "dr_grpo": _GRPO | {"advantages": "group_mean", "aggregation": "constant_length", "kl": "none"},
     "dapo": _GRPO
-    | {"clip": (0.2, 0.28), "aggregation": "token_mean", "kl": "none", "drop_equal_groups": True},
+    | {
+        "clip": (0.2, 0.28),
+        "aggregation": "token_mean",
+        "kl": "none",
+        "drop_equal_groups": True,
+        "refill_rounds": 9,
+    },
     "gspo": _GRPO | {"ratio": "sequence", "clip": (3e-4, 4e-4), "kl": "none"},
     "cispo": _GRPO | {"ratio": "weight", "clip": (1.0, 4.0), "aggregation": "token_mean", "kl": "none"},
     "rloo": _GRPO
@@ -49,7 +56,7 @@ class PolicyConfig(FrozenModel):
     """The settings of a method without a critic; null = the default of `algorithm` (docs/algorithms.md)."""
 
     advanced: ClassVar[frozenset[str]] = frozenset(
-        {"clip", "aggregation", "kl", "drop_equal_groups", "overlong_tokens"}
+        {"clip", "aggregation", "kl", "drop_equal_groups", "refill_rounds", "overlong_tokens"}
     )
 
     answers_per_prompt: PositiveInt | None = None
@@ -63,6 +70,9 @@ class PolicyConfig(FrozenModel):
     (k1), or in the loss by one of two estimators."""
     drop_equal_groups: bool | None = None
     """Leave out the prompts whose answers all have the same reward."""
+    refill_rounds: NonNegativeInt | None = None
+    """The most times that a rollout asks further prompts in the place of those that are left out. After that it goes on
+    with fewer, and `ppo/unfilled_fraction` says how many are missing. DAPO asks ten times in all, as verl's recipe."""
     overlong_tokens: NonNegativeInt | None = None
     """The penalty of long answers rises from 0 to 1 over the last so many tokens before
     `ppo.sampling.max_new_tokens`; 0 = no penalty. The DAPO paper takes a fifth of the limit; set

@@ -9,6 +9,7 @@ Shapes: T packed tokens, S sequences.
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -25,6 +26,7 @@ from dovetail.rlhf.algorithms.ppo import Ppo
 from dovetail.rlhf.algorithms.protocol import Algorithm
 from dovetail.rlhf.build import Setup, make_learners, make_roles, name_of
 from dovetail.rlhf.environments import EnvironmentSource
+from dovetail.rlhf.refill import collect_full
 from dovetail.rlhf.rewards import Answer, RewardFunction
 from dovetail.rlhf.rollout import Collected, collect, pack_rollout, sample_answers
 from dovetail.rlhf.update import UpdateReport, rate_at, update
@@ -222,16 +224,22 @@ class PPOTrainer:
         self.kl_coefficient = engine.roles.algorithm.kl_weight(self.config)
         self._needs_old_logprobs = self.config.needs_old_logprobs()
 
-    def generate_experience(self, prompts: Sequence[Conversation]) -> Collected:
+    def generate_experience(
+        self, prompts: Sequence[Conversation], *, more: Callable[[int], Sequence[Conversation]] | None = None
+    ) -> Collected:
         """Sample the answers to each prompt and score them: everything `train_rlhf` needs.
 
+        more: gives so many further prompts, for methods that ask them in the place of prompts that teach nothing.
         The first call compares generation and training with the plain forward (`RLHFEngine.check_parity`).
         """
         self.engine.check_parity(prompts)
         # While the critic may be learning alone, nothing but a scoring of its own measures the actor.
         warms_up = not self.engine.learners.warmup.is_over
+        how: Callable[..., Collected] = collect
+        if more is not None and self.engine.roles.algorithm.refill_rounds:
+            how = partial(collect_full, more=lambda count: [prompt_of(prompt) for prompt in more(count)])
         with self.engine.learners.offloaded():
-            collected = collect(
+            collected = how(
                 [prompt_of(prompt) for prompt in prompts],
                 self.engine.roles,
                 self.config,

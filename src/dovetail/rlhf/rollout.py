@@ -33,6 +33,7 @@ from dovetail.parallel.world import ALONE, World, divided
 from dovetail.rlhf.algorithms.ppo import rewards_to_come
 from dovetail.rlhf.algorithms.protocol import Advantages, Scored, keeping
 from dovetail.rlhf.rewards import Answer, episode_stats
+from dovetail.rlhf.rewards import Scored as AnswerScores
 from dovetail.rlhf.roles import Roles
 from dovetail.text.chat_format import ChatFormat
 from dovetail.training.step import step_seed
@@ -46,6 +47,8 @@ class Collected:
     experience: Experience
     kl_nats_per_answer: float
     stats: dict[str, float]
+    sampled_scores_S: Tensor
+    """The scores of all answers that were sampled, prompt after prompt; with refills more than in the experience."""
 
 
 def collect(
@@ -82,6 +85,7 @@ def score_answers(
     kl_coefficient: float,
     with_old_logprobs: bool,
     shifts_values: bool = False,
+    answer_scores: AnswerScores | None = None,
 ) -> Collected:
     """Score the answers with actor, reference, critic and reward, and make them experience to learn from.
 
@@ -91,6 +95,7 @@ def score_answers(
     whatever the generator's kernels round.
     shifts_values: the critic's values are shifted, from here on, so that their mean over these actions is that of the
     rewards to come.
+    answer_scores: those of the answers, where the reward was asked before.
     """
     packed = pack_rollout(answers)
     roles.expect_readable(packed)
@@ -100,7 +105,7 @@ def score_answers(
     reference_T = roles.reference_logprobs(rollout, temperature=temperature)
     algorithm = roles.algorithm
     values_T = roles.values(rollout) if algorithm.needs_critic else None
-    answer_scores = roles.score(answers)
+    answer_scores = answer_scores or roles.score(answers)
     scores_S = moved(answer_scores.scores_S, roles.device)
     old_T = actor.logprobs_T if actor else None
     penalised_T = rollout.sampled_logprobs_T if old_T is None else old_T
@@ -129,7 +134,7 @@ def score_answers(
     stats |= answer_scores.stats
     stats |= advantages.stats
     stats |= episode_stats(answers)
-    return Collected(answers, experience, stats["ppo/kl_nats_per_answer"], stats)
+    return Collected(answers, experience, stats["ppo/kl_nats_per_answer"], stats, scores_S)
 
 
 def sample_answers(

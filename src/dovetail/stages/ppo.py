@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 
 from dovetail.batches import PackedBatch
 from dovetail.config.stages import PpoConfig
-from dovetail.data.loader import BatchOrder
 from dovetail.data.records import Prompt
 from dovetail.errors import TrainingStopped
 from dovetail.parallel.shard import sharding_of
@@ -26,6 +25,7 @@ from dovetail.runs.run_folder import RunFolder
 from dovetail.stages.context import Context, StageReport, resume
 from dovetail.stages.guard import Best, Guard
 from dovetail.stages.models import actor_start, rlhf_engine
+from dovetail.stages.prompt_queue import PromptQueue
 from dovetail.stages.rescue import saved_on_error
 from dovetail.stages.rows import plain_text, prompts_of
 from dovetail.stages.same_data import SameData
@@ -45,7 +45,7 @@ def run(context: Context, judge: Judge | None = None) -> StageReport:
     model, chat = actor_start(context)
     prompts, held_out = prompts_of(context, chat, "train"), prompts_of(context, chat, "held_out")
     algorithm = algorithm_named(context.config.algorithm, context.config.policy, config)
-    order = BatchOrder(len(prompts), config.batch_size // algorithm.answers_per_prompt, context.config.seed)
+    queue = PromptQueue(prompts, seed=context.config.seed)
     iterations = rollouts_of(config, len(prompts), algorithm.answers_per_prompt)
     total_steps = iterations * config.ppo_epochs * config.minibatches
     engine = rlhf_engine(model, chat, context, algorithm, total_steps=total_steps)
@@ -58,7 +58,7 @@ def run(context: Context, judge: Judge | None = None) -> StageReport:
         texts.fingerprint,
     )
     data = SameData(folder.path / "ppo", chat, *read)
-    parts: dict[str, Any] = {"data": data, "trainer": trainer, "guard": guard, "best": best}
+    parts: dict[str, Any] = {"data": data, "queue": queue, "trainer": trainer, "guard": guard, "best": best}
     state, load = partial(state_of, parts), partial(load_into, parts)
 
     def judged(step: int) -> dict[str, float]:
@@ -79,8 +79,10 @@ def run(context: Context, judge: Judge | None = None) -> StageReport:
         for iteration in range(start, iterations):
             watch, done = Stopwatch(), iteration + 1
             with watch.phase("collect"):
-                collected = trainer.generate_experience([prompts[i] for i in order.batch(iteration)])
+                asked = queue.take(config.batch_size // algorithm.answers_per_prompt)
+                collected = trainer.generate_experience(asked, more=queue.take)
             place.done = None
+            queue.settle()
             with watch.phase("update"):
                 report = trainer.update(collected, next_texts=texts.next)
             place.done = done

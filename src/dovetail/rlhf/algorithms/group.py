@@ -55,6 +55,7 @@ class GroupMethod:
     kl: Literal["none", "reward", "k2", "k3"]
     drop_equal_groups: bool
     overlong_tokens: int
+    refill_rounds: int = 0
 
     @property
     def needs_critic(self) -> bool:

@@ -18,6 +18,7 @@ _MEMBERS = (
     "answers_per_prompt",
     "needs_critic",
     "kl_in_reward",
+    "refill_rounds",
     "kl_weight",
     "advantages",
     "prepared",

@@ -23,6 +23,7 @@ class Ppo:
     answers_per_prompt: int = 1
     needs_critic: bool = True
     kl_in_reward: bool = True
+    refill_rounds: int = 0
 
     def kl_weight(self, config: PpoConfig) -> float:
         return config.kl_coefficient

@@ -65,6 +65,11 @@ class Algorithm(Protocol):
         """Return whether the KL penalty is part of the reward."""
         ...
 
+    @property
+    def refill_rounds(self) -> int:
+        """Return how often a rollout may ask further prompts for those whose answers are all left out; 0 = never."""
+        ...
+
     def kl_weight(self, config: PpoConfig) -> float:
         """Return the weight of the KL to the reference, in the reward or in the loss; 0 = it has none."""
         ...
