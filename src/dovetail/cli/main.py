@@ -14,7 +14,20 @@ from typing import Annotated
 import typer
 
 import dovetail
-from dovetail.cli import chat, data, demo, doctor, explain, export, generate, label, plan, serve, train
+from dovetail.cli import (
+    chat,
+    data,
+    demo,
+    doctor,
+    evaluate,
+    explain,
+    export,
+    generate,
+    label,
+    plan,
+    serve,
+    train,
+)
 from dovetail.cli.flag_lists import repeat_flags
 from dovetail.errors import DovetailError
 
@@ -55,6 +68,7 @@ app.command("demo", rich_help_panel=TRAINING)(demo.demo)
 app.command("chat", rich_help_panel=RESULTS)(chat.chat)
 app.add_typer(label.app, name="label", rich_help_panel=RESULTS)
 app.command("generate", rich_help_panel=RESULTS)(generate.generate)
+app.command("eval", rich_help_panel=RESULTS)(evaluate.evaluate)
 app.command("serve", rich_help_panel=RESULTS)(serve.serve)
 app.command("api-key", rich_help_panel=RESULTS)(serve.api_key)
 app.command("export", rich_help_panel=RESULTS)(export.export)

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dovetail.batches import PackedBatch, RankedBatch
+from dovetail.batches import PackedBatch, RankedBatch, Rollout
+from dovetail.maths.evaluation import brier_score, calibration_error, distinct_ngrams
 from dovetail.maths.masked import masked_mean
 from dovetail.maths.ranking import ranking_loss, won_pairs
-from dovetail.model.forward import last_scores, sequence_logprobs, token_logprobs
+from dovetail.model.forward import LogProbs, last_scores, sequence_logprobs, token_logprobs
 from dovetail.parallel.shard import sharding_of
 from dovetail.parallel.world import parts_of
 from dovetail.rlhf.api import Conversation, RLHFEngine
@@ -56,24 +57,49 @@ def evaluate_answers(
     answers = engine.generate(prompts, seed=EVALUATION_SEED)
     batch, config, roles = engine.pack(answers), engine.config, engine.roles
     actor = roles.actor_logprobs(batch, temperature=config.sampling.temperature)
-    assert actor.entropy_T is not None
-    gap_T = (actor.logprobs_T - engine.reference_logprobs(batch)).masked_fill(~batch.mask_T, 0.0)
     scores_S = engine.rewards(answers).float()
     shaped_S = shape_scores(scores_S, batch.finished_S, config, score_clip=roles.score_clip)
-    kl = float(gap_T.sum()) / len(answers)
+    figures = answer_figures(answers, batch, actor, engine.reference_logprobs(batch))
+    kl = figures["kl_nats_per_answer"]
     stats = {
         "ppo/held_out_objective": float(shaped_S.mean()) - roles.algorithm.kl_weight(config) * kl,
         "ppo/held_out_reward": float(scores_S.mean()),
-        "ppo/held_out_reward_stderr": float(scores_S.std(unbiased=False)) / len(answers) ** 0.5,
-        "ppo/held_out_kl_nats_per_answer": kl,
-        "ppo/held_out_entropy_nats_per_token": float(masked_mean(actor.entropy_T, batch.mask_T)),
-        "ppo/held_out_distinct_fraction": len({answer.text for answer in answers}) / len(answers),
-        "ppo/held_out_answer_tokens": batch.num_targets / len(answers),
-        "ppo/held_out_cut_off_fraction": 1.0 - float(batch.finished_S.float().mean()),
-    }
+        "ppo/held_out_reward_stderr": standard_error(scores_S),
+    } | {f"ppo/held_out_{name}": value for name, value in figures.items()}
     if judge is not None:
         stats |= {f"ppo/{name}": value for name, value in judge(answers).items()}
     return Judged(answers, scores_S.tolist(), stats)
+
+
+def answer_figures(
+    answers: Sequence[Answer], batch: Rollout, policy: LogProbs, reference_T: Tensor | None
+) -> dict[str, float]:
+    """Return the figures of sampled answers that need no judge, the KL to a reference among them if there is one.
+
+    The KL is the mean over answers of sum_t log p(t) - log p_reference(t), which has the expectation
+    KL(policy || reference) of whole answers.
+    """
+    assert policy.entropy_T is not None
+    figures: dict[str, float] = {}
+    if reference_T is not None:
+        gap_T = (policy.logprobs_T - reference_T).masked_fill(~batch.mask_T, 0.0)
+        gap_S = torch.stack([own_T.sum() for own_T in gap_T.split_with_sizes(batch.lengths)])
+        figures["kl_nats_per_answer"] = float(gap_S.mean())
+        figures["kl_nats_per_answer_stderr"] = standard_error(gap_S)
+    ids = [answer.answer_ids for answer in answers]
+    return figures | {
+        "entropy_nats_per_token": float(masked_mean(policy.entropy_T, batch.mask_T)),
+        "distinct_fraction": len({answer.text for answer in answers}) / len(answers),
+        "distinct_1": distinct_ngrams(ids, 1),
+        "distinct_2": distinct_ngrams(ids, 2),
+        "answer_tokens": batch.num_targets / len(answers),
+        "cut_off_fraction": 1.0 - float(batch.finished_S.float().mean()),
+    }
+
+
+def standard_error(values_S: Tensor) -> float:
+    """Return the standard error of the mean."""
+    return float(values_S.std(unbiased=False)) / math.sqrt(len(values_S))
 
 
 @torch.no_grad()
@@ -107,34 +133,57 @@ def held_out_text_loss(roles: Roles, batch: PackedBatch | None, max_tokens: int)
 def reward_accuracy(
     model: PreTrainedModel, batch: RankedBatch | None, max_tokens: int, device: torch.device
 ) -> dict[str, float]:
-    """Accuracy (ties count half), ranking loss, mean and spread of the scores, their correlation with the length of
-    answers to the same prompt."""
+    """Accuracy (ties count half), ranking loss, mean and spread of the scores, calibration of sigmoid(difference), and
+    what length explains: the correlation with it among answers to one prompt, and the accuracy on pairs whose chosen
+    answer is the longer or the shorter one."""
     if batch is None:
         return {}
     scores_S = scores_of(model, batch, max_tokens, device)
     chosen_P, rejected_P = scores_S[batch.chosen_P], scores_S[batch.rejected_P]
     weight_P = batch.weight_P
-    right = (won_pairs(chosen_P, rejected_P) * weight_P).sum() / weight_P.sum()
+    right_P = won_pairs(chosen_P, rejected_P) * weight_P
+    by_prompt_G = torch.zeros(len(batch.group_sizes)).index_add_(0, _groups(batch)[batch.chosen_P], right_P)
     loss = ranking_loss(chosen_P, rejected_P, batch.margin_P, weight_P) / weight_P.sum()
     lengths_S = torch.tensor(batch.lengths, dtype=torch.float32)
     apart_2S = torch.stack([_within_groups(scores_S, batch), _within_groups(lengths_S, batch)])
-    longer = (lengths_S[batch.chosen_P] > lengths_S[batch.rejected_P]).float().mean()
+    longer_P = lengths_S[batch.chosen_P] - lengths_S[batch.rejected_P]
+    won_P = (chosen_P - rejected_P).double().sigmoid()
     return {
-        "accuracy": float(right),
+        "accuracy": float(right_P.sum() / weight_P.sum()),
+        "accuracy_stderr": standard_error(by_prompt_G[torch.tensor(batch.is_ranked)]),
         "held_out_loss": float(loss),
         "score_mean": float(scores_S.mean()),
         "score_std": float(scores_S.std(unbiased=False)),
         "score_length_correlation": float(torch.corrcoef(apart_2S)[0, 1].nan_to_num()),
-        "longer_is_chosen": float(longer),
+        "longer_is_chosen": float((longer_P > 0).float().mean()),
+        "brier_score": float(brier_score(won_P, weight_P)),
+        "calibration_error": float(calibration_error(won_P, weight_P)),
+    } | _accuracy_by_length(right_P, weight_P, longer_P)
+
+
+def _accuracy_by_length(right_P: Tensor, weight_P: Tensor, longer_P: Tensor) -> dict[str, float]:
+    """Return the accuracy on pairs whose chosen answer is longer, and on those where it is shorter, if there are any.
+
+    longer_P: by how many tokens the chosen answer is longer.
+    """
+    parts = {"accuracy_longer_chosen": longer_P > 0, "accuracy_shorter_chosen": longer_P < 0}
+    return {
+        name: float(right_P[kept_P].sum() / weight_P[kept_P].sum())
+        for name, kept_P in parts.items()
+        if kept_P.any()
     }
 
 
 def _within_groups(values_S: Tensor, batch: RankedBatch) -> Tensor:
     """Subtract from each answer the mean of the answers to its prompt, so that the prompt's length does not count."""
-    sizes_G = torch.tensor(batch.group_sizes)
-    group_S = torch.arange(len(sizes_G)).repeat_interleave(sizes_G)
+    sizes_G, group_S = torch.tensor(batch.group_sizes), _groups(batch)
     sums_G = torch.zeros(len(sizes_G)).index_add_(0, group_S, values_S)
     return values_S - (sums_G / sizes_G)[group_S]
+
+
+def _groups(batch: RankedBatch) -> Tensor:
+    """Return the index of each answer's prompt, int64 [S]."""
+    return torch.arange(len(batch.group_sizes)).repeat_interleave(torch.tensor(batch.group_sizes))
 
 
 def scores_of(model: PreTrainedModel, batch: RankedBatch, max_tokens: int, device: torch.device) -> Tensor:

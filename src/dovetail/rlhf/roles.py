@@ -70,25 +70,21 @@ class Roles:
 
     def actor_logprobs(self, batch: PackedBatch, *, temperature: float) -> LogProbs:
         """float32 [T] log-probabilities and entropies of the marked tokens under the actor as it is now."""
-
-        def forward(part: PackedBatch) -> tuple[Tensor, Tensor]:
-            found = token_logprobs(self.actor, part, temperature=temperature, with_entropy=True)
-            assert found.entropy_T is not None
-            return found.logprobs_T, found.entropy_T
-
-        logprobs_T, entropy_T = self._over_tokens(self.actor, batch, forward)
-        return LogProbs(logprobs_T=logprobs_T, entropy_T=entropy_T)
+        return policy_logprobs(self.actor, batch, self.budget, temperature=temperature)
 
     def reference_logprobs(self, batch: PackedBatch, *, temperature: float) -> Tensor:
         """float32 [T] log-probabilities of the marked tokens under the reference."""
         with self._reference() as model:
-            return self._over_tokens(
-                model, batch, lambda part: (token_logprobs(model, part, temperature=temperature).logprobs_T,)
+            return _in_parts(
+                model,
+                batch,
+                lambda part: (token_logprobs(model, part, temperature=temperature).logprobs_T,),
+                self.budget,
             )[0]
 
     def values(self, batch: PackedBatch) -> Tensor:
         """float32 [T] critic's value of the state in which each token was chosen."""
-        return self._over_tokens(self.held_critic, batch, lambda part: (self.values_of(part),))[0]
+        return _in_parts(self.held_critic, batch, lambda part: (self.values_of(part),), self.budget)[0]
 
     def values_of(self, micro: PackedBatch) -> Tensor:
         """Return the same for one micro-batch, differentiable."""
@@ -135,17 +131,36 @@ class Roles:
         with nullcontext() if frozen is not None else adapter_disabled(self.actor):
             yield frozen if frozen is not None else self.actor
 
-    @torch.no_grad()
-    def _over_tokens(
-        self, model: PreTrainedModel, batch: PackedBatch, forward: Callable[[PackedBatch], Sequence[Tensor]]
-    ) -> list[Tensor]:
-        columns = retry_on_out_of_memory(
-            lambda: over_tokens(batch, forward, self.budget.tokens, sharding_of(model).world),
-            self.budget,
-            unit_tokens=lambda: batch.lengths,
-        )
-        sharding_of(model).reshard()
-        return columns
+
+def policy_logprobs(
+    model: PreTrainedModel, batch: PackedBatch, budget: TokenBudget, *, temperature: float
+) -> LogProbs:
+    """float32 [T] log-probabilities and entropies of the marked tokens, without gradient, in parts that fit."""
+
+    def forward(part: PackedBatch) -> tuple[Tensor, Tensor]:
+        found = token_logprobs(model, part, temperature=temperature, with_entropy=True)
+        assert found.entropy_T is not None
+        return found.logprobs_T, found.entropy_T
+
+    logprobs_T, entropy_T = _in_parts(model, batch, forward, budget)
+    return LogProbs(logprobs_T=logprobs_T, entropy_T=entropy_T)
+
+
+@torch.no_grad()
+def _in_parts(
+    model: PreTrainedModel,
+    batch: PackedBatch,
+    forward: Callable[[PackedBatch], Sequence[Tensor]],
+    budget: TokenBudget,
+) -> list[Tensor]:
+    """Run `forward` as `over_tokens` does, in smaller parts where the device has no room."""
+    columns = retry_on_out_of_memory(
+        lambda: over_tokens(batch, forward, budget.tokens, sharding_of(model).world),
+        budget,
+        unit_tokens=lambda: batch.lengths,
+    )
+    sharding_of(model).reshard()
+    return columns
 
 
 def over_tokens(

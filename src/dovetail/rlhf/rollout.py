@@ -183,7 +183,9 @@ def complete(
 
     def generated(mine: list[int]) -> list[Completion]:
         with engine.generating() as generate:
-            return generate([prompt_ids[i] for i in mine], how, seeds=[seeds[i] for i in mine])
+            return generate(
+                [prompt_ids[i] for i in mine], how, seeds=[seeds[i] for i in mine], decode_text=chat.decode
+            )
 
     sizes = [len(ids) + how.max_new_tokens for ids in prompt_ids]
     completions = divided(sizes, generated, world, engine.group)
