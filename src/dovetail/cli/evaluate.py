@@ -109,12 +109,13 @@ def show(results: "Sequence[Result]") -> None:
     from rich.table import Table
 
     for result in results:
-        table = Table(title=f"{result.task}, {result.num_rows} rows", title_justify="left")
+        table = Table()
         head, *rows = cells(result.figures)
         for number, column in enumerate(head):
             table.add_column(column, justify="right" if number else "left")
         for row in rows:
             table.add_row(*row)
+        typer.echo(f"{result.task}, {result.num_rows} rows")
         Console().print(table)
 
 

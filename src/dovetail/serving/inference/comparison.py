@@ -112,18 +112,14 @@ def compare(
     limit: the most rows of a task.
     """
     where = resolve_device(device)
+    found = _Found(_tasks(tasks, models, drawing, limit), judge)
     reward_models = {name: _reward_model(place, where) for name, place in models.rewards.items()}
     first: Subject | None = None
-    found: _Found | None = None
     for name, place in models.chat.items():
-        subject = _subject(place, device)
-        if first is None or found is None:
-            first = subject
-            found = _Found(_tasks(tasks, models, subject.chat, drawing, limit), judge)
         say(f"{name}: {place}")
+        subject = _subject(place, device)
+        first = first or subject
         found.measure(name, subject, first, reward_models, drawing)
-    if found is None:
-        found = _Found(_tasks(tasks, models, None, drawing, limit), judge)
     for name, reward_model in reward_models.items():
         found.measure_reward_model(name, reward_model)
     return found.results()
@@ -228,36 +224,37 @@ def _reward_model(place: str, device: torch.device) -> RewardModel:
     return RewardModel(model=model, chat=chat, device=device, budget=TokenBudget(_FORWARD_TOKENS))
 
 
-def _tasks(
-    names: Sequence[TaskName], models: Contestants, chat: ChatFormat | None, drawing: Drawing, limit: int
-) -> _Tasks:
+def _tasks(names: Sequence[TaskName], models: Contestants, drawing: Drawing, limit: int) -> _Tasks:
     """Load the tasks; without names, the rows that the run holds out."""
-    if names:
-        tasks = _Tasks()
-        for name in names:
-            if name.kind == "prompts":
-                tasks.prompts.append((str(name), rows_of_source(name.source, "ppo", limit)))
-            elif name.kind == "pairs":
-                tasks.pairs.append(load_pairs(name, limit=limit))
-            else:
-                tasks.language.append(load_task(name, drawing, limit=limit))
-        return tasks
-    if models.run is None:
+    if not names and models.run is not None:
+        return _held_out(models.run, models.chat, limit)
+    if not names:
         raise ConfigError(
             "there is nothing to compare on: no --task is given, and no path is a run with rows of its own",
             hint="add --task prompts.jsonl, or give a run folder",
         )
-    return _held_out(models.run, chat, limit)
+    tasks = _Tasks()
+    for name in names:
+        if name.kind == "prompts":
+            tasks.prompts.append((str(name), rows_of_source(name.source, "ppo", limit)))
+        elif name.kind == "pairs":
+            tasks.pairs.append(load_pairs(name, limit=limit))
+        else:
+            tasks.language.append(load_task(name, drawing, limit=limit))
+    return tasks
 
 
-def _held_out(run: RunConfig, chat: ChatFormat | None, limit: int) -> _Tasks:
-    """Return what a run holds out, as its stages see it: prompts, plain text and comparisons."""
+def _held_out(run: RunConfig, chat_models: Mapping[str, str], limit: int) -> _Tasks:
+    """Return what a run holds out, as its stages see it: prompts, plain text and comparisons.
+
+    Prompts are those that fit by the tokens of the first model.
+    """
     data = run.data_of_stages().model_copy(update={"max_eval_rows": limit})
     tasks = _Tasks()
-    if chat is not None:
-        rows = load_stage(data, "ppo", "held_out")
-        if len(rows):
-            tasks.prompts.append(("held-out prompts", list(fitting_prompts(rows, chat, data))))
+    for first in list(chat_models.values())[:1]:
+        if prompts := load_stage(data, "ppo", "held_out"):
+            chat = ChatFormat(load_tokenizer(first))
+            tasks.prompts.append(("held-out prompts", list(fitting_prompts(prompts, chat, data))))
         if data.pretraining and (texts := load_stage(data, "text", "held_out")):
             tasks.language.append(Texts("held-out text", [row.text for row in texts]))
     if comparisons := load_stage(data, "reward", "held_out"):
