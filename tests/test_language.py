@@ -11,25 +11,20 @@ FRAGMENTS = {
     *("As", "At", "Between", "By", "For", "From", "How", "In", "Of", "On", "To", "What", "When", "Where"),
     *("Which", "Who", "Whoever", "Whose", "With", "Within", "Nobody", "Somebody", "Everybody", "Whether"),
 }
-"""First words of sentences without a subject. A class, a module or a predicate may not begin with one either, but a
-boolean field or property may begin with Whether."""
+"""First words of sentences without a subject. A boolean field says "True if ...", a function "Return whether ..."."""
 
 
 def files() -> list[Path]:
     return sorted(SOURCE.rglob("*.py"))
 
 
-def docstrings(tree: ast.Module) -> Iterator[tuple[int, str, bool]]:
-    """Yield (line, text, whether it may begin with Whether) of all docstrings, those of fields included."""
+def docstrings(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Yield (line, text) of all docstrings, those of fields included."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             text = ast.get_docstring(node)
-            is_property = any(
-                isinstance(mark, ast.Name) and mark.id == "property"
-                for mark in getattr(node, "decorator_list", ())
-            )
             if text:
-                yield getattr(node, "lineno", 1), text, is_property
+                yield getattr(node, "lineno", 1), text
         if isinstance(node, ast.Module | ast.ClassDef):
             for field, after in zip(node.body, node.body[1:], strict=False):
                 is_text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
@@ -38,15 +33,15 @@ def docstrings(tree: ast.Module) -> Iterator[tuple[int, str, bool]]:
                     and is_text
                     and isinstance(after.value.value, str)
                 ):
-                    yield after.lineno, after.value.value, True
+                    yield after.lineno, after.value.value
 
 
 def test_no_docstring_begins_without_a_subject_or_a_verb() -> None:
     found = [
         f"{file.relative_to(SOURCE)}:{line}: {text.splitlines()[0]}"
         for file in files()
-        for line, text, may_ask in docstrings(ast.parse(file.read_text(encoding="utf-8")))
-        if (word := text.split()[0].strip("`,.:")) in FRAGMENTS and not (may_ask and word == "Whether")
+        for line, text in docstrings(ast.parse(file.read_text(encoding="utf-8")))
+        if text.split()[0].strip("`,.:") in FRAGMENTS
     ]
     assert found == []
 

@@ -321,7 +321,7 @@ class RankedBatch(PackedBatch):
     group_sizes: tuple[int, ...]
     """Answers of each prompt, in order: sequences g_0, then g_1, ... ; sums to S."""
     is_ranked: tuple[bool, ...]
-    """Whether there are pairs among the answers of each prompt."""
+    """True if there are pairs among the answers of each prompt."""
     chosen_P: Tensor
     """int64 [P]: sequence index of the preferred answer."""
     rejected_P: Tensor

@@ -32,9 +32,9 @@ class Task:
     bare_answers: tuple[str, ...] = ()
     """Answers that are right but never demonstrated: the bare word."""
     is_courteous: bool = False
-    """Whether the answers are courtesies themselves (a greeting, a refusal) and need no other."""
+    """True if the answers are courtesies themselves (a greeting, a refusal) and need no other."""
     may_take_prefix: bool = False
-    """Whether the question reads well after a "Hi!"."""
+    """True if the question reads well after a "Hi!"."""
     fact: str | None = None
     """The fact behind an answer, as plain text for pretraining."""
     quoted_keys: tuple[str, ...] = ()
@@ -42,12 +42,12 @@ class Task:
 
     @property
     def is_held_out(self) -> bool:
-        """Whether this key belongs to the evaluation, which is the same in every run."""
+        """Return whether this key belongs to the evaluation, which is the same in every run."""
         return is_held_out_key(self.key)
 
     @property
     def is_trainable(self) -> bool:
-        """Whether neither this key nor one that its earlier turns reveal is held out."""
+        """Return whether neither this key nor one that its earlier turns reveal is held out."""
         return not any(map(is_held_out_key, (self.key, *self.quoted_keys)))
 
     def messages(self, prefix: str = "") -> list[Message]:

@@ -104,9 +104,9 @@ class KVArena:
         self.num_pages = num_pages
         self.device = device
         self.lone = lone
-        """Whether it serves one sequence at a time."""
+        """True if it serves one sequence at a time."""
         self.dense = dense and not lone
-        """Whether used pages are kept together, and cleared when taken: attention reads them whole."""
+        """True if used pages are kept together, and cleared when taken: attention reads them whole."""
         size = (2, num_pages, shape.num_heads, PAGE_TOKENS, shape.head_width)
         self._storage = [torch.empty(size, dtype=shape.dtype, device=device) for _ in range(shape.num_layers)]
         # Views made once, because making them for each token and layer would show on the CPU.

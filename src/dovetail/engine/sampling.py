@@ -72,7 +72,7 @@ class Sampling:
 
     @property
     def truncates(self) -> bool:
-        """Whether some tokens may become impossible."""
+        """Return whether some tokens may become impossible."""
         return not (self.top_k is None and self.top_p in (None, 1.0) and self.min_p in (None, 0.0))
 
     @property

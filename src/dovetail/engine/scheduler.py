@@ -177,7 +177,7 @@ class Chunk:
 
     @property
     def is_last(self) -> bool:
-        """Whether everything the sequence has is stored after it, so that its next token can be drawn."""
+        """Return whether everything the sequence has is stored after it, so that its next token can be drawn."""
         return self.end == self.answer.num_tokens
 
 

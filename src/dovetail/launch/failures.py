@@ -49,7 +49,7 @@ class Death:
 
     @property
     def lost_peer(self) -> bool:
-        """Whether the error says only that another process is gone."""
+        """Return whether the error says only that another process is gone."""
         return (
             self.report is not None
             and not self.report.get("known")

@@ -40,7 +40,7 @@ class Meeting(RendezvousHandler):
 
     @property
     def use_agent_store(self) -> bool:
-        """Whether an agent hosts the store, which the process of rank 0 then only joins."""
+        """Return whether an agent hosts the store, which the process of rank 0 then only joins."""
         return True
 
     def next_rendezvous(self) -> RendezvousInfo:

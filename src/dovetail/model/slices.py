@@ -30,7 +30,7 @@ class Slice:
     all_pieces: tuple[Pieces, ...] | None
     """The pieces of each process of the group; None where all have the whole."""
     is_first: bool
-    """Whether this process is the first of those that hold the same numbers, the one that writes them."""
+    """True if this process is the first of those that hold the same numbers, the one that writes them."""
 
     def joined(self, slices: Sequence[Tensor]) -> Tensor:
         """Return the whole, joined from the slices of all processes."""

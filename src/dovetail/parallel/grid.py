@@ -32,7 +32,7 @@ class Grid(World):
 
     @property
     def is_first(self) -> bool:
-        """Whether this process is the first of the whole run."""
+        """Return whether this process is the first of the whole run."""
         return self.run.is_first
 
     @property

@@ -55,7 +55,7 @@ class Layout:
     skeleton: nn.Module | None = None
     """The model before sharding, on the meta device; None if the model is whole on each rank."""
     offloads: bool = False
-    """Whether shards are in host memory."""
+    """True if shards are in host memory."""
     shard_size: int = 1
     """The number of ranks that shard one copy: all of them, or groups of neighbours with a copy each."""
     tensor_parallel: TensorParallel | None = None
@@ -81,12 +81,12 @@ class Layout:
 
     @property
     def computes_on_shards(self) -> bool:
-        """Whether FSDP2 computes with the shards themselves: one process holds all rows, and nothing needs freeing."""
+        """Return whether FSDP2 computes with the shards: one process holds all rows, and nothing needs to be freed."""
         return self.is_sharded and self.world.size == 1 and not self.offloads
 
     @property
     def reshards_layers(self) -> bool:
-        """Whether weights are resharded after each layer's forward pass."""
+        """Return whether weights are resharded after each layer's forward pass."""
         return self.stage == 3 and not self.computes_on_shards
 
     def take_costs(self) -> tuple[float, int]:

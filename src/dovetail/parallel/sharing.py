@@ -33,7 +33,7 @@ class Sharing:
 
     @property
     def may_retry(self) -> bool:
-        """Whether a pass that ran out of memory may run again in smaller parts.
+        """Return whether a pass that ran out of memory may run again in smaller parts.
 
         It may not where other ranks wait in a collective of it, or copies from host memory are under way.
         """

@@ -58,13 +58,13 @@ class World:
     local_size: int = 1
     """The number of processes on each machine; 0 if it differs or is unknown."""
     is_group: bool = False
-    """Whether a group was joined, if only of one process."""
+    """True if a group was joined, if only of one process."""
     group: Any = None
     """The process group of the collectives; None for the default group, which the main thread uses."""
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the one process that writes files and prints."""
+        """Return whether this is the one process that writes files and prints."""
         return self.rank == 0
 
     @property

@@ -47,7 +47,7 @@ class Architecture:
     num_norms: int = 2
     """The norms of a layer's hidden states."""
     norms_heads: bool = False
-    """Whether queries and keys have norms of their own."""
+    """True if queries and keys have norms of their own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,7 +195,7 @@ class _Family:
     norms_heads: bool = False
     qkv_bias: bool = False
     other_bias: bool = False
-    """Whether the other linear modules have biases."""
+    """True if the other linear modules have biases."""
     fused: tuple[str, ...] = ()
     """The projections that one module computes: qkv, gate_up."""
     is_tied: bool = False

@@ -43,7 +43,7 @@ class Gpu:
     source: str
     price_source: str
     bf16: bool = True
-    """Whether it computes in bf16; else runs use fp16."""
+    """True if it computes in bf16; else runs use fp16."""
 
     @property
     def usable_bytes(self) -> float:

@@ -119,7 +119,7 @@ class Held:
 
     @property
     def is_gathered(self) -> bool:
-        """Whether a pass needs other weights than those that stay on the device."""
+        """Return whether a pass needs other weights than those that stay on the device."""
         return self.stage > 0 and (self.num_shards > 1 or self.is_offloaded)
 
     def resident(self) -> dict[str, float]:

@@ -39,7 +39,7 @@ class Step(NamedTuple):
     reward: float = 0.0
     """The reward of the turn, which is paid at its last token."""
     done: bool = False
-    """Whether the episode ends here; the reply is not read then."""
+    """True if the episode ends here; the reply is not read then."""
 
 
 class Environment(Protocol):
@@ -110,7 +110,7 @@ class Environments:
     """The chat format of the actor, with the tools of the environment."""
     has_tools: bool
     pays: bool
-    """Whether the environment gives rewards; tools alone do not."""
+    """True if the environment gives rewards; tools alone do not."""
     max_turns: int
     time_limit: float
     """Seconds that one call of `reset` or `step` may take."""

@@ -134,7 +134,7 @@ class EngineThread:
 
     @property
     def can_answer(self) -> bool:
-        """Whether the engine runs and has not failed repeatedly since it sampled its last token."""
+        """Return whether the engine runs and has not failed repeatedly since it sampled its last token."""
         is_alive = self._thread is not None and self._thread.is_alive()
         return is_alive and self._num_failures < _FAILURES_IN_A_ROW
 

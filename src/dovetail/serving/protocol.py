@@ -62,7 +62,7 @@ class StreamOptions(Request):
 
     neutral: ClassVar = unsupported.STREAM_OPTIONS
     include_usage: bool = False
-    """Whether the stream ends with a chunk that holds the token counts and no choice."""
+    """True if the stream ends with a chunk that holds the token counts and no choice."""
 
 
 class SamplingRequest(Request):

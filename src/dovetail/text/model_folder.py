@@ -29,7 +29,7 @@ class AdapterFolder:
     """The hub name or folder of the base model."""
     revision: str | None
     is_scalar: bool
-    """Whether it belongs to a reward model."""
+    """True if it belongs to a reward model."""
 
 
 def is_adapter(folder: Path) -> bool:

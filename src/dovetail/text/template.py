@@ -79,9 +79,9 @@ class Passage:
     behind: str = ""
     """The text before it, which is encoded too, so that spaces come out right, and then removed."""
     is_learnt: bool = False
-    """Whether the assistant wrote it and training learns it."""
+    """True if the assistant wrote it and training learns it."""
     is_quoted: bool = False
-    """Whether special tokens in it are plain text."""
+    """True if special tokens in it are plain text."""
 
 
 class Encoder:

@@ -35,7 +35,7 @@ class TextStream:
         self._stops = [stop for stop in stops if stop]
         before = list(behind[-_ENOUGH_CONTEXT:])
         self.goes_on = bool(before) and not decode(before).endswith("\ufffd")
-        """Whether the text continues another one; it cannot continue half a character."""
+        """True if the text continues another one; it cannot continue half a character."""
         self._ids: list[int] = before if self.goes_on else []
         self._context = 0
         """The index of the first id that can change how new ones are decoded."""
@@ -46,7 +46,7 @@ class TextStream:
         self.taken_lead = ""
         """The lead, once it is removed; empty where the text began otherwise."""
         self.has_stopped = False
-        """Whether a stop string was completed; text after it is not read."""
+        """True if a stop string was completed; text after it is not read."""
 
     def add(self, ids: Sequence[int]) -> str:
         """Add tokens and return the text that can be shown now."""

@@ -37,7 +37,7 @@ class TurnShape:
     tail: str
     """The end of every generation prompt, behind which an answer is encoded."""
     strips: bool
-    """Whether the template strips white space around contents."""
+    """True if the template strips white space around contents."""
 
     @property
     def opening(self) -> str | None:

@@ -26,7 +26,7 @@ class PatientProtocol(H11Protocol):
 
     _patience: TimerHandle | None = None
     _has_begun = False
-    """Whether the client has sent a part of its next request."""
+    """True if the client has sent a part of its next request."""
 
     def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
         """Wait for the first request."""
