@@ -222,7 +222,7 @@ FAMILIES: dict[str, _Family] = {
     ),
     "phi3": _Family(fused=("qkv", "gate_up")),
 }
-"""By the `model_type` of a configuration."""
+"""The families, by the `model_type` of a configuration."""
 
 
 def shape_from_config(config: Mapping[str, Any], name: str, *, where: str) -> Shape:

@@ -92,7 +92,7 @@ class Held:
 
     role: str
     architecture: Architecture
-    """With a vocabulary of 0 if it has a scalar head."""
+    """Its shapes; the vocabulary is 0 if it has a scalar head."""
     num_weights: float
     """All weights, adapters included."""
     num_trained: float = 0.0

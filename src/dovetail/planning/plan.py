@@ -21,7 +21,7 @@ from dovetail.planning.memory import USABLE, Held, merged, needed_bytes, total
 from dovetail.planning.time import Generation, Learning, Parts
 
 SLACK = 1.03
-"""What allocators need beyond what is allocated, where all other memory is counted."""
+"""The factor by which allocators reserve more than what is allocated, which alone is counted elsewhere."""
 ROWS = 76256
 """The rows of rm-static, DeepSpeed-Chat's first data set."""
 
@@ -32,7 +32,7 @@ class Machine:
 
     gpu: Gpu
     num_gpus: int = 1
-    """In each node."""
+    """The number of GPUs in each node."""
     num_nodes: int = 1
     price: float | None = None
     """Dollars of a GPU and hour; None: the catalogue's."""
