@@ -112,9 +112,11 @@ def test_a_rollout_shares_the_prompts_of_neighbouring_answers() -> None:
     assert pack_rollout(answers).shared_lengths == (0, 3, 3, 0, 3)
 
 
-def epochs_of(experience: Any, *, epochs: int, count: int, seed: int) -> list[list[list[tuple[int, ...]]]]:
+def epochs_of(
+    experience: Any, *, epochs: int, count: int, seed: int, size: int
+) -> list[list[list[tuple[int, ...]]]]:
     """The sequences of each minibatch of each epoch."""
-    parts = list(minibatches(experience, epochs=epochs, count=count, seed=seed))
+    parts = list(minibatches(experience, epochs=epochs, count=count, seed=seed, answers_per_prompt=size))
     rows = [[tuple(ids.tolist()) for ids in part.token_ids_T.split(part.lengths)] for part in parts]
     return [rows[start : start + count] for start in range(0, len(rows), count)]
 
@@ -129,13 +131,13 @@ def test_minibatches_hold_each_answer_once_and_whole_groups(
     """cut: how many groups are divided, where minibatches of one size cannot hold whole ones."""
     answers = [(group, i) for group in range(groups) for i in range(size)]
     experience: Any = batch_of(*[([7, 1, group], [i]) for group, i in answers])
-    epochs = epochs_of(experience, epochs=3, count=count, seed=0)
+    epochs = epochs_of(experience, epochs=3, count=count, seed=0, size=size)
     assert len(epochs) == 3
     for parts in epochs:
         assert [len(part) for part in parts] == [groups * size // count] * count
         assert sorted(row for part in parts for row in part) == [(7, 1, group, i) for group, i in answers]
         assert sum(len({row[:3] for row in part}) for part in parts) == groups + cut
-    for part in minibatches(experience, epochs=1, count=count, seed=0):
+    for part in minibatches(experience, epochs=1, count=count, seed=0, answers_per_prompt=size):
         prompts = [tuple(ids.tolist()[:3]) for ids in part.token_ids_T.split(part.lengths)]
         assert (part.shared_lengths or (0,) * len(prompts)).count(0) == len(set(prompts))
 
@@ -145,6 +147,6 @@ def test_no_two_epochs_of_a_run_have_the_same_order() -> None:
     orders = [
         str(parts)
         for rollout in range(5)
-        for parts in epochs_of(experience, epochs=4, count=2, seed=step_seed(3, rollout))
+        for parts in epochs_of(experience, epochs=4, count=2, seed=step_seed(3, rollout), size=14)
     ]
     assert len(set(orders)) == len(orders) == 20

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from safetensors import safe_open
 
 from dovetail.config.run import RunConfig
+from dovetail.errors import TrainingStopped
 from dovetail.stages import pipeline
 from tests.parallel.worker import run_to
 from tests.stages.runs import tiny_run
@@ -21,7 +22,7 @@ from dovetail.rlhf.algorithms.group import GroupMethod
 class Mine(GroupMethod):
     def __init__(self, policy):
         parts = METHODS["grpo"] | {"answers_per_prompt": 2}
-        super().__init__(advantages_by=parts.pop("advantages"), **parts)
+        super().__init__(**parts)
 """
 
 
@@ -46,7 +47,7 @@ def model_of(config: RunConfig) -> bytes:
     return (Path(config.output_dir) / "ppo/model/model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("algorithm", ["grpo", "rloo", "dapo"])
+@pytest.mark.parametrize("algorithm", ["grpo", "rloo", "dapo", "best_of_n"])
 def test_a_stopped_run_ends_with_the_same_bytes(algorithm: str, tmp_path: Path) -> None:
     undisturbed = run_of(tmp_path, algorithm)
     stopped = run_of(tmp_path, algorithm, name="stopped")
@@ -90,8 +91,19 @@ def test_a_method_of_the_users_own_equals_what_it_is_made_of(tmp_path: Path) -> 
     assert model_of(own) == model_of(built_in)
 
 
+def test_a_run_whose_answers_never_reach_the_reward_says_so(tmp_path: Path) -> None:
+    (tmp_path / "none.py").write_text("def none(answers):\n    return [0.0 for _ in answers]\n")
+    config = run_of(tmp_path, "expert_iteration", reward_function=f"{tmp_path}/none.py:none")
+    with pytest.raises(TrainingStopped, match=r"none reached policy\.min_reward"):
+        pipeline.run(config)
+
+
 def test_the_settings_of_a_group_belong_to_a_method_without_a_critic(tmp_path: Path) -> None:
-    with pytest.raises(ValidationError, match=r"policy\.answers_per_prompt is set, but algorithm = ppo"):
+    with pytest.raises(
+        ValidationError, match=r"policy\.answers_per_prompt is set, but algorithm = ppo .* one of grpo"
+    ):
         run_of(tmp_path, "ppo")
+    with pytest.raises(ValidationError, match=r"policy\.clip is set, but algorithm = best_of_n .* of grpo"):
+        tiny_run(tmp_path, algorithm="best_of_n", policy={"clip": [0.1, 0.1]})
     with pytest.raises(ValidationError, match="no algorithm; write one of ppo, dpo, grpo"):
         run_of(tmp_path, "grop")

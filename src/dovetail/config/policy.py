@@ -1,4 +1,4 @@
-"""The settings of the methods that compare the answers to one prompt, and their defaults by name.
+"""The settings of the methods without a critic, and their defaults by name.
 
 Responsible for: the group `policy` of a configuration. Not responsible for: the equations (maths/groups.py), the loop's
 settings (stages.py).
@@ -14,7 +14,7 @@ Bound = Annotated[float, Field(ge=0)]
 
 _GRPO: dict[str, Any] = {
     "answers_per_prompt": 8,
-    "advantages": "group_std",
+    "advantages_by": "group_std",
     "ratio": "token",
     "clip": (0.2, 0.2),
     "aggregation": "sequence_mean",
@@ -23,9 +23,15 @@ _GRPO: dict[str, Any] = {
     "refill_rounds": 0,
     "overlong_tokens": 0,
 }
+_PICKED: dict[str, Any] = {
+    "answers_per_prompt": 8,
+    "aggregation": "token_mean",
+    "refill_rounds": 0,
+    "overlong_tokens": 0,
+}
 METHODS: dict[str, dict[str, Any]] = {
     "grpo": _GRPO,
-    "dr_grpo": _GRPO | {"advantages": "group_mean", "aggregation": "constant_length", "kl": "none"},
+    "dr_grpo": _GRPO | {"advantages_by": "group_mean", "aggregation": "constant_length", "kl": "none"},
     "dapo": _GRPO
     | {
         "clip": (0.2, 0.28),
@@ -39,24 +45,26 @@ METHODS: dict[str, dict[str, Any]] = {
     "rloo": _GRPO
     | {
         "answers_per_prompt": 4,
-        "advantages": "leave_one_out",
+        "advantages_by": "leave_one_out",
         "aggregation": "constant_length",
         "kl": "reward",
     },
     "reinforce_plus_plus": _GRPO
-    | {"answers_per_prompt": 1, "advantages": "batch", "aggregation": "token_mean", "kl": "reward"},
+    | {"answers_per_prompt": 1, "advantages_by": "batch", "aggregation": "token_mean", "kl": "reward"},
     "reinforce_plus_plus_baseline": _GRPO
-    | {"advantages": "batch_of_groups", "aggregation": "token_mean", "kl": "k2"},
+    | {"advantages_by": "batch_of_groups", "aggregation": "token_mean", "kl": "k2"},
+    "best_of_n": _PICKED | {"drop_equal_groups": True},
+    "expert_iteration": _PICKED | {"min_reward": 1.0},
 }
-"""The defaults of each method: papers, TRL for 8 answers per prompt, and for CISPO's weights of at most 5 what TRL
-recommends after Khatri et al. 2025 (ScaleRL, arXiv:2510.13786)."""
+"""The defaults of each method, which are all the settings that it takes: papers, TRL for 8 answers per prompt, and for
+CISPO's weights of at most 5 what TRL recommends after Khatri et al. 2025 (ScaleRL, arXiv:2510.13786)."""
 
 
 class PolicyConfig(FrozenModel):
     """The settings of a method without a critic; null = the default of `algorithm` (docs/algorithms.md)."""
 
     advanced: ClassVar[frozenset[str]] = frozenset(
-        {"clip", "aggregation", "kl", "drop_equal_groups", "refill_rounds", "overlong_tokens"}
+        {"clip", "aggregation", "kl", "drop_equal_groups", "refill_rounds", "min_reward", "overlong_tokens"}
     )
 
     answers_per_prompt: PositiveInt | None = None
@@ -73,6 +81,8 @@ class PolicyConfig(FrozenModel):
     refill_rounds: NonNegativeInt | None = None
     """The most times that a rollout asks further prompts in the place of those that are left out. After that it goes on
     with fewer, and `ppo/unfilled_fraction` says how many are missing. DAPO asks ten times in all, as verl's recipe."""
+    min_reward: float | None = Field(default=None, allow_inf_nan=False)
+    """`expert_iteration` learns from the answers with at least this reward; by default 1, the verifiers' full one."""
     overlong_tokens: NonNegativeInt | None = None
     """The penalty of long answers rises from 0 to 1 over the last so many tokens before
     `ppo.sampling.max_new_tokens`; 0 = no penalty. The DAPO paper takes a fifth of the limit; set

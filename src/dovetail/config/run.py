@@ -73,7 +73,7 @@ class RunConfig(FrozenModel):
     algorithm: Annotated[str, AfterValidator(_known_algorithm)] = "ppo"
     """The way to a better actor. ppo: a reward model, then PPO. dpo: from comparisons directly, in one stage after SFT.
     Without a critic, in place of PPO: grpo, dr_grpo, dapo, gspo, cispo, rloo, reinforce_plus_plus,
-    reinforce_plus_plus_baseline, or your own as `file.py:Class` (docs/algorithms.md)."""
+    reinforce_plus_plus_baseline, best_of_n, expert_iteration, or your own as `file.py:Class` (docs/algorithms.md)."""
     stages: Annotated[tuple[StageName, ...], Field(min_length=1)] = ("sft", "reward", "ppo")
     """The stages that run; with `algorithm: dpo` by default sft and dpo. One that is left out must have finished before
     in the same output folder, or is replaced by the pretrained model itself."""
@@ -115,13 +115,16 @@ class RunConfig(FrozenModel):
         return self
 
     @model_validator(mode="after")
-    def _policy_is_of_a_method_without_a_critic(self) -> Self:
-        given = sorted(self.policy.model_dump(exclude_none=True))
-        if given and self.algorithm in ("ppo", "dpo"):
-            raise ValueError(
-                f"policy.{given[0]} is set, but algorithm = {self.algorithm} takes no setting of the group policy; "
-                f"remove it, or set algorithm to one of {', '.join(METHODS)}"
-            )
+    def _policy_has_what_the_algorithm_takes(self) -> Self:
+        if ":" in self.algorithm:
+            return self
+        for name in sorted(self.policy.model_dump(exclude_none=True)):
+            if name not in METHODS.get(self.algorithm, {}):
+                those = [method for method, settings in METHODS.items() if name in settings]
+                raise ValueError(
+                    f"policy.{name} is set, but algorithm = {self.algorithm} does not take it; remove it, or set "
+                    f"algorithm to one of {', '.join(those)}"
+                )
         return self
 
     @model_validator(mode="after")

@@ -61,6 +61,18 @@ def leave_one_out_advantages(rewards_S: Tensor, group_size: int) -> Tensor:
     return advantages_GN.flatten().to(at_least_float32(rewards_S).dtype)
 
 
+def best_of_groups(rewards_S: Tensor, may_learn_S: Tensor, group_size: int) -> Tensor:
+    """Mark the answer with the highest reward of each group, the first of several; bool [S].
+
+    Dong et al. 2023 (RAFT, arXiv:2304.06767), algorithm 1. may_learn_S: False = never picked.
+    """
+    rewards_GN = rewards_S.masked_fill(~may_learn_S, -torch.inf).view(-1, group_size)
+    is_best_GN = torch.zeros_like(rewards_GN, dtype=torch.bool).scatter(
+        1, rewards_GN.argmax(1, keepdim=True), True
+    )
+    return is_best_GN.flatten() & may_learn_S
+
+
 def _zero_without_signal(advantages_GN: Tensor, rewards_GN: Tensor) -> Tensor:
     """Return exactly 0 where all rewards of a group are equal, so that no rounding is learnt from."""
     return advantages_GN.masked_fill((rewards_GN == rewards_GN[:, :1]).all(1, keepdim=True), 0.0)
@@ -94,6 +106,18 @@ def token_weights(
         return ones_T * (per_answer / max_tokens)
     weights_S = per_answer / counts_S.clamp(min=1)
     return ones_T * over_tokens_of_sequences(weights_S, cu_seqlens_S1, mask_T.numel())
+
+
+def log_likelihood_loss(logprobs_T: Tensor, weights_T: Tensor, mask_T: Tensor) -> PolicyLoss:
+    """-sum_t w_t log p_t: the cross-entropy of the marked tokens. There is no older policy to compare with."""
+    none = torch.zeros((), device=logprobs_T.device)
+    return PolicyLoss(
+        total=-masked_sum(weights_T * zero_outside(logprobs_T, mask_T), mask_T),
+        count=mask_T.sum(),
+        num_clipped=none,
+        kl_sum=none,
+        num_clamped=none,
+    )
 
 
 def kl_loss(

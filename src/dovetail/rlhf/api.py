@@ -222,7 +222,8 @@ class PPOTrainer:
         self.config = config or engine.config
         self.iteration = 0
         self.kl_coefficient = engine.roles.algorithm.kl_weight(self.config)
-        self._needs_old_logprobs = self.config.needs_old_logprobs()
+        algorithm = engine.roles.algorithm
+        self._needs_old_logprobs = algorithm.needs_old_logprobs and self.config.needs_old_logprobs()
 
     def generate_experience(
         self, prompts: Sequence[Conversation], *, more: Callable[[int], Sequence[Conversation]] | None = None

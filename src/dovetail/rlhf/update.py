@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dovetail.batches import Experience, PackedBatch, SummedLoss
+from dovetail.batches import Experience, Groups, PackedBatch, SummedLoss
 from dovetail.config.stages import OptimizerConfig, PpoConfig
 from dovetail.maths.ppo import clipped_value_loss, importance_weights, mismatch
 from dovetail.model.forward import language_model_loss, token_logprobs
@@ -176,7 +176,11 @@ def update(
     actor_steps: list[StepReport] = []
     critic_steps: list[StepReport] = []
     for minibatch in minibatches(
-        experience, epochs=config.ppo_epochs, count=config.minibatches, seed=own_seed
+        experience,
+        epochs=config.ppo_epochs,
+        count=config.minibatches,
+        seed=own_seed,
+        answers_per_prompt=roles.algorithm.answers_per_prompt,
     ):
         texts = next_texts(learners.actor_step) if next_texts else None
         actor_steps.append(actor_step(minibatch, texts, roles, learners, config))
@@ -211,7 +215,8 @@ def update_critic_alone(
     peak = config.critic_warmup_learning_rate or RATE_ALONE * config.critic_optimizer.learning_rate
     unclipped = config.model_copy(update={"value_clip": None})
     steps: list[StepReport] = []
-    for minibatch in minibatches(targets, epochs=EPOCHS, count=count, seed=seed):
+    size = roles.algorithm.answers_per_prompt
+    for minibatch in minibatches(targets, epochs=EPOCHS, count=count, seed=seed, answers_per_prompt=size):
         rising = min(1.0, (learners.warmup.steps + 1) / max(1, config.critic_optimizer.warmup_steps))
         steps.append(critic_gradient_step(minibatch, roles, learners, unclipped, peak * rising))
         learners.warmup.steps += 1
@@ -219,23 +224,26 @@ def update_critic_alone(
     return summarise([], steps)
 
 
-def minibatches(experience: Experience, *, epochs: int, count: int, seed: int) -> Iterator[Experience]:
+def minibatches(
+    experience: Experience, *, epochs: int, count: int, seed: int, answers_per_prompt: int = 1
+) -> Iterator[Experience]:
     """Divide all answers, in a fresh order each epoch, into `count` minibatches of whole sequences.
 
-    Answers that share a prompt stay together, so that it is computed once, but for those at the bounds of minibatches
-    where the groups do not divide evenly. Each minibatch keeps the order of the rollout; with one minibatch training
-    packs exactly as scoring did. Minibatches without targets are left out.
+    The answers to a prompt stay together, so that it is computed once, but for those at the bounds of minibatches
+    where the prompts do not divide evenly. Each minibatch keeps the order of the rollout; with one minibatch, and all
+    answers in it, training packs exactly as scoring did. Answers without targets are left out.
     """
     num = experience.num_sequences
-    group_of = [g for g, run in enumerate(experience.runs(experience.num_tokens)) for _ in run.units]
+    prompt_of = [answer // answers_per_prompt for answer in range(num)]
     for epoch in range(epochs):
         generator = torch.Generator().manual_seed(step_seed(seed, epoch))
         shuffled = torch.randperm(num, generator=generator).tolist() if count > 1 else list(range(num))
-        order = with_groups_together(shuffled, group_of)
+        order = with_groups_together(shuffled, prompt_of)
         for part in range(count):
-            index = sorted(order[part * num // count : (part + 1) * num // count])
-            if any(experience.target_counts[i] for i in index):
-                yield experience.sequences(index) if count > 1 else experience
+            dealt = sorted(order[part * num // count : (part + 1) * num // count])
+            index = [i for i in dealt if experience.target_counts[i]]
+            if index:
+                yield experience if len(index) == num else experience.sequences(index)
 
 
 def with_groups_together(order: Sequence[int], group_of: Sequence[int]) -> list[int]:
@@ -294,7 +302,7 @@ def critic_gradient_step(
 
 
 def policy_loss(
-    actor: PreTrainedModel, micro: Experience, *, config: PpoConfig, algorithm: Algorithm
+    actor: PreTrainedModel, part: Experience | Groups, *, config: PpoConfig, algorithm: Algorithm
 ) -> SummedLoss:
     """Sum the algorithm's loss, such as PPO's clipped surrogate, over one micro-batch, weighted for what was drawn.
 
@@ -302,11 +310,13 @@ def policy_loss(
     The ratio that is clipped is pi / pi_old; the weight, a constant, is pi_old / mu. Without old log-probabilities
     this forward is the first since the rollout, so pi_old is pi: a ratio of exactly 1, which carries the gradient.
     """
+    micro = part.batch if isinstance(part, Groups) else part
+    assert isinstance(micro, Experience)
     begins = micro.old_logprobs_T is None
     found = token_logprobs(actor, micro, temperature=config.sampling.temperature, with_entropy=begins)
     old_T = found.logprobs_T.detach() if micro.old_logprobs_T is None else micro.old_logprobs_T
     advantages_T, mask_T, stats = micro.advantages_T, micro.mask_T, dict[str, Tensor]()
-    if config.importance_cap is not None:
+    if config.importance_cap is not None and algorithm.needs_old_logprobs:
         weights_T = importance_weights(old_T, micro.sampled_logprobs_T, mask_T, cap=config.importance_cap)
         advantages_T = advantages_T * weights_T
         stats["capped"] = ((weights_T == config.importance_cap) & mask_T).sum()

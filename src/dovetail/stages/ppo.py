@@ -152,8 +152,9 @@ def expect_learnt(engine: RLHFEngine) -> None:
     if engine.learners.actor_step == 0:
         if engine.config.cut_off_answers != "leave_out":
             raise TrainingStopped(
-                "training ends with the actor as it began: in every rollout all answers to each prompt had the same "
-                "reward, and policy.drop_equal_groups = true leaves such prompts out",
+                "training ends with the actor as it began: no answer of any rollout was learnt from, because all "
+                "answers to each prompt had the same reward, which policy.drop_equal_groups = true leaves out, or none "
+                "reached policy.min_reward",
                 hint="take prompts that the actor answers now well, now badly, raise policy.answers_per_prompt, or "
                 "look at the answers in ppo/samples.jsonl and at what scores them",
             )

@@ -23,7 +23,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dovetail.batches import Experience, moved
+from dovetail.batches import Experience, Rollout, moved
 from dovetail.config.stages import PpoConfig
 from dovetail.maths.groups import (
     Aggregation,
@@ -43,17 +43,21 @@ from dovetail.rlhf.algorithms.protocol import Advantages, Scored, keeping
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GroupMethod:
-    """A method without a critic, by its parts."""
+class Compared:
+    """The rewards of a rollout, by token and by answer, and the answers that may be learnt from."""
+
+    learnt: Rollout
+    rewards_T: Tensor
+    rewards_S: Tensor
+    stats: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WithoutCritic:
+    """The part that all methods without a critic share."""
 
     answers_per_prompt: int
-    advantages_by: Literal["group_std", "group_mean", "leave_one_out", "batch", "batch_of_groups"]
-    ratio: Literal["token", "sequence", "weight"]
-    """The clipped ratio: of each token, of each sequence, or a constant weight of the token's gradient."""
-    clip: tuple[float, float]
-    aggregation: Aggregation
-    kl: Literal["none", "reward", "k2", "k3"]
-    drop_equal_groups: bool
+    drop_equal_groups: bool = False
     overlong_tokens: int
     refill_rounds: int = 0
 
@@ -62,37 +66,21 @@ class GroupMethod:
         return False
 
     @property
-    def kl_in_reward(self) -> bool:
-        return self.kl == "reward"
+    def compares_answers(self) -> bool:
+        """Return whether a single answer to a prompt would teach nothing."""
+        return True
 
-    def kl_weight(self, config: PpoConfig) -> float:
-        return 0.0 if self.kl == "none" else config.kl_coefficient
-
-    def advantages(self, scored: Scored, config: PpoConfig) -> Advantages:
-        rollout, learnt = scored.rollout, scored.learnt
+    def compared(self, scored: Scored, config: PpoConfig) -> Compared:
+        """Return the rewards, and the answers without those of equal groups if the method leaves them out."""
+        rollout, learnt, size = scored.rollout, scored.learnt, self.answers_per_prompt
         rewards_T = self._with_overlong_penalty(scored, config)
         rewards_S = sums_of_sequences(rewards_T, rollout.mask_T, rollout.cu_seqlens_S1)
-        size = self.answers_per_prompt
         rewards_GN = rewards_S.view(-1, size)
         is_equal_G = (rewards_GN == rewards_GN[:, :1]).all(1)
-        stats = {"ppo/equal_groups_fraction": float(is_equal_G.float().mean())} if size > 1 else {}
         if self.drop_equal_groups:
             learnt = keeping(learnt, ~is_equal_G.repeat_interleave(size))
-        if self.advantages_by == "batch":
-            # Hu 2025 (REINFORCE++, arXiv:2501.03262), equation 8
-            to_come_T = rewards_to_come(rollout, rewards_T, gamma=1.0)
-            return Advantages(learnt=learnt, advantages_T=normalise(to_come_T, learnt.mask_T), stats=stats)
-        if self.advantages_by == "leave_one_out":
-            advantages_S = leave_one_out_advantages(rewards_S, size)
-        else:
-            by_std = self.advantages_by == "group_std"
-            advantages_S = group_advantages(rewards_S, size, divides_by_std=by_std)
-        if self.advantages_by == "batch_of_groups":
-            # Over answers: over tokens one long answer would decide mean and deviation.
-            is_learnt_S = torch.tensor([count > 0 for count in learnt.target_counts])
-            advantages_S = normalise(advantages_S, moved(is_learnt_S, advantages_S.device))
-        placed_T = over_tokens_of_sequences(advantages_S, rollout.cu_seqlens_S1, rollout.num_tokens)
-        return Advantages(learnt=learnt, advantages_T=zero_outside(placed_T, learnt.mask_T), stats=stats)
+        stats = {"ppo/equal_groups_fraction": float(is_equal_G.float().mean())} if size > 1 else {}
+        return Compared(learnt=learnt, rewards_T=rewards_T, rewards_S=rewards_S, stats=stats)
 
     def _with_overlong_penalty(self, scored: Scored, config: PpoConfig) -> Tensor:
         if not self.overlong_tokens:
@@ -102,6 +90,54 @@ class GroupMethod:
         limit = config.sampling.max_new_tokens
         penalty_S = overlong_penalty(lengths_S, limit=limit, buffer=self.overlong_tokens)
         return scored.rewards_T.index_add(0, rollout.last_index_S(), penalty_S.to(scored.rewards_T.dtype))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupMethod(WithoutCritic):
+    """A policy gradient without a critic, by its parts."""
+
+    advantages_by: Literal["group_std", "group_mean", "leave_one_out", "batch", "batch_of_groups"]
+    ratio: Literal["token", "sequence", "weight"]
+    """The clipped ratio: of each token, of each sequence, or a constant weight of the token's gradient."""
+    clip: tuple[float, float]
+    aggregation: Aggregation
+    kl: Literal["none", "reward", "k2", "k3"]
+
+    @property
+    def compares_answers(self) -> bool:
+        return self.advantages_by != "batch"
+
+    @property
+    def needs_old_logprobs(self) -> bool:
+        return True
+
+    @property
+    def kl_in_reward(self) -> bool:
+        return self.kl == "reward"
+
+    def kl_weight(self, config: PpoConfig) -> float:
+        return 0.0 if self.kl == "none" else config.kl_coefficient
+
+    def advantages(self, scored: Scored, config: PpoConfig) -> Advantages:
+        rollout, size, found = scored.rollout, self.answers_per_prompt, self.compared(scored, config)
+        learnt = found.learnt
+        if self.advantages_by == "batch":
+            # Hu 2025 (REINFORCE++, arXiv:2501.03262), equation 8
+            to_come_T = rewards_to_come(rollout, found.rewards_T, gamma=1.0)
+            normal_T = normalise(to_come_T, learnt.mask_T)
+            return Advantages(learnt=learnt, advantages_T=normal_T, stats=found.stats)
+        if self.advantages_by == "leave_one_out":
+            advantages_S = leave_one_out_advantages(found.rewards_S, size)
+        else:
+            by_std = self.advantages_by == "group_std"
+            advantages_S = group_advantages(found.rewards_S, size, divides_by_std=by_std)
+        if self.advantages_by == "batch_of_groups":
+            # Over answers: over tokens one long answer would decide mean and deviation.
+            is_learnt_S = torch.tensor([count > 0 for count in learnt.target_counts])
+            advantages_S = normalise(advantages_S, moved(is_learnt_S, advantages_S.device))
+        placed_T = over_tokens_of_sequences(advantages_S, rollout.cu_seqlens_S1, rollout.num_tokens)
+        advantages_T = zero_outside(placed_T, learnt.mask_T)
+        return Advantages(learnt=learnt, advantages_T=advantages_T, stats=found.stats)
 
     def prepared(self, minibatch: Experience, config: PpoConfig) -> Experience:
         weights_T = token_weights(

@@ -3,13 +3,15 @@
 Responsible for: the setting `algorithm`, with errors that say what is wrong. Not responsible for: the methods.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from dovetail.config.policy import METHODS, PolicyConfig
 from dovetail.config.stages import PpoConfig
 from dovetail.errors import ConfigError
-from dovetail.rlhf.algorithms.group import GroupMethod
+from dovetail.rlhf.algorithms.group import GroupMethod, WithoutCritic
+from dovetail.rlhf.algorithms.imitation import Imitation
 from dovetail.rlhf.algorithms.ppo import Ppo
 from dovetail.rlhf.algorithms.protocol import Algorithm
 from dovetail.rlhf.attempts import module_from_file, what_and_where
@@ -17,6 +19,7 @@ from dovetail.rlhf.attempts import module_from_file, what_and_where
 _MEMBERS = (
     "answers_per_prompt",
     "needs_critic",
+    "needs_old_logprobs",
     "kl_in_reward",
     "refill_rounds",
     "kl_weight",
@@ -24,6 +27,7 @@ _MEMBERS = (
     "prepared",
     "loss",
 )
+_CLASSES: dict[str, Callable[..., Algorithm]] = {"best_of_n": Imitation, "expert_iteration": Imitation}
 
 
 def algorithm_named(name: str, policy: PolicyConfig, config: PpoConfig) -> Algorithm:
@@ -33,8 +37,7 @@ def algorithm_named(name: str, policy: PolicyConfig, config: PpoConfig) -> Algor
     """
     given = {key: value for key, value in policy.model_dump().items() if value is not None}
     if name in METHODS:
-        parts = METHODS[name] | given
-        found: Algorithm = GroupMethod(advantages_by=parts.pop("advantages"), **parts)
+        found: Algorithm = _CLASSES.get(name, GroupMethod)(**METHODS[name] | given)
     elif ":" in name:
         found = _own(name, policy)
     elif name != "ppo":
@@ -57,7 +60,7 @@ def _expect_consistent(name: str, algorithm: Algorithm, config: PpoConfig) -> No
             f"algorithm = {name}",
             hint=f"set ppo.batch_size to {-(-config.batch_size // size) * size}, or policy.answers_per_prompt",
         )
-    if isinstance(algorithm, GroupMethod) and algorithm.advantages_by != "batch" and size < 2:
+    if isinstance(algorithm, WithoutCritic) and size < 2 and algorithm.compares_answers:
         raise ConfigError(
             f"policy.answers_per_prompt = {size}, but algorithm = {name} compares the answers to one prompt",
             hint="set policy.answers_per_prompt to 2 or more",
@@ -72,6 +75,12 @@ def _expect_consistent(name: str, algorithm: Algorithm, config: PpoConfig) -> No
         raise ConfigError(
             f"ppo.kl_target = {config.kl_target:g} moves the KL penalty in the reward, and algorithm = {name} has none",
             hint="remove ppo.kl_target, or set policy.kl=reward",
+        )
+    if config.approx_kl_stop is not None and not algorithm.needs_old_logprobs:
+        raise ConfigError(
+            f"ppo.approx_kl_stop = {config.approx_kl_stop:g} measures the KL from the actor before the update, which "
+            f"algorithm = {name} does not compare with",
+            hint="remove ppo.approx_kl_stop",
         )
     if config.whiten_rewards and not algorithm.needs_critic:
         raise ConfigError(

@@ -22,6 +22,7 @@ class Ppo:
 
     answers_per_prompt: int = 1
     needs_critic: bool = True
+    needs_old_logprobs: bool = True
     kl_in_reward: bool = True
     refill_rounds: int = 0
 

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dovetail.batches import Experience, Rollout, moved
+from dovetail.batches import Experience, Groups, Rollout, moved
 from dovetail.config.stages import PpoConfig
 from dovetail.maths.groups import over_tokens_of_sequences
 from dovetail.maths.ppo import PolicyLoss
@@ -61,6 +61,11 @@ class Algorithm(Protocol):
         ...
 
     @property
+    def needs_old_logprobs(self) -> bool:
+        """Return whether the loss compares the actor with the policy that the update began with."""
+        ...
+
+    @property
     def kl_in_reward(self) -> bool:
         """Return whether the KL penalty is part of the reward."""
         ...
@@ -78,8 +83,11 @@ class Algorithm(Protocol):
         """Return the advantages of a scored rollout."""
         ...
 
-    def prepared(self, minibatch: Experience, config: PpoConfig) -> Experience:
-        """Return a minibatch with all that the loss needs of the whole of it, before it is cut."""
+    def prepared(self, minibatch: Experience, config: PpoConfig) -> Experience | Groups:
+        """Return a minibatch with all that the loss needs of the whole of it, before it is cut.
+
+        `Groups` keeps so many answers in a row together, such as a pair that the loss compares.
+        """
         ...
 
     def loss(
@@ -87,8 +95,9 @@ class Algorithm(Protocol):
     ) -> PolicyLoss:
         """Return the loss of a micro-batch as a sum over its actions.
 
-        logprobs_T: differentiable. old_T: constants, where the update began. advantages_T: those of `micro`, weighted
-        for what the generator drew.
+        logprobs_T: differentiable. old_T: constants, where the update began; where the method does not need them, the
+        same numbers as `logprobs_T`. advantages_T: those of `micro`, if old log-probabilities are needed weighted for
+        what the generator drew.
         """
         ...
 
