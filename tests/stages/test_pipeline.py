@@ -67,7 +67,8 @@ def test_transformers_reads_the_same_scores_off_the_reward_model_as_we_do(run_of
 
 def test_the_summary_tells_the_results_of_every_stage(run_of_each: Path) -> None:
     summary = json.loads((run_of_each / "summary.json").read_text())
-    assert summary.keys() == {"sft", "reward", "ppo", "seconds"}
+    assert summary.keys() == {"sft", "reward", "ppo", "seconds", "planned_steps"}
+    assert summary["planned_steps"] == {"sft": 2, "reward": 2, "ppo": 2}
     assert summary["seconds"].keys() == {"sft", "reward", "ppo"}
     assert all(summary[stage]["steps"] == 2 for stage in ("sft", "reward", "ppo"))
     assert {"centred_by", "centring_disturbance"} <= summary["reward"].keys()

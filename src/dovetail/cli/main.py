@@ -25,6 +25,7 @@ from dovetail.cli import (
     generate,
     label,
     plan,
+    report,
     serve,
     train,
 )
@@ -74,6 +75,7 @@ app.command("api-key", rich_help_panel=RESULTS)(serve.api_key)
 app.command("export", rich_help_panel=RESULTS)(export.export)
 app.command("doctor", rich_help_panel=LOOKING)(doctor.doctor)
 app.command("plan", rich_help_panel=LOOKING)(plan.plan)
+app.command("report", rich_help_panel=LOOKING)(report.report)
 app.command("explain", rich_help_panel=LOOKING)(explain.explain)
 data_app = typer.Typer(no_args_is_help=True, help="Look at the data as the model will see it.")
 data_app.command("preview")(data.preview)

@@ -5,14 +5,16 @@ second process, the names of all files, `summary.json` and the marks of finished
 Not responsible for: the contents of checkpoints (checkpoint.py), metrics (telemetry/), models
 (model/save.py).
 
-    config.yaml  summary.json  metrics.jsonl  tensorboard/
-    sft/model  reward/model  ppo/model  ppo/model_ema  ppo/best  ppo/samples.jsonl  dpo/model
+    config.yaml  summary.json  metrics.jsonl  warnings.jsonl  report.html  tensorboard/
+    sft/model  reward/model  ppo/model  ppo/model_ema  ppo/best  ppo/samples.jsonl  ppo/held_out.jsonl  dpo/model
     STAGE/checkpoints  STAGE/done
 """
 
 import json
 import os
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -101,6 +103,21 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def warnings(self) -> Path:
+        """The warnings of all stages, one JSON object a line."""
+        return self.path / "warnings.jsonl"
+
+    @property
+    def held_out(self) -> Path:
+        """Answers to the same held-out prompts at each evaluation of PPO."""
+        return self.path / "ppo" / "held_out.jsonl"
+
+    @property
+    def report(self) -> Path:
+        """The page that shows the run."""
+        return self.path / "report.html"
+
+    @property
     def tensorboard(self) -> Path:
         """Event files, a folder for each stage."""
         return self.path / "tensorboard"
@@ -138,6 +155,12 @@ class RunFolder:
         """Add to `summary.json`, at once or not at all; mappings are merged, other values replaced."""
         merged = _merged(self.read_summary(), values)
         write_atomically(self.summary, json.dumps(merged, indent=2, ensure_ascii=False) + "\n")
+
+    def keep_warning(self, text: str) -> None:
+        """Add a warning to `warnings.jsonl`; one that a full disk does not take was printed all the same."""
+        line = json.dumps({"time": round(time.time(), 3), "text": text}, ensure_ascii=False) + "\n"
+        with suppress(OSError), self.warnings.open("a", encoding="utf-8") as file:
+            file.write(line)
 
     def read_summary(self) -> dict[str, Any]:
         """Return the contents of `summary.json`."""

@@ -5,7 +5,7 @@ Not responsible for: what a stage does with them.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -21,8 +21,9 @@ from dovetail.parallel.world import ALONE, World, joined
 from dovetail.runs.checkpoint import Checkpoints
 from dovetail.runs.run_folder import RunFolder
 from dovetail.runs.run_identity import begun_at
+from dovetail.stages.report import LiveReport
 from dovetail.stages.stopping import StopRequest, stop_request
-from dovetail.telemetry.log import say
+from dovetail.telemetry.log import say, warnings_heard_by
 from dovetail.telemetry.metrics import Metrics
 from dovetail.telemetry.progress import Progress
 from dovetail.telemetry.sinks import JsonlSink, Sink, TensorBoardSink, WandbSink
@@ -51,6 +52,8 @@ class Context:
     """The same processes, for the thread that writes checkpoints."""
     stop: StopRequest = field(default_factory=lambda: StopRequest(ALONE))
     """The request to stop, if a signal made one."""
+    report: LiveReport | None = None
+    """The page of the run, which the first process writes."""
 
     @property
     def sharing(self) -> Sharing:
@@ -120,6 +123,8 @@ class Context:
     def _sinks(self, stage: str, start: int) -> list[Sink]:
         tracking = self.config.tracking
         sinks: list[Sink] = [JsonlSink(self.folder.metrics, prefix=f"{stage}/", start=start)]
+        if self.report is not None:
+            sinks.append(self.report)
         if tracking.tensorboard:
             sinks.append(TensorBoardSink(self.folder.tensorboard / stage, start=start))
         if tracking.wandb_project:
@@ -127,7 +132,12 @@ class Context:
         return sinks
 
     def progress(self, stage: str, *, total: int, start: int) -> Progress:
-        """Return a bar with rate and remaining time, or a line now and then where there is no terminal."""
+        """Return a bar with rate and remaining time, or a line now and then where there is no terminal.
+
+        The number of steps is written into summary.json first, for those who look at the run from outside.
+        """
+        if self.world.is_first:
+            self.folder.update_summary({"planned_steps": {stage: total}})
         return Progress(stage, total=total, start=start, print_every=self.config.tracking.print_every)
 
 
@@ -144,6 +154,7 @@ def open_run(config: RunConfig, check: Callable[[World], None] | None = None) ->
         stop_request(world) as stop,
         _folder_of(config, world, check) as folder,
         clock_stopped(_begun_at(folder, world)),
+        warnings_heard_by(folder.keep_warning) if world.is_first else nullcontext(),
     ):
         device = world.device(kind)
         dtype = resolve_dtype(config.precision, device)
@@ -154,7 +165,8 @@ def open_run(config: RunConfig, check: Callable[[World], None] | None = None) ->
                 f"offload.{config.offload.models[0]} = true, but this process is not one of a group: it shards nothing",
                 hint="start it with dovetail train, which makes one, or with torchrun --nproc-per-node 1",
             )
-        context = Context(config, folder, device, dtype, world, world.aside(), stop)
+        report = LiveReport(folder) if world.is_first else None
+        context = Context(config, folder, device, dtype, world, world.aside(), stop, report)
         if (size := context.sharing.shard_size) < world.size:
             say(f"what is sharded has {world.size // size} copies, each over {size} processes")
         yield context

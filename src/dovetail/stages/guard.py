@@ -16,6 +16,7 @@ from typing import Any
 from dovetail.config.stages import PpoConfig
 from dovetail.errors import TrainingStopped
 from dovetail.rlhf.api import RLHFEngine
+from dovetail.stages.diagnosis import Trends
 from dovetail.stages.saving import save_model
 from dovetail.stages.verdict import LossWatch
 from dovetail.telemetry.log import say, warn
@@ -120,6 +121,7 @@ class Guard:
         self.warned_at: dict[str, int] = {}
         self.lost_for = 0
         self.losses = LossWatch()
+        self.trends = Trends()
 
     def check(self, row: Mapping[str, float], *, step: int) -> None:
         """Warn of what rollout `step` shows; raises TrainingStopped when the policy is beyond repair.
@@ -129,6 +131,7 @@ class Guard:
         """
         self._warn(warnings_of_the_reward(row, self.config), step)
         self.losses.see(row, step=step)
+        self._warn(self.trends.see(row), step)
         now = {name: row.get(f"ppo/{name}", math.nan) for name in MEASURES}
         if any(math.isnan(value) for value in now.values()):
             return
@@ -163,12 +166,18 @@ class Guard:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run goes on with."""
-        return {"first": self.first, "warned_at": self.warned_at, "lost_for": self.lost_for}
+        return {
+            "first": self.first,
+            "warned_at": self.warned_at,
+            "lost_for": self.lost_for,
+            "trends": self.trends.state_dict(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict()`."""
         self.first, self.lost_for = state["first"], state["lost_for"]
         self.warned_at = dict(state["warned_at"])
+        self.trends.load_state_dict(state["trends"])
 
 
 class Best:

@@ -68,3 +68,5 @@ def run_stages(context: Context, judge: Judge | None = None) -> None:
         say(f"{TITLES[name]}: {shown(results)}")
         for doubt in doubts_of(results):
             warn(f"{TITLES[name]}: {doubt}")
+    if context.report is not None:
+        context.report.close()

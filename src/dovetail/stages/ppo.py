@@ -29,7 +29,7 @@ from dovetail.stages.prompt_queue import PromptQueue
 from dovetail.stages.rescue import saved_on_error
 from dovetail.stages.rows import plain_text, prompts_of
 from dovetail.stages.same_data import SameData
-from dovetail.stages.samples import SampleLog
+from dovetail.stages.samples import KEPT, KEPT_HELD_OUT, AnswerLog, show
 from dovetail.stages.saving import save_model
 from dovetail.telemetry.log import say
 from dovetail.telemetry.timing import Stopwatch
@@ -62,12 +62,13 @@ def run(context: Context, judge: Judge | None = None) -> StageReport:
     state, load = partial(state_of, parts), partial(load_into, parts)
 
     def judged(step: int) -> dict[str, float]:
-        return judge_held_out(held_out, texts.held_out, engine, best, judge, step)
+        return judge_held_out(held_out, texts.held_out, engine, best, judge, step, held_out_log)
 
     results: dict[str, float] = {}
     start = resume(checkpoints, load, "ppo", like=state())
     engine.check_parity(prompts)
-    samples = SampleLog(folder.samples, start=start, every=config.print_samples_every, world=context.world)
+    samples = AnswerLog(folder.samples, start=start, world=context.world)
+    held_out_log = AnswerLog(folder.held_out, start=start, world=context.world)
     with (
         context.metrics("ppo", start=start) as metrics,
         context.progress("ppo", total=iterations, start=start) as progress,
@@ -90,7 +91,10 @@ def run(context: Context, judge: Judge | None = None) -> StageReport:
             if done % config.eval_every == 0 or done == iterations:
                 row |= (results := judged(done))
             metrics.record(done, row)
-            samples.show_if_due(done, collected)
+            if done % config.print_samples_every == 0 and context.world.is_first:
+                scores = collected.experience.scores_S.tolist()
+                samples.keep(done, collected.answers[:KEPT], scores[:KEPT])
+                show(collected.answers, scores)
             progress.advance({"score": row["ppo/score_mean"], "kl": row["ppo/kl_nats_per_answer"]})
             guard.check(row, step=done)
             metric = best.objective if best.step == done else None
@@ -134,9 +138,11 @@ def judge_held_out(
     best: Best,
     judge: Judge | None,
     step: int,
+    log: AnswerLog,
 ) -> dict[str, float]:
     """Judge the actor after `step` rollouts by held-out prompts and texts; it is kept if it is the best so far."""
     judged = evaluate_answers(prompts, engine, judge)
+    log.keep(step, judged.answers[:KEPT_HELD_OUT], judged.scores[:KEPT_HELD_OUT])
     best.offer(judged.stats, engine, step=step)
     return judged.stats | held_out_text_loss(engine.roles, texts, engine.config.micro_batch_tokens)
 

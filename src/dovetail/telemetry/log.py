@@ -5,10 +5,15 @@ scripts (`dovetail chat --prompt`). Coloured on a terminal, plain whole lines el
 Not responsible for: numbers over time (metrics.py), bars (progress.py).
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 from rich.console import Console, RenderableType
 
 CONSOLE = Console(stderr=True, highlight=False, markup=False, emoji=False)
 """The one console: a bar and the lines printed above it must go through the same object."""
+
+_listeners: list[Callable[[str], None]] = []
 
 
 def say(message: RenderableType) -> None:
@@ -22,3 +27,15 @@ def warn(message: str, *, hint: str | None = None) -> None:
     CONSOLE.print(f"warning: {message}", style="yellow", soft_wrap=True)
     if hint is not None:
         CONSOLE.print(f"hint: {hint}", soft_wrap=True)
+    for listener in _listeners:
+        listener(message if hint is None else f"{message}: {hint}")
+
+
+@contextmanager
+def warnings_heard_by(listener: Callable[[str], None]) -> Iterator[None]:
+    """Give every warning of the block to `listener` too, with its hint."""
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)

@@ -28,6 +28,7 @@ class Curve:
     is_marked: bool = False
     """True where each point is drawn, because there are few."""
     colour: str | None = None
+    is_dotted: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +133,7 @@ def _figure(chart: Chart) -> dict[str, Any]:
             "x": list(curve.x),
             "y": list(curve.y),
             "mode": "lines+markers" if curve.is_marked else "lines",
-            "line": {"color": colour, "width": 2},
+            "line": {"color": colour, "width": 2, "dash": "dot" if curve.is_dotted else "solid"},
             "marker": {"size": 6},
         }
         if chart.is_stacked:
