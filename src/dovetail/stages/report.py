@@ -28,6 +28,8 @@ EVERY = 60.0
 """Seconds between two versions of the page of a run that is going on; a shorter run leaves none."""
 MOST_WARNINGS = 30
 """Warnings on the page, the newest ones."""
+LONGEST_VALUE = 300
+"""Characters of a setting, such as a list of sources, that are shown."""
 MOST_SAMPLES = 32
 """Prompts whose answers are shown."""
 STAGES = {
@@ -352,12 +354,14 @@ def _settings(runs: Sequence[RunRecord]) -> Table:
             for name in dict.fromkeys(n for one in flat for n in one)
             if len({one.get(name) for one in flat}) > 1
         ]
-        rows = [[name, *(one.get(name, "") for one in flat)] for name in names if name != "output_dir"]
+        rows = [[name, *(_cut(one.get(name, "")) for one in flat)] for name in names if name != "output_dir"]
         return Table("Settings that differ", "", ["Setting", *(run.name for run in runs)], rows)
     recipe = recipe_for(str(runs[0].config["actor"]["path"])).recipe
     theirs = _flat(load(recipe, []).model_dump(mode="json"))
     rows = [
-        [name, value, theirs.get(name, "")] for name, value in flat[0].items() if value != theirs.get(name)
+        [name, _cut(value), _cut(theirs.get(name, ""))]
+        for name, value in flat[0].items()
+        if value != theirs.get(name)
     ]
     return Table(
         "Settings that differ from the recipe", "", ["Setting", "This run", f"Recipe {recipe}"], rows
@@ -373,6 +377,11 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         else:
             found[f"{prefix}{name}"] = json.dumps(_without_nulls(value), ensure_ascii=False, sort_keys=True)
     return found
+
+
+def _cut(text: str) -> str:
+    """Return as much of a setting's value as a table has room for."""
+    return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}…"
 
 
 def _without_nulls(value: Any) -> Any:
