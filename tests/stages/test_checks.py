@@ -107,6 +107,21 @@ LATE: dict[str, tuple[Callable[[Path, RunConfig], RunConfig], type[DovetailError
         ConfigError,
         r"ppo\.reward_function",
     ),
+    "a task's file is missing": (
+        lambda folder, config: changed(config, ppo={"eval_tasks": (f"squad={folder}/none.jsonl",)}),
+        DataError,
+        "none.jsonl: there is no such file",
+    ),
+    "a task compares models": (
+        lambda folder, config: changed(config, ppo={"eval_tasks": ("prompts.jsonl",)}),
+        ConfigError,
+        "a task that compares finished models",
+    ),
+    "two tasks have one name": (
+        lambda folder, config: changed(config, ppo={"eval_tasks": [f"text={folder}/data/texts.jsonl"] * 2}),
+        ConfigError,
+        "two tasks of this name",
+    ),
     "the batch does not divide into groups": (
         lambda folder, config: config.model_copy(
             update={"algorithm": "grpo", "ppo": config.ppo.model_copy(update={"batch_size": 12})}

@@ -206,7 +206,7 @@ class PpoConfig(StageConfig):
         "kl_target", "kl_limit", "kl_stop", "approx_kl_stop", "ratio_clip", "dual_clip", "cut_off_answers",
         "value_clip", "old_logprobs", "importance_cap", "gamma", "gae_lambda", "score_clip", "missing_end_penalty",
         "whiten_rewards", "ema_decay", "offload_while_generating", "ptx_batch_size", "reward_function_weight",
-        "print_samples_every",
+        "print_samples_every", "eval_tasks",
     }  # fmt: skip
 
     batch_size: PositiveInt = 64
@@ -294,6 +294,9 @@ class PpoConfig(StageConfig):
     """Add the score of `reward_function`, times this, to the reward model's, instead of replacing it."""
     print_samples_every: PositiveInt = 10
     """Rollouts between printed sample answers, which are also kept in `ppo/samples.jsonl`."""
+    eval_tasks: tuple[str, ...] = ()
+    """Tasks of `dovetail eval` for the actor at each evaluation, such as [squad=dev.jsonl, number=sums.jsonl,
+    text=wiki.jsonl]; their figures are recorded as `ppo/squad_dev_f1` and the like."""
 
     def needs_old_logprobs(self) -> bool:
         """Return whether the actor scores each rollout in a training forward of its own before the update."""

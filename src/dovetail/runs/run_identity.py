@@ -37,6 +37,7 @@ MAY_CHANGE = (
     "*.save_every",
     "*.keep_checkpoints",
     "*.print_samples_every",
+    "*.eval_tasks",
 )
 """Patterns of dotted keys."""
 

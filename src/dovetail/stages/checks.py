@@ -36,6 +36,7 @@ from dovetail.rlhf.rewards import expect_room
 from dovetail.rlhf.splitting import expect_possible
 from dovetail.runs.run_folder import RunFolder
 from dovetail.stages.models import chat_of
+from dovetail.stages.rows import training_tasks
 from dovetail.stages.starts import actor_of, reward_model_of, reward_start_of
 from dovetail.text.chat_format import ChatFormat, template_ids
 
@@ -62,6 +63,7 @@ def refuse(config: RunConfig, world: World, *more: Callable[[], None]) -> None:
         look.at(lambda: algorithm_named(config.algorithm, config.policy, config.ppo))
         for term in config.ppo.reward_function:
             look.at(partial(load_reward_function, term.function))
+        look.at(partial(training_tasks, config))
         if config.ppo.environment is not None:
             look.at(partial(load_environment, config.ppo.environment.source))
     look.raise_found()

@@ -21,13 +21,14 @@ from dovetail.parallel.shard import sharding_of
 from dovetail.rlhf.algorithms.named import algorithm_named
 from dovetail.rlhf.api import PPOTrainer, RLHFEngine
 from dovetail.rlhf.evaluation import Judge, evaluate_answers, held_out_text_loss
+from dovetail.rlhf.tasks.subject import judge_by_tasks
 from dovetail.runs.run_folder import RunFolder
 from dovetail.stages.context import Context, StageReport, resume
 from dovetail.stages.guard import Best, Guard
 from dovetail.stages.models import actor_start, rlhf_engine
 from dovetail.stages.prompt_queue import PromptQueue
 from dovetail.stages.rescue import saved_on_error
-from dovetail.stages.rows import plain_text, prompts_of
+from dovetail.stages.rows import plain_text, prompts_of, training_tasks
 from dovetail.stages.same_data import SameData
 from dovetail.stages.samples import KEPT, KEPT_HELD_OUT, AnswerLog, show
 from dovetail.stages.saving import save_model
@@ -51,6 +52,7 @@ def run(context: Context, judge: Judge | None = None) -> StageReport:
     engine = rlhf_engine(model, chat, context, algorithm, total_steps=total_steps)
     trainer = PPOTrainer(engine)
     texts = plain_text(context, chat, engine.roles.actor)
+    tasks = training_tasks(context.config)
     guard, best = Guard(config), Best(folder.model("best"), kl_limit=config.kl_limit)
     checkpoints = context.checkpoints("ppo", config)
     read = (
@@ -62,7 +64,8 @@ def run(context: Context, judge: Judge | None = None) -> StageReport:
     state, load = partial(state_of, parts), partial(load_into, parts)
 
     def judged(step: int) -> dict[str, float]:
-        return judge_held_out(held_out, texts.held_out, engine, best, judge, step, held_out_log)
+        found = judge_held_out(held_out, texts.held_out, engine, best, judge, step, held_out_log)
+        return found | judge_by_tasks(tasks, engine)
 
     results: dict[str, float] = {}
     start = resume(checkpoints, load, "ppo", like=state())

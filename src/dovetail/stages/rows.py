@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from dovetail.batches import PackedBatch, RankedBatch, pack, pack_ranked
 from dovetail.config.data import DataConfig
+from dovetail.config.run import RunConfig
 from dovetail.data.blend import load_stage
 from dovetail.data.loader import BatchOrder
 from dovetail.data.records import Prompt
@@ -25,6 +26,8 @@ from dovetail.data.tokenize import (
 )
 from dovetail.errors import DataError, ModelError
 from dovetail.model.forward import context_of, vocabulary_of
+from dovetail.rlhf.tasks.named import load_training_tasks
+from dovetail.rlhf.tasks.subject import Drawing, Task
 from dovetail.stages.context import Context
 from dovetail.telemetry.log import say
 from dovetail.text.chat_format import ChatFormat
@@ -116,6 +119,12 @@ def plain_text(context: Context, chat: ChatFormat, actor: PreTrainedModel) -> Pl
     order = BatchOrder(len(train), min(config.ptx_batch_size, len(train)), context.config.seed)
     say(f"mixture training: on, {order.batch_size} texts a step, weight {config.ptx_coefficient:g}")
     return PlainText(lambda step: pack_rows(train, order.batch(step)), judged, train.fingerprint)
+
+
+def training_tasks(config: RunConfig) -> dict[str, Task]:
+    """Load the tasks that the actor is judged on during PPO, with as many rows as other evaluations use."""
+    drawing = Drawing(max_new_tokens=config.ppo.sampling.max_new_tokens)
+    return load_training_tasks(config.ppo.eval_tasks, drawing, limit=config.data.max_eval_rows)
 
 
 def longest_row(rows: TokenizedRows | TokenizedComparisons) -> list[int]:

@@ -4,6 +4,7 @@ Responsible for: the kinds of tasks, and the rows of a source for one of them. N
 this file), reading sources (data/).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -76,6 +77,23 @@ def load_task(name: TaskName, drawing: Drawing, *, limit: int) -> Task:
         return Squad(str(name), [question_of(row) for row in rows])
     scorer = load_reward_function(name.kind)
     return Verified(str(name), rows_of_source(name.source, "ppo", limit), scorer, drawing)
+
+
+def load_training_tasks(texts: Sequence[str], drawing: Drawing, *, limit: int) -> dict[str, Task]:
+    """Load the tasks of `ppo.eval_tasks` by their names in metrics. Raises ConfigError for one that compares models."""
+    tasks: dict[str, Task] = {}
+    for text in texts:
+        name = parse_task(text)
+        if name.kind in ("prompts", "pairs") or name.short in tasks:
+            reason = (
+                "two tasks of this name" if name.short in tasks else "a task that compares finished models"
+            )
+            raise ConfigError(
+                f"ppo.eval_tasks lists {text}: {reason}",
+                hint="list text=FILE, squad=FILE or VERIFIER=FILE, each file once",
+            )
+        tasks[name.short] = load_task(name, drawing, limit=limit)
+    return tasks
 
 
 def load_pairs(name: TaskName, *, limit: int) -> Pairs:

@@ -4,7 +4,7 @@ Responsible for: drawing answers through the engine, with the texts that end the
 what answers are worth (the tasks beside this file).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -16,6 +16,7 @@ from dovetail.engine.hybrid import HybridEngine
 from dovetail.engine.sampling import Sampling
 from dovetail.model.forward import LogProbs
 from dovetail.parallel.shard import sharding_of
+from dovetail.rlhf.api import RLHFEngine
 from dovetail.rlhf.evaluation import EVALUATION_SEED
 from dovetail.rlhf.rewards import Answer
 from dovetail.rlhf.roles import policy_logprobs
@@ -46,6 +47,14 @@ class Subject:
     budget: TokenBudget
     """Tokens of one forward pass."""
 
+    @classmethod
+    def of_engine(cls, engine: RLHFEngine) -> "Subject":
+        """Return the actor of an engine as it is now."""
+        roles = engine.roles
+        return cls(
+            model=roles.actor, chat=roles.chat, engine=roles.engine, device=roles.device, budget=roles.budget
+        )
+
     def answers(self, prompts: Sequence[Prompt], drawing: Drawing, *, greedy: bool = False) -> list[Answer]:
         """Return one answer to each prompt; the same seed draws the same answers from the same weights."""
         how = Sampling(
@@ -72,6 +81,17 @@ class Subject:
         for stop in self.chat.stop_strings:
             text = text.split(stop)[0]
         return text
+
+
+def judge_by_tasks(tasks: Mapping[str, "Task"], engine: RLHFEngine) -> dict[str, float]:
+    """Return the figures of the actor on all tasks, each after the name of its task."""
+    subject = Subject.of_engine(engine)
+    with engine.learners.offloaded():
+        return {
+            f"ppo/{name}_{figure}": value
+            for name, task in tasks.items()
+            for figure, value in task(subject).items()
+        }
 
 
 class Task(Protocol):
