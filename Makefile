@@ -10,6 +10,7 @@
 #   make check                   format, lint, types, imports, then test
 #   make docs                    build the documentation as a site, into site/; a broken link fails
 #   make docs-settings           write docs/settings.md anew from the settings' own descriptions
+#   make docs-plan               write docs/plan.md anew: the planner's tables, measured beside predicted
 #   make docs-api                write docs/api.md anew from signatures and docstrings
 #   make format                  rewrite the files as the formatter wants them
 
@@ -28,7 +29,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow test-system mutants bench check lint docs docs-settings docs-api format clean
+.PHONY: help demo test test-slow test-system mutants bench check lint docs docs-settings docs-plan docs-api format clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -65,6 +66,9 @@ docs: $(VENV)/docs.stamp
 
 docs-settings: $(VENV)/runtime.stamp
 	$(BIN)/python -m dovetail.config.reference > docs/settings.md
+
+docs-plan: $(VENV)/runtime.stamp
+	$(BIN)/python -m dovetail.planning.page > docs/plan.md
 
 docs-api: $(VENV)/runtime.stamp
 	$(BIN)/python docs/make_api.py > docs/api.md

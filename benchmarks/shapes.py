@@ -10,18 +10,21 @@ import json
 import random
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     LlamaConfig,
     OPTConfig,
     PretrainedConfig,
     PreTrainedModel,
-    Qwen3Config,
 )
+
+from dovetail.planning.architecture import catalogue
 
 
 class Ceiling(NamedTuple):
@@ -61,19 +64,24 @@ def small_llama(vocabulary: int = 4096) -> LlamaConfig:
     )  # fmt: skip
 
 
+def _published(name: str) -> PretrainedConfig:
+    """A shape that the planner knows."""
+    plain = {
+        "dropout": 0.0,
+        "attention_dropout": 0.0,
+        "pad_token_id": 1,
+        "bos_token_id": 2,
+        "eos_token_id": 2,
+    }
+    return AutoConfig.for_model(**{**plain, **catalogue()[name]})
+
+
 SHAPES: dict[str, Callable[[], PretrainedConfig]] = {
-    "opt-1.3b": lambda: _opt(2048, 24, 32),
-    "opt-13b": lambda: _opt(5120, 40, 40),
-    "opt-350m": lambda: _opt(1024, 24, 16, do_layer_norm_before=False, word_embed_proj_dim=512),
-    "opt-6.7b": lambda: _opt(4096, 32, 32),
-    "qwen3-8b": lambda: Qwen3Config(
-        vocab_size=151936, hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32,
-        num_key_value_heads=8, head_dim=128, max_position_embeddings=4096, tie_word_embeddings=False,
-    ),
+    **{name: partial(_published, name) for name in catalogue()},
     "small": small_llama,
     "tiny": lambda: _opt(32, 2, 4, vocab_size=128),
     "tiny-350m": lambda: _opt(32, 2, 4, vocab_size=128, do_layer_norm_before=False, word_embed_proj_dim=16),
-}  # fmt: skip
+}
 
 
 def causal_lm(shape: str | PretrainedConfig, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:

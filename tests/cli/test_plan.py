@@ -86,6 +86,7 @@ def test_mistakes_are_explained(run: Run, arguments: tuple[str, ...], problem: s
 def test_gpus_and_models_are_listed(run: Run) -> None:
     assert "h200-141g" in run("--gpus")[1]
     assert "qwen3-8b" in run("--models")[1].splitlines()
+    assert "Tables 1 and 2" in run("--sweep")[1]
 
 
 def test_a_plan_imports_no_torch_and_no_transformers() -> None:

@@ -1,4 +1,4 @@
-"""What processes receive is what docs/scaling.md and benchmarks/scaling_model.py say."""
+"""What processes receive is what docs/scaling.md and planning/traffic.py say."""
 
 import json
 from typing import Any
@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from dovetail.model.lora import add_lora
-from tests.benchmarks.test_benchmarks import load, shapes
+from dovetail.planning.traffic import Exchanged, Work, stepped
+from dovetail.planning.traffic import received as received_by
+from tests.benchmarks.test_benchmarks import shapes
 from tests.fakes import tiny_model
 from tests.parallel.counting import ANSWER, PER_MICRO_BATCH, PROMPT
 from tests.parallel.group import run_group
-
-model: Any = load("scaling_model")
 
 GRADIENT_STEPS = [[stage, micro_batches, "all"] for stage in range(4) for micro_batches in (1, 3)]
 PPO_STEPS = [
@@ -62,7 +62,7 @@ def test_a_gradient_step_receives_what_the_formula_says(received: list[dict[str,
         3: m * half * (2 * weights + weights),
     }
     assert sum(received[case].values()) == expected[stage]
-    assert half * model.stepped(model.Held(weights, weights, stage), m) == expected[stage]
+    assert half * stepped(Exchanged(weights, weights, stage), m) == expected[stage]
 
 
 @pytest.mark.slow
@@ -77,10 +77,10 @@ def test_only_sums_of_own_rows_come_from_other_copies_and_once_a_step(
     assert counts.pop("allreduce") == 2 * (1 / 2) * weights / 2
     within = {1: 2 * weights, 2: m * 2 * weights, 3: m * 3 * weights}[stage] / 2
     assert sum(counts.values()) == within
-    held = model.Held(weights, weights, stage)
-    work = model.Work(2 * SIZE, held, held, held, None, m, 0, shard_size=SIZE)
+    held = Exchanged(weights, weights, stage)
+    work = Work(2 * SIZE, held, held, held, None, m, 0, shard_size=SIZE)
     assert work.across(held) == weights / 2
-    assert work.share(held) * model.stepped(held, m) == within
+    assert work.share(held) * stepped(held, m) == within
 
 
 @pytest.mark.slow
@@ -102,7 +102,7 @@ def expect_formula(counts: dict[str, int], *case: Any, processes: int) -> None:
     work = work_of(*case[:-1], processes=processes)
     num_tokens = work.tokens / (PROMPT + ANSWER) * ANSWER
     answers = counts["allgather"]
-    assert sum(counts.values()) - answers == sum(model.received(work).values())
+    assert sum(counts.values()) - answers == sum(received_by(work).values())
     others = (processes - 1) / processes
     assert 20 * num_tokens * others / 2 < answers < 40 * num_tokens * others / 2
 
@@ -111,15 +111,15 @@ def work_of(stage: int, micro_batches: int, lora: int, old_logprobs: str, *, pro
     """The models of tests/parallel/counting.py, as the formula sees them."""
     frozen = 3 if stage == 3 else 0
     actor: Any = shapes.causal_lm("tiny", torch.device("cpu"), torch.float32)
-    reference = None if lora else model.Held(num_bytes(actor, frozen), 0, frozen)
+    reference = None if lora else Exchanged(num_bytes(actor, frozen), 0, frozen)
     if lora:
         actor = add_lora(actor, rank=lora, alpha=lora, seed=0)
     critic = shapes.scalar_model("tiny-350m", torch.device("cpu"), torch.float32)
-    return model.Work(
+    return Work(
         processes=processes,
-        actor=model.Held(num_bytes(actor, stage), num_bytes(actor, stage, trained=True), stage),
-        critic=model.Held(num_bytes(critic, stage), num_bytes(critic, stage), stage),
-        reward=model.Held(num_bytes(critic, frozen), 0, frozen),
+        actor=Exchanged(num_bytes(actor, stage), num_bytes(actor, stage, trained=True), stage),
+        critic=Exchanged(num_bytes(critic, stage), num_bytes(critic, stage), stage),
+        reward=Exchanged(num_bytes(critic, frozen), 0, frozen),
         reference=reference,
         micro_batches=micro_batches,
         tokens=micro_batches * PER_MICRO_BATCH * processes * (PROMPT + ANSWER),

@@ -15,6 +15,7 @@ from dovetail.planning.fit import remedies
 from dovetail.planning.hardware import gpu_named, gpus
 from dovetail.planning.plan import ROWS, Machine, plan_of
 from dovetail.planning.report import lines_of
+from dovetail.planning.sweep import tables
 
 MACHINE = "The machine"
 
@@ -47,6 +48,9 @@ def plan(
     ] = ROWS,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, in bytes, seconds and dollars.")] = False,
     list_gpus: Annotated[bool, typer.Option("--gpus", help="List the GPUs with their figures and sources.")] = False,
+    sweep: Annotated[
+        bool, typer.Option("--sweep", help="Print DeepSpeed-Chat's tables and figures for this engine beside its own.")
+    ] = False,
     list_models: Annotated[bool, typer.Option("--models", help="List the models whose shapes are known.")] = False,
 ) -> None:  # fmt: skip
     """Say what a run needs: memory item by item, whether it fits, what makes it fit, time and cost.
@@ -57,8 +61,8 @@ def plan(
       dovetail plan --actor-model Qwen/Qwen3-8B --gpu rtx-4090 actor.lora.rank=16
       dovetail plan opt-66b --gpu h100 --num-gpus 8 zero_stage.actor=3 --json
     """
-    if list_gpus or list_models:
-        typer.echo("\n".join(_gpu_lines() if list_gpus else catalogue()))
+    if list_gpus or list_models or sweep:
+        typer.echo("\n".join(_gpu_lines() if list_gpus else catalogue() if list_models else tables()))
         return
     flags = Flags(actor_model=actor_model, reward_model=reward_model, step=step or (), num_gpus=num_gpus)
     resolved = resolve(recipe, overrides or (), flags)

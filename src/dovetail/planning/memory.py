@@ -35,7 +35,7 @@ Items = Mapping[str, float]
 """Name of an item -> bytes."""
 
 
-def layer_elements(of: Architecture, *, element_bytes: int = 2) -> int:
+def layer_elements(of: Architecture, *, element_bytes: int = 2, is_frozen: bool = False) -> int:
     """Numbers that one layer keeps of one token for its backward pass, with attention that keeps no scores.
 
     Korthikanti et al. 2022 (arXiv:2205.05198), section 4.1, without dropout (whose masks are two of their 34 bytes)
@@ -46,10 +46,12 @@ def layer_elements(of: Architecture, *, element_bytes: int = 2) -> int:
         attention's output            Q
         feed-forward                  2 F, before and after the activation; gated: 4 F; ReLU: F
 
+    is_frozen: adapters learn alone, and RMSNorms keep nothing for the gradient of their weights.
+
     Within 15 % of what autograd keeps for OPT, GPT-2, GPT-NeoX, Llama, Qwen2, Qwen3, Mistral, Phi-3 and Gemma 3. Gemma
     2's soft caps keep all scores of attention, which is more.
     """
-    per_number = (4 if element_bytes == 2 else 3) if of.has_rms_norms else 2
+    per_number = (4 if element_bytes == 2 else 3) - is_frozen if of.has_rms_norms else 2
     normed = of.num_norms * of.width + (of.query_width + of.key_width if of.norms_heads else 0)
     return per_number * normed + 2 * of.query_width + 2 * of.key_width + of.inner_copies * of.inner_width
 
@@ -72,7 +74,7 @@ def activation_bytes(
     With checkpointing each layer keeps its input alone, D numbers, and one layer at a time is computed again.
     rank: of adapters on all linear layers, whose head is frozen; 0 where all weights learn.
     """
-    layer = layer_elements(of, element_bytes=element_bytes)
+    layer = layer_elements(of, element_bytes=element_bytes, is_frozen=rank > 0)
     kept = of.num_layers * of.width + layer if is_checkpointed else of.num_layers * layer
     ends = 3 * of.width  # the embedding, the last norm, what the head reads
     head = head_bytes(of, tokens=tokens, element_bytes=element_bytes, is_trained=rank == 0)

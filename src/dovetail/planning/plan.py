@@ -14,7 +14,7 @@ from typing import Any
 from dovetail.config.model import LoraConfig
 from dovetail.config.run import ROWS_OF, RunConfig, StageName, stages_of
 from dovetail.config.stages import PpoConfig, StageConfig
-from dovetail.planning import memory, time
+from dovetail.planning import memory, time, traffic
 from dovetail.planning.architecture import Shape, shape_of
 from dovetail.planning.hardware import Gpu
 from dovetail.planning.memory import USABLE, Held, merged, needed_bytes, total
@@ -257,8 +257,9 @@ class _Run:
         step = model.training(cut.micro_tokens, cut.micro_batches, is_checkpointed=is_checkpointed)
         scored = 0 if model.architecture.vocabulary == 0 else cut.tokens
         seconds = self._learning(model, shape, cut, scored=scored, is_checkpointed=is_checkpointed)
-        for held in frozen:
-            seconds[f"{held.role} passes"] = self._scoring(shape, cut, scored=scored)
+        seconds |= time.scoring_parts(
+            [self._pass(held, shape, cut, scored=scored) for held in frozen], self.machine.gpu
+        )
         rows = round(self.stage_rows(name) * settings.epochs)
         steps = max(1, round(rows / settings.batch_size))
         return Stage(
@@ -353,7 +354,29 @@ class _Run:
                 split=split,
             ),
         )
+        seconds |= self._switching(actor, split, running, new)
         return Phase(name="generate", items=items, seconds=seconds), running
+
+    def _switching(self, actor: Held, split: int, running: int, new: int) -> Parts:
+        """Return the seconds of gathering the actor to generate, and of what a divided one sends for each token."""
+        layers, gpu = actor.architecture.num_layers, self.machine.gpu
+        hidden = running * self.actor_shape.architecture.width * actor.element_bytes
+        rounds = math.ceil(self.config.ppo.batch_size * split / self.machine.processes / running)
+        each = traffic.sum_seconds(gpu, num_bytes=hidden, processes=split, layers=layers)
+        parts = {"sums over the group": rounds * new * each}
+        if actor.is_gathered:
+            parts["gathering weights"] = self._ring(actor.weights, layers)
+        return parts
+
+    def _ring(self, num_bytes: float, collectives: int) -> float:
+        """Return the seconds of collectives over the processes that shard one copy."""
+        return traffic.ring_seconds(
+            num_bytes,
+            self.machine.gpu,
+            gpus=self.shard_size,
+            per_node=self.machine.num_gpus,
+            collectives=collectives,
+        )
 
     def _unread(self) -> float:
         """Return the weights that decoding does not read: an embedding beside an untied head."""
@@ -365,13 +388,22 @@ class _Run:
 
     def _score(self, models: Sequence[Held], resident: dict[str, float], cut: _Cut) -> Phase:
         adding = max((held.forward(cut.micro_tokens) for held in models), key=total)
-        seconds = {}
+        passes = []
         whole = replace(cut, tokens=cut.tokens * self.config.ppo.minibatches)
         for held in models:
             is_scalar = held.architecture.vocabulary == 0
             shape = self.reward_shape if is_scalar else self.actor_shape
             scored = 0.0 if is_scalar else whole.tokens * self._answer_share()
-            seconds[f"{held.role} passes"] = self._scoring(shape, whole, scored=scored)
+            passes.append(self._pass(held, shape, whole, scored=scored))
+        seconds = time.scoring_parts(passes, self.machine.gpu)
+        m = math.ceil(whole.tokens / whole.micro_tokens)
+        sent = [
+            (traffic.gathered(exchanged(held), m), held.architecture.num_layers)
+            for held in models
+            if held.stage
+        ]
+        waiting = sum(self._ring(size, layers * m) for size, layers in sent) - sum(seconds.values())
+        seconds["waiting for weights"] = max(0.0, waiting)
         return Phase(name="score", items=merged([resident, adding]), seconds=seconds)
 
     def _answer_share(self) -> float:
@@ -412,12 +444,30 @@ class _Run:
             is_offloaded=held.is_offloaded,
             weights=held.weights / held.num_shards,
         )
-        return time.training_parts(shape, self.machine.gpu, step, role=held.role)
+        parts = time.training_parts(shape, self.machine.gpu, step, role=held.role)
+        return parts | {
+            f"{held.role} waiting for other processes": self._waiting(held, cut, sum(parts.values()))
+        }
 
-    def _scoring(self, shape: Shape, cut: _Cut, *, scored: float) -> float:
-        return time.scoring_seconds(
-            shape,
-            self.machine.gpu,
+    def _waiting(self, held: Held, cut: _Cut, computing: float) -> float:
+        """Return the seconds of a gradient step's collectives that computing does not hide; replicas sum at its end."""
+        layers = held.architecture.num_layers
+        size = traffic.stepped(exchanged(held), cut.micro_batches)
+        if held.stage == 0:
+            return traffic.ring_seconds(
+                size,
+                self.machine.gpu,
+                gpus=self.columns,
+                per_node=self.machine.num_gpus,
+                collectives=2 * layers,
+            )
+        passes = 3 * cut.micro_batches if held.stage == 3 else 2
+        return max(0.0, self._ring(size, passes * layers) - computing)
+
+    def _pass(self, held: Held, shape: Shape, cut: _Cut, *, scored: float) -> time.Pass:
+        return time.Pass(
+            role=held.role,
+            shape=shape,
             tokens=cut.tokens / self.tensor_size,
             length=cut.length,
             scored=scored / self.tensor_size,
@@ -444,6 +494,11 @@ class _Run:
         free = self.machine.gpu.usable_bytes - total(*(held.resident() for held in (*learning, *frozen)))
         needed = needed_bytes(learning, tokens=settings.micro_batch_tokens)
         return needed > USABLE * free
+
+
+def exchanged(held: Held) -> traffic.Exchanged:
+    """Return a model as far as processes exchange it."""
+    return traffic.Exchanged(held.weights, memory.GRADIENT * held.num_trained, held.stage)
 
 
 @dataclass(frozen=True, slots=True)

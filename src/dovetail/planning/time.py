@@ -7,11 +7,12 @@ was fitted to. Not responsible for: what runs (plan.py), what processes send (tr
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dovetail.planning.architecture import Shape
 from dovetail.planning.hardware import Gpu
-from dovetail.planning.memory import MAX_RUNNING
+from dovetail.planning.memory import MAX_RUNNING, layer_elements
 
 Parts = dict[str, float]
 """Name of a part -> seconds."""
@@ -26,20 +27,27 @@ class Constant:
     fitted_to: str
 
 
-READ = Constant(0.835, "share of the data sheet's bandwidth that decoding reaches", "decode steps, H200")
-LAYER = Constant(16e-6, "seconds of a layer of a decode step beside reading", "decode steps, H200")
-ROW = Constant(0.07e-6, "seconds of a layer and answer of a decode step beside reading", "decode steps, H200")
-ADAPTED = Constant(14e-6, "seconds of a layer's adapters in a decode step", "PPO step OPT-13B LoRA, H200")
-SCORE = Constant(0.52, "share of the data sheet's TFLOP/s in passes without gradient", "PPO step, H200")
-TRAIN = Constant(0.54, "share of the data sheet's TFLOP/s in gradient steps", "PPO step, H200")
-LAUNCH_FORWARD = Constant(
-    0.13e-3, "seconds of the host for a layer's forward pass", "PPO step OPT-350M, H200"
+FITTED = "the rows marked f"
+READ = Constant(
+    0.835, "share of the data sheet's bandwidth that decoding reaches", "decode steps of docs/performance.md"
 )
-LAUNCH_TRAIN = Constant(0.5e-3, "seconds of the host for a layer's forward and backward pass", "the same")
+LAYER = Constant(16e-6, "seconds of a layer of a decode step beside reading", "the same")
+LAYER_ROW = Constant(0.07e-6, "and for each answer", "the same")
+HEAD_NORMS = Constant(8e-6, "seconds of a layer's norms of heads in a decode step", FITTED)
+ADAPTED = Constant(18e-6, "seconds of a layer's adapters in a decode step", FITTED)
+ADAPTED_ROW = Constant(0.65e-6, "and for each answer", FITTED)
+SWITCH = Constant(0.05, "seconds to begin and end a generation", FITTED)
+SCORE = Constant(0.52, "share of the data sheet's TFLOP/s of products without gradient", FITTED)
+SCORE_MOVED = Constant(2.5, "times that a pass without gradient moves a layer's activations", FITTED)
+TRAIN = Constant(0.68, "share of the data sheet's TFLOP/s of products in gradient steps", FITTED)
+TRAIN_MOVED = Constant(16.0, "times that a gradient step moves a layer's activations", FITTED)
+SCORE_LAUNCH = Constant(0.8e-3, "seconds of the host for a layer without gradient", FITTED)
+SCORE_LAUNCH_RMS = Constant(1.7e-3, "the same with RMS norms, rotary positions and gates", FITTED)
+TRAIN_LAUNCH = Constant(2.4e-3, "seconds of the host for a layer of a gradient step", FITTED)
+TRAIN_LAUNCH_RMS = Constant(5.5e-3, "the same with RMS norms, rotary positions and gates", FITTED)
 UPDATE = Constant(
-    0.87, "share of the data sheet's bandwidth that AdamW reaches", "optimiser step, H200 and H100"
+    0.87, "share of the data sheet's bandwidth that AdamW reaches", "optimiser steps, H100 and H200"
 )
-SWITCH = Constant(0.05, "seconds to begin and end a generation", "PPO step, H200")
 HOST_UPDATE = Constant(
     0.59e-9, "seconds of the host for a weight and micro-batch with offload", "OPT-6.7B, H100"
 )
@@ -78,13 +86,38 @@ def training_flop(
     return layers * (2 if rank else 3) + 3.5 * attention + head + adapters + again
 
 
-def scoring_seconds(
-    shape: Shape, gpu: Gpu, *, tokens: float, length: float, scored: float, micro_batches: int
-) -> float:
-    """Return the seconds of passes without gradient, bound by products or by the host's launches."""
-    flop = forward_flop(shape, tokens=tokens, length=length, scored=scored)
-    launches = LAUNCH_FORWARD.value * shape.architecture.num_layers * micro_batches
-    return max(flop / (gpu.flop_per_second * SCORE.value), launches)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pass:
+    """The passes without gradient of one model over a rollout."""
+
+    role: str
+    shape: Shape
+    tokens: float
+    length: float
+    scored: float
+    micro_batches: int
+
+
+def scoring_parts(passes: Sequence[Pass], gpu: Gpu) -> Parts:
+    """Return the seconds of passes without gradient by model.
+
+    The host runs ahead, so that the phase takes the longer of its launches and the GPU's work.
+    """
+    parts, launches = Parts(), 0.0
+    for one in passes:
+        flop = forward_flop(one.shape, tokens=one.tokens, length=one.length, scored=one.scored)
+        moved = SCORE_MOVED.value * activation_bytes_of_layers(one.shape, one.tokens)
+        parts[f"{one.role} passes"] = (
+            flop / (gpu.flop_per_second * SCORE.value) + moved / gpu.bytes_per_second
+        )
+        launch = SCORE_LAUNCH_RMS if one.shape.architecture.has_rms_norms else SCORE_LAUNCH
+        launches += launch.value * one.shape.architecture.num_layers * one.micro_batches
+    return parts | {"waiting for launches": max(0.0, launches - sum(parts.values()))}
+
+
+def activation_bytes_of_layers(shape: Shape, tokens: float) -> float:
+    """Return the bytes of what all layers keep of these tokens."""
+    return 2 * layer_elements(shape.architecture) * shape.architecture.num_layers * tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,14 +144,18 @@ def training_parts(shape: Shape, gpu: Gpu, step: Learning, *, role: str) -> Part
         shape, tokens=step.tokens, length=step.length, scored=step.scored, rank=step.rank,
         is_checkpointed=step.is_checkpointed,
     )  # fmt: skip
-    launches = LAUNCH_TRAIN.value * shape.architecture.num_layers * step.micro_batches
-    parts = {f"{role} passes": max(flop / (gpu.flop_per_second * TRAIN.value), launches)}
+    moved = TRAIN_MOVED.value + (SCORE_MOVED.value if step.is_checkpointed else 0.0)
+    seconds = flop / (gpu.flop_per_second * TRAIN.value)
+    seconds += moved * activation_bytes_of_layers(shape, step.tokens) / gpu.bytes_per_second
+    launch = TRAIN_LAUNCH_RMS if shape.architecture.has_rms_norms else TRAIN_LAUNCH
+    launches = launch.value * shape.architecture.num_layers * step.micro_batches
+    parts = {f"{role} passes": seconds, f"{role} waiting for launches": max(0.0, launches - seconds)}
     if step.is_offloaded:
         parts[f"{role} weights from the host"] = 2 * step.micro_batches * step.weights / HOST_LINK.value
         parts[f"{role} update on the host"] = HOST_UPDATE.value * step.micro_batches * step.num_trained
         return parts
-    moved = UPDATE_BYTES + (AVERAGE_BYTES if step.is_averaged else 0)
-    parts[f"{role} update"] = moved * step.num_trained / (gpu.bytes_per_second * UPDATE.value)
+    updated = UPDATE_BYTES + (AVERAGE_BYTES if step.is_averaged else 0)
+    parts[f"{role} update"] = updated * step.num_trained / (gpu.bytes_per_second * UPDATE.value)
     return parts
 
 
@@ -146,11 +183,15 @@ def generation_parts(shape: Shape, gpu: Gpu, work: Generation) -> Parts:
     rate = gpu.bytes_per_second * READ.value
     tokens = rounds * work.new_tokens
     layers = shape.architecture.num_layers
-    per_layer = LAYER.value + ROW.value * together + (ADAPTED.value if work.rank else 0.0)
+    per_layer = LAYER.value + LAYER_ROW.value * together
+    per_layer += HEAD_NORMS.value if shape.architecture.norms_heads else 0.0
+    per_layer += ADAPTED.value + ADAPTED_ROW.value * together if work.rank else 0.0
     read = work.answers * work.prompt
-    prompts = forward_flop(shape, tokens=read, length=work.prompt, scored=work.answers) / work.split
+    prompts = Pass(
+        role="prompts", shape=shape, tokens=read, length=work.prompt, scored=work.answers, micro_batches=0
+    )
     return {
-        "reading prompts": prompts / (gpu.flop_per_second * SCORE.value),
+        "reading prompts": sum(scoring_parts([prompts], gpu).values()) / work.split,
         "reading weights": tokens * work.weights / rate,
         "reading the KV cache": tokens
         * together
