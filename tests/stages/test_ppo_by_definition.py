@@ -82,13 +82,13 @@ class Run:
         generate, save = PPOTrainer.generate_experience, Context.save_if_due
         judge = ppo.evaluate_answers
 
-        def generate_experience(trainer: PPOTrainer, prompts: Any) -> Collected:
+        def generate_experience(trainer: PPOTrainer, prompts: Any, **options: Any) -> Collected:
             self.trainer = trainer
             if not self.rollouts:
                 for role in ("actor", "critic"):
                     weights = trained_weights(getattr(trainer.engine.roles, role))
                     self.first[role] = {name: weight.clone() for name, weight in weights.items()}
-            collected = generate(trainer, prompts)
+            collected = generate(trainer, prompts, **options)
             self.rollouts.append(collected.answers)
             return collected
 
