@@ -89,8 +89,6 @@ class _Game:
 
     def reply(self, replies: Sequence[Message], ids: list[int], max_turns: int) -> bool:
         """Append the environment's reply; return False, and end the episode, if no turn may follow it."""
-        if self.token_ids[-1:] == ids[:1]:  # some models end a turn with the token that opens the next one
-            ids = ids[1:]
         num_tokens = len(self.prompt_ids) + len(self.token_ids) + len(ids)
         self.is_cut_off = self.num_turns >= max_turns or num_tokens >= self.max_tokens
         if not self.is_cut_off:
@@ -98,6 +96,12 @@ class _Game:
             self.chosen += [False] * len(ids)
             self.messages += replies
         return not self.is_cut_off
+
+    def fail(self, failure: Failure) -> None:
+        """End the episode. One that never began is an answer without tokens, whose prompt need not be read."""
+        self.failure, self.is_cut_off = failure, False
+        if not self.num_turns:
+            self.prompt_ids = self.prompt_ids[:1]
 
     def answer(self) -> Answer:
         """Return the whole episode as an answer to its prompt; a failed one is worth nothing but its fallback."""
@@ -198,7 +202,7 @@ class _Table:
             except DovetailError as error:  # a chat template that refuses the messages, for one
                 found = Failure(f"gave messages that cannot be used: {error.message}", hint=error.hint or "")
         if isinstance(found, Failure):
-            call.game.failure, call.game.is_cut_off = found, False
+            call.game.fail(found)
 
     def _take_prompt(self, game: _Game, given: Any, *, context: int | None) -> None:
         """Take in what `reset` returned."""
@@ -239,7 +243,8 @@ class _Table:
             self._reply(game, _replies_of(step.reply))
 
     def _reply(self, game: _Game, replies: Sequence[Message]) -> None:
-        if game.reply(replies, self._rules.chat.reply_ids(replies), self._rules.max_turns):
+        ids = self._rules.chat.reply_ids(replies, behind=game.token_ids[-1])
+        if game.reply(replies, ids, self._rules.max_turns):
             self._next.append(game)
 
 

@@ -83,9 +83,10 @@ class ChatFormat:
         """Return the tokens of an answer, end-of-turn token included."""
         return self.encode_answers([text])[0]
 
-    def reply_ids(self, replies: Sequence[Message]) -> list[int]:
+    def reply_ids(self, replies: Sequence[Message], *, behind: int | None = None) -> list[int]:
         """Return the tokens between an answer and the next one: the replies to it, as the template prints them.
 
+        behind: the answer's last token. Some models end a turn with the token that opens the next one.
         Raises ModelError if the template does not print an answer as it was sampled once a reply follows.
         """
         passages = self._prompt([message("user", "u"), message("assistant", "a"), *replies])
@@ -97,7 +98,8 @@ class ChatFormat:
                 hint="set chat_template to one that prints earlier answers as they are",
             )
         encoded = self._encoder.many([passages[answers[0] + 1 :]])
-        return [i for piece in encoded[0] for i in piece]
+        ids = [i for piece in encoded[0] for i in piece]
+        return ids[1:] if ids[:1] == [behind] else ids
 
     def calls_in(self, ids: Sequence[int]) -> ParsedCalls:
         """Return the tool calls in the tokens of an answer, read as the tokenizer's own parser does if it has one."""
