@@ -211,3 +211,34 @@ def test_lr_alone_lists_every_learning_rate() -> None:
 def test_the_output_folder_may_begin_with_a_tilde(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/rosa")
     assert load("opt-125m", ["output_dir=~/runs/a"]).output_dir == "/home/rosa/runs/a"
+
+
+@pytest.mark.parametrize(
+    ("text", "part", "expected"),
+    [
+        (
+            "ppo.environment=game.py:Game",
+            "ppo.environment.max_turns=3",
+            {"source": "game.py:Game", "max_turns": 3},
+        ),
+        (
+            "ppo.environment=game.py:TOOLS",
+            "ppo.environment.fallback=-1",
+            {"source": "game.py:TOOLS", "fallback": -1.0},
+        ),
+    ],
+)
+def test_a_text_that_stands_for_an_environment_can_be_added_to(
+    text: str, part: str, expected: dict[str, object]
+) -> None:
+    environment = load("opt-1.3b", [text, part]).ppo.environment
+    assert environment is not None
+    assert environment.model_dump(exclude_unset=True) == expected
+
+
+def test_a_text_in_a_list_of_reward_functions_can_be_added_to() -> None:
+    config = load("opt-1.3b", ["ppo.reward_function=[exact, number]", "ppo.reward_function.1.weight=0.5"])
+    assert [(term.function, term.weight) for term in config.ppo.reward_function] == [
+        ("exact", 1.0),
+        ("number", 0.5),
+    ]

@@ -5,7 +5,7 @@ when it is wrong. Not responsible for: which recipe suits a model (config/recipe
 error (config/explain.py).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -23,8 +23,13 @@ from dovetail.text_file import read_text
 
 Origins: TypeAlias = dict[SettingPath, str]
 _PATHS: tuple[SettingPath, SettingPath] = (("actor", "path"), ("reward_model", "path"))
-_SOURCES: tuple[SettingPath, ...] = (("data", "blend"), ("data", "pretraining"))
-"""Lists whose items may be short strings."""
+_SHORT: dict[SettingPath, Callable[[str], dict[str, str]]] = {
+    ("data", "blend", "*"): spelt_out,
+    ("data", "pretraining", "*"): spelt_out,
+    ("ppo", "reward_function", "*"): lambda text: {"function": text},
+    ("ppo", "environment"): lambda text: {"source": text},
+}
+"""The groups that a text may stand for, and what it is short for; * is an item of a list."""
 
 
 def load(
@@ -121,8 +126,9 @@ def _set(values: dict[str, Any], origins: Origins, path: SettingPath, value: Any
         if isinstance(group, dict) and group.get(str(part)) is None:
             group[str(part)] = {}  # an absent or null group, such as actor.lora, begins empty
         item = _item(group, part, path[:depth], origin)
-        if isinstance(item, str) and path[: depth - 1] in _SOURCES:
-            item = group[part] = spelt_out(item)
+        short = _SHORT.get(tuple("*" if isinstance(place, int) else place for place in path[:depth]))
+        if isinstance(item, str) and short is not None:
+            item = group[part] = short(item)
         group = item
     if isinstance(group, dict):
         group[str(path[-1])] = value
