@@ -182,3 +182,11 @@ def test_the_engine_s_own_share_of_a_token_leaves_out_modules_and_draw(
     # Of the ticks, each call that is timed has one for itself, and one comes between two of them: n calls leave n + 1.
     drawn = 3
     assert cpu.loop_microseconds(model, [[1, 2, 3]], [drawn]) / 1e6 * drawn >= 2 * drawn + 1
+
+
+def test_environments_that_wait_draw_the_same_tokens_as_others() -> None:
+    small = ["--episodes", "3", "--turns", "2", "--turn-tokens", "4", "--prompt", "8", "--max-tokens", "60"]
+    rows = run("environments.py", *TINY, *small, "--mean-seconds", "0.01", "--warmup", "0", "--repeats", "1")
+    assert [row.get("run") for row in rows] == ["without waiting", "waiting", None]
+    assert rows[0]["sampled_tokens"] == rows[1]["sampled_tokens"] > 0
+    assert rows[2]["same_tokens"] is True

@@ -4,6 +4,7 @@ import random
 import sys
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -322,3 +323,12 @@ def test_the_settings_of_ppo_take_a_text_for_an_environment() -> None:
     assert PpoConfig.model_validate({"environment": "game.py:Game"}).environment == EnvironmentConfig(
         source="game.py:Game"
     )
+
+
+def test_processes_that_would_generate_together_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    split = SimpleNamespace(group=SimpleNamespace(size=2))
+    monkeypatch.setattr("dovetail.rlhf.build.split_to_generate", lambda *given, **named: split)
+    with pytest.raises(
+        ConfigError, match=r"2 processes would generate together(.|\n)*tensor_parallel.generation=1"
+    ):
+        engine_with(Counting)

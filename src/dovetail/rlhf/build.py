@@ -128,7 +128,7 @@ def make_roles(  # noqa: PLR0913 -- every one is a part that a caller may bring 
         score=score,
         reward_model=reward_model,
         chat=chat,
-        engine=_generator(learning, config, setup, device),
+        engine=_generator(learning, config, setup, device, has_environments=environments is not None),
         device=device,
         budget=budget,
         score_clip=score_clip,
@@ -138,10 +138,16 @@ def make_roles(  # noqa: PLR0913 -- every one is a part that a caller may bring 
 
 
 def _generator(
-    learning: Sequence[PreTrainedModel], config: PpoConfig, setup: Setup, device: torch.device
+    learning: Sequence[PreTrainedModel],
+    config: PpoConfig,
+    setup: Setup,
+    device: torch.device,
+    *,
+    has_environments: bool,
 ) -> HybridEngine:
     """Make the engine that generates: with the model itself, gathered copies of it, or slices.
 
+    Slices draw token by token together, and the replies of environments come at another moment in each process.
     learning: the actor first, then a critic if there is one.
     """
     actor = learning[0]
@@ -157,6 +163,11 @@ def _generator(
     if split is None:
         sharded = sharding_of(actor)
         return HybridEngine(sharded.generation_model, device=device, weights=sharded.unsharded)
+    if has_environments:
+        raise ConfigError(
+            f"{split.group.size} processes would generate together, and with an environment each must do so by itself",
+            hint="set tensor_parallel.generation=1",
+        )
     return HybridEngine(split.modules, device=device, weights=split.filled, group=split.group)
 
 
