@@ -1,6 +1,6 @@
 """One decode step: milliseconds by the fused step and by the modules in the same run, beside the floor.
 
-    python benchmarks/decode_step.py --model qwen3-8b --batch 128
+    python benchmarks/decode_step.py --model qwen3-8b --batch 64 128
     python benchmarks/decode_step.py --model opt-1.3b --batch 64 --profile     kernels by name
 
 Random weights of the true shapes; the cache holds random numbers, as if prompts had been read. The period between two
@@ -31,15 +31,24 @@ def main() -> None:
     options = arguments()
     device, dtype = torch.device("cuda"), torch.bfloat16
     model = shapes.causal_lm(options.model, device, dtype)
-    floor = 1000 * shapes.decode_floor(model, options.batch, options.prompt + options.new / 2, dtype)
+    for batch in options.batch:
+        compare(model, batch, options, device)
+
+
+fused_step = graphs.fused_step
+
+
+def compare(model: PreTrainedModel, batch: int, options: argparse.Namespace, device: torch.device) -> None:
+    """Measure and show each system's step of so many rows, beside the floor."""
+    floor = 1000 * shapes.decode_floor(model, batch, options.prompt + options.new / 2, model.dtype)
     found: dict[str, float] = {}
     for system in options.systems:
         shapes.fresh(device)
         graphs.fused_step = fused_step if system == "fused" else lambda *_: (None, None)  # type: ignore[assignment]
-        times, kernels = period(model, options, device)
+        times, kernels = period(model, batch, options, device)
         found[system] = statistics.median(times)
         shapes.show(
-            benchmark="decode_step", model=options.model, batch=options.batch, system=system, ms=found[system],
+            benchmark="decode_step", model=options.model, batch=batch, system=system, ms=found[system],
             first_ms=times[0], last_ms=times[-1], floor_ms=floor, of_floor=floor / found[system],
             prompt=options.prompt, new=options.new, **shapes.setting(device),
         )  # fmt: skip
@@ -49,13 +58,10 @@ def main() -> None:
         shapes.show(benchmark="decode_step", ratio=found["modules"] / found["fused"])
 
 
-fused_step = graphs.fused_step
-
-
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=shapes.SHAPES, default="opt-1.3b")
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--batch", type=int, nargs="+", default=[64])
     parser.add_argument("--prompt", type=int, default=256)
     parser.add_argument("--new", type=int, default=256)
     parser.add_argument("--systems", nargs="+", default=["fused", "modules"])
@@ -65,17 +71,15 @@ def arguments() -> argparse.Namespace:
 
 @torch.no_grad()
 def period(
-    model: PreTrainedModel, options: argparse.Namespace, device: torch.device
+    model: PreTrainedModel, batch: int, options: argparse.Namespace, device: torch.device
 ) -> tuple[list[float], dict[str, tuple[float, float]]]:
     """Measure milliseconds from each step to the next, and the kernels of a step if they are asked for."""
     modules = HybridEngine(model).modules
     shape = modules.kv_shape()
     assert shape is not None
-    answers, arena = filled(shape, options, device)
+    answers, arena = filled(shape, batch, options, device)
     with modules.our_attention():
-        decoder = graphs.GraphDecoder(
-            modules, arena, device, places=options.batch, pages=len(answers[0].pages)
-        )
+        decoder = graphs.GraphDecoder(modules, arena, device, places=batch, pages=len(answers[0].pages))
         decoder.use(arena)
         decoder.place(answers, torch.zeros(len(answers), dtype=torch.long, device=device))
         steps(decoder, answers, 8)
@@ -88,10 +92,12 @@ def period(
     return times, kernels
 
 
-def filled(shape: KVShape, options: argparse.Namespace, device: torch.device) -> tuple[list[Answer], KVArena]:
+def filled(
+    shape: KVShape, batch: int, options: argparse.Namespace, device: torch.device
+) -> tuple[list[Answer], KVArena]:
     """Make answers whose prompts are as good as read, and their arena."""
     pages = pages_for(options.prompt + options.new + 8)
-    arena = KVArena(shape, pages * options.batch, device, dense=False)
+    arena = KVArena(shape, pages * batch, device, dense=False)
     for layer in arena._storage:
         layer.normal_()
     order = torch.randperm(arena.num_pages, generator=torch.Generator().manual_seed(0)).tolist()
@@ -101,7 +107,7 @@ def filled(shape: KVShape, options: argparse.Namespace, device: torch.device) ->
             row, (1,) * options.prompt, sampling, row, options.new + 8, token_ids=[1],
             pages=order[row * pages : (row + 1) * pages], num_cached=options.prompt,
         )
-        for row in range(options.batch)
+        for row in range(batch)
     ]  # fmt: skip
     return answers, arena
 
