@@ -70,7 +70,7 @@ def numbers(request: pytest.FixtureRequest) -> Numbers:
     return Numbers(request.param)
 
 
-@pytest.mark.parametrize("num_rows", [1, 5, 64, 96, 128, 200, 256, 300])
+@pytest.mark.parametrize("num_rows", [1, 5, 20, 64, 96, 128, 200, 256, 300])
 @pytest.mark.parametrize(("has_bias", "is_transposed"), [(True, False), (False, False), (True, True)])
 @pytest.mark.parametrize("sizes", [((256, 128, 128), 512), ((96, 40, 40), 72), ((1024,), 1024)], ids=str)
 def test_products_are_those_of_torch(
@@ -86,6 +86,30 @@ def test_products_are_those_of_torch(
     branch = kernels.branch(x, linears[0])
     found = branch.parts_SBD.double().sum(0) + (0 if branch.bias_D is None else branch.bias_D.double())
     expect_close(found.to(x.dtype), fused_ops.branch(wide(x), wide(linears[0])).parts_SBD[0])
+
+
+@pytest.mark.parametrize("num_rows", [1, 16, 32, 64, 128, 256])
+@pytest.mark.parametrize("width", [576, 2048, 2560, 5120, 8192])
+@pytest.mark.parametrize("ratio", [1, 2.6875, 4])
+@pytest.mark.parametrize("is_gated", [False, True])
+@pytest.mark.parametrize("may_split", [False, True])
+def test_tiles_fit_into_the_memory_of_a_processor(
+    num_rows: int, width: int, ratio: float, is_gated: bool, may_split: bool
+) -> None:
+    from dovetail.engine.kernels.products import tiles_for
+
+    inner = int(width * ratio)
+    for outputs, inputs in ((inner, width), (width, inner)):
+        linears = [Linear(torch.empty(outputs, inputs, dtype=torch.bfloat16, device="meta"))] * (1 + is_gated)
+        x = torch.empty(num_rows, inputs, dtype=torch.bfloat16, device="meta")
+        tiles = tiles_for(x, linears, is_gated=is_gated, may_split=may_split and not is_gated)
+        if tiles is not None:
+            rows = tiles.rows + tiles.outputs + tiles.tail
+            assert 2 * tiles.stages * tiles.inputs * rows <= 227 * 1024
+            assert tiles.stages >= 2
+            assert tiles.split == 1 or may_split
+            left = (tiles.outputs, tiles.tail) if tiles.is_swapped else (tiles.rows,)
+            assert all(size % 64 == 0 for size in left)
 
 
 @pytest.mark.parametrize("num_rows", [1, 33, 128, 256, 300])

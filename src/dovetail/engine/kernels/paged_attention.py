@@ -5,7 +5,7 @@ sequences must be split over the processors). Any head grouping, sliding windows
 Not responsible for: which pages a sequence has.
 
 One program serves one sequence and one head of keys: it takes the new key and value from registers and reads
-every old one once. Lengths are read on the device, so one captured graph serves all of them. The product of 64
+every old one once. Lengths are read on the device, so one captured graph serves all of them. The product of some
 keys with the queries of their group runs on the tensor cores, queries padded to 16 rows, softmax in float32.
 
 Shapes: B rows, H query heads, G query heads per key head, K head width.
@@ -46,12 +46,22 @@ def _based(base_ptr, like_ptr):
 
 
 @triton.jit
+def _loaded(head_ptr, place_K, is_real, HALF: tl.constexpr):
+    """Load heads, and the numbers that theirs are turned with if HALF > 0."""
+    x = tl.load(head_ptr + place_K[None, :], mask=is_real, other=0.0)
+    partner = x
+    if HALF > 0:
+        pair = tl.where(place_K < HALF, place_K + HALF, place_K - HALF)
+        partner = tl.load(head_ptr + pair[None, :], mask=is_real & (place_K < 2 * HALF)[None, :], other=0.0)
+    return x, partner
+
+
+@triton.jit
 def _turned(
-    head_ptr, place_K, is_real, weight_ptr, cosine_ptr, sine_ptr, eps,
+    x, partner, place_K, weight_ptr, cosine_ptr, sine_ptr, eps,
     K: tl.constexpr, HALF: tl.constexpr, HAS_NORM: tl.constexpr, OFFSET: tl.constexpr,
 ):  # fmt: skip
-    """Load heads, norm each, and turn the first 2 x HALF numbers by the angles of the row; either may be absent."""
-    x = tl.load(head_ptr + place_K[None, :], mask=is_real, other=0.0)
+    """Norm each head, and turn the first 2 x HALF numbers by the angles of the row; either may be absent."""
     if HAS_NORM or HALF > 0:
         wide = x.to(tl.float32)
         if HAS_NORM:
@@ -60,17 +70,15 @@ def _turned(
             wide = wide * inverse * weight[None, :]
         if HALF > 0:
             is_first, is_turned = place_K < HALF, place_K < 2 * HALF
-            pair = tl.where(is_first, place_K + HALF, place_K - HALF)
-            partner = tl.load(head_ptr + pair[None, :], mask=is_real & is_turned[None, :], other=0.0).to(
-                tl.float32
-            )
+            other = partner.to(tl.float32)
             if HAS_NORM:
+                pair = tl.where(is_first, place_K + HALF, place_K - HALF)
                 weight = tl.load(weight_ptr + pair, mask=is_turned, other=0.0).to(tl.float32) + OFFSET
-                partner = partner * inverse * weight[None, :]
+                other = other * inverse * weight[None, :]
             angle = tl.where(is_first, place_K, place_K - HALF)
             cosine = tl.load(cosine_ptr + angle, mask=is_turned, other=1.0).to(tl.float32)
             sine = tl.load(sine_ptr + angle, mask=is_turned, other=0.0).to(tl.float32)
-            wide = wide * cosine[None, :] + partner * tl.where(is_first, -sine, sine)[None, :]
+            wide = wide * cosine[None, :] + other * tl.where(is_first, -sine, sine)[None, :]
         x = wide.to(x.dtype)
     return x
 
@@ -101,26 +109,19 @@ def _mixed_in(
 
 
 @triton.jit
-def _keep(key, value, key_ptr, value_ptr, is_width):
-    """Store the new key and value in their page."""
-    tl.store(key_ptr[None, :], key, mask=is_width[None, :])
-    tl.store(value_ptr, value, mask=is_width)
-
-
-@triton.jit
 def _attend(
     query_ptr, key_ptr, value_ptr, bases_ptr, state_ptr, out_ptr, partial_ptr, totals_ptr,
     query_weight_ptr, key_weight_ptr, cosine_ptr, sine_ptr,
     query_head, query_row, key_head, key_row, value_head, value_row, page_stride, state_row, scale, softcap,
     window, eps,
     TABLE: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, K: tl.constexpr, KP: tl.constexpr,
-    PAGE: tl.constexpr, SPLITS: tl.constexpr, HAS_CAP: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    PAGE: tl.constexpr, STEP: tl.constexpr, SPLITS: tl.constexpr, HAS_CAP: tl.constexpr, HAS_WINDOW: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr, HALF: tl.constexpr, HAS_NORM: tl.constexpr, OFFSET: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     head, row, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     let_next_start(OVERLAPS)
-    place_G, place_K, place_N = tl.arange(0, GP), tl.arange(0, KP), tl.arange(0, PAGE)
+    place_G, place_K, place_N = tl.arange(0, GP), tl.arange(0, KP), tl.arange(0, STEP)
     is_query, is_width = place_G < G, place_K < K
     is_real = is_query[:, None] & is_width[None, :]
     query_heads = head * G + place_G
@@ -129,39 +130,49 @@ def _attend(
     table_ptr = state_ptr + row * state_row + TABLE
     start, begin, end = _span(count, split, window, PAGE, SPLITS, HAS_WINDOW)
     following = tl.load(table_ptr + begin // PAGE, mask=begin < end, other=0)
+    in_page = head * PAGE * K + place_N[:, None] * K + place_K[None, :]
+    is_new = (split == 0) & (count >= 0)
+    new_page = tl.load(table_ptr + count // PAGE, mask=is_new, other=0).to(tl.int64)
     wait_for_previous(OVERLAPS)
     cosine_ptr, sine_ptr = cosine_ptr + row * HALF, sine_ptr + row * HALF
+    heads_ptr = query_ptr + row * query_row + query_heads[:, None] * query_head
+    query, query_pair = _loaded(heads_ptr, place_K, is_real, HALF)
+    is_new_width = is_width & is_new
+    new_key, key_pair = _loaded(
+        key_ptr + row * key_row + head * key_head, place_K, is_new_width[None, :], HALF
+    )
+    new_value = tl.load(
+        value_ptr + row * value_row + head * value_head + place_K, mask=is_new_width, other=0.0
+    )
     query = _turned(
-        query_ptr + row * query_row + query_heads[:, None] * query_head, place_K, is_real, query_weight_ptr, cosine_ptr,
-        sine_ptr, eps, K, HALF, HAS_NORM, OFFSET,
+        query, query_pair, place_K, query_weight_ptr, cosine_ptr, sine_ptr, eps, K, HALF, HAS_NORM, OFFSET
     )  # fmt: skip
     top = tl.full((GP,), _NOTHING, tl.float32)
     total = tl.zeros((GP,), tl.float32)
     mixed = tl.zeros((GP, KP), tl.float32)
-    if (split == 0) & (count >= 0):
-        page = tl.load(table_ptr + count // PAGE).to(tl.int64)
-        target = page * page_stride + (head * PAGE + count % PAGE) * K + place_K
-        new_key = _turned(
-            key_ptr + row * key_row + head * key_head, place_K, is_width[None, :], key_weight_ptr, cosine_ptr, sine_ptr,
-            eps, K, HALF, HAS_NORM, OFFSET,
-        )  # fmt: skip
-        value_ptr += row * value_row + head * value_head
-        new_value = tl.load(value_ptr + place_K, mask=is_width, other=0.0)
-        _keep(new_key, new_value, keys_ptr + target, values_ptr + target, is_width)
-        top = _capped(tl.sum(query.to(tl.float32) * new_key.to(tl.float32), 1) * scale, softcap, HAS_CAP)
-        total += 1.0
-        mixed += new_value.to(tl.float32)[None, :]
-    for token in tl.range(begin, end, PAGE, num_stages=STAGES):
-        # Read one page ahead: keys whose address waits for a load of this round would not be loaded early.
+    for token in tl.range(begin, end, STEP, num_stages=STAGES):
+        # The next page's number is loaded early: keys whose address waits for a load of this round would come late.
         page = following.to(tl.int64)
-        following = tl.load(table_ptr + token // PAGE + 1, mask=token + PAGE < end, other=0)
+        following = tl.load(table_ptr + (token + STEP) // PAGE, mask=token + STEP < end, other=0)
         is_seen = (token + place_N < count) & (token + place_N >= start)
-        where = page * page_stride + head * PAGE * K + place_N[:, None] * K + place_K[None, :]
+        where = page * page_stride + token % PAGE * K + in_page
         keys = tl.load(keys_ptr + where, mask=is_seen[:, None] & is_width[None, :], other=0.0)
         values = tl.load(values_ptr + where, mask=is_seen[:, None] & is_width[None, :], other=0.0)
         top, total, mixed = _mixed_in(
             top, total, mixed, query, keys, values, is_seen, scale, softcap, HAS_CAP, PRECISION
         )  # fmt: skip
+    if is_new:  # last: the first old keys need not wait for it
+        new_key = _turned(
+            new_key, key_pair, place_K, key_weight_ptr, cosine_ptr, sine_ptr, eps, K, HALF, HAS_NORM, OFFSET
+        )  # fmt: skip
+        target = new_page * page_stride + (head * PAGE + count % PAGE) * K + place_K
+        tl.store(keys_ptr + target[None, :], new_key, mask=is_width[None, :])
+        tl.store(values_ptr + target, new_value, mask=is_width)
+        score = _capped(tl.sum(query.to(tl.float32) * new_key.to(tl.float32), 1) * scale, softcap, HAS_CAP)
+        higher = tl.maximum(top, score)
+        shrink, weight = tl.exp2(top - higher), tl.exp2(score - higher)
+        top, total = higher, total * shrink + weight
+        mixed = mixed * shrink[:, None] + weight[:, None] * new_value.to(tl.float32)[None, :]
     _written(
         mixed, top, total, out_ptr, partial_ptr, totals_ptr, row * tl.num_programs(0) * G + query_heads, split,
         is_query, is_real, place_K, K, KP, SPLITS,
@@ -252,7 +263,7 @@ def paged_attention(
     partial = torch.empty(parts, padded, dtype=torch.float32, device=query.device)
     totals = torch.empty(parts, 2, dtype=torch.float32, device=query.device)
     options = overlapping(query.device)
-    stages, warps = _pipeline(padded, key)
+    step, stages, warps = _pipeline(num_rows * num_key_heads * splits, padded * key.element_size())
     has_norm, half = turn.query_weight_K is not None, 0 if turn.cosine is None else turn.cosine.shape[1]
     _attend[(num_key_heads, num_rows, splits)](
         query, key, value, bases, state, out, partial, totals,
@@ -261,7 +272,7 @@ def paged_attention(
         num_key_heads * PAGE_TOKENS * width, state.stride(0), scale, softcap or 0.0, window or 0,
         turn.eps,
         TABLE=table, G=group, GP=max(16, triton.next_power_of_2(group)), K=width, KP=padded, PAGE=PAGE_TOKENS,
-        SPLITS=splits, HAS_CAP=softcap is not None, HAS_WINDOW=window is not None,
+        STEP=step, SPLITS=splits, HAS_CAP=softcap is not None, HAS_WINDOW=window is not None,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32", STAGES=stages,
         HALF=half, HAS_NORM=has_norm, OFFSET=turn.offset,
         num_warps=warps, **options,
@@ -281,7 +292,14 @@ def _splits(programs: int, longest: int) -> int:
     return splits
 
 
-def _pipeline(padded: int, key: Tensor) -> tuple[int, int]:
-    """Return the stages of loads that overlap, within a processor's shared memory, and the warps of a program."""
-    block = 2 * PAGE_TOKENS * padded * key.element_size()
-    return (3, 4) if block <= 16 * 1024 else (max(1, min(2, 160 * 1024 // block)), 2)
+def _pipeline(programs: int, token_bytes: int) -> tuple[int, int, int]:
+    """Return the tokens of a step, the stages of loads that overlap, and the warps of a program (measured on an H200).
+
+    token_bytes: the size of one head's key. Many programs are small, so that nearly all run at once and none is left
+    to run alone at the end; a few must each read more at a time.
+    """
+    if token_bytes <= 128:
+        return 32, 4, 1
+    if token_bytes <= 256:
+        return (16, 3, 1) if programs > _FEW_PROGRAMS else (32, 4, 2)
+    return (32, 3, 4) if token_bytes <= 512 else (16, 3, 2)

@@ -4,8 +4,10 @@ Responsible for: several products side by side without storing their weights sid
 products meet; sums left in parts for the kernel that adds them up anyway.
 Not responsible for: adapters, single precision, many rows (kernels/fused_ops.py leaves those to cuBLAS).
 
-The number of rows is small, so the time is that of reading the weights. A program computes BN outputs of one weight
-over one of SPLIT slices of its inputs; its place in the grid selects the weight.
+The number of rows is small, so the time is that of reading the weights. A program owns BN + TAIL outputs of one weight,
+over one of SPLIT slices of its inputs; its place in the grid selects the weight. In a gated layer it owns outputs of
+both weights, in turns. Tensor cores take 64 rows of the left operand at once: x is that operand, or the weight where x
+has fewer rows (SWAPPED).
 
 Shapes: B rows, I inputs, O outputs.
 """
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 import triton
@@ -26,9 +29,9 @@ from dovetail.engine.kernels.rows import activation
 
 
 @triton.jit
-def _tile(pointer, row_stride, column_stride, rows, columns, width, EVEN: tl.constexpr):
-    """Load a tile of a weight or of x; past its width it is 0 (`columns` may reach there unless EVEN)."""
-    where = pointer + rows[:, None].to(tl.int64) * row_stride + columns[None, :] * column_stride
+def _tile(rows, columns, column_stride, width, EVEN: tl.constexpr):
+    """Load some columns of the rows at these addresses; past their width they are 0 (`columns` ends there if EVEN)."""
+    where = rows[:, None] + columns[None, :] * column_stride
     if EVEN:
         return tl.load(where)
     else:
@@ -36,24 +39,52 @@ def _tile(pointer, row_stride, column_stride, rows, columns, width, EVEN: tl.con
 
 
 @triton.jit
-def _added(total, x, weight, row_stride, column_stride, outputs, columns, width, EVEN: tl.constexpr):
-    """Add the product of x with some columns of some rows of a weight."""
-    return tl.dot(x, tl.trans(_tile(weight, row_stride, column_stride, outputs, columns, width, EVEN)), total)
+def _weight_rows(
+    weight, other, first, size, stride, N: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr
+):
+    """Return the addresses of N rows of a weight from `first` on, or if GATED of rows of both weights in turns."""
+    place = tl.arange(0, N)
+    row = first + (place // 2 if GATED else place)
+    if not EVEN:
+        row = tl.minimum(row, size - 1)
+    offset = row.to(tl.int64) * stride
+    if GATED:
+        return tl.where(place % 2 == 0, weight + offset, other + offset)
+    else:
+        return weight + offset
+
+
+@triton.jit
+def _added(total, x, rows, columns, column_stride, width, SWAPPED: tl.constexpr, EVEN: tl.constexpr):
+    """Add the product of x with some columns of some rows of a weight; SWAPPED: of the weight with x."""
+    weight = _tile(rows, columns, column_stride, width, EVEN)
+    if SWAPPED:
+        return tl.dot(weight, tl.trans(x), total)
+    else:
+        return tl.dot(x, tl.trans(weight), total)
 
 
 @triton.jit
 def _stored(
-    y_ptr, y_row, total, gated, bias, gated_bias, rows, num_rows, before, outputs, size,
-    HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
+    y_ptr, y_row, total, bias, other_bias, rows, num_rows, before, first, size,
+    BM: tl.constexpr, N: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
+    SWAPPED: tl.constexpr,
 ):  # fmt: skip
     """Add the bias, activate, multiply by the second product of a gated layer, and write."""
+    if SWAPPED:
+        total = tl.trans(total)
+    if GATED:
+        total, gated = tl.split(tl.reshape(total, (BM, N // 2, 2)))
+        outputs = first + tl.arange(0, N // 2)
+    else:
+        outputs = first + tl.arange(0, N)
     is_output = outputs < size
     if HAS_BIAS:
         total += tl.load(bias + outputs, mask=is_output, other=0.0).to(tl.float32)[None, :]
-        if GATED:
-            gated += tl.load(gated_bias + outputs, mask=is_output, other=0.0).to(tl.float32)[None, :]
     total = activation(total, ACTIVATION)
     if GATED:
+        if HAS_BIAS:
+            gated += tl.load(other_bias + outputs, mask=is_output, other=0.0).to(tl.float32)[None, :]
         total *= gated
     where = y_ptr + rows[:, None].to(tl.int64) * y_row + (before + outputs)[None, :]
     tl.store(where, total.to(y_ptr.dtype.element_ty), mask=(rows < num_rows)[:, None] & is_output[None, :])
@@ -65,13 +96,15 @@ def _multiply(
     num_rows, size_0, size_1, size_2, width, x_row, y_row, w_row, w_column,
     BM: tl.constexpr, BN: tl.constexpr, TAIL: tl.constexpr, BK: tl.constexpr, SPLIT: tl.constexpr,
     STAGES: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
-    EVEN_SIZES: tl.constexpr, EVEN: tl.constexpr, FETCH: tl.constexpr, OVERLAPS: tl.constexpr,
+    SWAPPED: tl.constexpr, EVEN_SIZES: tl.constexpr, EVEN: tl.constexpr, FETCH: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     place, block = tl.program_id(0), tl.program_id(1)
     part, tile = place % SPLIT, place // SPLIT
     weight, bias, size, before = weight_0, bias_0, size_0, 0 * size_0
+    PAIR: tl.constexpr = 2 if GATED else 1
+    OWNED: tl.constexpr = (BN + TAIL) // PAIR
     if not GATED:
-        tiles_0, tiles_1 = tl.cdiv(size_0, BN + TAIL), tl.cdiv(size_1, BN + TAIL)
+        tiles_0, tiles_1 = tl.cdiv(size_0, OWNED), tl.cdiv(size_1, OWNED)
         if tile >= tiles_0 + tiles_1:
             weight, bias, size, before = weight_2, bias_2, size_2, size_0 + size_1
             tile -= tiles_0 + tiles_1
@@ -79,45 +112,38 @@ def _multiply(
             weight, bias, size, before = weight_1, bias_1, size_1, size_0
             tile -= tiles_0
     rows = block * BM + tl.arange(0, BM)
-    real_rows = tl.minimum(rows, num_rows - 1)
-    outputs = tile * (BN + TAIL) + tl.arange(0, BN)
-    real_outputs = outputs if EVEN_SIZES else tl.minimum(outputs, size - 1)
-    each = width // SPLIT
+    x_rows = x_ptr + tl.minimum(rows, num_rows - 1).to(tl.int64) * x_row
+    first, tail_first = tile * OWNED, tile * OWNED + BN // PAIR
+    w_rows = _weight_rows(weight, weight_1, first, size, w_row, BN, GATED, EVEN_SIZES)
+    each = tl.cdiv(width, BK * SPLIT) * BK
     start = part * each
-    if SPLIT > 1:
-        start = tl.multiple_of(start, 16)
-    total = tl.zeros((BM, BN), tl.float32)
-    gated = tl.zeros((BM, BN), tl.float32)
+    end = tl.minimum(start + each, width)
+    total = tl.zeros((BN, BM) if SWAPPED else (BM, BN), tl.float32)
     if TAIL > 0:
-        tail = tile * (BN + TAIL) + BN + tl.arange(0, TAIL)
-        real_tail = tail if EVEN_SIZES else tl.minimum(tail, size - 1)
-        tail_total = tl.zeros((BM, TAIL), tl.float32)
-        tail_gated = tl.zeros((BM, TAIL), tl.float32)
+        tail_rows = _weight_rows(weight, weight_1, tail_first, size, w_row, TAIL, GATED, EVEN_SIZES)
+        tail_total = tl.zeros((TAIL, BM) if SWAPPED else (BM, TAIL), tl.float32)
     let_next_start(OVERLAPS)
     if FETCH > 0 and OVERLAPS:
         ahead = start + tl.arange(0, FETCH // 64) * 64
-        fetch(weight + real_outputs[:, None].to(tl.int64) * w_row + ahead[None, :])
-        if GATED:
-            fetch(weight_1 + real_outputs[:, None].to(tl.int64) * w_row + ahead[None, :])
-    wait_for_previous(OVERLAPS)
-    for first in tl.range(start, start + each, BK, num_stages=STAGES):
-        columns = first + tl.arange(0, BK)
-        x = _tile(x_ptr, x_row, 1, real_rows, columns, width, EVEN)
-        total = _added(total, x, weight, w_row, w_column, real_outputs, columns, width, EVEN)
-        if GATED:
-            gated = _added(gated, x, weight_1, w_row, w_column, real_outputs, columns, width, EVEN)
+        fetch(w_rows[:, None] + ahead[None, :])
         if TAIL > 0:
-            tail_total = _added(tail_total, x, weight, w_row, w_column, real_tail, columns, width, EVEN)
-            if GATED:
-                tail_gated = _added(tail_gated, x, weight_1, w_row, w_column, real_tail, columns, width, EVEN)
+            fetch(tail_rows[:, None] + ahead[None, :])
+    wait_for_previous(OVERLAPS)
+    for column in tl.range(start, end, BK, num_stages=STAGES):
+        columns = column + tl.arange(0, BK)
+        x = _tile(x_rows, columns, 1, width, EVEN)
+        total = _added(total, x, w_rows, columns, w_column, width, SWAPPED, EVEN)
+        if TAIL > 0:
+            tail_total = _added(tail_total, x, tail_rows, columns, w_column, width, SWAPPED, EVEN)
     y_ptr += part.to(tl.int64) * num_rows * y_row
     _stored(
-        y_ptr, y_row, total, gated, bias, bias_1, rows, num_rows, before, outputs, size, HAS_BIAS, ACTIVATION, GATED
+        y_ptr, y_row, total, bias, bias_1, rows, num_rows, before, first, size, BM, BN, HAS_BIAS, ACTIVATION, GATED,
+        SWAPPED,
     )  # fmt: skip
     if TAIL > 0:
         _stored(
-            y_ptr, y_row, tail_total, tail_gated, bias, bias_1, rows, num_rows, before, tail, size,
-            HAS_BIAS, ACTIVATION, GATED,
+            y_ptr, y_row, tail_total, bias, bias_1, rows, num_rows, before, tail_first, size, BM, TAIL, HAS_BIAS,
+            ACTIVATION, GATED, SWAPPED,
         )  # fmt: skip
 
 
@@ -127,12 +153,15 @@ class Tiles:
 
     rows: int
     outputs: int
+    """The outputs in one tile; of a gated layer half of them are the gate's."""
     inputs: int
     split: int
     stages: int
     warps: int
     tail: int = 0
     """Further outputs of the same program, for widths that are no power of two."""
+    is_swapped: bool = False
+    """The weight is the left operand."""
 
 
 def multiply(
@@ -151,7 +180,7 @@ def multiply(
         y = torch.empty(num_rows, outputs, dtype=x_BI.dtype, device=x_BI.device)
     else:
         y = torch.empty(tiles.split, num_rows, outputs, dtype=torch.float32, device=x_BI.device)
-    owned = tiles.outputs + tiles.tail
+    owned = (tiles.outputs + tiles.tail) // (2 if is_gated else 1)
     num_tiles = [triton.cdiv(size, owned) for size in (sizes[:1] if is_gated else sizes)]
     first = weights[0]
     fetched = _FETCHED if first.stride(1) == 1 and width >= _FETCHED * tiles.split else 0
@@ -160,7 +189,7 @@ def multiply(
         num_rows, *sizes[:3], width, x_BI.stride(0), outputs, first.stride(0), first.stride(1),
         BM=tiles.rows, BN=tiles.outputs, TAIL=tiles.tail, BK=tiles.inputs, SPLIT=tiles.split, STAGES=tiles.stages,
         HAS_BIAS=bool(biases) and tiles.split == 1, ACTIVATION=activation, GATED=is_gated,
-        EVEN_SIZES=all(size % owned == 0 for size in sizes), EVEN=width % (tiles.inputs * tiles.split) == 0,
+        SWAPPED=tiles.is_swapped, EVEN_SIZES=all(size % owned == 0 for size in sizes), EVEN=width % tiles.inputs == 0,
         FETCH=fetched, num_warps=tiles.warps, num_stages=tiles.stages, **overlapping(x_BI.device),
     )  # fmt: skip
     return y
@@ -186,43 +215,56 @@ def tiles_for(
     strides = {linear.weight_OI.stride() for linear in linears}
     if x_BI.dtype == torch.float32 or len(has_bias) > 1 or len(strides) > 1:
         return None
-    outputs = sum(linear.weight_OI.shape[0] for linear in linears)
-    is_large = num_rows <= 64 and outputs * width > _MOST_WEIGHTS
-    if num_rows > _MOST_ROWS or (len(linears) == 1 and (num_rows > 128 or is_large)):
-        return None
-    rows = min(128, max(16, triton.next_power_of_2(num_rows)))
-    if is_gated and rows == 128:
-        return _gated_tiles(outputs // 2)
-    if num_rows > 128:
-        return Tiles(rows, 128, 64, 1, 4, 8)
-    if is_large and not is_gated:
-        return Tiles(rows, 64, 64, 1, 6, 4)
-    split = _split(outputs // 64, width // 128) if may_split and width % 512 == 0 else 1
-    return Tiles(rows, 64, 128, split, 4, 4)
+    sizes = [linear.weight_OI.shape[0] for linear in linears]
+    if num_rows <= 128:
+        rows = max(16, triton.next_power_of_2(num_rows))
+        return _balanced(rows, [2 * sizes[0]] if is_gated else sizes, width, may_split=may_split)
+    programs = 2 * sum(triton.cdiv(size, 128) for size in sizes)
+    is_faster = num_rows <= 256 and len(linears) == 3 and programs <= _PROCESSORS
+    return Tiles(128, 128, 64, 1, 5, 8) if is_faster else None
 
 
-def _gated_tiles(outputs: int) -> Tiles:
-    """Choose the width of a program such that the processors end together."""
-    choices = {
-        64: Tiles(128, 64, 64, 1, 4, 8),
-        96: Tiles(128, 64, 64, 1, 5, 8, 32),
-        128: Tiles(128, 128, 64, 1, 4, 8),
-    }
-    rounds = {owned: triton.cdiv(triton.cdiv(outputs, owned), _PROCESSORS) for owned in choices}
-    return choices[min(choices, key=lambda owned: (rounds[owned] * owned, -owned))]
+def _balanced(rows: int, sizes: Sequence[int], width: int, *, may_split: bool) -> Tiles:
+    """Choose the outputs and inputs of a program such that the processors end together."""
+    splits = [split for split in (1, 2, 3, 4) if split == 1 or (may_split and width >= 256 * split)]
+    owned, split = min(product(_OWNED[rows], splits), key=lambda choice: _cost(sizes, *choice))
+    tail = owned - (1 << (owned.bit_length() - 1))
+    memory = _SHARED_MEMORY // min(2, _rounds(sizes, owned, split))
+    inputs = 128 if rows <= 64 and width >= 512 * split and 3 * 256 * (rows + owned) <= memory else 64
+    return Tiles(
+        rows=rows,
+        outputs=owned - tail,
+        tail=tail,
+        inputs=inputs,
+        split=split,
+        stages=min(6 if inputs == 128 else 8, memory // (2 * inputs * (rows + owned))),
+        warps=8 if rows == 128 and owned > 64 else 4,
+        is_swapped=rows < 64 or (rows == 128 and owned == 64),
+    )
 
 
-def _split(programs: int, steps: int) -> int:
-    """Split sums until there is a program for every processor, and none too short."""
-    split = 1
-    while split < 4 and programs * split <= 96 and steps >= 4 * split:
-        split *= 2
-    return split
+def _cost(sizes: Sequence[int], owned: int, split: int) -> tuple[float, ...]:
+    """Return what orders the choices: the share of the weights that the busiest processor reads, then their kind.
+
+    Two programs fit beside each other. Narrow ones read x more often, and each part of a sum is written and read once.
+    """
+    rounds = _rounds(sizes, owned, split)
+    return rounds > 2, rounds * owned / split, owned < 64, rounds, split
 
 
+def _rounds(sizes: Sequence[int], owned: int, split: int) -> int:
+    """Return the number of programs that the busiest processor computes."""
+    return triton.cdiv(sum(triton.cdiv(size, owned) for size in sizes) * split, _PROCESSORS)
+
+
+_OWNED = {
+    16: (64, 128, 192, 256),
+    32: (64, 128, 192, 256),
+    64: (32, 48, 64, 80, 96, 128, 160, 192, 256),
+    128: (64, 80, 96, 128, 160, 192, 256),
+}
+"""The numbers of outputs that a program may own, by its rows; each is the sum of at most two powers of two."""
+_SHARED_MEMORY = 224 * 1024
+"""The bytes of a processor's shared memory that tiles may fill, on an H100 or H200."""
 _PROCESSORS = 132
 """The number of an H100 or H200, which work in step where a kernel has one program for each."""
-_MOST_ROWS = 256
-"""More rows are many enough for cuBLAS."""
-_MOST_WEIGHTS = 20_000_000
-"""One product of few rows with more weights is faster in cuBLAS (52 MB and more on an H200; 34 MB and less is not)."""
