@@ -46,10 +46,18 @@ ADAPTERS = (
 )
 NOT_IN_THE_WEIGHTS = {
     "micro_batch_tokens", "activation_checkpointing", "offload_while_generating", "eval_every", "save_every",
-    "keep_checkpoints", "kl_limit", "kl_stop", "print_samples_every",
+    "keep_checkpoints", "kl_limit", "kl_stop", "print_samples_every", "eval_tasks",
 }  # fmt: skip
-OF_THE_STAGE = {"max_steps", "ptx_batch_size", "reward_function", "reward_function_weight"}
-"""tests/stages/test_ppo_by_definition.py has these."""
+OF_THE_STAGE = {
+    "max_steps",
+    "ptx_batch_size",
+    "reward_function",
+    "reward_function_weight",
+    "curriculum_score",
+    "environment",
+}
+"""tests/stages/test_ppo_by_definition.py has the first four of these, test_prompt_queue.py the curriculum, and
+tests/rlhf/test_episodes.py environments."""
 
 
 def settings_of(config: BaseModel, prefix: str = "") -> dict[str, Any]:

@@ -37,9 +37,11 @@ COARSE = "def score(answers):\n    return [float(sum(a.answer_ids) % 4 == 0) for
 
 
 def refilling_run(folder: Path, *, name: str = "run", **ppo: Any) -> RunConfig:
-    """A run that asks further prompts, of some rollouts more than of others."""
+    """A run that asks further prompts, of some rollouts more than of others, and some prompts less often."""
     (folder / "coarse.py").write_text(COARSE)
-    settings = {"batch_size": 6, "reward_function": f"{folder}/coarse.py:score", **ppo}
+    settings = {
+        "batch_size": 6, "reward_function": f"{folder}/coarse.py:score", "curriculum_score": 1.0, **ppo
+    }  # fmt: skip
     return run_of(folder, "dapo", name=name, **settings)
 
 

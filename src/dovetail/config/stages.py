@@ -202,7 +202,7 @@ class PpoConfig(StageConfig):
     """Stage 3: PPO (Schulman et al. 2017, arXiv:1707.06347) as in InstructGPT, section 3.5 and appendix C."""
 
     advanced: ClassVar[frozenset[str]] = StageConfig.advanced | {
-        "critic_warmup_rollouts", "critic_warmup_learning_rate",
+        "critic_warmup_rollouts", "critic_warmup_learning_rate", "curriculum_score",
         "kl_target", "kl_limit", "kl_stop", "approx_kl_stop", "ratio_clip", "dual_clip", "cut_off_answers",
         "value_clip", "old_logprobs", "importance_cap", "gamma", "gae_lambda", "score_clip", "missing_end_penalty",
         "whiten_rewards", "ema_decay", "offload_while_generating", "ptx_batch_size", "reward_function_weight",
@@ -215,6 +215,9 @@ class PpoConfig(StageConfig):
     """Optimiser steps per epoch over one rollout."""
     ppo_epochs: PositiveInt = 1
     """Passes over each rollout."""
+    curriculum_score: float | None = Field(default=None, allow_inf_nan=False)
+    """An answer with at least this score passes, and prompts whose answers so far nearly all pass, or nearly none, are
+    asked less often, down to a tenth. null = all prompts alike."""
     sampling: SamplingConfig = SamplingConfig()
     """The sampling of answers."""
     actor_optimizer: OptimizerConfig = OptimizerConfig(learning_rate=9.65e-6, warmup_steps=10, eps=1e-5)

@@ -46,7 +46,7 @@ def run(context: Context, judge: Judge | None = None) -> StageReport:
     model, chat = actor_start(context)
     prompts, held_out = prompts_of(context, chat, "train"), prompts_of(context, chat, "held_out")
     algorithm = algorithm_named(context.config.algorithm, context.config.policy, config)
-    queue = PromptQueue(prompts, seed=context.config.seed)
+    queue = PromptQueue(prompts, seed=context.config.seed, pass_score=config.curriculum_score)
     iterations = rollouts_of(config, len(prompts), algorithm.answers_per_prompt)
     total_steps = iterations * config.ppo_epochs * config.minibatches
     engine = rlhf_engine(model, chat, context, algorithm, total_steps=total_steps)
@@ -86,11 +86,17 @@ def run(context: Context, judge: Judge | None = None) -> StageReport:
                 asked = queue.take(config.batch_size // algorithm.answers_per_prompt)
                 collected = trainer.generate_experience(asked, more=queue.take)
             place.done = None
-            queue.settle()
+            asking = queue.settle(collected.sampled_scores_S)
             with watch.phase("update"):
                 report = trainer.update(collected, next_texts=texts.next)
             place.done = done
-            row = collected.stats | report.stats | watch.seconds("ppo") | gather_costs(engine.roles.actor)
+            row = (
+                collected.stats
+                | asking
+                | report.stats
+                | watch.seconds("ppo")
+                | gather_costs(engine.roles.actor)
+            )
             if done % config.eval_every == 0 or done == iterations:
                 row |= (results := judged(done))
             metrics.record(done, row)
