@@ -51,8 +51,8 @@ def test_a_figure_stands_with_its_error_or_interval() -> None:
     assert list(cells(figures)) == [
         ["", "sft", "ppo"],
         ["reward", "0.500 ± 0.125", "1.000 ± 0.250"],
+        ["wins", "-", "0.750 [0.60, 0.90]"],
         ["answer tokens", "12.3", "-"],
-        ["wins", "-", "0.750 [0.600, 0.900]"],
     ]
 
 

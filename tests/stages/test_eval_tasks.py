@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from dovetail.rlhf.tasks.named import parse_task
 from dovetail.rlhf.tasks.subject import Drawing
 from dovetail.serving.inference.comparison import compare, contestants
@@ -41,3 +43,16 @@ def test_the_last_figures_of_training_are_those_of_the_finished_model(tmp_path: 
     assert {"ppo/squad_dev_f1", "ppo/text_wiki_perplexity", "ppo/odd_p_accuracy"} <= expected.keys()
     assert {name: round(judged[-1][name], 5) for name in expected} == expected
     assert judged[-1]["ppo/text_wiki_nats_per_token"] != judged[0]["ppo/text_wiki_nats_per_token"]
+
+
+def test_a_run_compared_with_its_start_repeats_the_last_evaluation_of_training(tmp_path: Path) -> None:
+    config = tiny_run(tmp_path, ppo={"eval_every": 2})
+    pipeline.run(config)
+    run = tmp_path / "run"
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    last = next(row for row in reversed(rows) if "ppo/held_out_reward" in row)
+    prompts, _ = compare(contestants([str(run)]), [], Drawing(max_new_tokens=8), limit=256, device="cpu")
+    found = prompts.figures["ppo"]
+    assert abs(found["kl_nats_per_answer"]) > 1e-4
+    for name in ("reward", "kl_nats_per_answer", "entropy_nats_per_token", "answer_tokens", "distinct_2"):
+        assert found[name] == pytest.approx(last[f"ppo/held_out_{name}"], rel=1e-4), name

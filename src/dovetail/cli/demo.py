@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from dovetail.cli.evaluate import show_run
 from dovetail.cli.processes import carry_out_everywhere
 from dovetail.config.load import check, read_recipe
 from dovetail.config.recipes import FOLDER
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 DEMO = FOLDER / "demo"
 NEWEST = Path("runs/demo")
 MODELS = {"base": "before", "sft": "stage 1, SFT", "ppo": "stage 3, PPO", "ema": "its average (EMA)"}
+EVALUATED_ROWS = 100
 QUESTIONS = ("My name is Rosa.", "What is my name?")
 
 
@@ -69,6 +71,8 @@ def demo(
 
     run = plan.run.output_dir
     Console().print(table(RunFolder(run).read_summary()))
+    typer.echo("the same models as `dovetail eval` compares them, without knowing the gold score:")
+    show_run(run, limit=EVALUATED_ROWS)
     show_conversation(run)
     if output_dir is None and point_at(Path(run), NEWEST):
         run = str(NEWEST)

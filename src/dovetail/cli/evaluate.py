@@ -16,6 +16,7 @@ from dovetail.errors import DataError
 
 if TYPE_CHECKING:
     from dovetail.config.run import RunConfig
+    from dovetail.rlhf.tasks.subject import Drawing
     from dovetail.serving.inference.comparison import Result
 
 ENDS = ("_stderr", "_low", "_high")
@@ -56,7 +57,12 @@ def evaluate(
         int, typer.Option(min=1, help="Answers to each prompt of a verifier: 1 is greedy, more give pass@k.")
     ] = 1,
     limit: Annotated[int, typer.Option(min=1, help="Most rows of a task, always the same ones.")] = 256,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the answers.")] = 0,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Seed of the answers. By default that of evaluations in training.", show_default=False
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     page: Annotated[
         Path | None, typer.Option(parser=as_path, help="Also write the tables to this Markdown file.")
@@ -70,17 +76,12 @@ def evaluate(
     """
     from dovetail.rlhf.judge import Referee  # here and not above: these import torch
     from dovetail.rlhf.tasks.named import parse_task
-    from dovetail.rlhf.tasks.subject import Drawing
     from dovetail.serving.inference.comparison import compare, contestants
 
     names = [parse_task(text) for text in task or ()]
     found = contestants(models)
-    drawing = Drawing(
-        max_new_tokens=max_new_tokens or _of_run(found.run, "max_new_tokens", 256),
-        temperature=temperature or _of_run(found.run, "temperature", 1.0),
-        samples=samples,
-        seed=seed,
-    )
+    given = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    drawing = drawing_of(found.run, samples=samples, **given)
     referee = Referee(url=judge, model=judge_model) if judge else None
     results = compare(found, names, drawing, limit=limit, judge=referee, device=device)
     if as_json:
@@ -93,8 +94,20 @@ def evaluate(
         _write(page, results)
 
 
-def _of_run(run: "RunConfig | None", name: str, otherwise: Any) -> Any:
-    return otherwise if run is None else getattr(run.ppo.sampling, name)
+def drawing_of(run: "RunConfig | None", **given: Any) -> "Drawing":
+    """Return the way to draw answers: as given, where that is not None; else as the run does, if there is one."""
+    from dovetail.rlhf.tasks.subject import Drawing
+
+    own = {} if run is None else run.ppo.sampling.model_dump()
+    return Drawing(**{"max_new_tokens": 256} | own | {k: v for k, v in given.items() if v is not None})
+
+
+def show_run(run: str, *, limit: int) -> None:
+    """Compare the models of a run on the rows that it holds out, at most `limit` of each kind, and print the tables."""
+    from dovetail.serving.inference.comparison import compare, contestants
+
+    models = contestants([run])
+    show(compare(models, [], drawing_of(models.run), limit=limit))
 
 
 def as_data(models: Mapping[str, str], results: "Sequence[Result]") -> dict[str, Any]:
@@ -105,14 +118,15 @@ def as_data(models: Mapping[str, str], results: "Sequence[Result]") -> dict[str,
 
 def show(results: "Sequence[Result]") -> None:
     """Print a table for each task."""
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
     for result in results:
-        table = Table()
+        table = Table(box=SIMPLE_HEAD, pad_edge=False)
         head, *rows = cells(result.figures)
         for number, column in enumerate(head):
-            table.add_column(column, justify="right" if number else "left")
+            table.add_column(column, justify="right" if number else "left", no_wrap=number > 0)
         for row in rows:
             table.add_row(*row)
         typer.echo(f"{result.task}, {result.num_rows} rows")
@@ -122,7 +136,8 @@ def show(results: "Sequence[Result]") -> None:
 def cells(figures: Mapping[str, Mapping[str, float]]) -> Iterator[list[str]]:
     """Yield the names of the models, then a row for each figure, each number with its error or interval."""
     yield ["", *figures]
-    for name in dict.fromkeys(name for own in figures.values() for name in own if not name.endswith(ENDS)):
+    longest_first = sorted(figures.values(), key=len, reverse=True)
+    for name in dict.fromkeys(name for own in longest_first for name in own if not name.endswith(ENDS)):
         yield [name.replace("_", " "), *(_cell(own, name) for own in figures.values())]
 
 
@@ -133,7 +148,7 @@ def _cell(figures: Mapping[str, float], name: str) -> str:
     if f"{name}_stderr" in figures:
         return f"{shown} ± {_number(figures[f'{name}_stderr'])}"
     if f"{name}_low" in figures:
-        return f"{shown} [{_number(figures[f'{name}_low'])}, {_number(figures[f'{name}_high'])}]"
+        return f"{shown} [{figures[f'{name}_low']:.2f}, {figures[f'{name}_high']:.2f}]"
     return shown
 
 
