@@ -1,6 +1,6 @@
 """Environments: tokens per second of episodes whose environments take their time, and of the same without waiting.
 
-    python benchmarks/environments.py                               64 environments on a CPU
+    python benchmarks/environments.py                               64 environments on a CPU, 32 decode at once
     python benchmarks/environments.py --model opt-1.3b --device cuda --dtype bfloat16
 
 Every environment replies to each turn after a time of its own, uniformly between 0 and twice the mean. Turns end at a
@@ -66,23 +66,29 @@ def main() -> None:
     stops = range(0, vocabulary, options.turn_tokens)
     sampling = Sampling(max_new_tokens=options.max_tokens, stop_token_ids=tuple(stops))
     reply = words_of(shapes.prompts_of(1, options.reply, vocabulary, seed=1)[0])
-    engine = HybridEngine(model, max_running=options.episodes)  # one for all calls, as PPO has it
-    common = {"benchmark": "environments", "model": options.model, "episodes": options.episodes,
-              "turns": options.turns, "dtype": options.dtype, **shapes.setting(device)}  # fmt: skip
-    speeds, drawn = {}, {}
-    for name, mean_seconds in (("without waiting", 0.0), ("waiting", options.mean_seconds)):
-        config = EnvironmentConfig(source="Office", max_turns=options.turns)
-        environments = environments_of(partial(Office, mean_seconds, options.turns, reply), config, chat)
-        assert environments is not None
-        seconds = []
-        for _ in range(options.warmup + options.repeats):
+    engine = HybridEngine(model, max_running=options.places)  # one for all calls, as PPO has it
+    common = {
+        "benchmark": "environments", "model": options.model, "episodes": options.episodes, "places": options.places,
+        "turns": options.turns, "dtype": options.dtype, **shapes.setting(device),
+    }  # fmt: skip
+    means = {"without waiting": 0.0, "waiting": options.mean_seconds}
+    seconds: dict[str, list[float]] = {name: [] for name in means}
+    answers: dict[str, list[Answer]] = {}
+    for _ in range(options.warmup + options.repeats):
+        for name, mean_seconds in means.items():  # by turns, so that what else the machine does hits both
+            config = EnvironmentConfig(source="Office", max_turns=options.turns)
+            environments = environments_of(partial(Office, mean_seconds, options.turns, reply), config, chat)
+            assert environments is not None
             start = shapes.now(device)
-            answers = play(
+            answers[name] = play(
                 prompts, list(range(len(prompts))), environments, engine, sampling, context=engine.context
             )
-            seconds.append(shapes.now(device) - start)
-        drawn[name] = [answer.answer_ids for answer in answers]
-        speeds[name] = row_of(answers, statistics.median(seconds[options.warmup :]))
+            seconds[name].append(shapes.now(device) - start)
+    drawn = {name: [answer.answer_ids for answer in given] for name, given in answers.items()}
+    speeds = {
+        name: row_of(answers[name], statistics.median(seconds[name][options.warmup :])) for name in means
+    }
+    for name, mean_seconds in means.items():
         shapes.show(**common, run=name, mean_seconds=mean_seconds, **speeds[name])
     rates = {name: row["tokens_per_second"] for name, row in speeds.items()}
     shapes.show(
@@ -120,6 +126,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=shapes.SHAPES, default="small")
     parser.add_argument("--episodes", type=int, default=64)
+    parser.add_argument("--places", type=int, default=32, help="the most episodes that decode at once")
     parser.add_argument("--turns", type=int, default=4)
     parser.add_argument("--prompt", type=int, default=64, help="tokens of each prompt")
     parser.add_argument("--reply", type=int, default=16, help="tokens of each reply")

@@ -148,3 +148,84 @@ def test_a_preempted_answer_decodes_only_after_a_forward_that_drew_its_next_toke
         assert scheduler.admit() == []
         answer.accept(0, 0.0, Listener())
         assert scheduler.ready() == [answer]
+
+
+def ended(answer: Answer, scheduler: Scheduler) -> Answer:
+    """Let the only running answer draw its one token, and keep its pages."""
+    (chunk,) = scheduler.admit()
+    assert chunk.answer is answer
+    answer.accept(7, 0.0, Listener())
+    assert scheduler.retire() == [answer]
+    return answer
+
+
+def continued(before: Answer, reply: int, max_new_tokens: int = 1) -> Answer:
+    following = answer_of(9, 0, max_new_tokens)
+    following.prompt = (*before.all_ids, *[2] * reply)
+    following.continues = before
+    following.keeps_pages = True
+    return following
+
+
+def test_a_request_that_continues_another_reads_only_what_is_new() -> None:
+    before = answer_of(0, 100, 1)
+    before.keeps_pages = True
+    scheduler = scheduler_of([before], 8)
+    ended(before, scheduler)
+    assert scheduler.load().num_pages == 2
+    following = continued(before, 70)
+    scheduler.waiting.append(following)
+    (chunk,) = scheduler.admit()
+    assert (chunk.start, chunk.end, chunk.is_last) == (100, 171, True)
+    assert (following.pages, before.pages) == ([0, 1, 2], [])
+
+
+def test_kept_pages_are_freed_when_others_need_them_or_nothing_will_follow() -> None:
+    before, other = answer_of(0, 100, 1), answer_of(1, 190, 1)
+    before.keeps_pages = True
+    scheduler = scheduler_of([before], 3)
+    ended(before, scheduler)
+    scheduler.waiting.append(other)
+    scheduler.admit()
+    assert (len(other.pages), before.pages) == (3, [])
+    other.accept(7, 0.0, Listener())
+    scheduler.retire()
+    following = continued(before, 20)
+    scheduler.waiting.append(following)
+    (chunk,) = scheduler.admit()
+    assert (chunk.start, chunk.end) == (0, 121)
+    following.accept(7, 0.0, Listener())
+    scheduler.retire()
+    assert scheduler.load().num_pages == 2
+    following.keeps_pages = False
+    scheduler.drop_ended()
+    assert scheduler.load().num_pages == 0
+
+
+def test_conversations_end_however_few_the_pages() -> None:
+    for num_pages in (4, 6, 20):
+        rng = random.Random(1)
+        scheduler = scheduler_of([], num_pages, running=5)
+        turns = {i: answer_of(i, rng.randint(1, 40), rng.randint(1, 20)) for i in range(12)}
+        for turn in turns.values():
+            turn.keeps_pages = True
+        for _ in range(3):
+            scheduler.waiting.extend(turns.values())
+            simulate_with_kept(scheduler)
+            assert all(turn.finish_reason for turn in turns.values())
+            turns = {i: continued(turn, rng.randint(1, 30), rng.randint(1, 20)) for i, turn in turns.items()}
+
+
+def simulate_with_kept(scheduler: Scheduler) -> None:
+    """Run to the end as the loop does, where ended answers may hold pages too."""
+    while scheduler.waiting or scheduler.running:
+        for chunk in scheduler.admit():
+            assert chunk.end <= len(chunk.answer.pages) * 64
+            if chunk.is_last:
+                chunk.answer.accept(0, 0.0, Listener())
+        scheduler.retire()
+        scheduler.make_room()
+        for answer in scheduler.ready():
+            answer.num_cached += 1
+            answer.accept(0, 0.0, Listener())
+        scheduler.retire()

@@ -155,3 +155,44 @@ def test_models_that_take_a_slow_way_are_served_one_batch_at_a_time(
     for answer in (first, second, late):
         assert answer.token_ids == hf_greedy(model, list(answer.prompt), 6)
     assert len(cancelled.token_ids) < 6
+
+
+class Conversations:
+    """A source of conversations: each ended request is continued by one with a few tokens more, two times."""
+
+    def __init__(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> None:
+        self.sampling = sampling
+        self.turns = [[request(i, prompt, sampling)] for i, prompt in enumerate(prompts)]
+        self.is_begun = False
+
+    def poll(self, load: Load) -> Sequence[Answer] | None:
+        arrived = [] if self.is_begun else [turns[0] for turns in self.turns]
+        self.is_begun = True
+        for turn in arrived:
+            turn.keeps_pages = True
+        for i, turns in enumerate(self.turns):
+            if turns[-1].finish_reason and len(turns) < 3:
+                following = request(i, [*turns[-1].all_ids, 9, 8, 7, i + 3], self.sampling)
+                following.continues, following.keeps_pages = turns[-1], len(turns) < 2
+                turns.append(following)
+                arrived.append(following)
+        return arrived if arrived or not load.is_idle else None
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"max_cache_tokens": 5 * 64}, {"max_running": 2}, {"max_running": 1}, {"max_prefill_tokens": 50}],
+)
+def test_conversations_go_on_as_if_all_were_read_again(options: dict[str, int]) -> None:
+    sampling = Sampling(max_new_tokens=24, temperature=0.9)
+    source = Conversations(prompts_of(), sampling)
+    serve(source, **options)  # type: ignore[arg-type]
+    model = tiny_model(dtype=torch.float64)
+    for i, turns in enumerate(source.turns):
+        assert len(turns) == 3
+        for turn in turns:
+            (alone,) = run(model, [turn.prompt], sampling, seed=i)
+            assert tuple(turn.token_ids) == alone.token_ids
+            torch.testing.assert_close(
+                torch.tensor(turn.logprobs), torch.tensor(alone.logprobs), atol=1e-6, rtol=0
+            )

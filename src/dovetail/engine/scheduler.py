@@ -71,6 +71,10 @@ class Answer:
     num_pending: int = 0
     """Tokens drawn on the device that the host has not read yet."""
     finish_reason: FinishReason | None = None
+    keeps_pages: bool = False
+    """Whether its pages stay when it has ended, for a request that continues it, until others need them."""
+    continues: Answer | None = None
+    """The ended request whose tokens the prompt begins with; only what is new is read, if its pages are still there."""
 
     @property
     def num_tokens(self) -> int:
@@ -223,6 +227,8 @@ class Scheduler:
         self._max_running = max_running
         self._max_prefill_tokens = max_prefill_tokens
         self._shares_beginnings = shares_beginnings
+        self._kept: list[Answer] = []
+        """The ended answers that keep their pages, the oldest first."""
         self._first_with: dict[tuple[int, ...], Answer] = {}
         """For each prompt, the running answer whose pages the other answers to it share."""
 
@@ -252,11 +258,13 @@ class Scheduler:
 
     def is_short_of_pages(self) -> bool:
         """Return whether `make_room` would have to preempt, which needs that no running answer has a pending token."""
+        self._free_kept(self._num_missing())
         return self._num_missing() > self._pool.num_free
 
     def make_room(self) -> list[Answer]:
         """Take a page for every running answer's next token; returns the preempted answers, the youngest ones."""
         preempted: list[Answer] = []
+        self._free_kept(self._num_missing())
         while self._num_missing() > self._pool.num_free:
             preempted.append(self.running[-1])
             self.send_back(preempted[-1:])
@@ -285,7 +293,10 @@ class Scheduler:
         finished = [answer for answer in self.running if answer.finish_reason]
         if finished:
             self.running = [answer for answer in self.running if not answer.finish_reason]
-            self._release(finished)
+            # A lone sequence has the first pages, and other keys of a longer rope cannot be gone on with.
+            may_keep = self._shares_beginnings and not self._arena.lone
+            self._kept += [answer for answer in finished if answer.keeps_pages and may_keep]
+            self._release([answer for answer in finished if not (answer.keeps_pages and may_keep)])
         return finished
 
     def load(self) -> Load:
@@ -296,6 +307,8 @@ class Scheduler:
         """Remove answers that were ended from outside, waiting or running; returns those that ran."""
         if any(answer.finish_reason for answer in self.waiting):
             self.waiting = deque(answer for answer in self.waiting if not answer.finish_reason)
+        self._release([answer for answer in self._kept if not answer.keeps_pages])
+        self._kept = [answer for answer in self._kept if answer.keeps_pages]
         return self.retire()
 
     def _num_places(self) -> int:
@@ -310,6 +323,27 @@ class Scheduler:
         return places if places >= enough else 0
 
     def _give_pages(self, answer: Answer) -> bool:
+        """Take pages for all its tokens, beside those of the answer that it continues; False if too few are free."""
+        before = answer.continues if answer.continues in self._kept else None
+        if before is None:
+            return self._share_pages(answer)
+        needed = pages_for(answer.num_tokens) - len(before.pages)
+        self._kept.remove(before)
+        self._free_kept(needed + self._num_growing())
+        if self.running and needed + self._num_growing() > self._pool.num_free:
+            self._kept.append(before)
+            return False
+        if self._first_with.get(before.prompt) is before:
+            del self._first_with[before.prompt]
+        num_held = len(before.pages)
+        answer.pages, before.pages, answer.continues = before.pages, [], None
+        answer.num_cached = min(before.num_cached, len(before.all_ids) - 1)
+        self._pool.take(answer.pages, needed)
+        self._clear(answer.pages[num_held:])
+        self.version += 1
+        return True
+
+    def _share_pages(self, answer: Answer) -> bool:
         """Take pages for all its tokens, sharing full ones of an equal prompt; False if too few are free."""
         donor = self._first_with.get(answer.prompt) if self._shares_beginnings else None
         shared: list[int] = []
@@ -317,6 +351,7 @@ class Scheduler:
             # The last token is read in any case: its logits are wanted.
             shared = donor.pages[: min(donor.num_cached, len(answer.prompt) - 1) // PAGE_TOKENS]
         needed = pages_for(answer.num_tokens) - len(shared)
+        self._free_kept(needed + self._num_growing(), but=donor)
         if self.running and needed + self._num_growing() > self._pool.num_free:
             return False
         self._pool.share(answer.pages, shared)
@@ -347,7 +382,17 @@ class Scheduler:
         """
         return sum(len(answer.pages) < pages_for(answer.max_tokens) for answer in self.running)
 
+    def _free_kept(self, needed: int, *, but: Answer | None = None) -> None:
+        """Free kept pages, the oldest first, until so many are free or none is kept; those of `but` stay."""
+        for answer in [answer for answer in self._kept if answer is not but]:
+            if self._pool.num_free >= needed:
+                return
+            self._kept.remove(answer)
+            self._release([answer])
+
     def _release(self, answers: list[Answer]) -> None:
+        if not answers:
+            return
         for answer in answers:
             if self._first_with.get(answer.prompt) is answer:
                 del self._first_with[answer.prompt]

@@ -6,7 +6,7 @@ Not responsible for: the form of an environment (environments.py), decoding (eng
 
 Tokens go in and come out as they are: what the actor sampled is never encoded again, and a reply is appended as the
 tokens that the chat template prints behind an answer. While an environment works, in a thread of its own, its episode
-holds no place in the decode batch; the reply brings it back with all its tokens as the prompt.
+holds no place in the decode batch, and its pages of the cache until others need them; the reply brings it back.
 
 An episode depends on (weights, prompt, seed, environment) alone, whatever plays beside it and whoever is faster (up to
 rounding: another batch may add up in another order).
@@ -64,6 +64,8 @@ class _Game:
     """The most tokens of prompt and turns together."""
     is_cut_off: bool = False
     failure: Failure | None = None
+    last: Request | None = None
+    """The request of the last turn, whose place in the cache the next one takes over."""
 
     def reset(self, make: Maker) -> Any:
         """Make the environment and begin the episode; return what its `reset` returns."""
@@ -76,7 +78,9 @@ class _Game:
         """Return the request for the next turn."""
         prompt = (*self.prompt_ids, *self.token_ids)
         seed = step_seed(self.seed, self.num_turns) if self.num_turns else self.seed
-        return Request(0, prompt, sampling, seed, self.max_tokens - len(prompt))
+        most = self.max_tokens - len(prompt)
+        self.last = Request(0, prompt, sampling, seed, most, keeps_pages=True, continues=self.last)
+        return self.last
 
     def take(self, request: Request, text: str) -> None:
         """Take in the turn that the actor has sampled."""
@@ -85,21 +89,30 @@ class _Game:
         self.logprobs += request.logprobs
         self.messages.append(message("assistant", text))
         self.num_turns += 1
-        self.is_cut_off = request.finish_reason != "stop"
+        if request.finish_reason != "stop":
+            self.end(is_cut_off=True)
 
     def reply(self, replies: Sequence[Message], ids: list[int], max_turns: int) -> bool:
         """Append the environment's reply; return False, and end the episode, if no turn may follow it."""
         num_tokens = len(self.prompt_ids) + len(self.token_ids) + len(ids)
-        self.is_cut_off = self.num_turns >= max_turns or num_tokens >= self.max_tokens
-        if not self.is_cut_off:
-            self.token_ids += ids
-            self.chosen += [False] * len(ids)
-            self.messages += replies
-        return not self.is_cut_off
+        if self.num_turns >= max_turns or num_tokens >= self.max_tokens:
+            self.end(is_cut_off=True)
+            return False
+        self.token_ids += ids
+        self.chosen += [False] * len(ids)
+        self.messages += replies
+        return True
+
+    def end(self, *, is_cut_off: bool = False) -> None:
+        """End the episode, and let go of its pages of the cache."""
+        self.is_cut_off = is_cut_off
+        if self.last is not None:
+            self.last.keeps_pages = False
 
     def fail(self, failure: Failure) -> None:
         """End the episode. One that never began is an answer without tokens, whose prompt need not be read."""
-        self.failure, self.is_cut_off = failure, False
+        self.end()
+        self.failure = failure
         if not self.num_turns:
             self.prompt_ids = self.prompt_ids[:1]
 
@@ -239,7 +252,9 @@ class _Table:
         """Take in what `step` returned."""
         step = _step_of(returned)
         game.rewards.append((len(game.token_ids) - 1, step.reward))
-        if not step.done:
+        if step.done:
+            game.end()
+        else:
             self._reply(game, _replies_of(step.reply))
 
     def _reply(self, game: _Game, replies: Sequence[Message]) -> None:
