@@ -28,6 +28,7 @@ GROUPS = {
             "parallel.world.World",
             "parallel.world.joined",
             "model.placement.resolve_device",
+            "rlhf.algorithms.named.algorithm_named",
             "rlhf.rollout.Collected",
             "rlhf.update.UpdateReport",
         ),
@@ -35,10 +36,13 @@ GROUPS = {
     "Batches": ("batches.PackedBatch", "batches.Rollout", "batches.Experience", "training.step.StepReport"),
     "Settings as Python values": (
         *("config.stages.PpoConfig", "config.stages.SamplingConfig", "config.stages.OptimizerConfig"),
-        "config.stages.EnvironmentConfig",
+        *("config.stages.EnvironmentConfig", "config.policy.PolicyConfig"),
         *("config.model.LoraConfig", "config.sharding.ZeroStageConfig"),
     ),
-    "Rewards": ("rlhf.rewards.Answer", "rlhf.rewards.RewardFunction", "rlhf.judge.Judge"),
+    "Rewards": (
+        *("rlhf.rewards.Answer", "rlhf.rewards.RewardFunction", "rlhf.judge.Judge"),
+        "rlhf.verifiers.builtin.number",
+    ),
     "Environments": (
         *("rlhf.environments.Environment", "rlhf.environments.Turn", "rlhf.environments.Step"),
         *("rlhf.environments.Tools", "text.tools.ToolCall", "rlhf.rewards.Episode"),
