@@ -75,6 +75,11 @@ class _Tokenized(ABC, Generic[TokensT]):
     def __getitem__(self, index: int) -> TokensT:
         """Return the tokens of a row."""
 
+    def longest(self, count: int) -> list[int]:
+        """Return the indices of the rows with most tokens, in all their sequences together, the longest first."""
+        tokens = np.diff(self.columns["starts"][self.columns["rows"]])[self.order]
+        return [int(index) for index in np.argsort(-tokens, kind="stable")[:count]]
+
 
 @dataclass(frozen=True, slots=True)
 class TokenizedRows(_Tokenized[tuple[list[int], list[bool]]]):

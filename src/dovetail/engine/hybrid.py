@@ -15,14 +15,17 @@ parameter changed between two blocks is what the second one uses.
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from dovetail.engine.forward import PackedModules, expect_causal_lm
+from dovetail.engine.kv_cache import pages_for
 from dovetail.engine.padded import SLOW_WAYS, SlowGeneration
 from dovetail.engine.paged import Counts, Limits, PagedGeneration, Source
 from dovetail.engine.probe import Way, find_way
@@ -31,8 +34,10 @@ from dovetail.engine.sampling import Sampling
 from dovetail.engine.scheduler import Answer, Completion, DecodeText, Listener, OnToken, expect_usable
 from dovetail.errors import GenerationError
 from dovetail.model.forward import context_of, evaluation_mode, plain_model, vocabulary_of
+from dovetail.model.placement import is_out_of_memory
 from dovetail.parallel.world import WHOLE, TensorGroup
-from dovetail.planning.memory import MAX_RUNNING, PREFILL_TOKENS
+from dovetail.planning.memory import MAX_RUNNING, PAGE_TOKENS, PREFILL_TOKENS
+from dovetail.telemetry.log import warn
 
 _PADDED_BATCH = 32
 _UNLIMITED_CONTEXT = 32768
@@ -133,6 +138,10 @@ class HybridEngine:
         self.warn_once(f"{way.reason}: {SLOW_WAYS[way.slow]}")
         return None
 
+    def limit_cache(self, num_tokens: int) -> None:
+        """Hold at most so many tokens in the KV cache from the next block on."""
+        self._limits = replace(self._limits, max_cache_tokens=num_tokens)
+
     def slow_generation(self) -> SlowGeneration:
         """Return the generation of a model for which `paged_generation` gives None."""
         return SlowGeneration(self.model, self.way().slow, batch_size=_PADDED_BATCH)
@@ -181,6 +190,10 @@ class Serve:
         self._generation.serve(source, Listener(decode_text=decode_text))
 
 
+class _EnoughError(Exception):
+    """A rehearsal has seen a token of a decode step."""
+
+
 class Generate:
     """The object that `generating()` yields: it answers lists of prompts until the block ends."""
 
@@ -213,24 +226,90 @@ class Generate:
     ) -> list[Completion]:
         """Answer every prompt. `sampling`: one for all, or one each.
 
+        Where memory runs out, the KV cache is halved and the answers begin anew, unless `on_token` has seen some.
+
         The answer to one request depends on weights, prompt, sampling and seed alone, whatever runs beside it
         (up to rounding: another batch may add up in another order).
         """
         assert self._is_open, "generate() outlived its `with engine.generating()` block"
         settings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
         listener = Listener(on_token, decode_text)
-        answers = [
-            Answer(index, tuple(prompt), setting, seed, setting.max_new_tokens)
-            for index, (prompt, setting, seed) in enumerate(zip(prompts, settings, seeds, strict=True))
-        ]
-        for answer in answers:
-            expect_usable(
-                answer, vocabulary=self._engine.vocabulary, context=self._engine.context, listener=listener
+        return self._answer(prompts, settings, seeds, listener, may_retry=on_token is None)
+
+    def rehearse(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, seeds: Sequence[int]
+    ) -> None:  # fmt: skip
+        """Read every prompt and decode a token for each, with room for whole answers; drop what was drawn."""
+        seen: set[int] = set()
+
+        def stop_after_a_step(index: int, token_id: int, logprob: float) -> None:
+            if index in seen and len(seen) == len(prompts):
+                raise _EnoughError
+            seen.add(index)
+
+        with suppress(_EnoughError):
+            listener = Listener(stop_after_a_step)
+            self._answer(prompts, [sampling] * len(prompts), seeds, listener, may_retry=True)
+
+    def _answer(
+        self,
+        prompts: Sequence[Sequence[int]],
+        settings: Sequence[Sampling],
+        seeds: Sequence[int],
+        listener: Listener,
+        *,
+        may_retry: bool,
+    ) -> list[Completion]:
+        """Answer every prompt, in a smaller KV cache where memory runs out. Other ranks of a group cannot retry."""
+        while True:
+            answers = [
+                Answer(index, tuple(prompt), setting, seed, setting.max_new_tokens)
+                for index, (prompt, setting, seed) in enumerate(zip(prompts, settings, seeds, strict=True))
+            ]
+            for answer in answers:
+                expect_usable(
+                    answer,
+                    vocabulary=self._engine.vocabulary,
+                    context=self._engine.context,
+                    listener=listener,
+                )
+            self._cap(answers, self._engine.context, "the model's context")
+            try:
+                if answers:
+                    self._run(answers, listener)
+                return [answer.completion() for answer in answers]
+            except (RuntimeError, MemoryError) as error:
+                if (
+                    not is_out_of_memory(error)
+                    or not may_retry
+                    or self._paged is None
+                    or self._engine.group.size > 1
+                ):
+                    raise
+                reason = str(error).split("\n")[0]
+            # Outside the except block the traceback is gone, and with it the frames that held activations.
+            self._halve_cache(max(answer.max_tokens for answer in answers), reason)
+
+    def _halve_cache(self, longest: int, reason: str) -> None:
+        """Go on with half of the KV cache, but with room for the longest answer, here and in later blocks."""
+        assert self._paged is not None
+        held = self._paged.capacity
+        kept = max(held // 2, pages_for(longest) * PAGE_TOKENS)
+        self._paged.close()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if kept >= held:
+            raise GenerationError(
+                f"generating one answer of {longest} tokens with its prompt does not fit in memory ({reason})",
+                hint="lower ppo.sampling.max_new_tokens, set ppo.offload_while_generating=true, or use a smaller model",
             )
-        self._cap(answers, self._engine.context, "the model's context")
-        if answers:
-            self._run(answers, listener)
-        return [answer.completion() for answer in answers]
+        warn(
+            f"out of memory while generating: KV cache halved from {held} to {kept} tokens; fewer answers run at once, "
+            "and results do not depend on it"
+        )
+        self._engine.limit_cache(kept)
+        self._paged = self._engine.paged_generation()
 
     def serve(self, longest: Sequence[int]) -> Serve:
         """Return what answers requests that come one by one.

@@ -91,6 +91,11 @@ class PagedGeneration:
         self._arena: KVArena | None = None
         self._decoder: Decoder | None = None
 
+    @property
+    def capacity(self) -> int:
+        """The tokens that the arena holds; 0 before there is one."""
+        return 0 if self._arena is None else self._arena.num_pages * PAGE_TOKENS
+
     def reserve(self, answers: Sequence[Answer]) -> int:
         """Make the arena as large as these answers can use; returns how many tokens it holds."""
         return self._reserve([pages_for(answer.max_tokens) for answer in answers])

@@ -31,6 +31,9 @@ ARENA_SHARE = 0.8
 USABLE = 0.9
 """The share of free memory that a step may need by estimate; the rest is for fragments and what the estimate omits."""
 
+SLACK = 1.03
+"""The factor by which allocators reserve more than what is allocated, which alone is counted elsewhere."""
+
 Items = Mapping[str, float]
 """Name of an item -> bytes."""
 

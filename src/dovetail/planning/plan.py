@@ -17,11 +17,9 @@ from dovetail.config.stages import PpoConfig, StageConfig
 from dovetail.planning import memory, time, traffic
 from dovetail.planning.architecture import Shape, shape_of
 from dovetail.planning.hardware import Gpu
-from dovetail.planning.memory import USABLE, Held, merged, needed_bytes, total
+from dovetail.planning.memory import SLACK, USABLE, Held, merged, needed_bytes, total
 from dovetail.planning.time import Generation, Learning, Parts
 
-SLACK = 1.03
-"""The factor by which allocators reserve more than what is allocated, which alone is counted elsewhere."""
 ROWS = 76256
 """The rows of rm-static, DeepSpeed-Chat's first data set."""
 

@@ -66,6 +66,7 @@ def run(context: Context) -> StageReport:
         settings=settings,
         num_rows=len(rows),
         longest=longest_row(rows),
+        longest_rows=rows.longest,
         batch_of=train.batch,
         loss_of=partial(preference_loss, model, settings),
         evaluate=lambda: {} if held_out is None else preference_quality(held_out, settings, score),

@@ -21,6 +21,7 @@ from dovetail.parallel.shard import sharding_of
 from dovetail.rlhf.algorithms.named import algorithm_named
 from dovetail.rlhf.api import PPOTrainer, RLHFEngine
 from dovetail.rlhf.evaluation import Judge, evaluate_answers, held_out_text_loss
+from dovetail.rlhf.rehearsal import rehearse_ppo
 from dovetail.rlhf.tasks.subject import judge_by_tasks
 from dovetail.runs.run_folder import RunFolder
 from dovetail.stages.context import Context, StageReport, resume
@@ -35,6 +36,7 @@ from dovetail.stages.saving import save_model
 from dovetail.telemetry.log import say
 from dovetail.telemetry.timing import Stopwatch
 from dovetail.text.content_hash import content_hash
+from dovetail.training.rehearsal import probe_of
 
 
 def run(context: Context, judge: Judge | None = None) -> StageReport:
@@ -70,6 +72,8 @@ def run(context: Context, judge: Judge | None = None) -> StageReport:
     results: dict[str, float] = {}
     start = resume(checkpoints, load, "ppo", like=state())
     engine.check_parity(prompts)
+    if start < iterations and (probe := probe_of(context.device)) is not None:
+        rehearse_ppo(engine, prompts, probe)
     samples = AnswerLog(folder.samples, start=start, world=context.world)
     held_out_log = AnswerLog(folder.held_out, start=start, world=context.world)
     with (

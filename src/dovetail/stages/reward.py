@@ -37,6 +37,7 @@ def run(context: Context) -> StageReport:
         settings=config.reward,
         num_rows=len(train),
         longest=longest_row(train),
+        longest_rows=train.longest,
         batch_of=partial(pack_comparisons, train),
         loss_of=partial(pairwise_loss, model),
         evaluate=lambda: reward_accuracy(model, judged, config.reward.micro_batch_tokens, context.device),

@@ -31,6 +31,7 @@ def run(context: Context) -> StageReport:
         settings=config.sft,
         num_rows=len(train),
         longest=longest_row(train),
+        longest_rows=train.longest,
         batch_of=partial(pack_rows, train),
         loss_of=partial(language_model_loss, model),
         evaluate=lambda: language_model_quality(model, judged, config.sft.micro_batch_tokens, context.device),

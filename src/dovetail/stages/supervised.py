@@ -17,13 +17,25 @@ from dovetail.config.stages import DpoConfig, RewardConfig, SftConfig
 from dovetail.data.loader import BatchOrder
 from dovetail.engine.parity import check_training_parity
 from dovetail.parallel.shard import sharding_of
+from dovetail.planning.memory import total
 from dovetail.rlhf.build import optimizer_for
 from dovetail.stages.context import Context, resume
 from dovetail.stages.rescue import saved_on_error
 from dovetail.stages.same_data import SameData
 from dovetail.stages.verdict import LossWatch
 from dovetail.telemetry.log import say
-from dovetail.training.step import StepReport, Term, TokenBudget, gradient_step, learning_rate_at, step_seed
+from dovetail.training.optim import Optimizer
+from dovetail.training.rehearsal import halve, probe_of, rehearse
+from dovetail.training.step import (
+    StepReport,
+    Term,
+    TokenBudget,
+    gradient_step,
+    learning_rate_at,
+    rehearse_step,
+    step_seed,
+)
+from dovetail.training.step_memory import held_as
 from dovetail.training.weights import load_trained, trained_weights
 
 
@@ -41,6 +53,8 @@ class Task:
     evaluate: Callable[[], Mapping[str, float]]
     longest: Sequence[int] = ()
     """The tokens of the longest row, for the parity check."""
+    longest_rows: Callable[[int], Sequence[int]] | None = None
+    """The indices of so many of the longest rows, for the rehearsal; None: it has none."""
     data: SameData
     """Fingerprints of what is learnt: a stage goes on with the same alone."""
 
@@ -78,6 +92,7 @@ def fit(task: Task, context: Context) -> Mapping[str, float]:
     if start < task.total_steps:
         check_forward(task.model, task.batch_of(order.batch(start)), task.longest)
         sharding_of(task.model).reshard()
+        rehearse_task(task, optimizer, budget, context.device)
     results: Mapping[str, float] = {}
     losses = LossWatch()
     with (
@@ -111,6 +126,31 @@ def fit(task: Task, context: Context) -> Mapping[str, float]:
                 checkpoints, state, task.settings, done=done, total=task.total_steps, metric=metric
             )
     return results or task.evaluate()
+
+
+def rehearse_task(task: Task, optimizer: Optimizer, budget: TokenBudget, device: torch.device) -> None:
+    """Do all of a step but the update on the longest rows, so that memory ends now or not at all."""
+    probe = probe_of(device)
+    if probe is None or task.longest_rows is None:
+        return
+    batch = task.batch_of(task.longest_rows(min(task.settings.batch_size, task.num_rows)))
+
+    def planned() -> float:
+        held = held_as(task.model)
+        is_checkpointed = bool(getattr(task.model, "is_gradient_checkpointing", False))
+        parts = -(-batch.num_tokens // budget.tokens)
+        step = held.training(min(budget.tokens, batch.num_tokens), parts, is_checkpointed=is_checkpointed)
+        return total(held.resident(), held.states(), step)
+
+    rehearse(
+        lambda: rehearse_step(
+            task.model, optimizer, [Term(batch, task.loss_of)], budget=budget, device=device
+        ),
+        probe=probe,
+        what=f"{task.stage}: a step on the longest rows",
+        planned=planned,
+        shrink=lambda: halve(budget, max(batch.unit_tokens)),
+    )
 
 
 def say_left_over(task: Task) -> None:

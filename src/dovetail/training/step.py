@@ -211,12 +211,7 @@ def gradient_step(
     if len({term.name for term in terms}) != len(terms):
         raise ValueError(f"two terms of a step have the same name: {[term.name for term in terms]}")
     optimizer.set_learning_rate(learning_rate)
-    sums, own_norm = retry_on_out_of_memory(
-        lambda: _accumulate(model, optimizer, terms, budget.tokens, device),
-        budget,
-        clean_up=optimizer.zero_grad,
-        unit_tokens=lambda: [unit.num_tokens for term in terms for unit in term.batch.micro_batches(1)],
-    )
+    sums, own_norm = _accumulate_what_fits(model, optimizer, terms, budget, device)
     numbers = _over_all(model, sums, own_norm, device)
     sharding_of(model).before_update()
     optimizer.step(_clip_scale(sums, numbers, max_grad_norm, _loss_scale(optimizer)))
@@ -252,6 +247,24 @@ def gradient_step(
     )
 
 
+def rehearse_step(
+    model: nn.Module,
+    optimizer: Optimizer,
+    terms: Sequence[Term],
+    *,
+    budget: TokenBudget,
+    device: torch.device,
+) -> None:
+    """Do all of a gradient step but the update; weights, states and random numbers stay as they are.
+
+    Out of memory shrinks the budget as in a step.
+    """
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        _accumulate_what_fits(model, optimizer, terms, budget, device)
+    sharding_of(model).before_update()
+    optimizer.zero_grad()
+
+
 @dataclass(slots=True)
 class _Sums:
     """Sums (and maxima) of one term over its micro-batches: on the device while they grow, then on the host."""
@@ -276,6 +289,18 @@ class _Sums:
     def on_host(self, sums: Sequence[float], maxima: Sequence[float]) -> "_Sums":
         stats = dict(zip(self.stats, sums[2:], strict=True))
         return _Sums(sums[0], sums[1], stats, dict(zip(self.maxima, maxima, strict=True)))
+
+
+def _accumulate_what_fits(
+    model: nn.Module, optimizer: Optimizer, terms: Sequence[Term], budget: TokenBudget, device: torch.device
+) -> tuple[list[_Sums], Tensor]:
+    """Accumulate as `_accumulate` does, in smaller micro-batches where memory runs out."""
+    return retry_on_out_of_memory(
+        lambda: _accumulate(model, optimizer, terms, budget.tokens, device),
+        budget,
+        clean_up=optimizer.zero_grad,
+        unit_tokens=lambda: [unit.num_tokens for term in terms for unit in term.batch.micro_batches(1)],
+    )
 
 
 def _accumulate(
