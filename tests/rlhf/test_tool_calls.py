@@ -37,9 +37,11 @@ class Scripted:
     def __init__(self, chat: ChatFormat, turns: Sequence[str]) -> None:
         self.chat, self.turns = chat, turns
         self.max_tokens = 10_000
+        self.num_blocks = 0
 
     @contextmanager
     def generating(self) -> Iterator["Scripted"]:
+        self.num_blocks += 1
         yield self
 
     def serve(self, longest: Sequence[int]) -> "Scripted":
@@ -148,6 +150,23 @@ def test_nothing_is_run_of_a_turn_with_a_call_that_cannot_be_read() -> None:
     mixed = called("add", a=1, b=1) + call("{")
     (reply,) = replies_in(played([add], [mixed, "ok"]))
     assert reply.startswith("error: the call is not valid JSON")
+
+
+def test_weights_are_gathered_also_where_no_episode_begins() -> None:
+    class Broken:
+        def reset(self, row: dict[str, Any]) -> None:
+            raise OSError
+
+        def step(self, turn: Turn) -> None: ...
+
+    chat = ChatFormat(byte_tokenizer(TEMPLATE))
+    environments = environments_of(Broken, None, chat)
+    assert environments is not None
+    engine: Any = Scripted(chat, [])
+    prompt = Prompt(messages=(message("user", "How much?"),))
+    for prompts in ([prompt], []):  # a process may have no share at all
+        play(prompts, [0] * len(prompts), environments, engine, Sampling(max_new_tokens=5), context=None)
+    assert engine.num_blocks == 2
 
 
 class Graded(Tools):

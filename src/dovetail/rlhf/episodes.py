@@ -284,8 +284,10 @@ def play(
         games = [_Game(prompt=prompts[i], seed=seeds[i], shared_seed=shared[i]) for i in mine]
         table = _Table(environments, sampling)
         ready = table.reset(games, context)
-        if ready:
-            with engine.generating() as generate:
+        with (
+            engine.generating() as generate
+        ):  # all processes enter it, because they gather the weights together
+            if ready:
                 serve = generate.serve([game.max_tokens for game in ready])
                 for game in ready:
                     game.max_tokens = min(game.max_tokens, serve.max_tokens)
