@@ -21,6 +21,10 @@ them; what each setting means is on the page of
 [settings](settings.md). This page is generated from signatures and docstrings by `make docs-api`.
 """
 GROUPS = {
+    "Stages as functions": (
+        *("stages.functions.train_sft", "stages.functions.train_reward", "stages.functions.train_dpo"),
+        *("stages.functions.train_ppo", "stages.functions.Trained"),
+    ),
     "Train": (
         *("rlhf.api.RLHFEngine", "rlhf.api.PPOTrainer", "data.records.Prompt", "rlhf.build.Setup"),
         *(

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from dovetail.engine.sampling import Sampling
     from dovetail.rlhf.api import PPOTrainer, RLHFEngine
     from dovetail.serving.inference.chat_model import ChatModel
+    from dovetail.stages.functions import Trained, train_dpo, train_ppo, train_reward, train_sft
 
 _PUBLIC = {
     "ChatModel": "dovetail.serving.inference.chat_model",
@@ -20,9 +21,26 @@ _PUBLIC = {
     "Prompt": "dovetail.data.records",
     "RLHFEngine": "dovetail.rlhf.api",
     "Sampling": "dovetail.engine.sampling",
+    "Trained": "dovetail.stages.functions",
+    "train_dpo": "dovetail.stages.functions",
+    "train_ppo": "dovetail.stages.functions",
+    "train_reward": "dovetail.stages.functions",
+    "train_sft": "dovetail.stages.functions",
 }
 
-__all__ = ["ChatModel", "PPOTrainer", "Prompt", "RLHFEngine", "Sampling", "__version__"]
+__all__ = [
+    "ChatModel",
+    "PPOTrainer",
+    "Prompt",
+    "RLHFEngine",
+    "Sampling",
+    "Trained",
+    "__version__",
+    "train_dpo",
+    "train_ppo",
+    "train_reward",
+    "train_sft",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -25,6 +25,7 @@ from dovetail.stages.report import LiveReport
 from dovetail.stages.stopping import StopRequest, stop_request
 from dovetail.telemetry.log import say, warnings_heard_by
 from dovetail.telemetry.metrics import Metrics
+from dovetail.telemetry.notebook import NotebookPlot, notebook_display
 from dovetail.telemetry.progress import Progress
 from dovetail.telemetry.sinks import JsonlSink, Sink, TensorBoardSink, WandbSink
 from dovetail.text.template import clock_stopped
@@ -125,6 +126,8 @@ class Context:
         sinks: list[Sink] = [JsonlSink(self.folder.metrics, prefix=f"{stage}/", start=start)]
         if self.report is not None:
             sinks.append(self.report)
+        if (show := notebook_display()) is not None:
+            sinks.append(NotebookPlot(stage, show))
         if tracking.tensorboard:
             sinks.append(TensorBoardSink(self.folder.tensorboard / stage, start=start))
         if tracking.wandb_project:

@@ -45,7 +45,7 @@ class Progress:
         console = console or CONSOLE
         self._display: _Display = (
             _Bar(title, total, start, console)
-            if console.is_terminal
+            if console.is_terminal or console.is_jupyter
             else _Lines(title, total, print_every, console, clock)
         )
 
