@@ -1,6 +1,7 @@
 """The site shows what GitHub shows, with the links that it can follow."""
 
 import importlib.util
+import re
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -48,7 +49,10 @@ def test_links_out_of_the_site_and_named_blocks(page: str, markdown: str, expect
 
 def test_the_navigation_has_every_page_once() -> None:
     text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
-    listed = [line.split("- ")[1] for line in text.splitlines() if line.endswith(".md")]
+    navigation = text.partition("\nnav:\n")[2]
+    listed = [line.split()[-1] for line in navigation.splitlines() if line.endswith(".md")]
+    records = (ROOT / "docs/decisions/README.md").read_text(encoding="utf-8")
+    listed += [f"decisions/{name}" for name in re.findall(r"\]\((\d{4}-.+?\.md)\)", records)]
     pages = [str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")]
     assert sorted(listed) == sorted(pages)
 
