@@ -59,7 +59,7 @@ def test_a_figure_stands_with_its_error_or_interval() -> None:
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--task", "numbr=x.jsonl"], "'numbr' is no kind of task"),
+        (["--task", "numbr=x.jsonl"], "'numbr' is not a kind of task"),
         (["--task", "missing.jsonl"], "missing.jsonl: there is no such file"),
         ([], "there is nothing to compare on"),
     ],

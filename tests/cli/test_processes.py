@@ -109,9 +109,9 @@ def test_a_folder_without_a_name_gives_the_meeting_one(
     ("changes", "message"),
     [
         ({"MASTER_ADDR": None}, "but MASTER_ADDR is not set"),
-        ({"RANK": "x"}, "RANK='x' is no number"),
+        ({"RANK": "x"}, "RANK='x' is not a number"),
         ({"RANK": "2"}, "RANK=2 is not one of WORLD_SIZE=2 processes"),
-        ({"LOCAL_WORLD_SIZE": "x"}, "LOCAL_WORLD_SIZE='x' is no number"),
+        ({"LOCAL_WORLD_SIZE": "x"}, "LOCAL_WORLD_SIZE='x' is not a number"),
     ],
 )
 def test_half_an_environment_of_a_rank_is_one_message(

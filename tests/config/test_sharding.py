@@ -39,8 +39,8 @@ def test_groups_are_all_a_machine_or_so_many(
         ),
         (8, 4, 4, "shard_over = 8, but the run has 4 processes", "to all, 2, 4"),
         (2, 1, 1, "shard_over = 2, but the run has 1 process: ", "to all$"),
-        (1, 4, 4, "shard_over = 1, but .*: one alone has nobody to shard with", "to all, 2, 4"),
-        ("node", 3, 1, "shard_over = node \\(1 on each machine\\), but .*: one alone", "to all, 3"),
+        (1, 4, 4, "shard_over = 1, but .*: one process alone has none to shard with", "to all, 2, 4"),
+        ("node", 3, 1, "shard_over = node \\(1 on each machine\\), but .*: one process alone", "to all, 3"),
         ("node", 5, 0, "node needs the same number of processes on every machine", "--num-gpus"),
     ],
 )
@@ -83,9 +83,9 @@ def test_only_what_is_sharded_is_offloaded(model: str) -> None:
 
 def test_what_does_not_go_with_divided_layers_is_refused() -> None:
     grouped, kept = ZeroStageConfig(shard_over=2), OffloadConfig(critic=True)
-    with pytest.raises(ConfigError, match=r"training = 2 and zero_stage\.shard_over = 2 do not go together"):
+    with pytest.raises(ConfigError, match=r"training = 2 and zero_stage\.shard_over = 2 cannot be combined"):
         TensorParallelConfig(training=2).expect_supported(grouped, OffloadConfig())
-    with pytest.raises(ConfigError, match=r"training = 2 and offload\.critic = true do not go together"):
+    with pytest.raises(ConfigError, match=r"training = 2 and offload\.critic = true cannot be combined"):
         TensorParallelConfig(training=2).expect_supported(ZeroStageConfig(), kept)
     TensorParallelConfig().expect_supported(grouped, kept)
     TensorParallelConfig(training=2).expect_supported(ZeroStageConfig(), OffloadConfig())

@@ -371,7 +371,7 @@ def test_a_skipped_task_is_a_prompt() -> None:
         (
             {"p": "q", "x": [{**assistant("a"), "weight": 0}], "y": "b"},
             {"prompt": "p", "chosen": "x", "rejected": "y"},
-            "x ends with a turn that is not to be learnt",
+            "x ends with a turn that is marked as not to be learnt",
         ),
         (
             {"p": "q", "a": [[user("z"), assistant("x")], "y"], "s": [1, 2]},

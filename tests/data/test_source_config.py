@@ -23,7 +23,7 @@ from dovetail.config.data import DataConfig, SourceConfig
         ({"prompt": "p", "scores": "s"}, "answers go with one of preference, scores and ranks"),
         ({"messages": "m", "text": "t"}, "messages and text are different forms of rows"),
         ({"prompt": "p", "margin": "m"}, "margin belongs to chosen and rejected"),
-        ({"remove": "["}, "is no regular expression"),
+        ({"remove": "["}, "is not a regular expression"),
         ({"encoding": "klingon"}, "encoding = 'klingon' is not known"),
     ],
 )

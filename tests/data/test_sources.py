@@ -88,7 +88,7 @@ def test_skip_counts_bad_rows_and_quotes_the_first(tmp_path: Path) -> None:
 
 def test_half_a_surrogate_pair_is_a_bad_row(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [*questions(1), {"prompt": "q", "response": "a \ud83d"}])
-    reason = f"{path} line 2: response holds half a surrogate pair, which is no character"
+    reason = f"{path} line 2: response holds half a surrogate pair, which is not a character"
     assert error_of(source(path)).message == reason
     tally = Tally()
     assert len(list(read_source(source(path), strict=False, tally=tally))) == 1

@@ -215,7 +215,7 @@ def flip(weights):
         ),
         (
             lambda folder: change_weights(folder, lambda w: w.update(extra=torch.ones(2))),
-            "extra is no weight of the model",
+            "extra is not a weight of the model",
         ),
         (lambda folder: change_config(folder, rms_norm_eps=0.5), "its output is .* away"),
         (

@@ -64,7 +64,7 @@ def test_impossible_numbers_are_refused(
 
 def test_a_size_that_is_no_number_is_refused_without_a_rank_too(environment: pytest.MonkeyPatch) -> None:
     environment.setenv("WORLD_SIZE", "x")
-    with pytest.raises(ConfigError, match="WORLD_SIZE='x' is no number"), joined(CPU):
+    with pytest.raises(ConfigError, match="WORLD_SIZE='x' is not a number"), joined(CPU):
         pass
 
 

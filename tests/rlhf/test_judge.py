@@ -118,7 +118,7 @@ def test_a_reply_without_one_score_in_bounds_is_counted(
     file = tmp_path / "judge.jsonl"
     scored = function_scorer(judge(endpoint, cache=str(file)), "judge")(answers())
     assert scored.stats == {"reward/judge_failures": 1.0}
-    assert f"the judge said {nonsense!r}, which is no score from 1 to 10" in capsys.readouterr().err
+    assert f"the judge said {nonsense!r}, which is not a score from 1 to 10" in capsys.readouterr().err
     assert len(file.read_text().splitlines()) == len(TEXTS) - 1
 
 

@@ -213,8 +213,8 @@ def test_a_call_that_fails_is_tried_again(num_failures: int) -> None:
     [
         ([1.0], "returned 1 scores for 4 answers"),
         ([1.0] * 5, "returned 5 scores for 4 answers"),
-        (3.0, "returned '3.0', which is no list of numbers"),
-        (None, "returned 'None', which is no list of numbers"),
+        (3.0, "returned '3.0', which is not a list of numbers"),
+        (None, "returned 'None', which is not a list of numbers"),
         ([math.nan] * 4, "gave 'nan' to answer 0"),
     ],
 )

@@ -107,5 +107,5 @@ def test_the_settings_of_a_group_belong_to_a_method_without_a_critic(tmp_path: P
         run_of(tmp_path, "ppo")
     with pytest.raises(ValidationError, match=r"policy\.clip is set, but algorithm = best_of_n .* of grpo"):
         tiny_run(tmp_path, algorithm="best_of_n", policy={"clip": [0.1, 0.1]})
-    with pytest.raises(ValidationError, match="no algorithm; write one of ppo, dpo, grpo"):
+    with pytest.raises(ValidationError, match="not an algorithm; write one of ppo, dpo, grpo"):
         run_of(tmp_path, "grop")

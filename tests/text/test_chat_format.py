@@ -314,7 +314,7 @@ def test_an_end_that_is_no_token_is_refused_and_not_read_as_its_last_byte() -> N
     tokenizer = byte_tokenizer()
     tokenizer.eos_token = "<|stop|>"
     with pytest.raises(
-        ModelError, match=r"answers end with '<\|stop\|>', which is no token(.|\n)*hint: set eos_token"
+        ModelError, match=r"answers end with '<\|stop\|>', which is not a token(.|\n)*hint: set eos_token"
     ):
         ChatFormat(tokenizer)
 

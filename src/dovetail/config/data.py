@@ -157,7 +157,7 @@ class SourceConfig(FrozenModel):
             try:
                 re.compile(self.remove)
             except re.error as error:
-                raise ValueError(f"remove = {self.remove!r} is no regular expression: {error}") from error
+                raise ValueError(f"remove = {self.remove!r} is not a regular expression: {error}") from error
         return self
 
     def _compares(self) -> bool:

@@ -33,7 +33,7 @@ def _known_algorithm(name: str) -> str:
     known = ("ppo", "dpo", *METHODS)
     if name not in known and ".py:" not in name:
         raise ValueError(
-            f"{name!r} is no algorithm; write one of {', '.join(known)}, or path/to/file.py:Class"
+            f"{name!r} is not an algorithm; write one of {', '.join(known)}, or path/to/file.py:Class"
         )
     return name
 

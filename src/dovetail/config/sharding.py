@@ -60,7 +60,7 @@ class ZeroStageConfig(FrozenModel):
         possible = [str(n) for n in range(2, processes + 1) if processes % n == 0]
         if processes % size or size == 1 < processes:
             each = f" ({size} on each machine)" if self.shard_over == "node" else ""
-            why = "one alone has nobody to shard with" if size == 1 else "no whole number of groups"
+            why = "one process alone has none to shard with" if size == 1 else "no whole number of groups"
             raise ConfigError(
                 f"zero_stage.shard_over = {self.shard_over}{each}, but the run has {processes} "
                 f"process{'es' if processes > 1 else ''}: {why}",
@@ -113,6 +113,6 @@ class TensorParallelConfig(FrozenModel):
             others["zero_stage.shard_over"] = (str(zero_stage.shard_over), "all")
         for name, (found, possible) in others.items():
             raise ConfigError(
-                f"tensor_parallel.training = {self.training} and {name} = {found} do not go together yet",
+                f"tensor_parallel.training = {self.training} and {name} = {found} cannot be combined yet",
                 hint=f"set {name}={possible}, or tensor_parallel.training=1",
             )

@@ -102,7 +102,7 @@ def expect_characters(text: str, column: str) -> str:
     """Return the text; raise BadRowError if it holds half a surrogate pair, as JSON can, which no tokenizer takes."""
     if _HALF_A_PAIR.search(text):
         raise BadRowError(
-            f"{column} holds half a surrogate pair, which is no character", hint="remove it from the text"
+            f"{column} holds half a surrogate pair, which is not a character", hint="remove it from the text"
         )
     return text
 

@@ -38,7 +38,7 @@ _LOST = (
     *("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "refusal", "train_detail"),
     *("images", "image", "videos", "video", "audios", "audio"),
 )
-"""Keys beside a content that say more than the content does."""
+"""The keys of a message that add something to its content."""
 _PRINTED_MESSAGES = re.compile(r"""\s*(?:array\(\s*)?\[?\s*\{\s*['"](?:role|from|content|value)['"]\s*:""")
 
 

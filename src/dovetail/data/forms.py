@@ -207,7 +207,7 @@ def _pair(row: Row, source: SourceConfig) -> Judged:
         )
     _expect_a_question(prompt, columns[0])
     if not is_learnt(whole[0][-1]):
-        raise BadRowError(f"{columns[0]} ends with a turn that is not to be learnt")
+        raise BadRowError(f"{columns[0]} ends with a turn that is marked as not to be learnt")
     answers = [_cleaned(turns[-1]["content"], source) for turns in whole]
     return prompt, answers, [(0, 1)] if len(answers) == 2 else []
 

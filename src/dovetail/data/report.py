@@ -19,7 +19,7 @@ LARGE_SHARE = 0.1
 
 @dataclass(slots=True)
 class Tally:
-    """Counts while a source is read."""
+    """The counts of a source that is being read."""
 
     read: int = 0
     bad: int = 0

@@ -101,7 +101,7 @@ def _bad_row(where: str, error: BadRowError) -> DataError:
 
 
 def _all_bad(where: str, error: BadRowError, label: str, num_rows: int, *, strict: bool) -> DataError:
-    """Return the error of a source without any good row, of which skipping bad ones would leave nothing."""
+    """Return the error for a source without any good row: skipping the bad ones would leave nothing."""
     reason = f"{where}: {error.reason}"
     if not strict:
         reason = f"{label}: none of its {num_rows:,} rows can be used; the first: {reason}"

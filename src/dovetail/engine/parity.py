@@ -92,7 +92,7 @@ class _Token:
 
     prompt: int
     place: int
-    """Its place in the answer, from 0."""
+    """The position of the token in the answer, from 0."""
     token_id: int
     best_id: int
     """The reference's choice."""

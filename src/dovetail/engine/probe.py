@@ -41,7 +41,7 @@ class Way:
     """The way a model generates."""
 
     shape: KVShape | None
-    """The sizes of what each token stores in pages; None: it does not generate over pages."""
+    """The sizes of what each token stores in pages; None if the model does not generate over pages."""
     slow: SlowWay = "padded"
     """The way of a model that does not."""
     reason: str | None = None

@@ -27,7 +27,7 @@ def is_deepspeed_chat_reward(folder: Path) -> bool:
 
 
 def new_names(prefix: str) -> dict[str, str]:
-    """Return patterns of the old names and what stands in their place; prefix: the backbone's in the new class."""
+    """Return patterns of the old names and their replacements; prefix: the backbone's in the new class."""
     return {_BACKBONE: f"{prefix}.", r"^v_head\.": "score."}
 
 

@@ -32,7 +32,7 @@ def expect_same_weights(folder: Path, model: PreTrainedModel, state: Mapping[str
     if absent := sorted({*report["missing_keys"], *(state.keys() - found.keys())}):
         raise _differs(folder, f"{absent[0]} is not there")
     if surplus := sorted({*report["unexpected_keys"], *(found.keys() - state.keys())}):
-        raise _differs(folder, f"{surplus[0]} is no weight of the model")
+        raise _differs(folder, f"{surplus[0]} is not a weight of the model")
     for name, weight in state.items():
         if weight.shape != found[name].shape:
             raise _differs(folder, f"{name} is {list(found[name].shape)}, and {list(weight.shape)} in memory")

@@ -19,7 +19,7 @@ from dovetail.model.padding import num_rows
 from dovetail.model.plain_forward import plain_attention, plain_hidden_states
 
 LARGEST_GAP = 0.05
-"""The relative gap of the median token that rounding in half precision, on another device, stays below."""
+"""The largest relative gap of the median token that rounding in half precision on another device explains."""
 _NUM_TOKENS = 16
 
 

@@ -261,7 +261,7 @@ def _number(name: str, value: str | None) -> int:
     try:
         return int(value or "")
     except ValueError as error:
-        raise ConfigError(f"{name}={value!r} is no number", hint="torchrun sets it") from error
+        raise ConfigError(f"{name}={value!r} is not a number", hint="torchrun sets it") from error
 
 
 def _expect_device(world: World, device: torch.device) -> None:

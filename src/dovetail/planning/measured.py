@@ -34,7 +34,7 @@ class Measured:
     seconds: tuple[float, ...]
     """Of generate, score and train."""
     gib: tuple[float | None, ...]
-    """Peaks of generate, score and train; or one of the whole step, None if none was written down."""
+    """The peaks of generate, score and train, or the peak of the whole step; None if it was not recorded."""
     fitted: bool
     """Whether the constants of time.py come from it."""
     commit: str

@@ -332,7 +332,7 @@ def _step_of(returned: Any) -> Step:
         reward = float(step.reward)
     except (TypeError, ValueError) as error:
         raise _UnusableError(
-            f"returned {returned!r:.200} from step, which is no step: {error}", hint=hint
+            f"returned {returned!r:.200} from step, which is not a step: {error}", hint=hint
         ) from None
     if not math.isfinite(reward):
         raise _UnusableError(f"returned the reward {reward} from step", hint="a reward is a finite number")

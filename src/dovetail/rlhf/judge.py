@@ -74,7 +74,7 @@ class Judge:
         numbers = [float(number) for number in _NUMBER.findall(reply)]
         if len(numbers) != 1 or not self.lowest <= numbers[0] <= self.highest:
             raise ValueError(
-                f"the judge said {reply[:80]!r}, which is no score from {self.lowest:g} to {self.highest:g}"
+                f"the judge said {reply[:80]!r}, which is not a score from {self.lowest:g} to {self.highest:g}"
             )
         return numbers[0]
 

@@ -179,7 +179,7 @@ def load_reward_function(
     function = loaded(spec, "ppo.reward_function", "function", hint=hint)
     if not callable(function):
         raise ConfigError(
-            f"ppo.reward_function = {spec!r} is no function, but {type(function).__name__}",
+            f"ppo.reward_function = {spec!r} is not a function but {type(function).__name__}",
             hint="write the name of a function of the answers that returns one number for each",
         )
     return function_scorer(function, spec, time_limit=time_limit, fallback=fallback)
@@ -296,7 +296,9 @@ def _listed(returned: Any, count: int) -> Any:
     try:
         values = iter(returned)
     except TypeError:
-        raise WrongResultError(f"returned {_excerpt(repr(returned))}, which is no list of numbers") from None
+        raise WrongResultError(
+            f"returned {_excerpt(repr(returned))}, which is not a list of numbers"
+        ) from None
     listed = list(values)
     if len(listed) != count:
         raise WrongResultError(f"returned {len(listed)} scores for {count} answers")

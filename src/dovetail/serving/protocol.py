@@ -33,7 +33,7 @@ def _only_empty(value: dict[str, Any] | None) -> dict[str, Any] | None:
 
 def _encodable(text: str) -> str:
     if any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise ValueError("half a surrogate pair is no character")
+        raise ValueError("half a surrogate pair is not a character")
     return text
 
 

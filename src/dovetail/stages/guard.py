@@ -34,7 +34,7 @@ WARN_CUT_OFF = 0.3
 WARN_CLIPPED = 0.05
 """Share of scores at the clipping limit."""
 REPEAT_AFTER = 20
-"""Rollouts after which the same warning is given again."""
+"""The number of rollouts after which a lasting problem is reported again."""
 MEASURES = ("entropy_nats_per_token", "distinct_fraction", "answer_tokens")
 
 

@@ -56,7 +56,7 @@ class Task:
     longest_rows: Callable[[int], Sequence[int]] | None = None
     """The indices of so many of the longest rows, for the rehearsal; None: it has none."""
     data: SameData
-    """Fingerprints of what is learnt: a stage goes on with the same alone."""
+    """The fingerprints of what is learnt; a stage resumes only with the same ones."""
 
     @property
     def total_steps(self) -> int:

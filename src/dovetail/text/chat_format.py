@@ -295,7 +295,7 @@ def _one_token(encoder: Encoder, tokenizer: PreTrainedTokenizerBase, end: str) -
     end_id = encoder.one(end)[-1]
     if tokenizer.convert_ids_to_tokens(end_id) != end:
         raise ModelError(
-            f"answers end with {end!r}, which is no token of the tokenizer",
+            f"answers end with {end!r}, which is not a token of the tokenizer",
             hint="set eos_token in the tokenizer's tokenizer_config.json to a token that it has, or give a "
             "chat_template whose turns end with one",
         )

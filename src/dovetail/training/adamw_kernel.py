@@ -32,7 +32,7 @@ class WeightState:
     exp_avg: Tensor
     exp_avg_sq: Tensor
     step: Tensor
-    """float32 scalar, steps taken so far."""
+    """The number of steps taken so far, float32 scalar."""
     image: Tensor | None
     """Becomes the weight, rounded to its own precision; its gradients have that precision or float32."""
 

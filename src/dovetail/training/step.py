@@ -440,7 +440,9 @@ def _diagnosis(model: nn.Module, optimizer: Optimizer, loss_is_finite: bool) -> 
     """Locate the NaN or infinity as far as it can be seen."""
     weights = [name for name, p in model.named_parameters() if not _all_finite(local(p))]
     if weights:
-        return f"{len(weights)} weights of the model are no numbers themselves, the first is {weights[0]}"
+        return (
+            f"{len(weights)} weights of the model are NaN or infinite themselves; the first is {weights[0]}"
+        )
     if not loss_is_finite:
         return "all weights are finite, so it comes from the loss or from the rows it was given"
     gradients = [name for name, gradient in optimizer.gradients().items() if not _all_finite(gradient)]

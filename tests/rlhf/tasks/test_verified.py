@@ -64,7 +64,7 @@ def test_a_file_without_the_verifier_s_column_is_told(
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("sqad=x.jsonl", "'sqad' is no kind of task"), ("numbr=x.jsonl", "'numbr' is no kind of task")],
+    [("sqad=x.jsonl", "'sqad' is not a kind of task"), ("numbr=x.jsonl", "'numbr' is not a kind of task")],
 )
 def test_an_unknown_kind_is_refused_with_the_nearest(text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:

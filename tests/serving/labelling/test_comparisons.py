@@ -94,7 +94,7 @@ def test_sources_and_files_that_cannot_be_are_explained(store: Store, url: str, 
     assert raised.value.hint == "the database has: test"
     with pytest.raises(LabelError, match="there is no file"):
         list(read_source(SourceConfig(path=f"labels:sqlite:///{tmp_path}/none.db")))
-    with pytest.raises(LabelError, match="no URL of a database"):
+    with pytest.raises(LabelError, match="not the URL of a database"):
         list(read_source(SourceConfig(path="labels:")))
     with pytest.raises(LabelError, match="cannot be written"):
         export(store, tmp_path / "no" / "folder.jsonl")

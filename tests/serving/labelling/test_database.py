@@ -151,7 +151,7 @@ def test_sqlite_syncs_each_commit_and_lets_readers_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("url", "problem", "hint"),
     [
-        ("labels.db", "no URL of a database", "sqlite:///labels.db"),
+        ("labels.db", "not the URL of a database", "sqlite:///labels.db"),
         (
             "mysql://me:secret@host/db",
             r"mysql://me:\*\*\*@host/db: labels are not kept in mysql",

@@ -76,7 +76,7 @@ def test_skipping_frees_the_place_for_others_only(store: Store) -> None:
     assigned = served(store, project, ann)
     skip(store, project, ann, assigned.id)
     assert next_task(store, project, ann) is None
-    with pytest.raises(ConflictError, match="was skipped"):
+    with pytest.raises(ConflictError, match="already skipped"):
         choose(store, project, ann, assigned, "good 1")
     assert served(store, project, ben).messages == assigned.messages
 

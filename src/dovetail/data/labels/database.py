@@ -114,7 +114,7 @@ def _checked(url: str, *, must_exist: bool) -> URL:
     try:
         parsed = make_url(url)
     except ArgumentError:
-        raise LabelError(f"{url!r} is no URL of a database", hint=f"such as {examples}") from None
+        raise LabelError(f"{url!r} is not the URL of a database", hint=f"such as {examples}") from None
     backend = parsed.get_backend_name()
     if backend not in ("sqlite", "postgresql"):
         raise LabelError(f"{shown(url)}: labels are not kept in {backend}", hint=f"such as {examples}")

@@ -16,6 +16,6 @@ def expect_text(what: str, text: str) -> str:
     if is_storable(text):
         return text
     raise LabelError(
-        f"{what} holds a NUL character or half a surrogate pair, which is no text",
+        f"{what} holds a NUL character or half a surrogate pair, which is not text",
         hint="remove it and send the rest",
     )

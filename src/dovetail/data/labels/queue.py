@@ -88,7 +88,7 @@ def own_assignment(session: Session, project_id: int, annotator_id: int, assignm
 def expect_open(assignment: Assignment) -> None:
     """Raise ConflictError unless the assignment is open."""
     if assignment.state != "open":
-        raise ConflictError(f"this task was {assignment.state} before", hint="ask for the next one")
+        raise ConflictError(f"this task is already {assignment.state}", hint="ask for the next one")
 
 
 def has_place(session: Session, assignment: Assignment, now: float) -> bool:

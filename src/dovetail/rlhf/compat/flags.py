@@ -195,7 +195,7 @@ def _expect_honoured(given: Mapping[str, Any]) -> None:
     if given.get("enable_mixed_precision_lora"):
         raise ConfigError(
             "--enable_mixed_precision_lora: frozen weights are not quantised here",
-            hint="leave it out; --actor_zero_stage 3 spreads the frozen weights over the processes",
+            hint="leave it out; --actor_zero_stage 3 shards the frozen weights over the processes",
         )
     if given.get("align_overflow") and given.get("dtype") == "fp16":
         raise ConfigError(

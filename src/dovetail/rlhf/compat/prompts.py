@@ -95,7 +95,7 @@ def create_prompt_dataset(  # noqa: PLR0913 -- the signature is the predecessor'
 
 
 def get_unsupervised_data(args: Namespace, tokenizer: PreTrainedTokenizerBase) -> Rows:
-    """Return plain text in rows as long as a prompt with its answer; what is padded has the label -100."""
+    """Return plain text in rows as long as a prompt with its answer; padding has the label -100."""
     width = args.max_prompt_seq_len + args.max_answer_seq_len
     source = SourceConfig(
         path=args.unsupervised_dataset_name, name=args.unsupervised_dataset_config_name, text="text"

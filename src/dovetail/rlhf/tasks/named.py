@@ -58,7 +58,7 @@ def parse_task(text: str) -> TaskName:
     if kind not in KINDS and kind not in VERIFIERS and ":" not in kind:
         near = get_close_matches(kind, [*KINDS, *VERIFIERS], n=1)
         raise ConfigError(
-            f"--task {text}: {kind!r} is no kind of task",
+            f"--task {text}: {kind!r} is not a kind of task",
             hint=f"{f'did you mean {near[0]}? ' if near else ''}write one of {', '.join([*KINDS, *VERIFIERS])}, or "
             "path/to/file.py:function",
         )

@@ -62,7 +62,7 @@ def _prompt(columns: Mapping[str, Any], where: str) -> Prompt:
         json.dumps(columns, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         raise BadRowError(
-            f"half a surrogate pair is no character: {error}", hint="remove it from that line"
+            f"half a surrogate pair is not a character: {error}", hint="remove it from that line"
         ) from error
     except TypeError as error:
         raise BadRowError(
