@@ -32,11 +32,11 @@ class Measured:
     new: int
     micro: int
     seconds: tuple[float, ...]
-    """Of generate, score and train."""
+    """The seconds of generate, score and train."""
     gib: tuple[float | None, ...]
     """The peaks of generate, score and train, or the peak of the whole step; None if it was not recorded."""
     fitted: bool
-    """Whether the constants of time.py come from it."""
+    """True if the constants of time.py come from it."""
     commit: str
     date: Any
 

@@ -1,4 +1,4 @@
-"""What a process receives from others, in bytes and seconds.
+"""The traffic of a process: what it receives from others, in bytes and seconds.
 
 Responsible for: the bytes of each collective of a PPO step, which tests/parallel/test_communication.py counts in real
 steps, and the seconds of rings over links whose speed is stated, not measured.
@@ -40,9 +40,9 @@ class Work:
     reference: Exchanged | None
     """None: the actor without its adapters."""
     micro_batches: int
-    """Of each pass, in each process."""
+    """The micro-batches of each pass, in each process."""
     tokens: int
-    """Of all prompts and answers."""
+    """The tokens of all prompts and answers."""
     scores_actor: bool = False
     """Old log-probabilities come from a scoring pass of the actor."""
     shard_size: int | None = None

@@ -98,7 +98,7 @@ SPECS = (
 
 @dataclass(frozen=True, slots=True)
 class RunRecord:
-    """What a run has left so far."""
+    """The records that a run has left so far."""
 
     name: str
     config: Mapping[str, Any]
