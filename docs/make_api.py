@@ -35,6 +35,7 @@ GROUPS = {
             "rlhf.algorithms.named.algorithm_named",
             "rlhf.rollout.Collected",
             "rlhf.update.UpdateReport",
+            "rlhf.algorithms.named.algorithm_named",
         ),
     ),
     "Batches": ("batches.PackedBatch", "batches.Rollout", "batches.Experience", "training.step.StepReport"),
@@ -44,7 +45,12 @@ GROUPS = {
         *("config.model.LoraConfig", "config.sharding.ZeroStageConfig"),
     ),
     "Rewards": (
-        *("rlhf.rewards.Answer", "rlhf.rewards.RewardFunction", "rlhf.judge.Judge"),
+        *(
+            "rlhf.rewards.Answer",
+            "rlhf.rewards.RewardFunction",
+            "rlhf.judge.Judge",
+            "rlhf.verifiers.builtin.number",
+        ),
         "rlhf.verifiers.builtin.number",
     ),
     "Environments": (

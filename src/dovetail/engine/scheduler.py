@@ -72,7 +72,7 @@ class Answer:
     """Tokens drawn on the device that the host has not read yet."""
     finish_reason: FinishReason | None = None
     keeps_pages: bool = False
-    """Whether its pages stay when it has ended, for a request that continues it, until others need them."""
+    """True if its pages stay after its end, for a request that continues it, until others need them."""
     continues: Answer | None = None
     """The ended request whose tokens the prompt begins with; only what is new is read, if its pages are still there."""
 
