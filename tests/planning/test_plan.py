@@ -7,8 +7,9 @@ import pytest
 from dovetail.config.load import load
 from dovetail.planning.fit import remedies
 from dovetail.planning.hardware import gpu_named, gpus
-from dovetail.planning.memory import total
-from dovetail.planning.plan import SLACK, Machine, Phase, Plan, plan_of
+from dovetail.planning.memory import SLACK, total
+from dovetail.planning.plan import plan_of
+from dovetail.planning.result import Machine, Phase, Plan
 
 GIB = 2**30
 
@@ -141,3 +142,14 @@ def test_every_gpu_has_figures_and_their_sources() -> None:
         assert gpu.price_source
         assert 20 < gpu.memory < 200
         assert gpu.bytes_per_second > 2e11
+
+
+def test_a_model_that_fits_no_gpu_is_divided_to_generate_as_in_a_run() -> None:
+    zero = ("actor.lora.rank=64", "zero_stage.actor=3")
+    plan = planned("opt-66b", *zero, gpu="a100-80g", num_gpus=8)
+    generate = phase_of(plan, "generate")
+    assert plan.fits
+    assert generate.items["actor weights, gathered"] < 0.6 * 2 * plan.actor.num_weights
+    assert generate.seconds["sums over the group"] > 0
+    small = phase_of(planned("opt-1.3b", "zero_stage.actor=3", gpu="a100-80g", num_gpus=8), "generate")
+    assert small.seconds["sums over the group"] == 0

@@ -13,8 +13,9 @@ from dovetail.cli.train import ActorModel, Overrides, Recipe, RewardModel, Step
 from dovetail.planning.architecture import catalogue
 from dovetail.planning.fit import remedies
 from dovetail.planning.hardware import gpu_named, gpus
-from dovetail.planning.plan import ROWS, Machine, plan_of
+from dovetail.planning.plan import ROWS, plan_of
 from dovetail.planning.report import lines_of
+from dovetail.planning.result import Machine
 from dovetail.planning.sweep import tables
 
 MACHINE = "The machine"

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from dovetail.config.run import RunConfig
 from dovetail.errors import ConfigError
-from dovetail.planning.plan import Machine, Plan, plan_of
+from dovetail.planning.plan import plan_of
+from dovetail.planning.result import Machine, Plan
 
 MOST = 3
 """The number of remedies that are worth reading."""
@@ -62,6 +63,7 @@ def _candidates(config: RunConfig, machine: Machine) -> Iterator[tuple[str, ...]
     yield from smaller
     yield again
     yield (*again, *smallest[0])
+    yield ("ppo.offload_while_generating=true",)
     bases: list[tuple[str, ...]] = []
     if machine.processes > 1:
         bases.append(("zero_stage.actor=3", "zero_stage.reference=3"))

@@ -14,7 +14,8 @@ import yaml
 
 from dovetail.config.load import check
 from dovetail.planning.hardware import gpu_named
-from dovetail.planning.plan import Machine, Stage, plan_of
+from dovetail.planning.plan import plan_of
+from dovetail.planning.result import Machine, Stage
 
 FILE = Path(__file__).with_name("measured.yaml")
 

@@ -11,8 +11,9 @@ from dovetail.config.load import load
 from dovetail.planning import time
 from dovetail.planning.hardware import gpu_named, gpus
 from dovetail.planning.measured import measured
-from dovetail.planning.plan import Machine, plan_of
+from dovetail.planning.plan import plan_of
 from dovetail.planning.report import lines_of
+from dovetail.planning.result import Machine
 from dovetail.planning.sweep import row, rule, scaling, tables
 
 WIDE = 0.12

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dovetail.config.model import LoraConfig
@@ -16,138 +16,12 @@ from dovetail.config.run import ROWS_OF, RunConfig, StageName, stages_of
 from dovetail.config.stages import PpoConfig, StageConfig
 from dovetail.planning import memory, time, traffic
 from dovetail.planning.architecture import Shape, shape_of
-from dovetail.planning.hardware import Gpu
-from dovetail.planning.memory import SLACK, USABLE, Held, merged, needed_bytes, total
+from dovetail.planning.memory import USABLE, Held, merged, needed_bytes, total
+from dovetail.planning.result import Machine, Phase, Plan, Stage
 from dovetail.planning.time import Generation, Learning, Parts
 
 ROWS = 76256
 """The rows of rm-static, DeepSpeed-Chat's first data set."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Machine:
-    """The GPUs of a run."""
-
-    gpu: Gpu
-    num_gpus: int = 1
-    """The number of GPUs in each node."""
-    num_nodes: int = 1
-    price: float | None = None
-    """Dollars of a GPU and hour; None: the catalogue's."""
-
-    @property
-    def processes(self) -> int:
-        return self.num_gpus * self.num_nodes
-
-    @property
-    def dollars_per_second(self) -> float:
-        price = self.gpu.price if self.price is None else self.price
-        return price * self.processes / 3600
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Phase:
-    """A phase of a stage in one process: what is in memory at its peak, and where its time goes."""
-
-    name: str
-    items: dict[str, float]
-    """Item -> bytes."""
-    seconds: Parts
-    """Part -> seconds of one step."""
-
-    @property
-    def peak(self) -> float:
-        return total(self.items)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stage:
-    """A stage of the run."""
-
-    name: StageName
-    phases: tuple[Phase, ...]
-    steps: int
-    rows: int
-    """The rows that it reads, repetitions included."""
-    tokens_per_step: int
-    is_checkpointed: bool
-    running: int | None = None
-    """The answers that are decoded at once in a process."""
-    on_host: dict[str, float] = field(default_factory=dict)
-    """Bytes in the host's memory, of each process."""
-
-    @property
-    def step_seconds(self) -> float:
-        return sum(sum(phase.seconds.values()) for phase in self.phases)
-
-    @property
-    def seconds(self) -> float:
-        """Seconds of all steps, without loading, evaluation and saving."""
-        return self.steps * self.step_seconds
-
-    @property
-    def peak(self) -> float:
-        return max(phase.peak for phase in self.phases)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """A run on a machine."""
-
-    actor: Shape
-    reward_model: Shape
-    machine: Machine
-    stages: tuple[Stage, ...]
-
-    @property
-    def peak(self) -> float:
-        """The most bytes that torch holds in a process."""
-        return max(stage.peak for stage in self.stages)
-
-    @property
-    def fits(self) -> bool:
-        return self.peak * SLACK <= self.machine.gpu.usable_bytes
-
-    @property
-    def seconds(self) -> float:
-        return sum(stage.seconds for stage in self.stages)
-
-    @property
-    def dollars(self) -> float:
-        return self.seconds * self.machine.dollars_per_second
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the whole plan as plain values, in bytes, seconds and dollars."""
-        return {
-            "actor": {"name": self.actor.name, "weights": self.actor.num_weights},
-            "reward_model": {"name": self.reward_model.name, "weights": self.reward_model.num_scalar_weights},
-            "gpu": self.machine.gpu.key,
-            "gpus_per_node": self.machine.num_gpus,
-            "nodes": self.machine.num_nodes,
-            "usable_bytes": self.machine.gpu.usable_bytes,
-            "peak_bytes": self.peak,
-            "fits": self.fits,
-            "seconds": self.seconds,
-            "dollars": self.dollars,
-            "stages": [_stage_as_json(stage) for stage in self.stages],
-        }
-
-
-def _stage_as_json(stage: Stage) -> dict[str, Any]:
-    return {
-        "name": stage.name,
-        "steps": stage.steps,
-        "rows": stage.rows,
-        "step_seconds": stage.step_seconds,
-        "seconds": stage.seconds,
-        "activation_checkpointing": stage.is_checkpointed,
-        "answers_at_once": stage.running,
-        "host_bytes": stage.on_host,
-        "phases": [
-            {"name": phase.name, "peak_bytes": phase.peak, "bytes": phase.items, "seconds": phase.seconds}
-            for phase in stage.phases
-        ],
-    }
 
 
 def plan_of(config: RunConfig, machine: Machine, *, rows: int = ROWS) -> Plan:
@@ -327,7 +201,7 @@ class _Run:
 
     def _generate(self, actor: Held, resident: dict[str, float], prompt: int, new: int) -> tuple[Phase, int]:
         """Plan generation, with as many answers at once as the memory that is left holds."""
-        split = self._generation_split()
+        split = self._generation_split(actor, self.machine.gpu.usable_bytes - total(resident), new)
         of, eb = actor.architecture, actor.element_bytes
         whole = actor.weights * self.tensor_size / split
         gathered = {"actor weights, gathered": whole} if actor.is_gathered or split > 1 else {}
@@ -380,9 +254,26 @@ class _Run:
         """Return the weights that decoding does not read: an embedding beside an untied head."""
         return self.actor_shape.embedding if self.actor_shape.head else 0.0
 
-    def _generation_split(self) -> int:
+    def _generation_split(self, actor: Held, free: float, new: int) -> int:
+        """Return how many processes hold one copy to generate: as set, or on auto as few as a run would choose."""
         wanted = self.config.tensor_parallel.generation
-        return 1 if wanted == "auto" else wanted
+        if wanted != "auto":
+            return wanted
+        sizes = [n for n in range(1, self.machine.processes + 1) if self.machine.processes % n == 0]
+        if not actor.is_gathered:
+            return 1
+        page = memory.cache_bytes(
+            actor.architecture, tokens=memory.PAGE_TOKENS, element_bytes=actor.element_bytes
+        )
+        token = page / memory.PAGE_TOKENS
+
+        def needed(size: int) -> float:
+            answers = min(
+                memory.MAX_RUNNING, math.ceil(self.config.ppo.batch_size * size / self.machine.processes)
+            )
+            return (actor.weights * self.tensor_size + answers * new * token) / size
+
+        return next((size for size in sizes if needed(size) <= USABLE * free), sizes[-1])
 
     def _score(self, models: Sequence[Held], resident: dict[str, float], cut: _Cut) -> Phase:
         adding = max((held.forward(cut.micro_tokens) for held in models), key=total)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from dovetail.planning.fit import Remedy
-from dovetail.planning.plan import Plan, Stage
+from dovetail.planning.result import Plan, Stage
 
 GIB = 2**30
 TITLES = {"sft": "SFT", "reward": "reward model", "ppo": "PPO", "dpo": "DPO"}

@@ -16,8 +16,9 @@ from dovetail.config.run import RunConfig
 from dovetail.planning.architecture import Shape, shape_of
 from dovetail.planning.hardware import GPUS_PER_NODE, gpu_named
 from dovetail.planning.measured import measured
-from dovetail.planning.plan import Machine, Plan, plan_of
+from dovetail.planning.plan import plan_of
 from dovetail.planning.report import duration
+from dovetail.planning.result import Machine, Plan
 
 PAIRS = 264_292
 """DeepSpeed-Chat's epoch: prompts of 256 and answers of 256 tokens, at most 1,024 pairs a step."""
