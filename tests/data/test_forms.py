@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from dovetail.config.data import SourceConfig
 from dovetail.data.columns import BadRowError
@@ -391,3 +392,21 @@ def test_rows_whose_meaning_would_be_lost_say_why(
 def test_columns_that_ask_for_nothing_are_no_fault(nothing: dict[str, Any]) -> None:
     record = read({"q": "a", "r": "b", **nothing}, prompt="q", response="r")
     assert isinstance(record, Demonstration)
+
+
+def test_a_template_puts_columns_into_a_prompt() -> None:
+    source = SourceConfig(path="t", prompt="Q: {question.text}\nHint: {hint?}", response="answer")
+    rows = [
+        {"question": {"text": "Why?"}, "hint": "Think.", "answer": "So."},
+        {"question": {"text": "Why?"}, "answer": "So."},
+    ]
+    prompts = [record_of(row, source, "t").messages[0]["content"] for row in rows]  # type: ignore[union-attr]
+    assert prompts == ["Q: Why?\nHint: Think.", "Q: Why?\nHint:"]
+    with pytest.raises(BadRowError, match="there is no column question"):
+        record_of({"answer": "So."}, source, "t")
+
+
+@pytest.mark.parametrize("prompt", ["{question", "{}", "{a:>10}", "{a!r}"])
+def test_what_is_no_template_is_refused(prompt: str) -> None:
+    with pytest.raises(ValidationError, match="is no template"):
+        SourceConfig(path="t", prompt=prompt, response="answer")

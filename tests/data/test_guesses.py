@@ -7,7 +7,7 @@ import pytest
 from dovetail.config.data import SourceConfig
 from dovetail.data.columns import BadRowError
 from dovetail.data.forms import record_of
-from dovetail.data.guesses import with_guessed_columns
+from dovetail.data.guesses import described, with_guessed_columns
 from dovetail.data.records import Comparison, Demonstration, Prompt, Text
 from tests.data.files import assistant, system, user
 
@@ -48,6 +48,23 @@ from tests.data.files import assistant, system, user
         ({"instruction": "a", "input": "", "output": "b"}, Demonstration),
         ({"instruction": "a", "output": "b"}, Demonstration),
         ({"question": "a", "answer": "b"}, Demonstration),
+        ({"kind": "QA", "input": "a", "target": "b"}, Demonstration),
+        ({"instruction": "a", "input": "", "output": "b", "history": []}, Demonstration),
+        (
+            {
+                "instruction": "a",
+                "completions": [
+                    {"model": "m", "response": "b", "overall_score": 7.5},
+                    {"model": "n", "response": "c", "overall_score": 2.0},
+                ],
+            },
+            Comparison,
+        ),
+        ({"prompt": "a", "response_0": "b", "response_1": "c", "better_response_id": 0}, Comparison),
+        ({"prompt": "a", "response_1": "b", "response_2": "c", "preference_strength": -1}, Comparison),
+        ({"context": [user("a")], "response1": "b", "response2": "c", "overall_preference": -2}, Comparison),
+        ({"instruction": "a", "output_1": "b", "output_2": "c", "preference": 1.2}, Comparison),
+        ({"prompt": "a", "answers": ["b", "c"], "scores": [0.9, 0.1]}, Comparison),
     ],
 )
 def test_common_column_names_need_not_be_said(row: dict[str, Any], expected: type) -> None:
@@ -55,6 +72,7 @@ def test_common_column_names_need_not_be_said(row: dict[str, Any], expected: typ
     assert isinstance(record, expected)
     if isinstance(record, Comparison):
         assert (record.messages, record.answers) == ((user("a"),), ("b", "c"))
+        assert record.better_than == ((0, 1, 0.0),)
     if isinstance(record, Demonstration):
         assert record.messages == (user("a"), assistant("b"))
 
@@ -71,3 +89,29 @@ def test_a_system_column_is_seen() -> None:
     record = record_of(row, with_guessed_columns(SourceConfig(path="t"), row), "t")
     assert isinstance(record, Demonstration)
     assert record.messages[0] == system("Be kind.")
+
+
+def test_the_second_answer_wins_where_the_verdict_says_so() -> None:
+    for row in (
+        {"prompt": "a", "response_0": "b", "response_1": "c", "better_response_id": 1},
+        {"prompt": "a", "response_1": "b", "response_2": "c", "preference_strength": 2},
+        {"context": "a", "response1": "b", "response2": "c", "overall_preference": 1},
+    ):
+        record = record_of(row, with_guessed_columns(SourceConfig(path="t"), row), "t")
+        assert isinstance(record, Comparison)
+        assert record.better_than == ((1, 0, 0.0),)
+
+
+def test_earlier_turns_are_pairs_or_messages() -> None:
+    expected = (user("a"), assistant("b"), user("c"), assistant("d"))
+    for history in ([["a", "b"]], [user("a"), assistant("b")], '[["a", "b"]]'):
+        row = {"instruction": "c", "input": "", "output": "d", "history": history, "system": None}
+        record = record_of(row, with_guessed_columns(SourceConfig(path="t"), row), "t")
+        assert isinstance(record, Demonstration)
+        assert record.messages == expected
+
+
+def test_what_is_guessed_is_said_as_settings() -> None:
+    row = {"instruction": "a", "input": "", "output": "b", "history": []}
+    guessed = with_guessed_columns(SourceConfig(path="t"), row)
+    assert described(guessed) == "prompt: [instruction, input?], response: output, history: history"

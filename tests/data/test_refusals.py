@@ -59,7 +59,7 @@ def test_a_row_that_the_template_refuses_is_a_bad_row(stage: str, reason: str, t
         assert len(rows) == 2
         report: DataReport = rows.report
         assert report.used == 2
-        assert report.lines()[0].endswith("3 rows read, 1 bad (skipped), 2 for this stage")
+        assert report.lines()[0].count("3 rows read, 1 bad (skipped), 2 for this stage, read as {") == 1
         assert report.lines()[1].strip().startswith(f"skipped: {expected}")
     plain = data(tmp_path, stage, [conversations[0], conversations[2]], "strict")
     assert list(tokenized(plain, stage)) == list(rows)

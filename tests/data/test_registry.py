@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +8,9 @@ import pytest
 
 from dovetail.config.data import SourceConfig
 from dovetail.data.forms import record_of
-from dovetail.data.records import Comparison, Demonstration, Record
+from dovetail.data.records import Comparison, Demonstration, Record, Text
 from dovetail.data.registry import registry, resolve, short_names
+from dovetail.errors import DataError
 from tests.data.files import user
 
 # One row of each set, in the columns that its makers publish.
@@ -92,3 +94,91 @@ def test_a_file_of_a_registered_name_is_that_file(tmp_path: Path, monkeypatch: p
     monkeypatch.chdir(tmp_path)
     (tmp_path / "webgpt").mkdir()
     assert resolve(SourceConfig(path="webgpt"))[0].path == "webgpt"
+
+
+def described_by_llama_factory(folder: Path, **entry: Any) -> str:
+    """Write a dataset_info.json with one set, and return the path of the set."""
+    (folder / "dataset_info.json").write_text(json.dumps({"mine": entry}))
+    return f"{folder / 'dataset_info.json'}:mine"
+
+
+ALPACA = {"instruction": "Q", "input": "", "output": "A", "history": [["Hi", "Hello"]]}
+TURNS = [{"from": "human", "value": "Q"}]
+
+
+@pytest.mark.parametrize(
+    ("entry", "row", "expected"),
+    [
+        ({"columns": {"history": "history"}}, ALPACA, Demonstration),
+        (
+            {"columns": {"prompt": "q", "query": "more", "response": "a", "system": "s", "history": "h"}},
+            {"q": "Q", "a": "A", "s": "Be kind.", "h": []},
+            Demonstration,
+        ),
+        (
+            {"formatting": "sharegpt", "columns": {"messages": "conversations"}},
+            {"conversations": [*TURNS, {"from": "gpt", "value": "A"}]},
+            Demonstration,
+        ),
+        (
+            {"ranking": True, "columns": {"prompt": "q", "chosen": "good", "rejected": "bad"}},
+            {"q": "Q", "good": "A", "bad": "B"},
+            Comparison,
+        ),
+        (
+            {"formatting": "sharegpt", "ranking": True, "columns": {"messages": "conversations"}},
+            {
+                "conversations": TURNS,
+                "chosen": {"from": "gpt", "value": "A"},
+                "rejected": {"from": "gpt", "value": "B"},
+            },
+            Comparison,
+        ),
+        ({"columns": {"prompt": "body"}}, {"body": "Some text."}, Text),
+    ],
+)
+def test_sets_that_llama_factory_describes_are_read(
+    entry: dict[str, Any], row: dict[str, Any], expected: type, tmp_path: Path
+) -> None:
+    path = described_by_llama_factory(tmp_path, file_name="rows.jsonl", **entry)
+    (source,) = resolve(SourceConfig(path=path))
+    assert source.path == str(tmp_path / "rows.jsonl")
+    record = record_of(row, source, "t")
+    assert isinstance(record, expected)
+    if isinstance(record, Comparison):
+        assert (record.messages, record.answers, record.better_than) == (
+            (user("Q"),),
+            ("A", "B"),
+            ((0, 1, 0.0),),
+        )
+    if isinstance(record, Demonstration):
+        earlier = ["Hi", "Hello"] if row is ALPACA else ["Be kind."] if "s" in row else []
+        assert [turn["content"] for turn in record.messages] == [*earlier, "Q", "A"]
+
+
+def test_a_set_of_the_hub_and_its_number_of_rows_are_taken_from_the_description(tmp_path: Path) -> None:
+    path = described_by_llama_factory(
+        tmp_path, hf_hub_url="me/rows", subset="small", split="dev", num_samples=5
+    )
+    (source,) = resolve(SourceConfig(path=path, weight=2.0))
+    assert (source.path, source.name, source.split, source.limit, source.weight) == (
+        "me/rows",
+        "small",
+        "dev",
+        5,
+        2.0,
+    )
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("{folder}/dataset_info.json:other", "describes no set other; it has mine"),
+        ("{folder}/no/dataset_info.json:mine", "cannot be read"),
+        ("{folder}/dataset_info.json:mine", "kto_tag: single answers"),
+    ],
+)
+def test_a_set_that_is_not_described_is_named(path: str, words: str, tmp_path: Path) -> None:
+    described_by_llama_factory(tmp_path, file_name="rows.jsonl", columns={"prompt": "q", "kto_tag": "label"})
+    with pytest.raises(DataError, match=words):
+        resolve(SourceConfig(path=path.format(folder=tmp_path)))

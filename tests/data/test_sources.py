@@ -126,8 +126,8 @@ def test_an_unknown_short_name_lists_the_registered_ones() -> None:
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "rows.xlsx").write_bytes(b"PK")
-    assert "a file of this kind cannot be read" in error_of(source(tmp_path / "rows.xlsx")).message
+    (tmp_path / "rows.docx").write_bytes(b"PK")
+    assert "a file of this kind cannot be read" in error_of(source(tmp_path / "rows.docx")).message
 
 
 def test_a_folder_of_tables_is_read_by_split(tmp_path: Path) -> None:

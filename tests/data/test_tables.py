@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import openpyxl
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -40,6 +41,15 @@ def write_arrow_stream(path: Path) -> None:
         writer.write_table(table)
 
 
+def write_excel(path: Path) -> None:
+    book = openpyxl.Workbook()
+    book.active.append(list(ROWS[0]))
+    book.active.append([])
+    for row in ROWS:
+        book.active.append(list(row.values()))
+    book.save(path)
+
+
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
 WRITERS: dict[str, Callable[[Path], object]] = {
     "rows.jsonl": lambda path: path.write_text(LINES, encoding="utf-8"),
@@ -56,6 +66,7 @@ WRITERS: dict[str, Callable[[Path], object]] = {
     "rows.csv": write_csv,
     "rows.tsv": lambda path: write_csv(path, "\t"),
     "rows.parquet": lambda path: pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path),
+    "rows.xlsx": write_excel,
     "file.arrow": write_arrow_file,
     "stream.arrow": write_arrow_stream,
 }
@@ -120,6 +131,7 @@ def test_a_malformed_row_is_told_with_its_place_and_the_rest_is_read(
             "a.jsonl.gz: cannot be read: Error -3 while decompressing data",
         ),
         ("a.csv", b'a,b\n1,"2\n', "a.csv: cannot be read: unexpected end of data"),
+        ("a.xlsx", b"no archive", "a.xlsx: not a valid Excel file"),
         ("a.parquet", b"PAR1 and no more", "a.parquet: not a valid Parquet file"),
         ("a.arrow", b"ARROW1 and no more", "a.arrow: not a valid Arrow file"),
     ],

@@ -5,6 +5,7 @@ Responsible for: the settings of the data layer. Not responsible for: reading (d
 
 import codecs
 import re
+from string import Formatter
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
@@ -37,6 +38,7 @@ class SourceConfig(FrozenModel):
             "ranks",
             "margin",
             "system",
+            "history",
             "transcript",
             "transcript_names",
             "remove",
@@ -47,8 +49,9 @@ class SourceConfig(FrozenModel):
     )
 
     path: str
-    """A registered name (rm-static), a file (.json .jsonl .jsonl.gz .parquet .csv), a folder saved with
-    `save_to_disk`, a hub name, or `labels:` and the URL of a database of labels (labels:sqlite:///labels.db)."""
+    """A registered name (rm-static), a file (.json .jsonl .jsonl.gz .parquet .csv .xlsx), a folder saved with
+    `save_to_disk`, a hub name, `dataset_info.json:NAME` for a set that LLaMA-Factory describes, or `labels:` and the
+    URL of a database of labels (labels:sqlite:///labels.db)."""
     name: str | None = None
     """Configuration of a hub data set, or project of a database of labels."""
     revision: str | None = None
@@ -65,7 +68,8 @@ class SourceConfig(FrozenModel):
     """Column holding a list of chat messages, each with `role` and `content` (or `from` and `value`)."""
     prompt: tuple[str, ...] | str | None = None
     """Column holding the prompt: text, an Anthropic transcript, or a list of messages. Several columns of text, such
-    as [instruction, "input?"], are joined by a blank line; empty ones are left out."""
+    as [instruction, "input?"], are joined by a blank line; empty ones are left out. Braces make a template:
+    "{question}\\nAnswer in {language}."."""
     response: str | None = None
     """Column holding the demonstrated answer."""
     chosen: str | None = None
@@ -91,6 +95,9 @@ class SourceConfig(FrozenModel):
     """Column with plain text, for pretraining and mixture training."""
     system: str | None = None
     """Column with a system message, put before the prompt."""
+    history: str | None = None
+    """Column with earlier turns, put before the prompt: a list of pairs of question and answer, as in Alpaca's
+    `history`, or of messages."""
     transcript: bool | None = None
     """The text columns hold Anthropic transcripts: "\\n\\nHuman: ...\\n\\nAssistant: ...". By default a row does whose
     prompt or chosen answer begins with one of the two names, and every row where `transcript_names` gives others."""
@@ -149,6 +156,23 @@ class SourceConfig(FrozenModel):
             raise ValueError(
                 f"encoding = {value!r} is not known; write utf-8, gb18030, utf-16 ..."
             ) from error
+        return value
+
+    @field_validator("prompt")
+    @classmethod
+    def _template_is_whole(cls, value: tuple[str, ...] | str | None) -> tuple[str, ...] | str | None:
+        """Return the prompt; a template has columns and nothing else in its braces."""
+        if isinstance(value, str) and "{" in value:
+            try:
+                parts = list(Formatter().parse(value))
+            except ValueError as error:
+                raise ValueError(
+                    f"prompt = {value!r} is no template: {error}; write {{{{ for a brace"
+                ) from error
+            if any(name == "" or spec or conversion for _, name, spec, conversion in parts):
+                raise ValueError(
+                    f"prompt = {value!r} is no template: braces hold the name of a column alone, such as {{question}}"
+                )
         return value
 
     @model_validator(mode="after")

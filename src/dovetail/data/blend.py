@@ -186,6 +186,7 @@ def _gather(
         rows=rows,
         unusable=rows - len(found),
         first_bad=tuple(tally.first_bad),
+        guessed=tally.guessed,
     )
     return found, counts
 

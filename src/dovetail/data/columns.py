@@ -15,6 +15,7 @@ import math
 import re
 import warnings
 from collections.abc import Mapping
+from string import Formatter
 from typing import Any
 
 from dovetail.config.data import SourceConfig
@@ -71,12 +72,34 @@ def is_plain(value: Any) -> bool:
 def columns_beside_prompt(row: Mapping[str, Any], source: SourceConfig) -> dict[str, Any]:
     """Return the columns of a row that are not its prompt, without values that JSON has no form for."""
     of_prompt = (source.prompt,) if isinstance(source.prompt, str) else source.prompt or ()
-    left_out = {column.removesuffix("?") for column in (*of_prompt, source.system) if column is not None}
+    others = (source.system, source.history)
+    left_out = {column.removesuffix("?") for column in (*of_prompt, *others) if column is not None}
     return {
         name: None if is_absent(value) else value
         for name, value in row.items()
         if name not in left_out and is_plain(value)
     }
+
+
+def is_template(column: str) -> bool:
+    """Return whether a prompt is a text with columns in braces, and not the name of a column."""
+    return "{" in column
+
+
+def columns_in(template: str) -> list[str]:
+    """Return the columns in braces of a template, in order."""
+    return [name for _, name, _, _ in Formatter().parse(template) if name]
+
+
+def filled(template: str, row: Mapping[str, Any]) -> str:
+    """Return the template with the text of each column in its braces; an optional column that is absent is empty."""
+    parts = []
+    for text, name, _, _ in Formatter().parse(template):
+        parts.append(text)
+        if name:
+            value = value_of(row, name)
+            parts.append("" if value is None else as_text(value, name))
+    return "".join(parts).strip()
 
 
 def text_of(row: Mapping[str, Any], column: str) -> str:

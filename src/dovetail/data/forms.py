@@ -15,9 +15,12 @@ from dovetail.data.columns import (
     BadRowError,
     as_text,
     describe,
+    filled,
     is_absent,
+    is_template,
     list_of,
     number_of,
+    parsed,
     text_of,
     value_of,
 )
@@ -79,7 +82,7 @@ def _with_transcript_decided(row: Row, source: SourceConfig) -> SourceConfig:
         return source
     is_transcript = source.transcript_names != DEFAULT_NAMES
     for column in (source.prompt, source.messages, source.chosen):
-        if isinstance(column, str) and not is_transcript:
+        if isinstance(column, str) and not is_transcript and not is_template(column):
             value = value_of(row, f"{column.removesuffix('?')}?")
             is_transcript = isinstance(value, str) and begins_with_a_name(value)
     return source.model_copy(update={"transcript": is_transcript})
@@ -159,6 +162,8 @@ def prompt_turns(row: Row, source: SourceConfig) -> list[Message]:
 def _asked(row: Row, source: SourceConfig) -> list[Message]:
     """Return the turns of the prompt's column; several columns are joined to one text, a blank line between."""
     assert source.prompt is not None
+    if isinstance(source.prompt, str) and is_template(source.prompt):
+        return [message("user", filled(source.prompt, row))]
     if isinstance(source.prompt, str):
         return _conversation(value_of(row, source.prompt), source.prompt, source)
     values = {column: value_of(row, column) for column in source.prompt}
@@ -323,7 +328,21 @@ def _conversation(value: Any, column: str, source: SourceConfig) -> list[Message
     return [message("user", as_text(value, column))]
 
 
+def _earlier_turns(row: Row, source: SourceConfig) -> list[Message]:
+    """Return the turns of the history: messages, or pairs of question and answer."""
+    if source.history is None:
+        return []
+    value = parsed(value_of(row, f"{source.history.removesuffix('?')}?"))
+    if not value:
+        return []
+    if isinstance(value, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in value):
+        texts = [as_text(text, f"{source.history}[{i}]") for i, pair in enumerate(value) for text in pair]
+        return [message("user" if i % 2 == 0 else "assistant", text) for i, text in enumerate(texts)]
+    return messages_from(value, source.history)
+
+
 def _with_system(turns: list[Message], row: Row, source: SourceConfig) -> list[Message]:
+    turns = [*_earlier_turns(row, source), *turns]
     system = value_of(row, f"{source.system.removesuffix('?')}?") if source.system is not None else None
     if system is None or not str(system).strip():
         return turns

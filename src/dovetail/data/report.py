@@ -24,6 +24,8 @@ class Tally:
     read: int = 0
     bad: int = 0
     first_bad: list[str] = field(default_factory=list)
+    guessed: str = ""
+    """The columns of a source that names none, and what they are taken for."""
 
     def count_bad(self, reason: str) -> None:
         """Count one more row that cannot be used."""
@@ -55,6 +57,8 @@ class SourceCounts:
     """The rows among these whose prompt was cut from the left."""
     first_bad: tuple[str, ...] = ()
     """The first bad rows, with place and reason."""
+    guessed: str = ""
+    """The columns of a source that names none, and what they are taken for."""
 
     @property
     def used(self) -> int:
@@ -76,6 +80,8 @@ class SourceCounts:
             parts.append(f"{self.too_long:,} too long (left out)")
         if self.truncated:
             parts.append(f"{self.truncated:,} with the prompt cut from the left")
+        if self.guessed:
+            parts.append(f"read as {{{self.guessed}}}")
         return f"{self.source}: {', '.join(parts)}"
 
 

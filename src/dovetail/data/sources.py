@@ -16,7 +16,7 @@ from typing import Any
 from dovetail.config.data import SourceConfig
 from dovetail.data.columns import BadRowError, columns_beside_prompt, value_of
 from dovetail.data.forms import record_of
-from dovetail.data.guesses import with_guessed_columns
+from dovetail.data.guesses import described, with_guessed_columns
 from dovetail.data.hub import hub_rows, is_saved, saved_rows
 from dovetail.data.label_rows import is_labels, label_rows, without_password
 from dovetail.data.records import Record
@@ -72,7 +72,9 @@ def _records(source: SourceConfig, *, strict: bool, counts: Tally, keeps_columns
     for where, row in _rows(source):
         counts.read += 1
         try:
-            source = with_guessed_columns(source, _whole(row))  # the first good row decides
+            if not source.names_columns():
+                source = with_guessed_columns(source, _whole(row))  # the first good row decides
+                counts.guessed = described(source)
             columns = columns_beside_prompt(_whole(row), source) if keeps_columns else {}
             record = replace(record_of(_whole(row), source, label), place=where, row=columns)
         except BadRowError as error:

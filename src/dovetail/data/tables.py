@@ -1,6 +1,7 @@
 """Read tables on disk as rows, each with its place.
 
-Responsible for: JSON, JSON lines, CSV, TSV, Parquet and Arrow files, plain or gzipped, and what is malformed in them.
+Responsible for: JSON, JSON lines, CSV, TSV, Excel, Parquet and Arrow files, plain or gzipped, and what is malformed in
+them.
 Not responsible for: hub names and saved data sets (hub.py), or what the columns hold (forms.py).
 
 Rows come one at a time: only a JSON file, which has no rows to stop at, is read whole.
@@ -15,6 +16,7 @@ import gzip
 import io
 import json
 import sys
+import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
@@ -27,7 +29,7 @@ from dovetail.text_file import UTF_8, seeming_encoding
 
 _SAMPLE = 1 << 20
 """The number of bytes of a file from which its encoding is guessed."""
-SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow")
+SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".xlsx", ".parquet", ".arrow")
 
 
 class Placed(NamedTuple):
@@ -53,6 +55,7 @@ def rows_of(file: Path, encoding: str = "utf-8") -> Iterator[Placed]:
         ".json": partial(_json_rows, encoding=encoding),
         ".csv": partial(_csv_rows, encoding=encoding),
         ".tsv": partial(_csv_rows, encoding=encoding),
+        ".xlsx": _excel_rows,
         ".parquet": _parquet_rows,
         ".arrow": _arrow_rows,
     }
@@ -187,6 +190,30 @@ def _csv_row(header: list[str], cells: list[str]) -> Mapping[str, Any] | BadRowE
             hint="put text with commas, quotes or line breaks in double quotes",
         )
     return dict(zip(header, cells, strict=True))
+
+
+def _excel_rows(file: Path) -> Iterator[Placed]:
+    """Yield the rows of the first sheet, under the names in its first row; empty rows are left out."""
+    try:
+        from openpyxl import load_workbook
+        from openpyxl.utils.exceptions import InvalidFileException
+    except ImportError as error:
+        raise DataError(
+            f"{file}: reading Excel files needs the package openpyxl, which is not installed",
+            hint="pip install openpyxl, or save the sheet as CSV in UTF-8",
+        ) from error
+    try:
+        with _open(file) as stream:
+            book = load_workbook(io.BytesIO(stream.read()), read_only=True, data_only=True)
+    except (ValueError, KeyError, zipfile.BadZipFile, InvalidFileException) as error:
+        raise DataError(
+            f"{file}: not a valid Excel file: {error}", hint="save it again as .xlsx, or as CSV in UTF-8"
+        ) from error
+    rows = book.worksheets[0].iter_rows(values_only=True)
+    names = [str(name) for name in next(rows, ())]
+    for number, cells in enumerate(rows, start=2):
+        if any(cell is not None for cell in cells):
+            yield Placed(f"row {number}", dict(zip(names, cells, strict=False)))
 
 
 def _parquet_rows(file: Path) -> Iterator[Placed]:
