@@ -61,6 +61,12 @@ GROUPS = {
         *("serving.inference.chat_model.ChatModel", "serving.inference.chat_model.Reply"),
         "engine.sampling.Sampling",
     ),
+    "Evaluate": (
+        *("serving.inference.comparison.contestants", "serving.inference.comparison.compare"),
+        *("serving.inference.comparison.Contestants", "serving.inference.comparison.Result"),
+        *("rlhf.tasks.named.parse_task", "rlhf.tasks.subject.Drawing", "rlhf.judge.Referee"),
+        "serving.inference.harness.HarnessModel",
+    ),
     "Equations": (
         *("maths.ppo.per_token_rewards", "maths.ppo.gae", "maths.ppo.clipped_policy_loss"),
         *("maths.ppo.clipped_value_loss", "maths.ppo.k1", "maths.ppo.k3"),

@@ -75,6 +75,22 @@ def test_mistakes_are_messages(
     assert "hint: " in captured
 
 
+def test_a_judge_needs_two_models(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(
+            [
+                "eval",
+                str(folder / "one"),
+                "--task",
+                str(folder / "sums.jsonl"),
+                "--judge",
+                "http://127.0.0.1:9/v1",
+            ]
+        )
+    assert ended.value.code == 2
+    assert "--judge compares the answers of two models" in capsys.readouterr().err
+
+
 def test_a_page_that_cannot_be_written_is_a_message(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

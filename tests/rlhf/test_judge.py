@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from dovetail.rlhf import attempts
-from dovetail.rlhf.judge import Judge
+from dovetail.rlhf.judge import Judge, Referee
 from dovetail.rlhf.reward_functions import function_scorer
 from tests.rlhf.test_reward_functions import ROWS, TEXTS, answers
 
@@ -140,3 +140,28 @@ def test_an_endpoint_that_fails_is_asked_again(endpoint: Endpoint) -> None:
     assert (scored.scores_S.tolist(), len(seen)) == ([7.0] * 4, 12)
     with pytest.raises(ConnectionError, match=f"the judge at {endpoint.url} answers 503"):
         judge(endpoint)("new", [])
+
+
+@pytest.mark.parametrize(
+    ("favourite", "verdict"), [("good", 1.0), ("bad", 0.0), ("neither", 0.5), ("the first", 0.5)]
+)
+def test_a_referee_reads_two_answers_in_either_order(
+    endpoint: Endpoint, favourite: str, verdict: float
+) -> None:
+    def reply(text: str) -> tuple[int, str]:
+        assert "user: Which?\n" in text
+        if favourite in ("neither", "the first"):
+            return 200, {"neither": "Tie.", "the first": "A"}[favourite]
+        return 200, "**A**" if f"<response A>\n{favourite}\n</response A>" in text else "B."
+
+    endpoint.reply = reply
+    referee = Referee(url=endpoint.url, model="m")
+    assert referee([{"role": "user", "content": "Which?"}], "good", "bad") == verdict
+    assert len({body["messages"][-1]["content"] for body, _ in endpoint.requests}) == 2
+
+
+@pytest.mark.parametrize("nonsense", ["", "A or B", "both", "C", "a"])
+def test_a_reply_without_one_verdict_is_none(endpoint: Endpoint, nonsense: str) -> None:
+    endpoint.reply = lambda text: (200, nonsense)
+    with pytest.raises(ValueError, match="which is none of A, B and tie"):
+        Referee(url=endpoint.url, model="m")([], "good", "bad")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dovetail.cli.user_paths import path as as_path
-from dovetail.errors import DataError
+from dovetail.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from dovetail.config.run import RunConfig
@@ -82,6 +82,11 @@ def evaluate(
     found = contestants(models)
     given = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
     drawing = drawing_of(found.run, samples=samples, **given)
+    if judge and len(found.chat) < 2:
+        raise ConfigError(
+            f"--judge compares the answers of two models, and {', '.join(models)} holds {len(found.chat)}",
+            hint="give a second model, or leave --judge out",
+        )
     referee = Referee(url=judge, model=judge_model) if judge else None
     results = compare(found, names, drawing, limit=limit, judge=referee, device=device)
     if as_json:

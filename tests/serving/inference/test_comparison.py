@@ -51,6 +51,9 @@ def test_models_are_compared_with_the_first(folders: dict[str, str]) -> None:
     assert copy["kl_nats_per_answer"] == pytest.approx(0.0, abs=1e-5)
     assert (copy["reward_wins"], copy["reward"]) == (0.5, pytest.approx(one["reward"]))
     assert two["kl_nats_per_answer"] > 0.1
+    (swapped,) = compared([paths[1], paths[0], paths[3]], folders["prompts.jsonl"])
+    assert two["reward_wins"] == 1.0 - swapped.figures[paths[0]]["reward_wins"]
+    assert two["reward_wins"] != 0.5
     assert 0.0 <= two["reward_wins_low"] <= two["reward_wins"] < two["reward_wins_high"] <= 1.0
 
 
