@@ -79,3 +79,10 @@ def gpu_named(name: str) -> Gpu:
     close = difflib.get_close_matches(plain, gpus(), n=1)
     guess = f"did you mean {close[0]}? " if close else ""
     raise ConfigError(f"--gpu {name}: not in the catalogue", hint=f"{guess}it has {', '.join(gpus())}")
+
+
+def gpu_like(name: str, gib: float) -> Gpu | None:
+    """Return the catalogue's GPU that a driver calls so ("NVIDIA A100-SXM4-80GB"), with the memory nearest to `gib`."""
+    words = set(name.lower().replace("-", " ").split())
+    alike = [gpu for key, gpu in gpus().items() if key.removeprefix("rtx-").split("-")[0] in words]
+    return min(alike, key=lambda gpu: abs(gpu.memory - gib), default=None)

@@ -48,12 +48,12 @@ and in a plan. Gemma 2, whose attention keeps all scores, needs more than is pla
 
 ## The rehearsal of a run
 
-On a GPU every stage begins with a rehearsal of some seconds: all of a step but the update on the longest rows; in PPO
-a whole batch of the longest prompts read and decoded for one token, then scoring and both gradient steps on answers
-of the greatest length. A line compares its peak with the plan. Where the peak comes too near to the card's memory, or
-memory runs out, the micro-batch is halved before the run, with a line that says so; a single row that does not fit
-ends the run there. Weights, optimiser states and random numbers are afterwards what they were, so results are the
-same to the bit.
+On a GPU a run first says its plan in a line, and every stage begins with a rehearsal of some seconds: all of a step
+but the update on the longest rows; in PPO a whole batch of the longest prompts read and decoded for one token, then
+scoring and both gradient steps on answers of the greatest length. A line compares its peak with the plan. Where the
+peak comes too near to the card's memory, or memory runs out, the micro-batch is halved before the run, with a line
+that says so; a single row that does not fit ends the run there. Weights, optimiser states and random numbers are
+afterwards what they were, so results are the same to the bit.
 
 Memory that ends later all the same ends no run of one process: in scoring and training the micro-batch is halved, in
 generation the KV cache, each with a line, and the results do not depend on it. Runs of several processes stop with

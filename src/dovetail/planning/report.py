@@ -30,6 +30,17 @@ def lines_of(plan: Plan, remedies: Sequence[Remedy]) -> Iterator[str]:
     yield from _time(plan)
 
 
+def short(plan: Plan) -> str:
+    """Return a plan in one line: the peak, and what a step of each stage takes."""
+    steps = ", ".join(f"{TITLES[stage.name]} {stage.step_seconds:.3g} s" for stage in plan.stages)
+    usable = plan.machine.gpu.usable_bytes / GIB
+    verdict = "" if plan.fits else ", which is too much: `dovetail plan` says what fits"
+    return (
+        f"plan: at most {plan.peak / GIB:.1f} GiB of {usable:.1f} GiB ({plan.machine.gpu.name}){verdict}; "
+        f"a step, at full length: {steps}"
+    )
+
+
 def _memory(plan: Plan) -> Iterator[str]:
     columns = [
         (f"{TITLES[stage.name]}" if len(stage.phases) == 1 else f"{phase.name}", phase)

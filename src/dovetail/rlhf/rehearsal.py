@@ -153,7 +153,9 @@ def planned_generation(engine: RLHFEngine, prompts: Sequence[Sequence[int]]) -> 
     states = [] if engine.learners.offloads else [held.states() for held in learning]
     caches = sum(cache_bytes(of, tokens=len(prompt) + new, element_bytes=size) for prompt in prompts)
     reading = prefill_bytes(of, tokens=sum(map(len, prompts)), answers=len(prompts), element_bytes=size)
-    return total(merged([*_weights(engine), *states])) + caches + reading
+    size_of_group = engine.roles.engine.group.size
+    gathered = actor.weights / size_of_group if actor.is_gathered or size_of_group > 1 else 0.0
+    return total(merged([*_weights(engine), *states])) + gathered + caches / size_of_group + reading
 
 
 def _weights(engine: RLHFEngine) -> list[dict[str, float]]:

@@ -5,10 +5,18 @@ Responsible for: which stage runs, timing it, and `summary.json`. Not responsibl
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 
+import torch
+
 from dovetail.config.run import RunConfig, StageName
+from dovetail.errors import ConfigError
 from dovetail.parallel.world import World, described_world
+from dovetail.planning.hardware import gpu_like
+from dovetail.planning.plan import plan_of
+from dovetail.planning.report import short
+from dovetail.planning.result import Machine
 from dovetail.rlhf.evaluation import Judge
 from dovetail.stages import dpo, ppo, reward, sft
 from dovetail.stages.checks import refuse
@@ -34,8 +42,22 @@ def run(config: RunConfig, *, is_checked: bool = False) -> World:
         check(described_world())  # before the device is resolved, so that a missing one is in the same list
         check = None
     with open_run(config, check) as context:
+        if context.device.type == "cuda" and context.world.is_first:
+            say_plan(
+                config, context.world, name=torch.cuda.get_device_name(), memory=torch.cuda.mem_get_info()[1]
+            )
         run_stages(context)
     return context.world
+
+
+def say_plan(config: RunConfig, world: World, *, name: str, memory: int) -> None:
+    """Say what is planned for this run on GPUs of this name and memory; nothing where model or GPU are not known."""
+    gpu = gpu_like(name, memory / 2**30)
+    if gpu is None:
+        return
+    nodes = max(1, world.size // max(1, world.local_size))
+    with suppress(ConfigError):
+        say(short(plan_of(config, Machine(gpu=gpu, num_gpus=world.size // nodes, num_nodes=nodes))))
 
 
 def run_stages(context: Context, judge: Judge | None = None) -> None:
