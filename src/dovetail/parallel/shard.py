@@ -332,7 +332,7 @@ def _shard(model: Any, layout: Layout, device: torch.device) -> None:
     register_fsdp_forward_method(inner, "run_with_weights")
     if layout.computes_on_shards:
         compute_on_shards(model)
-        # As nobody frees them, these may be what the model calls its weights at any time.
+        # Nothing frees the shards, so the model may use them as its weights at any time.
         _mark(model, layout)
         sharding_of(model).reshard()
         inner.set_reshard_after_backward(False)

@@ -5,8 +5,8 @@ out of the training model's and there for one phase.
 Not responsible for: which part of which weight (tensor_plan.py), collectives (tensor_training.py), training.
 
 The weights are plain tensors, not DTensors: nothing is dispatched per operation, and a decode step can be captured. A
-process sends what its row layers and its embedding put out, once per layer; the head's columns are put together by
-whoever reads logits (engine/forward.py).
+process sends what its row layers and its embedding put out, once per layer; the reader of the logits
+(engine/forward.py) puts the head's columns together.
 
 Shapes: T tokens, D width.
 """

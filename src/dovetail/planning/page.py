@@ -76,7 +76,7 @@ SWEEP = """## The predecessor's tables
 Step 3 of DeepSpeed-Chat's benchmark on this engine, beside the figures of its
 [blog](https://github.com/deepspeedai/DeepSpeed/tree/master/blogs/deepspeed-chat) and its
 [paper](https://arxiv.org/abs/2308.01320). **m**: measured by a few steps and multiplied out; **f**: and the constants
-were fitted to this row; **p**: predicted, and nobody ran it; **h**: actor and reference in host memory, whose size is
+were fitted to this row; **p**: predicted, not run; **h**: actor and reference in host memory, whose size is
 not checked. All predictions for A100, V100, A6000, B200 and consumer cards rest on efficiencies fitted to an H200.
 Adapters of rank 128 from OPT-6.7B on, all weights below; critic and reward model OPT-350M; 1,024 pairs a step; the
 fastest of the settings that fit. `dovetail plan --sweep` prints these tables.

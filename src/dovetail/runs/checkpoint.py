@@ -285,7 +285,7 @@ def _join(value: Any, like: Any, files: TensorFiles) -> Any:
 
 
 def _tensor(name: str, like: Any, files: TensorFiles) -> Tensor:
-    # A tensor of another shape is read whole, so that whoever loads it can say what is wrong.
+    # A tensor of another shape is read whole, so that the caller can say what is wrong.
     if not isinstance(like, Tensor) or not is_part(like) or files.shape(name) != whole_shape(like):
         return files.read(name)
     if slice_of(like) is None:

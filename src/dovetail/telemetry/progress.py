@@ -25,7 +25,7 @@ LONGEST_SILENCE = 60.0
 class Progress:
     """Counts a stage's steps as they finish; use as `with Progress(...) as progress: progress.advance()`.
 
-    start: steps done before, by a run that was resumed. print_every: steps between lines when nobody watches.
+    start: steps done before, by a run that was resumed. print_every: steps between lines where there is no terminal.
     """
 
     def __init__(
