@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -56,3 +57,18 @@ def test_a_run_compared_with_its_start_repeats_the_last_evaluation_of_training(t
     assert abs(found["kl_nats_per_answer"]) > 1e-4
     for name in ("reward", "kl_nats_per_answer", "entropy_nats_per_token", "answer_tokens", "distinct_2"):
         assert found[name] == pytest.approx(last[f"ppo/held_out_{name}"], rel=1e-4), name
+
+
+@pytest.mark.parametrize("changes", [{"algorithm": "dpo", "stages": ("dpo",)}, {"stages": ("sft",)}])
+def test_a_run_without_ppo_is_compared_on_the_prompts_of_its_own_held_out_rows(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    config = tiny_run(tmp_path, **changes)
+    kept = {"dpo": "reward", "sft": "sft"}[config.stages[-1]]
+    blend = tuple(source for source in config.data.blend if source.stages == (kept,))
+    pipeline.run(config.model_copy(update={"data": config.data.model_copy(update={"blend": blend})}))
+    prompts, *_ = compare(
+        contestants([str(tmp_path / "run")]), [], Drawing(max_new_tokens=8), limit=256, device="cpu"
+    )
+    assert (prompts.task, prompts.num_rows) == ("held-out prompts", 4)
+    assert list(prompts.figures) == [config.stages[-1]]

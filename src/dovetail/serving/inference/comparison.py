@@ -8,17 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dovetail.config.load import load
-from dovetail.config.run import RunConfig
-from dovetail.data.blend import load_stage
-from dovetail.data.records import Prompt
+from dovetail.config.run import ROWS_OF, RunConfig
+from dovetail.data.blend import StageRows, load_stage
+from dovetail.data.records import Prompt, as_prompt
 from dovetail.data.tokenize import fitting_prompts
 from dovetail.errors import ConfigError
 from dovetail.model.load import is_reward_model, load_scalar_model
@@ -227,7 +228,7 @@ def _reward_model(place: str, device: torch.device) -> RewardModel:
 def _tasks(names: Sequence[TaskName], models: Contestants, drawing: Drawing, limit: int) -> _Tasks:
     """Load the tasks; without names, the rows that the run holds out."""
     if not names and models.run is not None:
-        return _held_out(models.run, models.chat, limit)
+        return _held_out(models.run, models, limit)
     if not names:
         raise ConfigError(
             "there is nothing to compare on: no --task is given, and no path is a run with rows of its own",
@@ -244,19 +245,21 @@ def _tasks(names: Sequence[TaskName], models: Contestants, drawing: Drawing, lim
     return tasks
 
 
-def _held_out(run: RunConfig, chat_models: Mapping[str, str], limit: int) -> _Tasks:
+def _held_out(run: RunConfig, models: Contestants, limit: int) -> _Tasks:
     """Return what a run holds out, as its stages see it: prompts, plain text and comparisons.
 
-    Prompts are those that fit by the tokens of the first model.
+    The prompts are those of the rows that the last stage reads, as far as they fit by the tokens of the first model.
     """
     data = run.data_of_stages().model_copy(update={"max_eval_rows": limit})
     tasks = _Tasks()
-    for first in list(chat_models.values())[:1]:
-        if prompts := load_stage(data, "ppo", "held_out"):
+    for first in list(models.chat.values())[:1]:
+        rows: StageRows[Any] = load_stage(data, ROWS_OF[run.stages[-1]], "held_out")
+        if len(rows):
+            prompts = replace(rows, records=[as_prompt(row) for row in rows.records])
             chat = ChatFormat(load_tokenizer(first))
             tasks.prompts.append(("held-out prompts", list(fitting_prompts(prompts, chat, data))))
         if data.pretraining and (texts := load_stage(data, "text", "held_out")):
             tasks.language.append(Texts("held-out text", [row.text for row in texts]))
-    if comparisons := load_stage(data, "reward", "held_out"):
+    if models.rewards and (comparisons := load_stage(data, "reward", "held_out")):
         tasks.pairs.append(Pairs("held-out comparisons", list(comparisons)))
     return tasks
