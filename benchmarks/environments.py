@@ -1,6 +1,6 @@
 """Environments: tokens per second of episodes whose environments take their time, and of the same without waiting.
 
-    python benchmarks/environments.py                               64 environments on a CPU, 32 decode at once
+    python benchmarks/environments.py                               64 environments on a CPU
     python benchmarks/environments.py --model opt-1.3b --device cuda --dtype bfloat16
 
 Every environment replies to each turn after a time of its own, uniformly between 0 and twice the mean. Turns end at a
@@ -126,13 +126,13 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=shapes.SHAPES, default="small")
     parser.add_argument("--episodes", type=int, default=64)
-    parser.add_argument("--places", type=int, default=32, help="the most episodes that decode at once")
+    parser.add_argument("--places", type=int, default=64, help="the most episodes that decode at once")
     parser.add_argument("--turns", type=int, default=4)
     parser.add_argument("--prompt", type=int, default=64, help="tokens of each prompt")
     parser.add_argument("--reply", type=int, default=16, help="tokens of each reply")
     parser.add_argument("--turn-tokens", type=int, default=32, help="tokens of a turn, on average")
     parser.add_argument("--max-tokens", type=int, default=384, help="tokens of an episode, at most")
-    parser.add_argument("--mean-seconds", type=float, default=0.5, help="the mean time for a reply")
+    parser.add_argument("--mean-seconds", type=float, default=0.25, help="the mean time for a reply")
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cpu")

@@ -36,6 +36,10 @@ from dovetail.rlhf.environments import Environment, Environments, Maker, Step, T
 from dovetail.rlhf.rewards import Answer, Episode
 from dovetail.training.step import step_seed
 
+_SHARE = 16
+"""Replies are read together as soon as there is one for so many running episodes."""
+_LONGEST_HELD = 4
+"""The decode steps after which replies are read in any case."""
 _REPLY_ROLES = ("user", "tool")
 _PROMPT_ROLES = ("system", "user", "assistant", "tool")
 
@@ -157,6 +161,8 @@ class _Table:
         self._calls: list[_Call] = []
         self._decoding: list[tuple[_Game, Request]] = []
         self._next: list[_Game] = []
+        self._num_steps_held = 0
+        """The decode steps for which games that are ready have waited for others."""
 
     def reset(self, games: Sequence[_Game], context: int | None) -> list[_Game]:
         """Begin all games at once; return those that are ready, once no other can become so."""
@@ -180,11 +186,22 @@ class _Table:
         self._collect(blocks=False)
         while load.is_idle and self._calls and not self._next:
             self._collect(blocks=True)
-        ready, self._next = self._next, []
+        ready, self._next = (self._next, []) if self._is_time(load) else ([], self._next)
         requests = [(game, game.request(self._sampling)) for game in ready]
         self._decoding += requests
-        is_over = not self._decoding and not self._calls
+        is_over = not self._decoding and not self._calls and not self._next
         return None if is_over else [request for _, request in requests]
+
+    def _is_time(self, load: Load) -> bool:
+        """Return whether the games that are ready go on now.
+
+        To read one reply costs a forward pass as to read many does, so beside many that decode a few wait for more.
+        """
+        self._num_steps_held = self._num_steps_held + 1 if self._next else 0
+        is_time = len(self._next) >= load.num_running // _SHARE or self._num_steps_held > _LONGEST_HELD
+        if is_time:
+            self._num_steps_held = 0
+        return is_time
 
     def _begin(self, game: _Game, call: Callable[[], Any], then: Callable[[_Game, Any], None]) -> None:
         """Call the environment in the background."""
