@@ -54,10 +54,11 @@ OF_THE_STAGE = {
     "reward_function",
     "reward_function_weight",
     "curriculum_score",
+    "standardise_scores",
     "environment",
 }
-"""tests/stages/test_ppo_by_definition.py has the first four of these, test_prompt_queue.py the curriculum, and
-tests/rlhf/test_episodes.py environments."""
+"""tests/stages/test_ppo_by_definition.py has the first four of these; the others have tests of their own, in
+test_prompt_queue.py and test_score_scale.py beside it and in test_episodes.py."""
 
 
 def settings_of(config: BaseModel, prefix: str = "") -> dict[str, Any]:

@@ -204,7 +204,8 @@ class PpoConfig(StageConfig):
     advanced: ClassVar[frozenset[str]] = StageConfig.advanced | {
         "critic_warmup_rollouts", "critic_warmup_learning_rate", "curriculum_score",
         "kl_target", "kl_limit", "kl_stop", "approx_kl_stop", "ratio_clip", "dual_clip", "cut_off_answers",
-        "value_clip", "old_logprobs", "importance_cap", "gamma", "gae_lambda", "score_clip", "missing_end_penalty",
+        "value_clip", "old_logprobs", "importance_cap", "gamma", "gae_lambda", "score_clip", "standardise_scores",
+        "missing_end_penalty",
         "whiten_rewards", "ema_decay", "offload_while_generating", "ptx_batch_size", "reward_function_weight",
         "print_samples_every", "eval_tasks",
     }  # fmt: skip
@@ -265,6 +266,9 @@ class PpoConfig(StageConfig):
     score_clip: PositiveFloat | None = 5.0
     """Scores of a reward model are clipped to [-score_clip, score_clip] before anything is added to them; null = no
     clipping. A reward function's scores are never clipped."""
+    standardise_scores: bool = False
+    """Subtract from every score the mean of the scores of the actor's answers before training, and divide by their
+    standard deviation, before anything is clipped. They are measured once, on up to 256 prompts."""
     cut_off_answers: Literal["penalise", "keep_score", "leave_out"] = "penalise"
     """The rule for an answer that reached `sampling.max_new_tokens`. penalise: with `missing_end_penalty` as its score.
     keep_score: with its own score, as DeepSpeed-Chat does. leave_out: not at all; neither actor nor critic learns from

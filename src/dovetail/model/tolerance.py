@@ -47,6 +47,11 @@ def is_exact(dtype: torch.dtype) -> bool:
     return dtype in (torch.float32, torch.float64)
 
 
+def has_experts(config: Any) -> bool:
+    """Return whether a model's config says that a router sends each token to some of several experts."""
+    return any("experts" in name and isinstance(n, int) and n > 1 for name, n in config.to_dict().items())
+
+
 def first_beyond(errors_T: Tensor, allowed: float, noise_T: Tensor | None) -> int | None:
     """Return the first token whose error rounding does not explain, None if there is none.
 

@@ -20,7 +20,8 @@ from dovetail.config.stages import PpoConfig
 from dovetail.data.records import Message, Prompt, message
 from dovetail.engine.parity import PROMPT_TOKENS, check_parity
 from dovetail.maths.ppo import adaptive_kl_coefficient
-from dovetail.model.forward import token_logprobs
+from dovetail.model.forward import plain_model, token_logprobs
+from dovetail.model.tolerance import has_experts, is_exact
 from dovetail.parallel.shard import sharding_of
 from dovetail.rlhf.algorithms.ppo import Ppo
 from dovetail.rlhf.algorithms.protocol import Algorithm
@@ -105,6 +106,12 @@ class RLHFEngine:
             f"parity: {report.num_tokens} tokens of {len(ids)} answers, generated and trained on, against the plain "
             f"forward: largest gap {report.largest_gap:.2g} nats"
         )
+        if has_experts(plain_model(actor).config) and not is_exact(actor.dtype):
+            say(
+                "the actor is a mixture of experts: rounding may send a token to other experts in training than in "
+                "generation. Experts are not replayed; ppo.importance_cap weighs each token for the difference, and "
+                "rollout/logprob_gap_max and rollout/mismatch_kl_nats_per_token measure it"
+            )
 
     def _reach(self, prompts: Sequence[Conversation]) -> int:
         """Estimate the most tokens of a prompt with its answer, from the longest text."""

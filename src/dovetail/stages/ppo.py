@@ -33,6 +33,7 @@ from dovetail.stages.rows import plain_text, prompts_of, training_tasks
 from dovetail.stages.same_data import SameData
 from dovetail.stages.samples import KEPT, KEPT_HELD_OUT, AnswerLog, show
 from dovetail.stages.saving import save_model
+from dovetail.stages.score_scale import ScoreScale
 from dovetail.telemetry.log import say
 from dovetail.telemetry.timing import Stopwatch
 from dovetail.text.content_hash import content_hash
@@ -62,7 +63,10 @@ def run(context: Context, judge: Judge | None = None) -> StageReport:
         texts.fingerprint,
     )
     data = SameData(folder.path / "ppo", chat, *read)
-    parts: dict[str, Any] = {"data": data, "queue": queue, "trainer": trainer, "guard": guard, "best": best}
+    scale = ScoreScale(engine, is_on=config.standardise_scores)
+    parts: dict[str, Any] = {
+        "data": data, "queue": queue, "scale": scale, "trainer": trainer, "guard": guard, "best": best
+    }  # fmt: skip
     state, load = partial(state_of, parts), partial(load_into, parts)
 
     def judged(step: int) -> dict[str, float]:
@@ -74,6 +78,7 @@ def run(context: Context, judge: Judge | None = None) -> StageReport:
     engine.check_parity(prompts)
     if start < iterations and (probe := probe_of(context.device)) is not None:
         rehearse_ppo(engine, prompts, probe)
+    scale.measure(prompts)
     samples = AnswerLog(folder.samples, start=start, world=context.world)
     held_out_log = AnswerLog(folder.held_out, start=start, world=context.world)
     with (
