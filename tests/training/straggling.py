@@ -24,7 +24,7 @@ def main(steps: str, *sleepers: str) -> None:
                 time.sleep(STEP_S)
             world.sum(torch.ones(1))
             stop.asked()
-        sys.stdout.write(f"figures {sorted(stop.detector.figures.items())}\n")
+        sys.stdout.write(f"figures {sorted(stop.stragglers.figures.items())}\n")
 
 
 if __name__ == "__main__":
