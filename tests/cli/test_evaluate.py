@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from dovetail.cli.evaluate import cells
+from dovetail.cli.evaluate import cells, show
 from dovetail.cli.main import main
 from dovetail.model.load import save_model
+from dovetail.serving.inference.comparison import Result
 from tests.fakes import byte_tokenizer, tiny_model
 
 
@@ -54,6 +55,18 @@ def test_a_figure_stands_with_its_error_or_interval() -> None:
         ["wins", "-", "0.750 [0.60, 0.90]"],
         ["answer tokens", "12.3", "-"],
     ]
+
+
+def test_figures_keep_their_names_beside_many_models(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    own = {"reward_wins": 0.5, "reward_wins_low": 0.4, "reward_wins_high": 0.6, "answer_tokens": 3.0}
+    show([Result("prompts", 9, {f"runs/a/long/name/of/model-{i}": own for i in range(6)})])
+    shown = capsys.readouterr().out
+    assert "prompts, 9 rows" in shown
+    assert "reward wins" in shown
+    assert "answer tokens" in shown
 
 
 @pytest.mark.parametrize(

@@ -131,7 +131,7 @@ def show(results: "Sequence[Result]") -> None:
         table = Table(box=SIMPLE_HEAD, pad_edge=False)
         head, *rows = cells(result.figures)
         for number, column in enumerate(head):
-            table.add_column(column, justify="right" if number else "left", no_wrap=number > 0)
+            table.add_column(column, justify="right" if number else "left", min_width=0 if number else 18)
         for row in rows:
             table.add_row(*row)
         typer.echo(f"{result.task}, {result.num_rows} rows")

@@ -146,8 +146,11 @@ def test_a_judge_that_gives_no_verdict_ends_the_comparison(
 ) -> None:
     endpoint.reply = lambda text: (status, reply)
     referee = Referee(url=endpoint.url, model="m")
-    with pytest.raises(ConfigError, match=f"the judge m at {endpoint.url} gives no verdict: it raised"):
+    with pytest.raises(
+        ConfigError, match=f"the judge m at {endpoint.url} gives no verdict: it raised"
+    ) as caught:
         compared([folders["one"], folders["two"]], folders["prompts.jsonl"], judge=referee)
+    assert ".py line" not in caught.value.message
 
 
 def test_without_a_task_or_a_run_there_is_nothing_to_compare_on(folders: dict[str, str]) -> None:

@@ -7,14 +7,12 @@ as tasks; the results. Not responsible for: the tasks (rlhf/tasks/), the table (
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from dovetail.config.load import load
 from dovetail.config.run import ROWS_OF, RunConfig
@@ -24,10 +22,8 @@ from dovetail.data.tokenize import fitting_prompts
 from dovetail.errors import ConfigError
 from dovetail.model.load import is_reward_model, load_scalar_model
 from dovetail.model.placement import resolve_device, resolve_dtype
-from dovetail.rlhf.attempts import Failure, attempt
 from dovetail.rlhf.judge import Referee
-from dovetail.rlhf.rewards import Answer
-from dovetail.rlhf.tasks.answered import Answered, answer_prompts, wins
+from dovetail.rlhf.tasks.answered import Answered, answer_prompts, verdicts, wins
 from dovetail.rlhf.tasks.named import TaskName, load_pairs, load_task, rows_of_source
 from dovetail.rlhf.tasks.pairs import Pairs, RewardModel
 from dovetail.rlhf.tasks.subject import Drawing, Subject, Task
@@ -40,7 +36,6 @@ from dovetail.text.tokenizer import load_tokenizer
 from dovetail.training.step import TokenBudget
 
 _FORWARD_TOKENS = 8192
-_JUDGED_AT_ONCE = 16
 Figures = dict[str, float]
 
 
@@ -177,33 +172,6 @@ class _Found:
         return [
             result for result in (*self._of_prompts, *self._of_language, *self._of_pairs) if result.figures
         ]
-
-
-def verdicts(judge: Referee, ones: Sequence[Answer], others: Sequence[Answer]) -> Tensor:
-    """float32 [S]: the judge's verdict on each pair of answers, NaN where it gives none.
-
-    Raises ConfigError if it gives none on the first pair, or on any.
-    """
-
-    def verdict(pair: tuple[Answer, Answer]) -> float | Failure:
-        return attempt(lambda: judge(pair[0].messages, pair[0].text, pair[1].text), 4 * judge.seconds)
-
-    pairs = list(zip(ones, others, strict=True))
-    first = verdict(pairs[0])
-    if isinstance(first, Failure):
-        raise ConfigError(
-            f"the judge {judge.model} at {judge.url} gives no verdict: it {first.reason}",
-            hint="check the address (it ends in /v1), the name of the model and the key in OPENAI_API_KEY",
-        )
-    with ThreadPoolExecutor(_JUDGED_AT_ONCE) as threads:
-        found = [first, *threads.map(verdict, pairs[1:])]
-    failures = [one for one in found if isinstance(one, Failure)]
-    if failures:
-        warn(
-            f"the judge gave no verdict on {len(failures)} of {len(found)} pairs, which are left out; on the first of "
-            f"them it {failures[0].reason}"
-        )
-    return torch.tensor([float("nan") if isinstance(one, Failure) else one for one in found])
 
 
 def _subject(place: str, device: str) -> Subject:
