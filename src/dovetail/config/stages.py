@@ -121,7 +121,7 @@ class DpoConfig(StageConfig):
     simpo_gamma: NonNegativeFloat = 1.0
     """SimPO's target margin, half of its beta as the paper advises; with loss = simpo alone."""
     epochs: PositiveFloat = 1.0
-    """Passes over the comparisons, one as in the DPO paper."""
+    """Passes over the comparisons."""
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-6, warmup_steps=10)
     """Optimiser and schedule. The peak rate is that of the DPO paper and TRL for full weights; adapters need about ten
     times as much."""
