@@ -40,7 +40,7 @@ def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.
         (("--prompts", "p.jsonl"), "--prompts needs a model"),
         (("--uncertain-first", "a"), "--uncertain-first scores answers when they are sampled"),
         (("--guidelines", "none.txt"), "--guidelines none.txt"),
-        (("--store", "labels.db"), "no URL of a database"),
+        (("--store", "labels.db"), "is not the URL of a database"),
         (("a", "--prompts", "none.jsonl"), "there is no such file"),
         (("export",), "there is no file labels.db"),
         (("invite", " "), "the name has 0 characters"),
