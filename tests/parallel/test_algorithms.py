@@ -9,6 +9,7 @@ from dovetail.stages import pipeline
 from tests.parallel.group import run_all
 from tests.parallel.test_training import at_stage, expect_same_numbers, metrics_of
 from tests.stages.test_algorithms import refilling_run, run_of
+from tests.stages.test_dpo import run_of as dpo_run
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "zero-0": ("gspo", {}),
@@ -16,6 +17,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "zero-1": (
         "grpo", {"batch_size": 6, "minibatches": 2, "ppo_epochs": 3, "approx_kl_stop": 1e-3, "kl_coefficient": 0.5}
     ),
+    "zero-3-pairs": ("online_dpo", {"batch_size": 12, "minibatches": 3}),
+    "zero-2-best": ("best_of_n", {"lora": True}),
 }  # fmt: skip
 """Case -> the method, and settings of `ppo`. Three answers of a minibatch are shared by two processes."""
 
@@ -37,6 +40,22 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path
 @pytest.mark.parametrize("case", [*CASES, "zero-2"])
 def test_two_processes_equal_one(runs: dict[str, tuple[Path, Path]], case: str) -> None:
     expect_same_numbers(*runs[case], ["ppo/model"])
+
+
+@pytest.mark.slow
+def test_four_processes_equal_one(tmp_path: Path) -> None:
+    """Of prompts, pairs and micro-batches some processes have more than others, and some have none."""
+    cases = {"zero-3-grpo": "grpo", "zero-2-online": "online_dpo", "zero-0-picked": "best_of_n"}
+    together = [at_stage(dpo_run(tmp_path, name="zero-1-dpo", micro_batch_tokens=100), 1)]
+    pipeline.run(dpo_run(tmp_path, name="zero-1-dpo-alone"))
+    for name, algorithm in cases.items():
+        pipeline.run(run_of(tmp_path, algorithm, name=f"{name}-alone", batch_size=6))
+        config = run_of(tmp_path, algorithm, name=name, batch_size=6, micro_batch_tokens=100)
+        together.append(at_stage(config, int(name[5])))
+    run_all([(config, None) for config in together], size=4)
+    expect_same_numbers(tmp_path / "zero-1-dpo", tmp_path / "zero-1-dpo-alone", ["dpo/model"])
+    for name in cases:
+        expect_same_numbers(tmp_path / name, tmp_path / f"{name}-alone", ["ppo/model"])
 
 
 def test_all_processes_stop_together_when_the_actor_has_gone_far(runs: dict[str, tuple[Path, Path]]) -> None:

@@ -26,10 +26,17 @@ class Mine(GroupMethod):
 """
 
 
-def run_of(folder: Path, algorithm: str, *, name: str = "run", **ppo: Any) -> RunConfig:
+def run_of(folder: Path, algorithm: str, *, name: str = "run", lora: bool = False, **ppo: Any) -> RunConfig:
     policy = {} if ".py:" in algorithm else {"answers_per_prompt": 2}
     settings = {"save_every": 1, "cut_off_answers": "keep_score", **ppo}
-    return tiny_run(folder, algorithm=algorithm, policy=policy, output_dir=str(folder / name), ppo=settings)
+    return tiny_run(
+        folder,
+        algorithm=algorithm,
+        policy=policy,
+        output_dir=str(folder / name),
+        ppo=settings,
+        actor={"lora": {"rank": 4, "alpha": 8.0} if lora else None},
+    )
 
 
 COARSE = "def score(answers):\n    return [float(sum(a.answer_ids) % 4 == 0) for a in answers]\n"
@@ -49,10 +56,11 @@ def model_of(config: RunConfig) -> bytes:
     return (Path(config.output_dir) / "ppo/model/model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("algorithm", ["grpo", "rloo", "dapo", "best_of_n"])
-def test_a_stopped_run_ends_with_the_same_bytes(algorithm: str, tmp_path: Path) -> None:
-    undisturbed = run_of(tmp_path, algorithm)
-    stopped = run_of(tmp_path, algorithm, name="stopped")
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("algorithm", ["grpo", "rloo", "dapo", "best_of_n", "online_dpo"])
+def test_a_stopped_run_ends_with_the_same_bytes(algorithm: str, lora: bool, tmp_path: Path) -> None:
+    undisturbed = run_of(tmp_path, algorithm, lora=lora)
+    stopped = run_of(tmp_path, algorithm, lora=lora, name="stopped")
     pipeline.run(undisturbed)
     run_to(("ppo", 1), stopped)
     pipeline.run(stopped)

@@ -55,6 +55,7 @@ METHODS: dict[str, dict[str, Any]] = {
     | {"advantages_by": "batch_of_groups", "aggregation": "token_mean", "kl": "k2"},
     "best_of_n": _PICKED | {"drop_equal_groups": True},
     "expert_iteration": _PICKED | {"min_reward": 1.0},
+    "online_dpo": {"answers_per_prompt": 2, "refill_rounds": 0, "overlong_tokens": 0},
 }
 """The defaults of each method, which are all the settings that it takes: papers, TRL for 8 answers per prompt, and for
 CISPO's weights of at most 5 what TRL recommends after Khatri et al. 2025 (ScaleRL, arXiv:2510.13786)."""

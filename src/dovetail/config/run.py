@@ -73,7 +73,8 @@ class RunConfig(FrozenModel):
     algorithm: Annotated[str, AfterValidator(_known_algorithm)] = "ppo"
     """The way to a better actor. ppo: a reward model, then PPO. dpo: from comparisons directly, in one stage after SFT.
     Without a critic, in place of PPO: grpo, dr_grpo, dapo, gspo, cispo, rloo, reinforce_plus_plus,
-    reinforce_plus_plus_baseline, best_of_n, expert_iteration, or your own as `file.py:Class` (docs/algorithms.md)."""
+    reinforce_plus_plus_baseline, best_of_n, expert_iteration, online_dpo, or your own as `file.py:Class`
+    (docs/algorithms.md)."""
     stages: Annotated[tuple[StageName, ...], Field(min_length=1)] = ("sft", "reward", "ppo")
     """The stages that run; with `algorithm: dpo` by default sft and dpo. One that is left out must have finished before
     in the same output folder, or is replaced by the pretrained model itself."""

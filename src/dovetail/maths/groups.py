@@ -8,7 +8,7 @@ A loss stays a sum over tokens that is divided by the number of actions N of the
 weight per token, computed for the minibatch before it is cut: with w_t = N / (S |y_t|) the same sum is the mean over
 S answers of the mean over the |y_t| tokens of each.
 
-Shapes: T packed tokens, S sequences; the answers to one prompt follow one another.
+Shapes: T packed tokens, S sequences, P pairs; the answers to one prompt follow one another.
 """
 
 from typing import Literal
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dovetail.maths.masked import at_least_float32, masked_sum, sums_of_sequences, zero_outside
 from dovetail.maths.ppo import MAX_LOG_RATIO, PolicyLoss, clipped_surrogate, k1, k3, kl_from_old
+from dovetail.maths.preference import dpo_loss
 
 Aggregation = Literal["sequence_mean", "token_mean", "constant_length"]
 EPSILON = 1e-4
@@ -109,15 +110,39 @@ def token_weights(
 
 
 def log_likelihood_loss(logprobs_T: Tensor, weights_T: Tensor, mask_T: Tensor) -> PolicyLoss:
-    """-sum_t w_t log p_t: the cross-entropy of the marked tokens. There is no older policy to compare with."""
-    none = torch.zeros((), device=logprobs_T.device)
-    return PolicyLoss(
-        total=-masked_sum(weights_T * zero_outside(logprobs_T, mask_T), mask_T),
-        count=mask_T.sum(),
-        num_clipped=none,
-        kl_sum=none,
-        num_clamped=none,
-    )
+    """-sum_t w_t log p_t: the cross-entropy of the marked tokens."""
+    return _without_ratio(-masked_sum(weights_T * zero_outside(logprobs_T, mask_T), mask_T), mask_T)
+
+
+def pair_loss(
+    logprobs_T: Tensor,
+    reference_T: Tensor,
+    signs_T: Tensor,
+    weights_T: Tensor,
+    mask_T: Tensor,
+    cu_seqlens_S1: Tensor,
+    *,
+    beta: float,
+) -> PolicyLoss:
+    """sum over pairs of W -log sigmoid(beta (r_chosen - r_rejected)),  r_s = sum_t log p_t - log p_ref,t of sequence s.
+
+    DPO's loss (preference.py) on sequences of which each two neighbours are a pair: signs_T is positive on the tokens
+    of the chosen one and negative on the other's. W: the sum of w_t over the tokens of both, so that with the weights
+    of `token_weights` by sequence_mean sum / N is the mean over pairs.
+    """
+    log_ratio_T = zero_outside(logprobs_T, mask_T) - zero_outside(reference_T, mask_T)
+    ratio_P2 = sums_of_sequences(log_ratio_T, mask_T, cu_seqlens_S1).view(-1, 2)
+    is_chosen_P2 = sums_of_sequences(signs_T, mask_T, cu_seqlens_S1).view(-1, 2) > 0
+    weight_P = sums_of_sequences(weights_T, mask_T, cu_seqlens_S1).view(-1, 2).sum(1)
+    chosen_P = ratio_P2.masked_fill(~is_chosen_P2, 0.0).sum(1)
+    rejected_P = ratio_P2.masked_fill(is_chosen_P2, 0.0).sum(1)
+    return _without_ratio((weight_P * dpo_loss(chosen_P, rejected_P, beta=beta)).sum(), mask_T)
+
+
+def _without_ratio(total: Tensor, mask_T: Tensor) -> PolicyLoss:
+    """Return a loss that has no older policy to compare with, so that nothing is clipped."""
+    none = torch.zeros((), device=mask_T.device)
+    return PolicyLoss(total=total, count=mask_T.sum(), num_clipped=none, kl_sum=none, num_clamped=none)
 
 
 def kl_loss(

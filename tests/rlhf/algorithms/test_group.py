@@ -245,6 +245,8 @@ def test_a_long_answer_does_not_dominate_the_statistics(name: str) -> None:
         ("cispo", {}, {"dual_clip": 3.0, "batch_size": 8}, "ppo.dual_clip"),
         ("gspo", {}, {"whiten_rewards": True, "batch_size": 8}, "ppo.whiten_rewards"),
         ("best_of_n", {"answers_per_prompt": 1}, {}, "2 or more"),
+        ("online_dpo", {}, {"minibatches": 2}, "ppo.minibatches = 2 does not divide the 3 prompts"),
+        ("online_dpo", {}, {"kl_coefficient": 0.0}, "beta of algorithm = online_dpo"),
         ("best_of_n", {}, {"approx_kl_stop": 0.1, "batch_size": 8}, "ppo.approx_kl_stop"),
         ("nothing.py:Here", {}, {}, "cannot be loaded"),
         ("grop", {}, {}, "write one of ppo, grpo"),

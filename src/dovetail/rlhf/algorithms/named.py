@@ -12,6 +12,7 @@ from dovetail.config.stages import PpoConfig
 from dovetail.errors import ConfigError
 from dovetail.rlhf.algorithms.group import GroupMethod, WithoutCritic
 from dovetail.rlhf.algorithms.imitation import Imitation
+from dovetail.rlhf.algorithms.online_dpo import OnlineDpo
 from dovetail.rlhf.algorithms.ppo import Ppo
 from dovetail.rlhf.algorithms.protocol import Algorithm
 from dovetail.rlhf.attempts import module_from_file, what_and_where
@@ -27,7 +28,11 @@ _MEMBERS = (
     "prepared",
     "loss",
 )
-_CLASSES: dict[str, Callable[..., Algorithm]] = {"best_of_n": Imitation, "expert_iteration": Imitation}
+_CLASSES: dict[str, Callable[..., Algorithm]] = {
+    "best_of_n": Imitation,
+    "expert_iteration": Imitation,
+    "online_dpo": OnlineDpo,
+}
 
 
 def algorithm_named(name: str, policy: PolicyConfig, config: PpoConfig) -> Algorithm:
@@ -71,6 +76,8 @@ def _expect_consistent(name: str, algorithm: Algorithm, config: PpoConfig) -> No
             f"algorithm = {name} bounds its weights for all advantages",
             hint="remove ppo.dual_clip, or set the second number of policy.clip",
         )
+    if isinstance(algorithm, OnlineDpo):
+        _expect_pairs(config, size)
     if config.kl_target is not None and not algorithm.kl_in_reward:
         raise ConfigError(
             f"ppo.kl_target = {config.kl_target:g} moves the KL penalty in the reward, and algorithm = {name} has none",
@@ -86,6 +93,22 @@ def _expect_consistent(name: str, algorithm: Algorithm, config: PpoConfig) -> No
         raise ConfigError(
             f"ppo.whiten_rewards = true scales the rewards of tokens, and algorithm = {name} learns from whole answers",
             hint="set ppo.whiten_rewards=false",
+        )
+
+
+def _expect_pairs(config: PpoConfig, size: int) -> None:
+    """Raise ConfigError if minibatches would cut pairs, or the loss would be a constant."""
+    prompts = config.batch_size // size
+    if prompts % config.minibatches:
+        raise ConfigError(
+            f"ppo.minibatches = {config.minibatches} does not divide the {prompts} prompts of a rollout, whose "
+            "pairs of answers stay together with algorithm = online_dpo",
+            hint=f"set ppo.batch_size to a multiple of {size * config.minibatches}",
+        )
+    if config.kl_coefficient == 0:
+        raise ConfigError(
+            "ppo.kl_coefficient = 0 is the beta of algorithm = online_dpo, whose loss would be a constant",
+            hint="set ppo.kl_coefficient to more than 0, such as 0.1",
         )
 
 
