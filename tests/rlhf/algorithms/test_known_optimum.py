@@ -143,7 +143,8 @@ def of(role: PreTrainedModel, asked: Sequence[int], task: Task) -> list[float]:
 @pytest.mark.parametrize("name", ["ppo", *METHODS])
 def test_every_method_finds_the_best_answers(name: str, seed: int) -> None:
     """97 % of the best reward within 30 rollouts of 64 answers, from less than a half of it."""
-    trained = train(name, ALIKE, seed=seed, rollouts=30, answers=64, beta=0.0)
+    beta = 0.01 if name == "online_dpo" else 0.0  # its loss has no meaning at 0
+    trained = train(name, ALIKE, seed=seed, rollouts=30, answers=64, beta=beta)
     assert expected(trained.reference, ALIKE.rewards) < 0.5 * max(ALIKE.rewards)
     assert expected(trained.policy, ALIKE.rewards) > 0.97 * max(ALIKE.rewards)
 

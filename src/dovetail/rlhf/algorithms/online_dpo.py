@@ -5,7 +5,7 @@ Not responsible for: the equations (maths/groups.py, maths/preference.py), DPO o
 
     L = -mean over pairs of log sigmoid(beta (log p(y_w)/p_ref(y_w) - log p(y_l)/p_ref(y_l)))
 
-beta is ppo.kl_coefficient, the weight of the KL in the objective that the loss stands for: reward - beta KL(p || p_ref).
+beta is ppo.kl_coefficient, the KL's weight in the objective that the loss stands for: reward - beta KL(p || p_ref).
 The log-ratios are of the actor as it is now, so there is no older policy and no weight for what was drawn.
 
 Shapes: T packed tokens, S sequences.
