@@ -95,6 +95,8 @@ def longest_rollout(engine: RLHFEngine, config: PpoConfig, prompt: Sequence[int]
     each = max(1, roles.budget.tokens // (len(prompt) + new))
     size = roles.algorithm.answers_per_prompt
     count = min(config.batch_size // config.minibatches, 3 * each * sharding_of(roles.actor).world.size)
+    num_prompts = -(-count // size)
+    num_prompts += num_prompts * size % 2  # some methods learn from pairs
     answer = [prompt[place % len(prompt)] for place in range(new)]
     answers = [
         Answer(
@@ -105,7 +107,7 @@ def longest_rollout(engine: RLHFEngine, config: PpoConfig, prompt: Sequence[int]
             logprobs=(0.0,) * new,
             finished=True,
         )
-        for number in range(-(-count // size))
+        for number in range(num_prompts)
         for start in [number % len(prompt)] * size
     ]
     return pack_rollout(answers).to(roles.device)
