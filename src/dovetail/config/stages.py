@@ -268,7 +268,8 @@ class PpoConfig(StageConfig):
     clipping. A reward function's scores are never clipped."""
     standardise_scores: bool = False
     """Subtract from every score the mean of the scores of the actor's answers before training, and divide by their
-    standard deviation, before anything is clipped. They are measured once, on up to 256 prompts."""
+    standard deviation, before anything is clipped. They are measured once, on up to 256 prompts. `curriculum_score`
+    and `policy.min_reward` are then compared with scores on this scale."""
     cut_off_answers: Literal["penalise", "keep_score", "leave_out"] = "penalise"
     """The rule for an answer that reached `sampling.max_new_tokens`. penalise: with `missing_end_penalty` as its score.
     keep_score: with its own score, as DeepSpeed-Chat does. leave_out: not at all; neither actor nor critic learns from
