@@ -114,4 +114,15 @@ def test_earlier_turns_are_pairs_or_messages() -> None:
 def test_what_is_guessed_is_said_as_settings() -> None:
     row = {"instruction": "a", "input": "", "output": "b", "history": []}
     guessed = with_guessed_columns(SourceConfig(path="t"), row)
-    assert described(guessed) == "prompt: [instruction, input?], response: output, history: history"
+    assert described(guessed) == "prompt: [instruction, input?], response: output, history: history?"
+
+
+def test_turns_and_system_messages_that_the_first_row_lacks_are_read() -> None:
+    rows = [
+        {"instruction": "a", "output": "b"},
+        {"instruction": "c", "output": "d", "history": [["a", "b"]], "system": "Be kind."},
+    ]
+    source = with_guessed_columns(SourceConfig(path="t"), rows[0])
+    records = [record_of(row, source, "t") for row in rows]
+    assert [turn["content"] for turn in records[0].messages] == ["a", "b"]  # type: ignore[union-attr]
+    assert [turn["content"] for turn in records[1].messages] == ["Be kind.", "a", "b", "c", "d"]  # type: ignore[union-attr]

@@ -13,7 +13,8 @@ from typing import Any
 from dovetail.config.data import SourceConfig
 from dovetail.data.columns import BadRowError, value_of
 
-_PROMPTS = ("prompt", "conversations", "messages", "input.messages", "question", ("instruction", "input?"))
+_ALPACA = ("instruction", "input?")
+_PROMPTS = ("prompt", "conversations", "messages", "input.messages", "question", _ALPACA)
 _ANSWERS = ("response", "completion", "answer", "output")
 
 _VALUES = ("preference_values", "tie_values")
@@ -56,13 +57,11 @@ def with_guessed_columns(source: SourceConfig, row: Mapping[str, Any]) -> Source
         return source
     for guess in _guesses():
         if all(_has(row, column) for name, column in guess.items() if name not in _VALUES):
+            beside = {"system": "text" not in guess, "history": guess.get("prompt") == _ALPACA}
             more = {
-                name: name
-                for name in ("system", "history")
-                if getattr(source, name) is None
-                and name in row
-                and "text" not in guess
-                and name not in guess.values()
+                name: f"{name}?"  # of rows that have it, if not of the first one
+                for name, may_be in beside.items()
+                if may_be and getattr(source, name) is None and name not in guess.values()
             }
             return source.model_copy(update=guess | more)
     raise BadRowError(
@@ -72,7 +71,7 @@ def with_guessed_columns(source: SourceConfig, row: Mapping[str, Any]) -> Source
 
 
 def described(source: SourceConfig) -> str:
-    """Return what the columns of a source are taken for, as the settings that would say so."""
+    """Return what the columns of a source, but for system messages, are taken for: the settings that would say so."""
     names = (
         "messages",
         "prompt",
@@ -84,7 +83,7 @@ def described(source: SourceConfig) -> str:
         "scores",
         "text",
     )
-    given = {name: getattr(source, name) for name in (*names, "system", "history")}
+    given = {name: getattr(source, name) for name in (*names, "history")}
     return ", ".join(
         f"{name}: {columns if isinstance(columns, str) else '[' + ', '.join(columns) + ']'}"
         for name, columns in given.items()
@@ -108,7 +107,7 @@ def _guesses() -> Iterator[dict[str, Any]]:
         yield {"chosen": "messages", "rejected": rejected}
     yield {"messages": "messages"}
     yield {"messages": "conversations"}
-    for prompt in ("prompt", "question", ("instruction", "input?")):
+    for prompt in ("prompt", "question", _ALPACA):
         for response in _ANSWERS:
             yield {"prompt": prompt, "response": response}
     yield {"prompt": "input", "response": "target"}  # Firefly
